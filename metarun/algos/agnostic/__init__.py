@@ -1,0 +1,1 @@
+"""Model-agnostic methods: they adapt the weights of any differentiable model."""

@@ -1,0 +1,129 @@
+"""Reptile.
+
+Nichol, Achiam, Schulman 2018, "On First-Order Meta-Learning Algorithms", https://arxiv.org/abs/1803.02999.
+
+    per task     W = θ after K steps of the inner optimizer on mini-batches of the support set
+    outer step   θ ← θ + ε · mean over tasks of (W − θ)                   (algorithm 2)
+
+K is ``inner_steps``. The pseudo-gradient is θ − mean W, so ε is the outer optimizer's learning rate: SGD
+with ``train.lr`` = ε, decayed linearly to 0 as in the paper. The inner optimizer is Adam with β1 = 0, whose
+second moments outlive the task (§6.1 and the official code): training carries them on, and evaluation starts
+from them and leaves them as they were. Training tasks have more shots than test tasks (``task.train_shots``,
+§6.2).
+
+Where we deviate: the official code runs the tasks of a meta-batch one after the other through one optimizer;
+here they run side by side from the same second moments, which are averaged afterwards. Mini-batches go
+through the shuffled support set in turn; the official code shuffles again after each pass.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import count, islice
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from metarun.errors import require
+from metarun.functional import forward_of, parameters_of, support_gradient
+from metarun.tree import mean, subtract, tree_map
+from metarun.types import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
+
+SECOND_MOMENT_DECAY = 0.999
+EPSILON = 1e-8
+
+
+class State(NamedTuple):
+    """The weights of one task and its inner Adam."""
+
+    weights: Weights
+    second_moment: Weights
+    step: Tensor
+
+
+def minibatch(support: Tree, start: int, size: int) -> Tree:
+    """``size`` examples from ``start`` on, going round; the whole support set where it is no larger."""
+
+    def window(x: Tensor) -> Tensor:
+        return x if size >= len(x) else x.roll(-start % len(x), 0)[:size]
+
+    return tree_map(window, support)
+
+
+def reptile(
+    model: nn.Module,
+    spec: Spec,
+    inner_lr: float = 1e-3,
+    inner_steps: int = 5,
+    inner_batch: int = 10,
+    inner_optimizer: Literal["adam", "sgd"] = "adam",
+) -> Algorithm:
+    """Reptile with inner Adam (β1 = 0) or SGD.
+
+    Args:
+        model: any differentiable module.
+        spec: the task family's; Reptile asks nothing of it.
+        inner_lr: step size of the inner optimizer, above 0.
+        inner_steps: K, at least 1.
+        inner_batch: examples in an inner mini-batch, at least 1.
+        inner_optimizer: ``adam`` (β1 = 0, β2 = 0.999) or ``sgd``.
+    """
+    require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
+    require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
+    require(inner_batch >= 1, f"inner_batch must be at least 1, not {inner_batch}")
+    forward = forward_of(model)
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        weights = parameters_of(model)
+        dtype = next(iter(weights.values())).dtype
+        carried = {"second_moment": tree_map(torch.zeros_like, weights), "step": torch.zeros((), dtype=dtype)}
+        return {"weights": weights, "carried": carried}
+
+    def update(state: State, gradient: Weights) -> State:
+        weights, moment, step = state
+        if inner_optimizer == "sgd":
+            return State({n: w - inner_lr * gradient[n] for n, w in weights.items()}, moment, step)
+        decay, step = SECOND_MOMENT_DECAY, step + 1
+        moment = {n: decay * v + (1 - decay) * gradient[n] ** 2 for n, v in moment.items()}
+        # Adam's first moment with β1 = 0 is the gradient itself; only the second needs its bias corrected.
+        scale = torch.sqrt(1 - decay**step)
+        weights = {
+            n: w - inner_lr * scale * gradient[n] / (moment[n].sqrt() + EPSILON * scale)
+            for n, w in weights.items()
+        }
+        return State(weights, moment, step)
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
+        carried = theta["carried"]
+        state = State(theta["weights"], carried["second_moment"], carried["step"])
+        for k in count():
+            yield state
+            batch = minibatch(support, k * inner_batch, inner_batch)
+            state = update(state, support_gradient(forward, state.weights, batch, loss))
+
+    def predict(theta: Tree, state: State, x: Any) -> Tensor:
+        return forward(state.weights, x)
+
+    def meta_grad(theta: Tree, tasks: Task, loss: Loss) -> MetaGradient:
+        def one_task(task: Task) -> tuple[Weights, Tree, Tensor, Tensor]:
+            *_, state = islice(adapt(theta, task.support, loss), inner_steps + 1)
+            query_loss, score = loss(partial(predict, theta, state), task.query)
+            return state.weights, {"second_moment": state.second_moment, "step": state.step}, query_loss, score
+
+        with torch.no_grad():
+            # The step count is the same for all tasks, but vmap may only return what it has mapped.
+            adapted, carried, losses, scores = vmap(one_task)(tasks)
+            grads = {"weights": subtract(theta["weights"], mean(adapted))}
+            return MetaGradient(grads, losses.mean(), scores.mean(), mean(carried))
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="agnostic",
+        kinds=("regression", "classification", "sequence", "control"),
+        paper="https://arxiv.org/abs/1803.02999",
+        train_steps=inner_steps,
+        meta_grad=meta_grad,
+    )

@@ -1,0 +1,1 @@
+"""Baselines: what the same adaptation budget buys without meta-learning."""

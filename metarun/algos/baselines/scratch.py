@@ -1,0 +1,56 @@
+"""No meta-learning: random initial weights, adapted by gradient descent on each task.
+
+It has the adaptation budget of the others (``eval.adapt_steps``), and validation tasks choose its step size
+from ``step_sizes``, so that it loses for want of meta-learning and not of tuning.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.functional import forward_of, gradient_descent, parameters_of
+from metarun.types import Algorithm, Loss, Spec, Tree, Weights
+
+STEP_SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def with_step_size(theta: Tree, step_size: float) -> Tree:
+    """``theta`` with the step size of adaptation replaced."""
+    return {**theta, "carried": {"step_size": torch.full_like(theta["carried"]["step_size"], step_size)}}
+
+
+def scratch(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SIZES) -> Algorithm:
+    """Gradient descent from a random initialisation.
+
+    Args:
+        model: any differentiable module.
+        spec: the task family's; nothing is asked of it.
+        step_sizes: the candidates, each above 0.
+    """
+    require(len(step_sizes) > 0 and min(step_sizes) > 0, f"step_sizes must all be above 0, not {step_sizes}")
+    forward = forward_of(model)
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        weights = parameters_of(model)
+        step_size = next(iter(weights.values())).new_tensor(step_sizes[0])
+        return {"weights": weights, "carried": {"step_size": step_size}}
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
+        return gradient_descent(forward, theta["weights"], support, loss, theta["carried"]["step_size"])
+
+    def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
+        return forward(state, x)
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="baseline",
+        kinds=("regression", "classification", "sequence", "control"),
+        paper="",
+        candidates=lambda theta: [with_step_size(theta, size) for size in step_sizes],
+        meta_learns=False,
+    )

@@ -1,0 +1,71 @@
+"""Transfer: train on all training tasks jointly, then fine-tune on the support set.
+
+The "pretrained" baseline of MAML (https://arxiv.org/abs/1703.03400, §5.1) and the "Baseline" of Chen et al.
+2019, "A Closer Look at Few-shot Classification" (https://arxiv.org/abs/1904.04232, §3.1).
+
+Where tasks share classes, the trunk learns to tell all training classes apart with one wide linear head; a
+new task gets a head of its own that starts at zero. Elsewhere the whole model learns the average task.
+Fine-tuning is gradient descent on all weights; validation tasks choose its step size from ``step_sizes``.
+Where we deviate: Chen et al. freeze the trunk.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from metarun.algos.baselines.scratch import STEP_SIZES, scratch
+from metarun.functional import forward_of, trunk_and_head
+from metarun.tree import size
+from metarun.types import Algorithm, Loss, Spec, Task, Tree
+
+
+def both(task: Task) -> Tree:
+    """Support and query examples of a task as one data set."""
+    return {name: torch.cat([task.support[name], task.query[name]]) for name in task.support}
+
+
+def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SIZES) -> Algorithm:
+    """Joint training, then fine-tuning.
+
+    Args:
+        model: any differentiable module; with ``trunk`` and ``head`` where tasks share classes.
+        spec: the task family's; ``training_classes`` says whether tasks share classes.
+        step_sizes: candidates for fine-tuning, each above 0.
+    """
+    fine_tuning = scratch(model, spec, step_sizes)._replace(
+        kinds=("regression", "classification"), paper="https://arxiv.org/abs/1904.04232", meta_learns=True
+    )
+    forward, classes = forward_of(model), spec.training_classes
+
+    def joint_task(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+        return loss(lambda x: forward(theta["weights"], x), both(task))
+
+    if classes is None:
+        return fine_tuning._replace(meta_loss=joint_task)
+    trunk, head = trunk_and_head(model, "transfer")
+    embed = forward_of(trunk)
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        theta = fine_tuning.init(model, generator)
+        weights = theta["weights"]
+        for name in ("head.weight", "head.bias"):
+            weights[name] = torch.zeros_like(weights[name])
+        joint = torch.randn(classes, head.in_features, generator=generator) / head.in_features**0.5
+        bias = weights["head.bias"].new_zeros(classes)
+        return {**theta, "joint_head": {"weight": joint.to(bias), "bias": bias}}
+
+    def joint_classification(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+        data, joint = both(task), theta["joint_head"]
+        features = {n.removeprefix("trunk."): w for n, w in theta["weights"].items() if n.startswith("trunk.")}
+        logits = embed(features, data["x"]) @ joint["weight"].T + joint["bias"]
+        correct = logits.argmax(-1) == data["class"]
+        return cross_entropy(logits, data["class"]), correct.to(logits.dtype).mean()
+
+    return fine_tuning._replace(
+        init=init,
+        meta_loss=joint_classification,
+        any_ways=True,
+        adapted_parameters=lambda theta: size(theta["weights"]),
+    )

@@ -1,0 +1,1 @@
+"""Model-dependent methods: the architecture is the method."""

@@ -1,0 +1,66 @@
+"""Prototypical Networks.
+
+Snell, Swersky, Zemel 2017, "Prototypical Networks for Few-shot Learning", https://arxiv.org/abs/1703.05175.
+
+    prototype    c_k = mean of the embeddings of class k's support examples       (equation 1)
+    prediction   logit_k(x) = −‖f(x) − c_k‖²                                      (equation 2)
+
+f is the model's trunk. Training may use more ways than testing (``task.train_ways``, §2.7).
+
+Support and query examples are embedded in one batch, as in the official code; with batch statistics as
+normalisation they therefore share them. Where we deviate: the official code switches to running averages for
+testing; here test queries too are normalised with their episode (the result row says transductive).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.functional import forward_of, parameters_of, trunk_and_head
+from metarun.types import Algorithm, Loss, Spec, Tree
+
+
+def prototypes(z: Tensor, y: Tensor) -> Tensor:
+    """Mean embedding of each class ``[ways, features]`` from ``z [examples, features]``, one-hot ``y``."""
+    return (y.T @ z) / y.sum(0)[:, None]
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distance of every row of ``a [n, d]`` to every row of ``b [m, d]``: ``[n, m]``."""
+    return (a[:, None] - b[None]).square().sum(-1)
+
+
+def protonet(model: nn.Module, spec: Spec) -> Algorithm:
+    """Prototypical networks with squared Euclidean distance.
+
+    Args:
+        model: a module with ``trunk`` and ``head``; the head is not used.
+        spec: the task family's.
+    """
+    trunk, _ = trunk_and_head(model, "protonet")
+    embed = forward_of(trunk)
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        return {"weights": parameters_of(trunk_and_head(model, "protonet")[0])}
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
+        yield None
+        yield support
+
+    def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
+        n = len(state["x"])
+        z = embed(theta["weights"], torch.cat([state["x"], x]))
+        return -squared_distances(z[n:], prototypes(z[:n], state["y"]))
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="dependent",
+        kinds=("classification",),
+        paper="https://arxiv.org/abs/1703.05175",
+        any_ways=True,
+        adapted_parameters=lambda theta: 0,
+    )

@@ -1,0 +1,86 @@
+"""Shared parameters with a head of each task's own, fitted in closed form (R2-D2).
+
+Bertinetto, Henriques, Torr, Vedaldi 2019, "Meta-learning with differentiable closed-form solvers",
+https://arxiv.org/abs/1805.08136.
+
+    head         W = argmin ‖Z W − Y‖² + λ ‖W‖² = Zᵀ (Z Zᵀ + λ I)⁻¹ Y             (equations 4 and 6)
+    prediction   a · f(x) W + b                                                   (equation 7)
+
+Z holds the trunk's features of the support set, with a column of ones, scaled by 1/√n for n examples (as in
+the official code); Y are one-hot classes or regression targets. The trunk, λ, the scale a and the shift b are
+shared by all tasks and learned; W alone belongs to a task. Equation 6 (Woodbury) is used where the support
+set is no larger than the number of features, the primal form elsewhere.
+
+As in `protonet`, support and query examples are embedded in one batch.
+"""
+
+from collections.abc import Iterator
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.functional import forward_of, parameters_of, trunk_and_head
+from metarun.types import Algorithm, Loss, Spec, Tree
+
+
+def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
+    """Ridge regression of ``y [n, outputs]`` on ``z [n, d]``: the weights ``[d, outputs]``."""
+    n, d = z.shape
+    identity = torch.eye(min(n, d), dtype=z.dtype, device=z.device)
+    if n <= d:
+        return z.T @ torch.linalg.solve(z @ z.T + strength * identity, y)
+    return torch.linalg.solve(z.T @ z + strength * identity, z.T @ y)
+
+
+def with_bias(z: Tensor) -> Tensor:
+    """``z [n, d]`` with a column of ones behind it."""
+    return torch.cat([z, z.new_ones(len(z), 1)], 1)
+
+
+def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: float = 10.0) -> Algorithm:
+    """R2-D2: shared trunk, ridge-regression head per task.
+
+    Args:
+        model: a module with ``trunk`` and ``head``; of the head only its width is used.
+        spec: the task family's.
+        strength: initial λ, above 0 (50 in the official code).
+        scale: initial a, above 0 (10 in the official code; 1 suits regression).
+    """
+    require(strength > 0, f"strength must be above 0, not {strength}")
+    require(scale > 0, f"scale must be above 0, not {scale}")
+    trunk, head = trunk_and_head(model, "shared_params")
+    embed = forward_of(trunk)
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk_and_head(model, "shared_params")[0])
+        first = next(iter(weights.values()))
+        solver = {
+            "log_strength": first.new_tensor(log(strength)),
+            "scale": first.new_tensor(scale),
+            "shift": first.new_tensor(0.0),
+        }
+        return {"weights": weights, "solver": solver}
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
+        yield None
+        yield support
+
+    def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
+        n, solver = len(state["x"]), theta["solver"]
+        z = with_bias(embed(theta["weights"], torch.cat([state["x"], x])))
+        w = ridge(z[:n] / n**0.5, state["y"], solver["log_strength"].exp())
+        return solver["scale"] * (z[n:] / n**0.5) @ w + solver["shift"]
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="dependent",
+        kinds=("regression", "classification"),
+        paper="https://arxiv.org/abs/1805.08136",
+        any_ways=True,
+        adapted_parameters=lambda theta: (head.in_features + 1) * spec.outputs,
+    )

@@ -1,0 +1,112 @@
+"""From a configuration to a family, a model and an algorithm that fit each other."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import cast
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from metarun.config import build, check_ranges
+from metarun.errors import UserError
+from metarun.types import Algorithm, Family, Tree
+
+STREAMS = {"weights": 0, "algorithm": 1, "train": 2, "val": 3, "test": 4}
+
+
+def stream(seed: int, name: str, index: int = 0) -> torch.Generator:
+    """A CPU generator for one purpose: the same (seed, name, index) always gives the same numbers."""
+    state = np.random.SeedSequence([seed, STREAMS[name], index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run works with."""
+
+    config: DictConfig
+    names: dict[str, str]
+    """The members chosen for ``algo``, ``task`` and ``model``."""
+    family: Family
+    model: nn.Module
+    algorithm: Algorithm
+    device: str
+
+    def initial_theta(self) -> Tree:
+        """What is meta-learned, before meta-training."""
+        return self.algorithm.init(self.model, stream(self.config.seed, "algorithm"))
+
+
+def choose_device(device: str) -> str:
+    """``auto`` resolved; a device that is not there is refused."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or (index and not index.isdecimal())):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; choose device=cpu."
+        )
+    return device
+
+
+def build_model(config: DictConfig, family: Family) -> nn.Module:
+    """The model, initialised from ``seed`` alone; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream(config.seed, "weights").initial_seed())
+        model = build(config, "model", family.spec)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: {config.model._target_} must build a torch.nn.Module.")
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise UserError(
+            f"model: {config.model._target_} holds torch's own batch normalisation, whose second-order gradient "
+            "is wrong under torch.func; take metarun.models.norm.BatchStatistics."
+        )
+    return model
+
+
+def _algorithms_that_fit(config: DictConfig, family: Family, model: nn.Module) -> list[str]:
+    names = []
+    for path in sorted((files("metarun.conf") / "algo").iterdir(), key=lambda path: path.name):
+        if path.name.endswith(".yaml"):
+            try:
+                other = OmegaConf.create({"algo": OmegaConf.create(path.read_text())})
+                algorithm = build(other, "algo", model, family.spec)
+            except UserError:
+                continue
+            if family.spec.kind in algorithm.kinds:
+                names.append(path.name.removesuffix(".yaml"))
+    return names
+
+
+def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: nn.Module, algo: Algorithm) -> None:
+    """Refuse an algorithm that does not fit the task, naming what does."""
+    spec = family.spec
+    if spec.kind not in algo.kinds:
+        fitting = ", ".join(_algorithms_that_fit(config, family, model))
+        raise UserError(
+            f"algo={names['algo']} serves {' and '.join(algo.kinds)} tasks, and task={names['task']} is "
+            f"{spec.kind}; algorithms that fit it: {fitting}."
+        )
+    if not algo.any_ways and spec.train_ways != spec.ways:
+        raise UserError(
+            f"algo={names['algo']} needs as many ways in training as in test: set task.train_ways={spec.ways}."
+        )
+
+
+def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
+    """Build everything that ``config`` names.
+
+    Raises:
+        UserError: a value out of range, data missing, or parts that do not fit.
+    """
+    check_ranges(config)
+    device = choose_device(config.device)
+    family = cast(Family, build(config, "task", device=device, data_dir=config.data_dir))
+    model = build_model(config, family).to(device)
+    algorithm = cast(Algorithm, build(config, "algo", model, family.spec))
+    check_fit(config, names, family, model, algorithm)
+    return Experiment(config, names, family, model, algorithm, device)

@@ -1,0 +1,158 @@
+"""The command ``metarun``: Hydra's entry point and the boundary where errors become sentences.
+
+torch is imported only once a configuration is composed, so help, completion and most errors come at once.
+"""
+
+import difflib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from metarun.config import register_schema
+from metarun.errors import UserError
+from metarun.help import help_text
+
+log = logging.getLogger(__name__)
+
+failures: list[str] = []
+"""Jobs of this process that ended without a result; a sweep goes on past them."""
+
+
+def wants_traceback() -> bool:
+    """Whether the user asked for tracebacks."""
+    return os.environ.get("METARUN_FULL_ERROR") == "1"
+
+
+def fail(sentence: str) -> None:
+    """Note that a job failed, and say why, on the screen and in ``run.log``."""
+    failures.append(sentence)
+    log.error("metarun: %s", " ".join(sentence.split()))
+
+
+def job(config: DictConfig) -> float:
+    """One run inside Hydra; returns the validation score, or NaN for a run that failed."""
+    from metarun.loop import Interrupted
+    from metarun.run import run
+
+    failed_before = len(failures)
+    state = HydraConfig.get()
+    directory = Path(state.runtime.output_dir)
+    if Path.cwd() in directory.parents:
+        directory = directory.relative_to(Path.cwd())
+    names = {group: state.runtime.choices[group] for group in ("algo", "task", "model")}
+    try:
+        return run(config, names, directory)
+    except UserError as error:
+        if wants_traceback():
+            raise
+        fail(str(error))
+    except Interrupted as error:
+        log.info("Stopped; everything is saved. Go on with: metarun resume='%s'", directory)
+        raise KeyboardInterrupt from error
+    except OSError as error:
+        if wants_traceback():
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        fail(
+            f"The system refused: {error.strerror or error}{place}; make room or choose another place with "
+            "hydra.run.dir=DIR. What was written before is whole."
+        )
+    except Exception as error:
+        if wants_traceback():
+            raise
+        (directory / "error.txt").write_text(traceback.format_exc())
+        fail(f"{type(error).__name__}: {error} (the traceback is in {directory / 'error.txt'}).")
+    assert len(failures) > failed_before
+    return float("nan")
+
+
+def sentence_of(error: BaseException) -> str:
+    """What Hydra's and OmegaConf's errors mean, in one sentence."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"There is no {group}={name}; choose one of: {', '.join(error.options)}."
+    if isinstance(cause, OmegaConfBaseException) and cause.key is not None:
+        key = str(cause.full_key or cause.key)
+        parent = cause.parent_node
+        if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
+            prefix = key.rpartition(".")[0]
+            siblings = list(parent) if isinstance(parent, DictConfig) and not parent._is_none() else []
+            close = difflib.get_close_matches(str(cause.key), [str(sibling) for sibling in siblings], 1)
+            hint = f"did you mean {prefix + '.' if prefix else ''}{close[0]}?" if close else "metarun --help lists the keys."
+            return f"There is no key {key}; {hint}"
+        return f"{key}: {str(cause.msg or cause).splitlines()[0]}."
+    text = " ".join(str(error).split())
+    return text if text.endswith(".") else f"{text}."
+
+
+def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
+    """For ``resume=DIR``: the overrides that the run began with, then today's, all written to DIR.
+
+    Raises:
+        UserError: DIR is not the directory of a run.
+    """
+    given = [argument for argument in arguments if argument.startswith("resume=")]
+    if not given or given[-1] in ("resume=", "resume=null"):
+        return arguments
+    directory = Path(given[-1].removeprefix("resume=").strip("'\""))
+    path = directory / ".hydra" / "overrides.yaml"
+    if not (directory / "checkpoints" / "last.pt").is_file() or not path.is_file():
+        raise UserError(
+            f"There is nothing to resume in {directory}: it has no checkpoints/last.pt or no .hydra; name the "
+            "directory that the run printed, or start again without resume."
+        )
+    before = [str(override) for override in OmegaConf.load(path)]
+    quoted = "'" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    rest = [argument for argument in arguments if argument not in given]
+    kept = [override for override in before if not override.startswith("resume=")]
+    return [*kept, *rest, f"resume={quoted}", f"hydra.run.dir={quoted}"]
+
+
+def config_dirs(arguments: list[str]) -> list[str]:
+    """The values of ``--config-dir`` among the arguments."""
+    return [
+        value
+        for option, value in zip(arguments, [*arguments[1:], ""], strict=True)
+        if option in ("--config-dir", "-cd") and value
+    ] + [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
+
+
+def main() -> Any:
+    """Entry point of ``metarun``; exits with 1 after an error, 130 after an interruption."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(config_dirs(arguments)))
+        return
+    # Hydra would print and exit by itself; this makes it raise, so that one place makes sentences of errors.
+    os.environ["METARUN_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register_schema()
+    try:
+        sys.argv[1:] = arguments_of_resumed_run(arguments)
+        entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
+        entry(job)()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        if wants_traceback():
+            raise
+        sys.exit(f"metarun: {sentence_of(error)}")
+    except OSError as error:
+        if wants_traceback():
+            raise
+        sys.exit(
+            f"metarun: the output directory cannot be written ({error.strerror or error}: {error.filename}); choose "
+            "another with hydra.run.dir=DIR (hydra.sweep.dir=DIR for a sweep)."
+        )
+    if failures:
+        sys.exit(1)

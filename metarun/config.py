@@ -1,0 +1,173 @@
+"""The schema of the configuration, its checks, and the one place that turns it into objects."""
+
+import hashlib
+import inspect
+import json
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_method
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from metarun.errors import UserError
+
+Optimizer = Enum("Optimizer", ["adam", "adamw", "sgd"])
+Schedule = Enum("Schedule", ["constant", "linear", "cosine", "step"])
+
+
+@dataclass
+class TrainConfig:
+    """Meta-training; ``conf/config.yaml`` explains each key."""
+
+    steps: int = MISSING
+    meta_batch: int = MISSING
+    lr: float = MISSING
+    optimizer: Optimizer = MISSING
+    weight_decay: float = MISSING
+    schedule: Schedule = MISSING
+    final: float = MISSING
+    decay: float = MISSING
+    decay_every: int = MISSING
+    clip: float | None = MISSING
+    eval_every: int = MISSING
+    log_every: int = MISSING
+    val_episodes: int = MISSING
+
+
+@dataclass
+class EvalConfig:
+    """Validation and test."""
+
+    episodes: int = MISSING
+    adapt_steps: int = MISSING
+    seed: int = MISSING
+
+
+@dataclass
+class Config:
+    """The top level; the groups ``task``, ``model`` and ``algo`` are checked by their constructors."""
+
+    seed: int = MISSING
+    device: str = MISSING
+    data_dir: str = MISSING
+    resume: str | None = MISSING
+    train: TrainConfig = MISSING
+    eval: EvalConfig = MISSING
+    task: Any = MISSING
+    model: Any = MISSING
+    algo: Any = MISSING
+
+
+def register_schema() -> None:
+    """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
+    ConfigStore.instance().store("schema", Config)
+
+
+LOWER_BOUNDS: dict[str, float] = {
+    "seed": 0,
+    "train.steps": 0,
+    "train.meta_batch": 1,
+    "train.weight_decay": 0,
+    "train.final": 0,
+    "train.decay_every": 1,
+    "train.eval_every": 1,
+    "train.log_every": 1,
+    "train.val_episodes": 2,
+    "eval.episodes": 2,
+    "eval.adapt_steps": 0,
+    "eval.seed": 0,
+}
+ABOVE_ZERO = ("train.lr", "train.decay", "train.clip")
+
+
+def check_ranges(config: DictConfig) -> None:
+    """Refuse values out of range with a sentence."""
+    for key, bound in LOWER_BOUNDS.items():
+        if not OmegaConf.select(config, key) >= bound:
+            raise UserError(f"{key} must be at least {bound:g}, not {OmegaConf.select(config, key)}.")
+    for key in ABOVE_ZERO:
+        value = OmegaConf.select(config, key)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{key} must be a finite number above 0, not {value}.")
+
+
+def config_hash(config: DictConfig) -> str:
+    """Fingerprint of all that determines a run's numbers: not where it runs, nor where its data lie."""
+    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    kept = {key: value for key, value in plain.items() if key not in ("device", "data_dir", "resume")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML is what a type annotation asks for; unknown annotations accept anything."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    return True
+
+
+def _words(hint: Any) -> str:
+    """A type annotation in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(option) for option in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list of {len(arguments)} values"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list, each item {_words(arguments[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+def build(config: DictConfig, group: str, *given: Any, **context: Any) -> Any:
+    """Call the ``_target_`` of ``config[group]`` with its keys, each checked against the target's annotations.
+
+    Args:
+        config: the whole configuration.
+        group: ``task``, ``model`` or ``algo``.
+        given: positional arguments before the keys.
+        context: further arguments by name, for targets that take them.
+
+    Raises:
+        UserError: the target does not exist, or a key is unknown to it, of a wrong type or out of range.
+    """
+    keys = OmegaConf.to_container(config[group], resolve=True)
+    if not isinstance(keys, dict) or not isinstance(keys.get("_target_"), str):
+        raise UserError(f"{group} needs a _target_, the dotted path of what it builds.")
+    name = keys.pop("_target_")
+    try:
+        target: Callable[..., Any] = get_method(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{group}: {name} cannot be imported ({error.__cause__ or error}).") from error
+    signature = inspect.signature(target)
+    hints = get_type_hints(target.__init__ if isinstance(target, type) else target)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for key, value in keys.items():
+        if key not in signature.parameters and not takes_any:
+            raise UserError(f"{group}.{key} is unknown: {name} does not take it.")
+        if key in hints and not _fits(value, hints[key]):
+            raise UserError(f"{group}.{key} must be {_words(hints[key])}, not {value!r}.")
+    context = {key: value for key, value in context.items() if key in signature.parameters or takes_any}
+    try:
+        return target(*given, **keys, **context)
+    except ValueError as error:
+        raise UserError(f"{group}: {str(error).rstrip('.')}.") from error

@@ -1,0 +1,1 @@
+"""Reading, generating, downloading and checking of data sets."""

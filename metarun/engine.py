@@ -1,0 +1,87 @@
+"""One meta-step and one evaluation over many tasks.
+
+An algorithm is written for one task; this module maps it over the tasks of a batch with ``torch.func.vmap``
+and differentiates the mean.
+"""
+
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from metarun.tree import learned, leaves, like, size, tree_map
+from metarun.types import Algorithm, Loss, MetaGradient, Task, Tree
+
+
+def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Meta-loss of one task: the algorithm's own, or query loss and score after ``train_steps``."""
+    if algorithm.meta_loss is not None:
+        return algorithm.meta_loss(theta, task, loss)
+    state = adapted(algorithm, theta, task.support, loss, algorithm.train_steps)
+    return loss(partial(algorithm.predict, theta, state), task.query)
+
+
+def adapted(algorithm: Algorithm, theta: Tree, support: Tree, loss: Loss, steps: int) -> Any:
+    """State of one task after ``steps`` steps, or the last one if adaptation ends sooner."""
+    *_, state = islice(algorithm.adapt(theta, support, loss), steps + 1)
+    return state
+
+
+def meta_gradient(algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss) -> MetaGradient:
+    """Gradient of the mean meta-loss over ``tasks`` (leaves ``[tasks, ...]``), or the algorithm's own."""
+    if algorithm.meta_grad is not None:
+        return algorithm.meta_grad(theta, tasks, loss)
+    variables = tree_map(lambda leaf: leaf.detach().requires_grad_(), learned(theta))
+    losses, scores = vmap(lambda task: query_loss(algorithm, {**theta, **variables}, task, loss))(tasks)
+    mean_loss = losses.mean()
+    # A leaf that the meta-loss does not use (a head that only fine-tuning touches) has a gradient of zero.
+    gradients = torch.autograd.grad(mean_loss, list(leaves(variables)), materialize_grads=True)
+    carried = theta.get("carried", {})
+    return MetaGradient(like(variables, iter(gradients)), mean_loss.detach(), scores.detach().mean(), carried)
+
+
+@torch.no_grad()
+def evaluate(
+    algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss, steps: int
+) -> tuple[list[int], Tensor, Tensor]:
+    """Query losses and scores along adaptation.
+
+    Returns:
+        The adaptation steps that have a state (0 to ``steps`` for a gradient learner, 1 for a learner that
+        needs a support set), and losses and scores ``[tasks, states]``.
+    """
+    reached: list[int] = []
+
+    def one_task(task: Task) -> tuple[Tensor, Tensor]:
+        reached.clear()
+        results = []
+        for step, state in enumerate(islice(algorithm.adapt(theta, task.support, loss), max(steps, 1) + 1)):
+            if state is not None and (step <= steps or not reached):
+                reached.append(step)
+                results.append(loss(partial(algorithm.predict, theta, state), task.query))
+        losses, scores = zip(*results, strict=True)
+        return torch.stack(losses), torch.stack(scores)
+
+    losses, scores = vmap(one_task)(tasks)
+    return reached, losses, scores
+
+
+@torch.no_grad()
+def adapt_and_score(algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss, steps: int) -> Tensor:
+    """Query loss after ``steps`` steps ``[tasks]``, and nothing on the way: the work to be timed."""
+
+    def one_task(task: Task) -> Tensor:
+        state = adapted(algorithm, theta, task.support, loss, max(steps, 1))
+        return loss(partial(algorithm.predict, theta, state), task.query)[0]
+
+    return vmap(one_task)(tasks)
+
+
+def adapted_parameters(algorithm: Algorithm, theta: Tree) -> int:
+    """How many numbers adaptation sets for one task."""
+    if algorithm.adapted_parameters is not None:
+        return algorithm.adapted_parameters(theta)
+    return size(learned(theta))

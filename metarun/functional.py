@@ -1,0 +1,69 @@
+"""Modules as functions of their parameters, and the inner step that gradient learners share."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+from metarun.types import Loss, Tree, Weights
+
+Forward = Callable[[Weights, Any], Tensor]
+"""(weights, x) → output."""
+
+
+def forward_of(module: nn.Module) -> Forward:
+    """The forward pass of ``module`` as a function of its parameters."""
+
+    def forward(weights: Weights, x: Any) -> Tensor:
+        return cast(Tensor, functional_call(module, weights, (x,)))
+
+    return forward
+
+
+def parameters_of(module: nn.Module) -> Weights:
+    """A copy of the parameters of ``module`` by name."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def support_gradient(forward: Forward, weights: Weights, support: Tree, loss: Loss) -> Weights:
+    """Gradient of the support loss of one task at ``weights``."""
+    return cast(Weights, grad(lambda w: loss(partial(forward, w), support)[0])(weights))
+
+
+def gradient_descent(
+    forward: Forward,
+    weights: Weights,
+    support: Tree,
+    loss: Loss,
+    learning_rate: float | Tensor,
+    first_order: bool = False,
+) -> Iterator[Weights]:
+    """Yield the weights before and after every step of gradient descent on the support loss, without end.
+
+    With ``first_order`` the gradient counts as a constant: it is taken at detached weights, which saves the
+    graph, while the path from the old weights to the new ones stays.
+    """
+    while True:
+        yield weights
+        start = {name: w.detach() for name, w in weights.items()} if first_order else weights
+        gradient = support_gradient(forward, start, support, loss)
+        weights = {name: w - learning_rate * gradient[name] for name, w in weights.items()}
+
+
+def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Linear]:
+    """The two parts of ``model`` that ``algorithm`` needs apart: features, and the linear layer on them."""
+    trunk, head = getattr(model, "trunk", None), getattr(model, "head", None)
+    if not isinstance(trunk, nn.Module) or not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{algorithm} needs a model with a module 'trunk' (input → features) and a linear layer 'head' "
+            f"(features → output), as metarun's own models have, and {type(model).__name__} lacks them"
+        )
+    return trunk, head
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator in the state that ``seed`` gives."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,77 @@
+"""``metarun --help``, written for people; the members of each group are read from the configuration files."""
+
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+HEAD = """metarun: meta-learning experiments from the command line
+
+  metarun [KEY=VALUE ...]      meta-train, select on validation tasks, meta-test, write tables and pictures
+  metarun-compare PATH...      put runs side by side on the same test episodes
+
+Without arguments: metarun algo=maml task=sinusoid
+"""
+
+KEYS = """
+Keys
+  seed                     of initial weights and training tasks
+  device                   auto, cpu, cuda or cuda:N
+  data_dir                 where data sets lie (METARUN_DATA_DIR, else data)
+  resume                   directory of an interrupted run, to be continued there
+  train.steps              meta-steps
+  train.meta_batch         tasks a meta-step
+  train.lr                 learning rate of the outer optimizer
+  train.eval_every         meta-steps between validations; the best is tested
+  eval.episodes            test tasks, the same for every algorithm and seed
+  eval.adapt_steps         adaptation steps in validation and test
+  eval.seed                of validation and test tasks
+  task.ways                classes a task
+  task.shots               support examples (a class)
+  task.queries             examples that score a task (a class)
+  algo.inner_lr            step size of adaptation
+  algo.inner_steps         adaptation steps in training
+  algo.first_order         whether to drop second derivatives
+  All keys of a run:       metarun algo=... task=... --cfg job
+
+Examples
+  metarun algo=protonet task=omniglot task.ways=20 task.shots=5
+  metarun experiment=maml_sinusoid
+  metarun -m algo=maml,reptile,shared_params,scratch task=sinusoid seed=0,1
+  metarun resume=outputs/2026-01-31/12-00-00-000000_maml_sinusoid
+  metarun-compare outputs
+
+Results go to outputs/. Hydra's own options: metarun --hydra-help. Tab completion: eval "$(metarun -sc install=bash)"
+HYDRA_FULL_ERROR=1 shows the traceback of an error."""
+
+
+def description(text: str) -> str:
+    """The first comment line of a configuration file that is not Hydra's package directive."""
+    lines = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((line for line in lines if not line.startswith("@package")), "")
+
+
+def members(root: Traversable | Path, group: str) -> dict[str, str]:
+    """Name → description of each member of a group, in order."""
+    folder = root / group
+    if not folder.is_dir():
+        return {}
+    yamls = sorted((path for path in folder.iterdir() if path.name.endswith(".yaml")), key=lambda path: path.name)
+    return {path.name.removesuffix(".yaml"): description(path.read_text(encoding="utf-8")) for path in yamls}
+
+
+def help_text(config_dirs: list[str]) -> str:
+    """The whole help, with the members that ``--config-dir`` adds."""
+    roots: list[Traversable | Path] = [files("metarun.conf"), *map(Path, config_dirs)]
+    text = HEAD
+    for group, what in {
+        "algo": "algorithms",
+        "task": "task families",
+        "model": "models; each task names a default",
+        "experiment": "settings of a paper",
+    }.items():
+        found: dict[str, str] = {}
+        for root in roots:
+            found |= members(root, group)
+        text += f"\n{group}=... ({what})\n"
+        text += "".join(f"  {name:<24} {line}\n" for name, line in found.items())
+    return text + KEYS

@@ -1,0 +1,341 @@
+"""The loop: meta-train, validate, keep the best, meta-test."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, StepLR
+from tqdm import tqdm
+
+from metarun import checkpoint, engine
+from metarun.assemble import Experiment, stream
+from metarun.config import config_hash
+from metarun.errors import UserError
+from metarun.results.tables import write_metrics
+from metarun.tree import learned, leaves, tree_map
+from metarun.types import Split, Task, Tree
+
+log = logging.getLogger(__name__)
+
+EPISODE_BLOCK = 50
+"""Validation and test episodes come in blocks of this many, each from its own generator: an episode does not
+depend on how many are asked for."""
+
+
+class Interrupted(Exception):
+    """The user stopped the run; its state is saved."""
+
+
+@dataclass
+class Best:
+    """What validation has selected so far."""
+
+    step: int
+    val_score: float
+    theta: Tree
+
+
+@dataclass
+class Training:
+    """Everything that changes during meta-training."""
+
+    theta: Tree
+    optimizer: Optimizer
+    schedule: LRScheduler | None
+    step: int = 0
+    best: Best | None = None
+    rows: list[dict[str, float | int]] = field(default_factory=list)
+    """Of ``metrics.csv``."""
+    window: list[Tensor] = field(default_factory=list)
+    """(loss, score) of each step since the last row."""
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    """Of which outside of validation."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Meta-test of the selected theta: ``losses`` and ``scores`` are ``[episodes, states]``."""
+
+    adapt_steps: list[int]
+    losses: Tensor
+    scores: Tensor
+    seconds: float
+    adapt_ms_per_task: float
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, so that the loop stops between two steps; a second one kills."""
+    received: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def outer_optimizer(config: DictConfig, theta: Tree) -> tuple[Optimizer, LRScheduler | None]:
+    """The optimizer over the learned leaves of ``theta``, and its schedule over ``train.steps``."""
+    train, variables = config.train, list(leaves(learned(theta)))
+    optimizer: Optimizer
+    match train.optimizer.name:
+        case "adam":
+            optimizer = Adam(variables, train.lr, weight_decay=train.weight_decay, fused=True)
+        case "adamw":
+            optimizer = AdamW(variables, train.lr, weight_decay=train.weight_decay, fused=True)
+        case _:
+            optimizer = SGD(variables, train.lr, weight_decay=train.weight_decay, fused=True)
+    steps = max(train.steps, 1)
+    match train.schedule.name:
+        case "linear":
+            return optimizer, LinearLR(optimizer, 1.0, train.final, total_iters=steps)
+        case "cosine":
+            return optimizer, CosineAnnealingLR(optimizer, steps, eta_min=train.lr * train.final)
+        case "step":
+            return optimizer, StepLR(optimizer, train.decay_every, train.decay)
+        case _:
+            return optimizer, None
+
+
+def start(experiment: Experiment) -> Training:
+    """The state before the first step."""
+    # Parameters of their own memory, whatever init returned, for the optimizer to write into.
+    theta = tree_map(lambda leaf: leaf.detach().clone(), experiment.initial_theta())
+    return Training(theta, *outer_optimizer(experiment.config, theta))
+
+
+def meta_step(experiment: Experiment, training: Training) -> None:
+    """One meta-step in place: sample tasks, meta-gradient, clip, outer step."""
+    config, theta = experiment.config, training.theta
+    tasks = experiment.family.sample(
+        "train", config.train.meta_batch, stream(config.seed, "train", training.step)
+    )
+    result = engine.meta_gradient(experiment.algorithm, theta, tasks, experiment.family.loss)
+    variables = list(leaves(learned(theta)))
+    for variable, gradient in zip(variables, leaves(result.grads), strict=True):
+        variable.grad = gradient
+    if config.train.clip is not None:
+        torch.nn.utils.clip_grad_norm_(variables, config.train.clip)
+    training.optimizer.step()
+    if training.schedule is not None:
+        training.schedule.step()
+    for old, new in zip(leaves(theta.get("carried", {})), leaves(result.carried), strict=True):
+        old.copy_(new)
+    training.window.append(torch.stack([result.loss, result.score]))
+    training.step += 1
+
+
+def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]:
+    """The first ``count`` validation or test episodes in blocks, by ``eval.seed`` alone."""
+    for index, first in enumerate(range(0, count, EPISODE_BLOCK)):
+        block = experiment.family.sample(split, EPISODE_BLOCK, stream(experiment.config.eval.seed, split, index))
+        rest = count - first
+        if rest < EPISODE_BLOCK:
+            block = Task(*(tree_map(lambda leaf: leaf[:rest], part) for part in block))  # noqa: B023
+        yield block
+
+
+def evaluate(experiment: Experiment, theta: Tree, tasks: Iterator[Task] | list[Task]) -> tuple[list[int], Tensor, Tensor]:
+    """Adaptation steps, and losses and scores ``[episodes, states]``, over blocks of tasks."""
+    steps = experiment.config.eval.adapt_steps
+    results = [
+        engine.evaluate(experiment.algorithm, theta, block, experiment.family.loss, steps) for block in tasks
+    ]
+    return results[0][0], torch.cat([r[1] for r in results]).cpu(), torch.cat([r[2] for r in results]).cpu()
+
+
+def better(experiment: Experiment, score: float, than: float) -> bool:
+    """Whether a validation score beats another; NaN beats nothing."""
+    if math.isnan(than):
+        return not math.isnan(score)
+    return score > than if experiment.family.spec.higher_is_better else score < than
+
+
+def validate(experiment: Experiment, theta: Tree, tasks: list[Task]) -> tuple[Tree, float, float]:
+    """The best of the algorithm's candidates for ``theta``, with its validation loss and score."""
+    chosen, loss, score = theta, math.nan, math.nan
+    for candidate in experiment.algorithm.candidates(theta):
+        _, losses, scores = evaluate(experiment, candidate, tasks)
+        if better(experiment, scores[:, -1].mean().item(), score):
+            chosen, loss, score = candidate, losses[:, -1].mean().item(), scores[:, -1].mean().item()
+    return chosen, loss, score
+
+
+def save(experiment: Experiment, training: Training, directory: Path) -> None:
+    """Write ``last.pt``, all that a resumed run needs."""
+    best = training.best
+    content: dict[str, Any] = {
+        "config": OmegaConf.to_yaml(experiment.config, resolve=True),
+        "config_hash": config_hash(experiment.config),
+        "dataset": experiment.family.dataset,
+        "step": training.step,
+        "theta": training.theta,
+        "optimizer": training.optimizer.state_dict(),
+        "schedule": training.schedule.state_dict() if training.schedule else None,
+        "best": {"step": best.step, "val_score": best.val_score, "theta": best.theta} if best else None,
+        "rows": training.rows,
+        "window": training.window,
+        "seconds": training.seconds,
+        "step_seconds": training.step_seconds,
+    }
+    checkpoint.save(directory / "checkpoints" / "last.pt", content)
+
+
+def save_best(experiment: Experiment, best: Best, directory: Path) -> None:
+    """Write ``best.pt``: the parameters that validation selected."""
+    content = {
+        "config": OmegaConf.to_yaml(experiment.config, resolve=True),
+        "config_hash": config_hash(experiment.config),
+        "dataset": experiment.family.dataset,
+        "step": best.step,
+        "val_score": best.val_score,
+        "theta": best.theta,
+    }
+    checkpoint.save(directory / "checkpoints" / "best.pt", content)
+
+
+def restore(experiment: Experiment, directory: Path) -> Training:
+    """The state that ``last.pt`` holds.
+
+    Raises:
+        UserError: the checkpoint is missing, broken, of another configuration or of other data.
+    """
+    path = directory / "checkpoints" / "last.pt"
+    content = checkpoint.load(path, experiment.device, config_hash(experiment.config))
+    if content["dataset"] != experiment.family.dataset:
+        raise UserError(
+            f"The checkpoint {path} was trained on {content['dataset']}, and the data found now are "
+            f"{experiment.family.dataset}; set data_dir to where the former lie."
+        )
+    training = start(experiment)
+    for old, new in zip(leaves(training.theta), leaves(content["theta"]), strict=True):
+        old.copy_(new)
+    training.optimizer.load_state_dict(content["optimizer"])
+    if training.schedule is not None:
+        training.schedule.load_state_dict(content["schedule"])
+    training.best = Best(**content["best"]) if content["best"] else None
+    for name in ("step", "rows", "window", "seconds", "step_seconds"):
+        setattr(training, name, content[name])
+    return training
+
+
+def check_finite(training: Training, directory: Path) -> None:
+    """Stop a run whose loss or parameters are no longer finite, before anything bad is saved."""
+    finite = all(bool(leaf.isfinite().all()) for leaf in leaves(learned(training.theta)))
+    if finite and all(bool(pair[0].isfinite()) for pair in training.window):
+        return
+    last = directory / "checkpoints" / "last.pt"
+    kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
+    raise UserError(
+        f"The training loss stopped being finite by step {training.step}; lower train.lr or algo.inner_lr, or set "
+        f"train.clip=1 ({kept})."
+    )
+
+
+def log_row(training: Training, val: tuple[float, float] | None) -> dict[str, float | int]:
+    """Close the window of steps with a row for ``metrics.csv``."""
+    loss, score = torch.stack(training.window).mean(0).tolist() if training.window else (math.nan, math.nan)
+    training.window.clear()
+    row: dict[str, float | int] = {"step": training.step, "train_loss": loss, "train_score": score}
+    if val is not None:
+        row |= {"val_loss": val[0], "val_score": val[1]}
+    row["seconds"] = round(training.seconds, 3)
+    training.rows.append(row)
+    return row
+
+
+def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Training:
+    """Meta-train to ``train.steps``, validating and saving as it goes; ``best`` is set at the end.
+
+    Raises:
+        UserError: the loss is no longer finite, or no validation score was a number.
+        Interrupted: on SIGINT or SIGTERM, after writing a checkpoint.
+    """
+    train, metric = experiment.config.train, experiment.family.spec.metric
+    training = restore(experiment, directory) if resume else start(experiment)
+    steps = train.steps if experiment.algorithm.meta_learns else 0
+    validation = list(episodes(experiment, "val", train.val_episodes))
+
+    def validate_and_save() -> None:
+        check_finite(training, directory)
+        theta, val_loss, val_score = validate(experiment, training.theta, validation)
+        training.seconds += time.perf_counter() - clock[0]
+        clock[0] = time.perf_counter()
+        row = log_row(training, (val_loss, val_score))
+        best = training.best
+        if best is None or better(experiment, val_score, best.val_score):
+            best = training.best = Best(training.step, val_score, tree_map(lambda t: t.detach().clone(), theta))
+            save_best(experiment, best, directory)
+        save(experiment, training, directory)
+        write_metrics(directory, training.rows)
+        show(row)
+
+    def show(row: dict[str, float | int]) -> None:
+        values = {"loss": f"{row['train_loss']:.4g}", metric: f"{row['train_score']:.4g}"}
+        if training.best is not None:
+            values["best val"] = f"{training.best.val_score:.4g}"
+        progress.set_postfix(values, refresh=False)
+
+    clock = [time.perf_counter()]
+    with stop_on_signal() as stopped, tqdm(total=steps, initial=training.step, disable=None, unit="step") as progress:
+        if steps == 0 and training.best is None:
+            validate_and_save()
+        while training.step < steps:
+            meta_step(experiment, training)
+            progress.update()
+            due = training.step % train.eval_every == 0 or training.step == steps
+            if due or training.step % train.log_every == 0 or stopped:
+                if experiment.device != "cpu":
+                    torch.cuda.synchronize()
+                elapsed = time.perf_counter() - clock[0]
+                clock[0] = time.perf_counter()
+                training.seconds += elapsed
+                training.step_seconds += elapsed
+            if due:
+                validate_and_save()
+            elif training.step % train.log_every == 0:
+                check_finite(training, directory)
+                show(log_row(training, None))
+                write_metrics(directory, training.rows)
+            if stopped and training.step < steps:
+                check_finite(training, directory)
+                save(experiment, training, directory)
+                raise Interrupted
+    if training.best is None or math.isnan(training.best.val_score):
+        raise UserError(f"No validation gave a finite {metric}; lower algo.inner_lr or eval.adapt_steps.")
+    return training
+
+
+def meta_test(experiment: Experiment, theta: Tree) -> Tested:
+    """Score ``theta`` on the test episodes along adaptation."""
+    config, began = experiment.config, time.perf_counter()
+    steps, losses, scores = evaluate(experiment, theta, episodes(experiment, "test", config.eval.episodes))
+    seconds = time.perf_counter() - began
+    block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
+    began = time.perf_counter()
+    scored = engine.adapt_and_score(
+        experiment.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps
+    )
+    if experiment.device != "cpu":
+        torch.cuda.synchronize()
+    milliseconds = 1000 * (time.perf_counter() - began) / len(scored)
+    return Tested(steps, losses, scores, seconds, milliseconds)

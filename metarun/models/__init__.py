@@ -1,0 +1,1 @@
+"""Models: ordinary modules with a ``trunk`` and a ``head``."""

@@ -1,0 +1,74 @@
+"""The four-block convolutional network of the few-shot literature."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.models.norm import BatchStatistics
+from metarun.types import Spec
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "batch":
+        return BatchStatistics(channels)
+    if kind == "group":
+        return nn.GroupNorm(min(8, channels), channels)
+    return nn.Identity()
+
+
+class Conv4(nn.Module):
+    """Four blocks of 3×3 convolution, normalisation and ReLU, then a linear head.
+
+    With ``downsample="stride"`` each convolution has stride 2 and the features are the spatial mean, as
+    MAML does for Omniglot (https://arxiv.org/abs/1703.03400, §5.2); with ``"max_pool"`` each block ends in
+    2×2 max-pooling and the features are flattened, as Matching and Prototypical Networks do.
+
+    Args:
+        spec: input ``(channels, height, width)`` of any size from 16×16, and the number of outputs.
+        filters: channels of each block; for group normalisation at most 8, or a multiple of 8.
+        downsample: how each block halves the image.
+        norm: ``batch`` (statistics of the current batch, hence transductive), ``group`` or ``none``.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        filters: int = 64,
+        downsample: Literal["stride", "max_pool"] = "stride",
+        norm: Literal["batch", "group", "none"] = "batch",
+    ) -> None:
+        super().__init__()
+        require(filters >= 1, f"filters must be at least 1, not {filters}")
+        require(
+            norm != "group" or filters <= 8 or filters % 8 == 0,
+            f"filters must be at most 8 or a multiple of 8 for norm=group, not {filters}",
+        )
+        require(
+            len(spec.input_shape) == 3 and min(spec.input_shape[1:]) >= 16,
+            f"conv4 needs images of at least 16×16, and this task's input has shape {spec.input_shape}; "
+            "choose model=mlp",
+        )
+        self.transductive = norm == "batch"
+        layers: list[nn.Module] = []
+        channels = spec.input_shape[0]
+        for _ in range(4):
+            stride = 2 if downsample == "stride" else 1
+            # A bias before a normalisation is cancelled by it.
+            layers.append(nn.Conv2d(channels, filters, 3, stride, padding=1, bias=norm == "none"))
+            layers += [_norm(norm, filters), nn.ReLU()]
+            if downsample == "max_pool":
+                layers.append(nn.MaxPool2d(2))
+            channels = filters
+        if downsample == "stride":
+            layers.append(nn.AdaptiveAvgPool2d(1))
+        self.trunk = nn.Sequential(*layers, nn.Flatten())
+        with torch.no_grad():
+            features = self.trunk(torch.zeros(1, *spec.input_shape)).shape[1]
+        self.head = nn.Linear(features, spec.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[examples, channels, height, width]`` → ``[examples, outputs]``."""
+        out: Tensor = self.head(self.trunk(x))
+        return out

@@ -1,0 +1,57 @@
+"""A multi-layer perceptron."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+from typing import Literal
+
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.types import Spec
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+class MLP(nn.Module):
+    """Fully connected layers of the given widths, then a linear head.
+
+    Initialised as in MAML's code (https://github.com/cbfinn/maml): weights from a normal distribution with
+    standard deviation ``initial_std`` cut at two of them, biases zero; null takes torch's own initialisation.
+
+    Args:
+        spec: sizes of input and output.
+        widths: width of each hidden layer.
+        activation: between the layers.
+        initial_std: above 0, or None.
+    """
+
+    transductive = False
+
+    def __init__(
+        self,
+        spec: Spec,
+        widths: Sequence[int] = (40, 40),
+        activation: Literal["relu", "tanh", "gelu", "silu"] = "relu",
+        initial_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        require(len(widths) > 0 and all(w > 0 for w in widths), f"widths must be positive, not {list(widths)}")
+        require(initial_std is None or initial_std > 0, f"initial_std must be above 0, not {initial_std}")
+        sizes = [prod(spec.input_shape), *widths]
+        layers: list[nn.Module] = [nn.Flatten()] if len(spec.input_shape) > 1 else []
+        for n_in, n_out in pairwise(sizes):
+            layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Linear(sizes[-1], spec.outputs)
+        if initial_std is not None:
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    bound = 2 * initial_std
+                    nn.init.trunc_normal_(layer.weight, std=initial_std, a=-bound, b=bound)
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[examples, *input]`` → ``[examples, outputs]``."""
+        out: Tensor = self.head(self.trunk(x))
+        return out

@@ -1,0 +1,26 @@
+"""Normalisation that is right inside ``torch.func`` transforms."""
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchStatistics(nn.Module):
+    """Normalise each channel of ``[batch, channels, height, width]`` by the statistics of this very batch.
+
+    Batch normalisation (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167) as MAML uses it: no
+    running averages, in training and test alike, so the queries of a task see each other ("transductive").
+    Written out, because differentiating twice through ``torch.nn.functional.batch_norm`` under
+    ``torch.func.vmap`` gives a wrong gradient without a warning (tests/test_norm.py).
+    """
+
+    def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, channels, height, width]`` → the same shape."""
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        scale = torch.rsqrt(variance + self.epsilon) * self.weight[:, None, None]
+        return (x - mean) * scale + self.bias[:, None, None]

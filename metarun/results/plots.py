@@ -1,0 +1,85 @@
+"""The pictures that a run and a comparison leave behind."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from metarun.files import atomic_write
+
+AGNOSTIC, DEPENDENT, BASELINE = "#0072B2", "#D55E00", "#777777"
+FAMILY_COLOURS = {"agnostic": AGNOSTIC, "dependent": DEPENDENT, "baseline": BASELINE}
+"""Told apart by people who cannot tell red from green (Okabe and Ito 2008)."""
+
+
+def axis_label(metric: str) -> str:
+    """A metric's name with its unit."""
+    return "accuracy (%)" if metric == "accuracy" else metric.upper() if metric == "mse" else metric
+
+
+def axis_scale(metric: str) -> float:
+    """What a score is multiplied by for the axis."""
+    return 100.0 if metric == "accuracy" else 1.0
+
+
+def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Any]:
+    """A figure with one axis, without the frame's upper and right side."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axis = figure.add_subplot()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    return figure, axis
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG atomically."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def plot_training(
+    path: Path, title: str, metric: str, rows: Sequence[Mapping[str, Any]], selected_step: int
+) -> None:
+    """Training and validation score over meta-steps; a line marks the step that was tested."""
+    figure, axis = new_figure()
+    scale = axis_scale(metric)
+    for column, label, colour, marker in (
+        ("train_score", "training tasks", "#999999", ""),
+        ("val_score", "validation tasks", AGNOSTIC, "o"),
+    ):
+        points = [(row["step"], scale * row[column]) for row in rows if column in row and row["step"] > 0]
+        points = [(x, y) for x, y in points if math.isfinite(y)]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4)
+    axis.axvline(selected_step, color=DEPENDENT, linestyle=":", label=f"tested: step {selected_step}")
+    if metric != "accuracy" and all(y > 0 for line in axis.lines[:-1] for y in line.get_ydata()):
+        axis.set_yscale("log")
+    axis.set(title=title, xlabel="meta-step", ylabel=axis_label(metric))
+    axis.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_adaptation(
+    path: Path, title: str, metric: str, adapt_steps: Sequence[int], means: Sequence[float], cis: Sequence[float]
+) -> None:
+    """Test score along adaptation with its 95 % confidence interval over episodes."""
+    figure, axis = new_figure()
+    scale = axis_scale(metric)
+    y = [scale * value for value in means]
+    low = [scale * (m - c) for m, c in zip(means, cis, strict=True)]
+    high = [scale * (m + c) for m, c in zip(means, cis, strict=True)]
+    axis.errorbar(
+        adapt_steps, y, yerr=[scale * c for c in cis], color=AGNOSTIC, marker="o", markersize=4, capsize=2, linewidth=1
+    )
+    axis.fill_between(adapt_steps, low, high, color=AGNOSTIC, alpha=0.15, linewidth=0)
+    if len(adapt_steps) == 1:
+        axis.set_xlim(adapt_steps[0] - 1, adapt_steps[0] + 1)
+        axis.set_xticks(list(adapt_steps), ["after the support set"])
+        axis.annotate(f"{y[0]:.4g}", (adapt_steps[0], y[0]), xytext=(8, 0), textcoords="offset points", va="center")
+    elif len(adapt_steps) <= 12:
+        axis.set_xticks(list(adapt_steps))
+    axis.set(title=title, xlabel="adaptation step", ylabel=f"test {axis_label(metric)}")
+    save_figure(figure, path)

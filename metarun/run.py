@@ -1,0 +1,188 @@
+"""One run from configuration to tables and pictures."""
+
+import hashlib
+import json
+import logging
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import metarun
+from metarun import engine
+from metarun.assemble import Experiment, assemble
+from metarun.config import config_hash
+from metarun.loop import Tested, Training, meta_test, meta_train
+from metarun.results.plots import plot_adaptation, plot_training
+from metarun.results.tables import format_score, format_score_ci, write_episodes, write_result
+from metarun.tree import learned, leaves, size
+
+log = logging.getLogger(__name__)
+
+FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
+ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download")
+
+
+def episodes_hash(experiment: Experiment) -> str:
+    """Fingerprint of the test episodes: equal for two runs that are tested on the same ones."""
+    config, spec = experiment.config, asdict(experiment.family.spec)
+    task = OmegaConf.to_container(config.task, resolve=True)
+    assert isinstance(task, dict)
+    what = {
+        "dataset": experiment.family.dataset,
+        "spec": {key: value for key, value in spec.items() if not key.startswith("train")},
+        "task": {key: task[key] for key in task if not str(key).startswith(ONLY_TRAINING_OR_SOURCE)},
+        "seed": config.eval.seed,
+        "episodes": config.eval.episodes,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def reset_peak_memory(device: str) -> None:
+    """Start a new high-water mark, where the system allows it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            log.debug("The peak of memory cannot be reset, so it is that of the whole process.")
+
+
+def peak_memory_mb(device: str) -> float:
+    """High-water mark in MB: of the GPU's allocations, else of the process's resident memory."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
+    # Kilobytes everywhere but on macOS, which counts bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def identity_columns(experiment: Experiment, run: str) -> dict[str, Any]:
+    """The columns of ``result.csv`` that are known before training."""
+    config, spec = experiment.config, experiment.family.spec
+    return {
+        "run": run,
+        "algo": experiment.names["algo"],
+        "family": experiment.algorithm.family,
+        "task": experiment.names["task"],
+        "dataset": experiment.family.dataset,
+        "model": experiment.names["model"],
+        "seed": config.seed,
+        "ways": spec.ways,
+        "shots": spec.shots,
+        "queries": spec.queries,
+        "metric": spec.metric,
+        "meta_batch": config.train.meta_batch,
+        "transductive": getattr(experiment.model, "transductive", False),
+        "device": torch.cuda.get_device_name(experiment.device) if experiment.device != "cpu" else "cpu",
+        "torch_version": torch.__version__,
+        "metarun_version": metarun.__version__,
+        "config_hash": config_hash(config),
+        "episodes_hash": episodes_hash(experiment),
+    }
+
+
+def measured_columns(experiment: Experiment, training: Training, tested: Tested) -> dict[str, Any]:
+    """The columns of ``result.csv`` that a finished run adds."""
+    assert training.best is not None
+    theta, scores = training.best.theta, tested.scores
+    trained_tasks = training.step * experiment.config.train.meta_batch
+    return {
+        "status": "completed",
+        "adapt_steps": tested.adapt_steps[-1],
+        "score_before": scores[:, 0].mean().item() if tested.adapt_steps[0] == 0 else None,
+        "score": scores[:, -1].mean().item(),
+        "ci95": 1.96 * scores[:, -1].std().item() / len(scores) ** 0.5,
+        "n_episodes": len(scores),
+        "val_score": training.best.val_score,
+        "selected_step": training.best.step,
+        "meta_steps": training.step,
+        "train_seconds": round(training.seconds, 3),
+        "compile_seconds": 0.0,
+        "test_seconds": round(tested.seconds, 3),
+        "tasks_per_second": round(trained_tasks / training.step_seconds, 1) if training.step else None,
+        "adapt_ms_per_task": round(tested.adapt_ms_per_task, 4),
+        "peak_memory_mb": round(peak_memory_mb(experiment.device), 1),
+        "meta_parameters": size(learned(theta)) if experiment.algorithm.meta_learns else 0,
+        "adapted_parameters": engine.adapted_parameters(experiment.algorithm, theta),
+        "dtype": str(next(leaves(theta)).dtype).removeprefix("torch."),
+    }
+
+
+def report(experiment: Experiment, row: dict[str, Any], tested: Tested, directory: Path) -> None:
+    """Print the run's row for people."""
+    spec, metric = experiment.family.spec, row["metric"]
+    setting = f"{spec.ways}-way {spec.shots}-shot" if spec.ways else f"{spec.shots}-shot"
+    before = "no score without a support set" if row["score_before"] is None else format_score(row["score_before"], metric)
+    steps = row["adapt_steps"]
+    after = "after the support set" if row["score_before"] is None else f"after {steps} step{'s' * (steps != 1)}"
+    log.info("")
+    log.info(
+        "%s (%s) on %s, %s, %s test episodes of %s",
+        row["algo"],
+        FAMILY_NAMES[row["family"]],
+        row["task"],
+        setting,
+        row["n_episodes"],
+        row["dataset"],
+    )
+    log.info("  %s before adaptation   %s", metric, before)
+    log.info("  %s %-20s%s   (95 %% CI over episodes)", metric, after, format_score_ci(row["score"], row["ci95"], metric))
+    if len(tested.adapt_steps) > 1:
+        change = tested.scores[:, -1] - tested.scores[:, 0]
+        worse = int(((change < 0) if spec.higher_is_better else (change > 0)).sum())
+        if worse:
+            log.info("  %d of %d episodes score worse after adaptation than before", worse, row["n_episodes"])
+    log.info(
+        "  step %s of %s selected by validation (%s), trained in %.0f s, tested in %.1f s",
+        row["selected_step"],
+        row["meta_steps"],
+        format_score(row["val_score"], metric),
+        row["train_seconds"],
+        row["test_seconds"],
+    )
+    log.info("  files: %s", directory)
+
+
+def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
+    """Meta-train, select, meta-test; write tables and pictures into ``directory``.
+
+    Returns:
+        The validation score that selected the tested parameters: what a sweeper may optimise.
+
+    Raises:
+        UserError: whatever the user can mend.
+        Interrupted: the user stopped the run.
+    """
+    experiment = assemble(config, names)
+    reset_peak_memory(experiment.device)
+    row = identity_columns(experiment, directory.name)
+    try:
+        training = meta_train(experiment, directory, resume=config.resume is not None)
+        assert training.best is not None
+        tested = meta_test(experiment, training.best.theta)
+    except BaseException as error:
+        if not (directory / "result.csv").exists():
+            stopped = type(error).__name__ in ("Interrupted", "KeyboardInterrupt")
+            write_result(directory, row | {"status": "interrupted" if stopped else "failed"})
+        raise
+    row |= measured_columns(experiment, training, tested)
+    write_episodes(directory, tested.adapt_steps, tested.losses.tolist(), tested.scores.tolist())
+    write_result(directory, row)
+    scores = tested.scores
+    title = f"{row['algo']} on {row['task']}, seed {row['seed']}"
+    if training.step:
+        plot_training(directory / "training.png", title, row["metric"], training.rows, row["selected_step"])
+    cis = 1.96 * scores.std(0) / len(scores) ** 0.5
+    plot_adaptation(
+        directory / "adaptation.png", title, row["metric"], tested.adapt_steps, scores.mean(0).tolist(), cis.tolist()
+    )
+    report(experiment, row, tested, directory)
+    return training.best.val_score

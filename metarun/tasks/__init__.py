@@ -1,0 +1,1 @@
+"""Task families: each samples batches of tasks as plain tensors and scores predictions."""

@@ -1,0 +1,157 @@
+"""Few-shot classification of handwritten characters: N ways, K shots.
+
+The real data set: Lake, Salakhutdinov, Tenenbaum 2015 (https://github.com/brendenlake/omniglot); or characters
+that metarun draws itself (`metarun.data.procedural`), which need no download.
+"""
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from metarun.data import omniglot as real
+from metarun.data.procedural import procedural_characters
+from metarun.errors import require
+from metarun.tasks.supervised import classification_loss
+from metarun.types import Predict, Spec, Split, Task, Tree
+
+log = logging.getLogger(__name__)
+
+
+class Omniglot:
+    """Tasks of ``ways`` classes; ``x [images, 1, size, size]`` with ink 1 on 0, ``y [images, ways]`` one-hot.
+
+    The order of classes and of images is random, so neither labels nor positions tell anything.
+
+    Args:
+        ways: classes of a task, at least 2.
+        shots: support images a class, at least 1.
+        queries: images a class that score a validation or test task, at least 1.
+        train_ways: classes of a training task, for learners that allow it; null: ``ways``.
+        train_shots: support images a class in training; null: ``shots``.
+        train_queries: query images a class in training; null: ``queries``.
+        dataset: ``omniglot``, ``procedural``, or ``auto``: real if it is there, else procedural.
+        split: ``vinyals`` (by the files of ``splits_vinyals``), ``random`` (1100/100/423 characters by a
+            fixed seed), or ``auto``: vinyals if its files are there. Procedural characters have their own.
+        rotations: ``classes`` (each character turned by 90° is a class of its own), ``task`` (one turn drawn
+            for each class and task) or ``none``.
+        image_size: edge in pixels, 16 to 105.
+        download: whether to fetch the real data set if it is missing.
+        device: where the images live.
+        data_dir: holds the folder ``omniglot``.
+    """
+
+    def __init__(
+        self,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        train_ways: int | None = None,
+        train_shots: int | None = None,
+        train_queries: int | None = None,
+        dataset: Literal["auto", "omniglot", "procedural"] = "auto",
+        split: Literal["auto", "vinyals", "random"] = "auto",
+        rotations: Literal["classes", "task", "none"] = "classes",
+        image_size: int = 28,
+        download: bool = False,
+        device: str = "cpu",
+        data_dir: str = "data",
+    ) -> None:
+        self.sizes: dict[bool, tuple[int, int, int]] = {
+            False: (ways, shots, queries),
+            True: (train_ways or ways, train_shots or shots, train_queries or queries),
+        }
+        for name, value in {"ways": ways, "train_ways": train_ways}.items():
+            require(value is None or value >= 2, f"{name} must be at least 2, not {value}")
+        sizes = {"shots": shots, "queries": queries, "train_shots": train_shots, "train_queries": train_queries}
+        for name, value in sizes.items():
+            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        require(16 <= image_size <= 105, f"image_size must be from 16 to 105, not {image_size}")
+
+        if dataset == "auto":
+            dataset = "omniglot" if download or real.is_there(data_dir) else "procedural"
+            if dataset == "procedural":
+                log.info(
+                    "No Omniglot in %s/omniglot, so the characters are procedural "
+                    "(task.download=true fetches the real ones).",
+                    data_dir,
+                )
+        if dataset == "omniglot":
+            if download:
+                real.download(data_dir)
+            characters, split = real.characters(data_dir, image_size, split)
+        else:
+            characters, split = procedural_characters(image_size), "fixed"
+        self.dataset = f"{dataset}:{split}:rotations={rotations}:{image_size}px"
+        self.rotations = rotations
+        self.device = device
+        turns = 1 if rotations == "none" else 4
+        # [characters * turns, drawings, size, size], the turns of a character side by side.
+        self.images = {
+            name: torch.stack([images.rot90(k, (2, 3)) for k in range(turns)], 1).flatten(0, 1).to(device)
+            for name, images in characters.items()
+        }
+        self._check_sizes()
+        train_images = self.images["train"]
+        self.spec = Spec(
+            kind="classification",
+            input_shape=(1, image_size, image_size),
+            outputs=ways,
+            metric="accuracy",
+            higher_is_better=True,
+            shots=shots,
+            queries=queries,
+            ways=ways,
+            train_ways=self.sizes[True][0],
+            training_classes=len(train_images),
+        )
+
+    def _check_sizes(self) -> None:
+        for split, images in self.images.items():
+            ways, shots, queries = self.sizes[split == "train"]
+            classes, drawings = self._classes(images), images.shape[1]
+            require(
+                ways <= classes,
+                f"ways must be at most {classes}, the {split} classes of {self.dataset}, not {ways}",
+            )
+            require(
+                shots + queries <= drawings,
+                f"shots + queries must be at most {drawings}, the drawings of a class, not {shots} + {queries}",
+            )
+
+    def _classes(self, images: Tensor) -> int:
+        return len(images) // 4 if self.rotations == "task" else len(images)
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """``count`` tasks; leaves ``[count, images, ...]``, and ``class`` as well for training tasks."""
+        images = self.images[split]
+        ways, shots, queries = self.sizes[split == "train"]
+
+        def draw(rows: tuple[int, ...], pool: int, size: int) -> Tensor:
+            return torch.rand(*rows, pool, generator=generator).topk(size).indices
+
+        classes = draw((count,), self._classes(images), ways)
+        if self.rotations == "task":
+            classes = classes * 4 + torch.randint(4, classes.shape, generator=generator)
+        drawings = draw((count, ways), images.shape[1], shots + queries)
+        labels = torch.arange(ways)[None, :, None].expand(drawings.shape)
+
+        def part(columns: slice) -> Tree:
+            order = draw((count,), ways * drawings[0, 0, columns].numel(), ways * drawings[0, 0, columns].numel())
+            label = labels[:, :, columns].flatten(1).gather(1, order)
+            drawing = drawings[:, :, columns].flatten(1).gather(1, order)
+            identity = classes.gather(1, label).to(self.device)
+            x = images[identity, drawing.to(self.device)][:, :, None]
+            data = {
+                "x": x.to(torch.get_default_dtype()) / 255,
+                "y": one_hot(label, ways).to(self.device, torch.get_default_dtype()),
+            }
+            return {**data, "class": identity} if split == "train" else data
+
+        return Task(part(slice(shots)), part(slice(shots, None)))
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and accuracy of one task."""
+        return classification_loss(predict, data)

@@ -1,0 +1,83 @@
+"""Sinusoid regression.
+
+Finn, Abbeel, Levine 2017 (https://arxiv.org/abs/1703.03400, §5.1): y = A sin(x − φ) with A uniform on
+[0.1, 5], φ uniform on [0, π] and x uniform on [−5, 5]. Training, validation and test tasks come from the same
+continuous distribution, each from draws of its own.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from metarun.errors import require
+from metarun.tasks.supervised import regression_loss
+from metarun.types import Predict, Spec, Split, Task, Tree
+
+
+class Sinusoid:
+    """Sine waves of random amplitude and phase; ``x`` and ``y`` have shape ``[points, 1]``.
+
+    Args:
+        shots: support points, at least 1.
+        queries: points that score a validation or test task, at least 1.
+        train_shots: support points in training; null: ``shots``.
+        train_queries: query points in training; null: as many as support points, as in the paper.
+        amplitude: range of A, rising.
+        phase: range of φ in radians, rising.
+        inputs: range of x, rising.
+        device: where the tasks are put.
+        data_dir: not used; every family is given it.
+    """
+
+    def __init__(
+        self,
+        shots: int = 10,
+        queries: int = 100,
+        train_shots: int | None = None,
+        train_queries: int | None = None,
+        amplitude: tuple[float, float] = (0.1, 5.0),
+        phase: tuple[float, float] = (0.0, math.pi),
+        inputs: tuple[float, float] = (-5.0, 5.0),
+        device: str = "cpu",
+        data_dir: str = "data",
+    ) -> None:
+        sizes = {"shots": shots, "queries": queries, "train_shots": train_shots, "train_queries": train_queries}
+        for name, size in sizes.items():
+            require(size is None or size >= 1, f"{name} must be at least 1, not {size}")
+        for name, (low, high) in {"amplitude": amplitude, "phase": phase, "inputs": inputs}.items():
+            require(low < high, f"{name} must be a rising range, not [{low}, {high}]")
+        self.train_shots = train_shots or shots
+        self.train_queries = train_queries or self.train_shots
+        self.amplitude, self.phase, self.inputs = amplitude, phase, inputs
+        self.device = device
+        self.dataset = "sinusoid"
+        self.spec = Spec(
+            kind="regression",
+            input_shape=(1,),
+            outputs=1,
+            metric="mse",
+            higher_is_better=False,
+            shots=shots,
+            queries=queries,
+        )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """``count`` sine waves; leaves ``[count, points, 1]``."""
+        train = split == "train"
+        shots = self.train_shots if train else self.spec.shots
+        queries = self.train_queries if train else self.spec.queries
+
+        def uniform(bounds: tuple[float, float], *shape: int) -> Tensor:
+            low, high = bounds
+            return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+        amplitude, phase = uniform(self.amplitude, 1, 1), uniform(self.phase, 1, 1)
+        x = uniform(self.inputs, shots + queries, 1)
+        data = {"x": x.to(self.device), "y": (amplitude * torch.sin(x - phase)).to(self.device)}
+        support = {name: value[:, :shots] for name, value in data.items()}
+        return Task(support, {name: value[:, shots:] for name, value in data.items()})
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Mean squared error of one task."""
+        return regression_loss(predict, data)
