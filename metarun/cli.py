@@ -88,7 +88,11 @@ def sentence_of(error: BaseException) -> str:
             prefix = key.rpartition(".")[0]
             siblings = list(parent) if isinstance(parent, DictConfig) and not parent._is_none() else []
             close = difflib.get_close_matches(str(cause.key), [str(sibling) for sibling in siblings], 1)
-            hint = f"did you mean {prefix + '.' if prefix else ''}{close[0]}?" if close else "metarun --help lists the keys."
+            hint = (
+                f"did you mean {prefix + '.' if prefix else ''}{close[0]}?"
+                if close
+                else "metarun --help lists the keys."
+            )
             return f"There is no key {key}; {hint}"
         return f"{key}: {str(cause.msg or cause).splitlines()[0]}."
     text = " ".join(str(error).split())

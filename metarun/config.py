@@ -150,7 +150,7 @@ def build(config: DictConfig, group: str, *given: Any, **context: Any) -> Any:
     Raises:
         UserError: the target does not exist, or a key is unknown to it, of a wrong type or out of range.
     """
-    keys = OmegaConf.to_container(config[group], resolve=True)
+    keys: Any = OmegaConf.to_container(config[group], resolve=True)
     if not isinstance(keys, dict) or not isinstance(keys.get("_target_"), str):
         raise UserError(f"{group} needs a _target_, the dotted path of what it builds.")
     name = keys.pop("_target_")
@@ -159,7 +159,8 @@ def build(config: DictConfig, group: str, *given: Any, **context: Any) -> Any:
     except (ImportError, ValueError) as error:
         raise UserError(f"{group}: {name} cannot be imported ({error.__cause__ or error}).") from error
     signature = inspect.signature(target)
-    hints = get_type_hints(target.__init__ if isinstance(target, type) else target)
+    # A class takes what its __init__ takes.
+    hints = get_type_hints(vars(target)["__init__"] if isinstance(target, type) else target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     for key, value in keys.items():
         if key not in signature.parameters and not takes_any:

@@ -126,9 +126,7 @@ def start(experiment: Experiment) -> Training:
 def meta_step(experiment: Experiment, training: Training) -> None:
     """One meta-step in place: sample tasks, meta-gradient, clip, outer step."""
     config, theta = experiment.config, training.theta
-    tasks = experiment.family.sample(
-        "train", config.train.meta_batch, stream(config.seed, "train", training.step)
-    )
+    tasks = experiment.family.sample("train", config.train.meta_batch, stream(config.seed, "train", training.step))
     result = engine.meta_gradient(experiment.algorithm, theta, tasks, experiment.family.loss)
     variables = list(leaves(learned(theta)))
     for variable, gradient in zip(variables, leaves(result.grads), strict=True):
@@ -154,12 +152,12 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
         yield block
 
 
-def evaluate(experiment: Experiment, theta: Tree, tasks: Iterator[Task] | list[Task]) -> tuple[list[int], Tensor, Tensor]:
+def evaluate(
+    experiment: Experiment, theta: Tree, tasks: Iterator[Task] | list[Task]
+) -> tuple[list[int], Tensor, Tensor]:
     """Adaptation steps, and losses and scores ``[episodes, states]``, over blocks of tasks."""
     steps = experiment.config.eval.adapt_steps
-    results = [
-        engine.evaluate(experiment.algorithm, theta, block, experiment.family.loss, steps) for block in tasks
-    ]
+    results = [engine.evaluate(experiment.algorithm, theta, block, experiment.family.loss, steps) for block in tasks]
     return results[0][0], torch.cat([r[1] for r in results]).cpu(), torch.cat([r[2] for r in results]).cpu()
 
 
@@ -296,7 +294,10 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
         progress.set_postfix(values, refresh=False)
 
     clock = [time.perf_counter()]
-    with stop_on_signal() as stopped, tqdm(total=steps, initial=training.step, disable=None, unit="step") as progress:
+    with (
+        stop_on_signal() as stopped,
+        tqdm(total=steps, initial=training.step, disable=None, unit="step") as progress,
+    ):
         if steps == 0 and training.best is None:
             validate_and_save()
         while training.step < steps:
@@ -332,9 +333,7 @@ def meta_test(experiment: Experiment, theta: Tree) -> Tested:
     seconds = time.perf_counter() - began
     block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
     began = time.perf_counter()
-    scored = engine.adapt_and_score(
-        experiment.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps
-    )
+    scored = engine.adapt_and_score(experiment.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps)
     if experiment.device != "cpu":
         torch.cuda.synchronize()
     milliseconds = 1000 * (time.perf_counter() - began) / len(scored)

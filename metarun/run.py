@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
+import platform
 import resource
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from metarun.tree import learned, leaves, size
 log = logging.getLogger(__name__)
 
 FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+"""Linux's own account of this process."""
 ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download")
 
 
@@ -46,9 +48,9 @@ def reset_peak_memory(device: str) -> None:
     """Start a new high-water mark, where the system allows it."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
+    elif CLEAR_REFS.exists():
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            CLEAR_REFS.write_text("5")
         except OSError:
             log.debug("The peak of memory cannot be reset, so it is that of the whole process.")
 
@@ -57,11 +59,11 @@ def peak_memory_mb(device: str) -> float:
     """High-water mark in MB: of the GPU's allocations, else of the process's resident memory."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
-    # Kilobytes everywhere but on macOS, which counts bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024) / 1e6
+    if STATUS.exists():
+        lines = STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+    # macOS counts bytes, the other systems kilobytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e6
 
 
 def identity_columns(experiment: Experiment, run: str) -> dict[str, Any]:
@@ -120,7 +122,9 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested, director
     """Print the run's row for people."""
     spec, metric = experiment.family.spec, row["metric"]
     setting = f"{spec.ways}-way {spec.shots}-shot" if spec.ways else f"{spec.shots}-shot"
-    before = "no score without a support set" if row["score_before"] is None else format_score(row["score_before"], metric)
+    before = (
+        "no score without a support set" if row["score_before"] is None else format_score(row["score_before"], metric)
+    )
     steps = row["adapt_steps"]
     after = "after the support set" if row["score_before"] is None else f"after {steps} step{'s' * (steps != 1)}"
     log.info("")
@@ -134,7 +138,12 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested, director
         row["dataset"],
     )
     log.info("  %s before adaptation   %s", metric, before)
-    log.info("  %s %-20s%s   (95 %% CI over episodes)", metric, after, format_score_ci(row["score"], row["ci95"], metric))
+    log.info(
+        "  %s %s   %s   (95 %% CI over episodes)",
+        metric,
+        after,
+        format_score_ci(row["score"], row["ci95"], metric),
+    )
     if len(tested.adapt_steps) > 1:
         change = tested.scores[:, -1] - tested.scores[:, 0]
         worse = int(((change < 0) if spec.higher_is_better else (change > 0)).sum())
@@ -182,7 +191,12 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
         plot_training(directory / "training.png", title, row["metric"], training.rows, row["selected_step"])
     cis = 1.96 * scores.std(0) / len(scores) ** 0.5
     plot_adaptation(
-        directory / "adaptation.png", title, row["metric"], tested.adapt_steps, scores.mean(0).tolist(), cis.tolist()
+        directory / "adaptation.png",
+        title,
+        row["metric"],
+        tested.adapt_steps,
+        scores.mean(0).tolist(),
+        cis.tolist(),
     )
     report(experiment, row, tested, directory)
     return training.best.val_score

@@ -88,13 +88,13 @@ def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(source) as archive:
             for name in sorted(archive.namelist()):
-                path = PurePosixPath(name)
-                if path.is_absolute() or ".." in path.parts or "\\" in name:
+                entry = PurePosixPath(name)
+                if entry.is_absolute() or ".." in entry.parts or "\\" in name:
                     raise UserError(
                         f"{source} has an entry that points outside of it ({name!r}); it is not the published "
                         f"file: {HOW_TO_GET_IT}."
                     )
-                if path.suffix == ".png":
+                if entry.suffix == ".png":
                     yield name, archive.read(name)
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise UserError(f"{source} is damaged ({error}); delete it, then {HOW_TO_GET_IT}.") from error
@@ -148,9 +148,7 @@ def _vinyals_split(folder: Path, names: list[str]) -> dict[str, list[str]]:
     return split
 
 
-def characters(
-    data_dir: str, size: int, split: Literal["auto", "vinyals", "random"]
-) -> tuple[dict[str, Tensor], str]:
+def characters(data_dir: str, size: int, split: Literal["auto", "vinyals", "random"]) -> tuple[dict[str, Tensor], str]:
     """Images of each split as uint8 ``[characters, drawings, size, size]``, and the split's name.
 
     Raises:

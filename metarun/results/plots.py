@@ -40,9 +40,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
-def plot_training(
-    path: Path, title: str, metric: str, rows: Sequence[Mapping[str, Any]], selected_step: int
-) -> None:
+def plot_training(path: Path, title: str, metric: str, rows: Sequence[Mapping[str, Any]], selected_step: int) -> None:
     """Training and validation score over meta-steps; a line marks the step that was tested."""
     figure, axis = new_figure()
     scale = axis_scale(metric)
@@ -63,7 +61,12 @@ def plot_training(
 
 
 def plot_adaptation(
-    path: Path, title: str, metric: str, adapt_steps: Sequence[int], means: Sequence[float], cis: Sequence[float]
+    path: Path,
+    title: str,
+    metric: str,
+    adapt_steps: Sequence[int],
+    means: Sequence[float],
+    cis: Sequence[float],
 ) -> None:
     """Test score along adaptation with its 95 % confidence interval over episodes."""
     figure, axis = new_figure()
@@ -72,7 +75,14 @@ def plot_adaptation(
     low = [scale * (m - c) for m, c in zip(means, cis, strict=True)]
     high = [scale * (m + c) for m, c in zip(means, cis, strict=True)]
     axis.errorbar(
-        adapt_steps, y, yerr=[scale * c for c in cis], color=AGNOSTIC, marker="o", markersize=4, capsize=2, linewidth=1
+        adapt_steps,
+        y,
+        yerr=[scale * c for c in cis],
+        color=AGNOSTIC,
+        marker="o",
+        markersize=4,
+        capsize=2,
+        linewidth=1,
     )
     axis.fill_between(adapt_steps, low, high, color=AGNOSTIC, alpha=0.15, linewidth=0)
     if len(adapt_steps) == 1:
@@ -82,4 +92,37 @@ def plot_adaptation(
     elif len(adapt_steps) <= 12:
         axis.set_xticks(list(adapt_steps))
     axis.set(title=title, xlabel="adaptation step", ylabel=f"test {axis_label(metric)}")
+    save_figure(figure, path)
+
+
+def plot_comparison(path: Path, panels: Sequence[tuple[str, str, Any]]) -> None:
+    """One panel a setting: each row's score with its interval over episodes, the best at the top.
+
+    Args:
+        path: of the PNG.
+        panels: title, metric, and a table with columns name, family, score and ci95, for each setting.
+    """
+    heights = [0.9 + 0.32 * len(table) for _, _, table in panels]
+    figure = Figure(figsize=(7.5, sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, metric, table) in zip(axes, panels, strict=True):
+        scale = axis_scale(metric)
+        rows = range(len(table))
+        for family, colour in FAMILY_COLOURS.items():
+            chosen = [i for i in rows if table["family"].iloc[i] == family]
+            if chosen:
+                x = [scale * table["score"].iloc[i] for i in chosen]
+                error = [scale * table["ci95"].iloc[i] for i in chosen]
+                label = family if family == "baseline" else f"model-{family}"
+                axis.errorbar(x, chosen, xerr=error, fmt="o", color=colour, capsize=3, markersize=5, label=label)
+        axis.set_yticks(list(rows), list(table["name"]))
+        axis.set_ylim(len(table) - 0.4, -0.6)
+        if metric != "accuracy" and (table["score"] - table["ci95"]).min() > 0:
+            axis.set_xscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel(f"test {axis_label(metric)}, 95 % interval over episodes")
+        axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)

@@ -12,8 +12,30 @@ from metarun.files import write_text
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds")
 EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score")
 RESULT_COLUMNS = (
-    *("run", "status", "algo", "family", "task", "dataset", "model", "seed", "ways", "shots", "queries", "metric"),
-    *("adapt_steps", "score_before", "score", "ci95", "n_episodes", "val_score", "selected_step", "meta_steps"),
+    *(
+        "run",
+        "status",
+        "algo",
+        "family",
+        "task",
+        "dataset",
+        "model",
+        "seed",
+        "ways",
+        "shots",
+        "queries",
+        "metric",
+    ),
+    *(
+        "adapt_steps",
+        "score_before",
+        "score",
+        "ci95",
+        "n_episodes",
+        "val_score",
+        "selected_step",
+        "meta_steps",
+    ),
     *("meta_batch", "transductive", "train_seconds", "compile_seconds", "test_seconds", "tasks_per_second"),
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
     *("torch_version", "metarun_version", "config_hash", "episodes_hash"),
@@ -37,7 +59,10 @@ def write_metrics(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_episodes(
-    directory: Path, adapt_steps: Sequence[int], losses: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]
+    directory: Path,
+    adapt_steps: Sequence[int],
+    losses: Sequence[Sequence[float]],
+    scores: Sequence[Sequence[float]],
 ) -> None:
     """``episodes.csv``: a row a test episode and adaptation step."""
     rows = [

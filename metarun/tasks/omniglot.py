@@ -65,7 +65,12 @@ class Omniglot:
         }
         for name, value in {"ways": ways, "train_ways": train_ways}.items():
             require(value is None or value >= 2, f"{name} must be at least 2, not {value}")
-        sizes = {"shots": shots, "queries": queries, "train_shots": train_shots, "train_queries": train_queries}
+        sizes = {
+            "shots": shots,
+            "queries": queries,
+            "train_shots": train_shots,
+            "train_queries": train_queries,
+        }
         for name, value in sizes.items():
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         require(16 <= image_size <= 105, f"image_size must be from 16 to 105, not {image_size}")
@@ -81,10 +86,10 @@ class Omniglot:
         if dataset == "omniglot":
             if download:
                 real.download(data_dir)
-            characters, split = real.characters(data_dir, image_size, split)
+            characters, split_name = real.characters(data_dir, image_size, split)
         else:
-            characters, split = procedural_characters(image_size), "fixed"
-        self.dataset = f"{dataset}:{split}:rotations={rotations}:{image_size}px"
+            characters, split_name = procedural_characters(image_size), "fixed"
+        self.dataset = f"{dataset}:{split_name}:rotations={rotations}:{image_size}px"
         self.rotations = rotations
         self.device = device
         turns = 1 if rotations == "none" else 4
@@ -139,7 +144,8 @@ class Omniglot:
         labels = torch.arange(ways)[None, :, None].expand(drawings.shape)
 
         def part(columns: slice) -> Tree:
-            order = draw((count,), ways * drawings[0, 0, columns].numel(), ways * drawings[0, 0, columns].numel())
+            number = labels[0, :, columns].numel()
+            order = draw((count,), number, number)
             label = labels[:, :, columns].flatten(1).gather(1, order)
             drawing = drawings[:, :, columns].flatten(1).gather(1, order)
             identity = classes.gather(1, label).to(self.device)

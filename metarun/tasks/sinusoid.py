@@ -42,7 +42,12 @@ class Sinusoid:
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        sizes = {"shots": shots, "queries": queries, "train_shots": train_shots, "train_queries": train_queries}
+        sizes = {
+            "shots": shots,
+            "queries": queries,
+            "train_shots": train_shots,
+            "train_queries": train_queries,
+        }
         for name, size in sizes.items():
             require(size is None or size >= 1, f"{name} must be at least 1, not {size}")
         for name, (low, high) in {"amplitude": amplitude, "phase": phase, "inputs": inputs}.items():

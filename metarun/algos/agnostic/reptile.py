@@ -89,8 +89,7 @@ def reptile(
         # Adam's first moment with β1 = 0 is the gradient itself; only the second needs its bias corrected.
         scale = torch.sqrt(1 - decay**step)
         weights = {
-            n: w - inner_lr * scale * gradient[n] / (moment[n].sqrt() + EPSILON * scale)
-            for n, w in weights.items()
+            n: w - inner_lr * scale * gradient[n] / (moment[n].sqrt() + EPSILON * scale) for n, w in weights.items()
         }
         return State(weights, moment, step)
 
@@ -109,7 +108,12 @@ def reptile(
         def one_task(task: Task) -> tuple[Weights, Tree, Tensor, Tensor]:
             *_, state = islice(adapt(theta, task.support, loss), inner_steps + 1)
             query_loss, score = loss(partial(predict, theta, state), task.query)
-            return state.weights, {"second_moment": state.second_moment, "step": state.step}, query_loss, score
+            return (
+                state.weights,
+                {"second_moment": state.second_moment, "step": state.step},
+                query_loss,
+                score,
+            )
 
         with torch.no_grad():
             # The step count is the same for all tasks, but vmap may only return what it has mapped.

@@ -16,7 +16,7 @@ As in `protonet`, support and query examples are embedded in one batch.
 
 from collections.abc import Iterator
 from math import log
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
     n, d = z.shape
     identity = torch.eye(min(n, d), dtype=z.dtype, device=z.device)
     if n <= d:
-        return z.T @ torch.linalg.solve(z @ z.T + strength * identity, y)
-    return torch.linalg.solve(z.T @ z + strength * identity, z.T @ y)
+        return z.T.matmul(torch.linalg.solve(z @ z.T + strength * identity, y))
+    return cast(Tensor, torch.linalg.solve(z.T @ z + strength * identity, z.T @ y))
 
 
 def with_bias(z: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
         n, solver = len(state["x"]), theta["solver"]
         z = with_bias(embed(theta["weights"], torch.cat([state["x"], x])))
         w = ridge(z[:n] / n**0.5, state["y"], solver["log_strength"].exp())
-        return solver["scale"] * (z[n:] / n**0.5) @ w + solver["shift"]
+        return cast(Tensor, solver["scale"] * (z[n:] / n**0.5) @ w + solver["shift"])
 
     return Algorithm(
         init,

@@ -1,0 +1,309 @@
+"""``metarun-compare``: runs side by side, one table a setting, and the two families on the same episodes.
+
+A setting is a task, data set, ways, shots, queries and metric. In a setting a row is an algorithm with the
+keys in which its runs differ from the others, over all its seeds:
+
+- ``score``: mean over seeds of the mean test score;
+- ``ci95``: 95 % confidence interval over episodes of one model, averaged over the seeds;
+- ``seed_std``: standard deviation over seeds, a different number, never mixed with the former.
+
+The best of each family is chosen by validation score. The difference between the two is taken episode by
+episode (each episode's score averaged over seeds), which cancels the difficulty of the episodes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+
+from metarun.errors import UserError
+from metarun.files import atomic_write, write_text
+from metarun.results.tables import RESULT_COLUMNS, format_score, format_score_ci
+
+SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
+FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
+NOT_A_VARIANT = ("algo", "task", "seed", "device", "data_dir", "resume", "task.download")
+LOWER_IS_BETTER = {"mse"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The best model-dependent row minus the best model-agnostic one."""
+
+    agnostic: str
+    dependent: str
+    difference: float
+    ci95: float
+    n_episodes: int
+    paired: bool
+
+
+def result_files(paths: Sequence[Path]) -> list[Path]:
+    """Every ``result.csv`` under the directories, and the files named, once each.
+
+    Raises:
+        UserError: a path that does not exist, or nothing found.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"There is no {path}; name a run's directory, a directory above runs, or a result.csv.")
+        found += sorted(path.rglob("result.csv")) if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"No result.csv under {', '.join(map(str, paths))}; name a directory with finished runs.")
+    return list({path.resolve(): path for path in found}.values())
+
+
+def overrides_of(directory: Path) -> frozenset[str]:
+    """The command-line keys of a run that can tell it from other runs of its algorithm."""
+    path = directory / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return frozenset()
+    overrides = [str(item) for item in OmegaConf.load(path)]
+    return frozenset(o for o in overrides if o.partition("=")[0].lstrip("+~") not in NOT_A_VARIANT)
+
+
+def read_results(files: Sequence[Path]) -> pd.DataFrame:
+    """All rows, with columns ``directory`` and ``overrides`` added.
+
+    Raises:
+        UserError: a file that is not a result table.
+    """
+    tables = []
+    for path in files:
+        try:
+            table = pd.read_csv(path, dtype={"run": str, "config_hash": str, "episodes_hash": str})
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as a table ({error}); remove it or run again.") from error
+        missing = [column for column in RESULT_COLUMNS if column not in table]
+        if missing:
+            raise UserError(f"{path} is not a result table of metarun: it lacks the column {missing[0]}.")
+        table["directory"] = str(path.parent)
+        table["overrides"] = [overrides_of(path.parent)] * len(table)
+        table["modified"] = path.stat().st_mtime
+        tables.append(table.dropna(axis=1, how="all"))
+    every = pd.concat(tables, ignore_index=True)
+    return every.reindex(columns=[*RESULT_COLUMNS, "directory", "overrides", "modified"])
+
+
+def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Finished runs, the newest of each configuration, and a sentence on whatever was left out."""
+    notes = []
+    finished = results[results["status"] == "completed"]
+    for _, row in results[results["status"] != "completed"].iterrows():
+        notes.append(f"left out: {row['directory']} ({row['status']})")
+    newest = finished.sort_values("modified", kind="stable").drop_duplicates(["config_hash", *SETTING], keep="last")
+    if len(newest) < len(finished):
+        notes.append(f"{len(finished) - len(newest)} older runs of the same configuration are left out")
+    return newest.sort_index(), notes
+
+
+def best_first(metric: str, scores: pd.Series) -> pd.Series:
+    """Scores as sort keys: the best has the smallest."""
+    return scores if metric in LOWER_IS_BETTER else -scores
+
+
+def with_variants(group: pd.DataFrame) -> pd.DataFrame:
+    """Add ``variant``: the overrides of each run that not every run of the setting shares."""
+    shared = frozenset.intersection(*group["overrides"])
+    return group.assign(variant=[" ".join(sorted(overrides - shared)) for overrides in group["overrides"]])
+
+
+def summarise(group: pd.DataFrame) -> pd.DataFrame:
+    """One row an algorithm and variant, sorted by score within its family."""
+    metric = str(group["metric"].iloc[0])
+    rows = []
+    for (family, algo, model, variant), runs in group.groupby(["family", "algo", "model", "variant"]):
+        rows.append(
+            {
+                "family": family,
+                "algo": algo,
+                "variant": variant,
+                "model": model,
+                "score_before": runs["score_before"].mean(),
+                "score": runs["score"].mean(),
+                "ci95": runs["ci95"].mean(),
+                "seeds": runs["seed"].nunique(),
+                "seed_std": runs["score"].std(ddof=1),
+                "val_score": runs["val_score"].mean(),
+                "n_episodes": runs["n_episodes"].min(),
+                "transductive": runs["transductive"].any(),
+                "meta_steps": runs["meta_steps"].mean(),
+                "train_seconds": runs["train_seconds"].mean(),
+                "adapt_ms_per_task": runs["adapt_ms_per_task"].mean(),
+                "peak_memory_mb": runs["peak_memory_mb"].max(),
+                "meta_parameters": runs["meta_parameters"].max(),
+                "adapted_parameters": runs["adapted_parameters"].max(),
+                "directories": list(runs["directory"]),
+                "episodes_hashes": set(runs["episodes_hash"]),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["family"] = pd.Categorical(table["family"], list(FAMILIES), ordered=True)
+    order = pd.DataFrame({"family": table["family"], "score": best_first(metric, table["score"])})
+    return table.loc[order.sort_values(["family", "score"]).index].reset_index(drop=True)
+
+
+def episode_scores(directories: Sequence[str]) -> NDArray[np.float64] | None:
+    """Final score of each episode, averaged over runs; None where a run has no readable ``episodes.csv``."""
+    scores = []
+    for directory in directories:
+        path = Path(directory) / "episodes.csv"
+        if not path.is_file():
+            return None
+        table = pd.read_csv(path)
+        last = table[table["adapt_step"] == table["adapt_step"].max()].sort_values("episode")
+        scores.append(last["score"].to_numpy(dtype=float))
+    if len({len(s) for s in scores}) != 1:
+        return None
+    return np.mean(scores, axis=0)
+
+
+def name_of(row: pd.Series) -> str:
+    """An algorithm and its variant."""
+    return f"{row['algo']} {row['variant']}".strip()
+
+
+def family_difference(table: pd.DataFrame, metric: str) -> Difference | None:
+    """Best model-dependent minus best model-agnostic, each chosen by validation; None if one is missing."""
+    best = {}
+    for family in ("agnostic", "dependent"):
+        members = table[table["family"] == family]
+        if members.empty:
+            return None
+        best[family] = members.loc[best_first(metric, members["val_score"]).idxmin()]
+    a, b = best["agnostic"], best["dependent"]
+    scores = [episode_scores(row["directories"]) for row in (a, b)]
+    same = len(a["episodes_hashes"] | b["episodes_hashes"]) == 1
+    if same and scores[0] is not None and scores[1] is not None and len(scores[0]) == len(scores[1]):
+        difference = scores[1] - scores[0]
+        ci = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
+        return Difference(name_of(a), name_of(b), float(difference.mean()), ci, len(difference), True)
+    ci = float(np.hypot(a["ci95"], b["ci95"]))
+    n = int(min(a["n_episodes"], b["n_episodes"]))
+    return Difference(name_of(a), name_of(b), float(b["score"] - a["score"]), ci, n, False)
+
+
+def setting_title(setting: dict[str, Any]) -> str:
+    """A setting in words."""
+    ways = "" if pd.isna(setting["ways"]) else f"{setting['ways']:.0f}-way "
+    return f"{setting['task']} ({setting['dataset']}), {ways}{setting['shots']:.0f}-shot, {setting['metric']}"
+
+
+def seconds(value: float) -> str:
+    """A duration for people."""
+    return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
+
+
+def table_for_people(table: pd.DataFrame, metric: str) -> list[list[str]]:
+    """Header and rows of the printed table."""
+    header = ["family", "algorithm", "before", f"{metric} ± CI95", "seeds", "std over seeds"]
+    header += ["training", "ms/task", "meta-learned", "adapted"]
+    rows = [header]
+    for _, row in table.iterrows():
+        rows.append(
+            [
+                FAMILIES[row["family"]],
+                name_of(row) + ("" if not row["transductive"] else " (t)"),
+                format_score(row["score_before"], metric),
+                format_score_ci(row["score"], row["ci95"], metric),
+                str(row["seeds"]),
+                format_score(row["seed_std"], metric),
+                seconds(row["train_seconds"]),
+                f"{row['adapt_ms_per_task']:.2f}",
+                f"{row['meta_parameters']:.0f}",
+                f"{row['adapted_parameters']:.0f}",
+            ]
+        )
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table that reads well as plain text too."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def sentence(difference: Difference | None, table: pd.DataFrame, metric: str) -> str:
+    """The family line."""
+    if difference is None:
+        missing = [FAMILIES[f] for f in ("agnostic", "dependent") if f not in set(table["family"])]
+        return f"Families: no {' and no '.join(missing)} run in this setting, so there is nothing to compare."
+    d = difference
+    better = (d.difference < 0) == (metric in LOWER_IS_BETTER)
+    verdict = f"{'model-dependent' if better else 'model-agnostic'} is better"
+    if abs(d.difference) <= d.ci95:
+        verdict = "no difference beyond the interval"
+    how = f"paired on {d.n_episodes} episodes" if d.paired else "not paired: the runs lack common test episodes"
+    value = format_score_ci(d.difference, d.ci95, metric)
+    return (
+        f"Families (best of each by validation): {d.dependent} (model-dependent) − {d.agnostic} (model-agnostic) = "
+        f"{value}, {how}: {verdict}."
+    )
+
+
+def compare(paths: Sequence[Path], out: Path) -> str:
+    """Write ``comparison.csv``, ``families.csv``, ``comparison.md`` and ``comparison.png``; return the text.
+
+    Raises:
+        UserError: nothing to compare, or a file that cannot be read.
+    """
+    # matplotlib takes half a second to import, and errors should not wait for it.
+    from metarun.results.plots import plot_comparison
+
+    results, notes = newest_of_each(read_results(result_files(paths)))
+    if results.empty:
+        raise UserError(f"None of the runs has finished ({'; '.join(notes)}); resume one, or start again.")
+    texts, tables, differences, panels = [], [], [], []
+    for values, group in results.groupby(SETTING, dropna=False):
+        setting = dict(zip(SETTING, values, strict=True))
+        metric = setting["metric"]
+        table = summarise(with_variants(group))
+        difference = family_difference(table, metric)
+        rows = markdown(table_for_people(table, metric))
+        footnote = "(t): queries are normalised together (transductive).\n" if table["transductive"].any() else ""
+        texts.append(f"## {setting_title(setting)}\n\n{rows}\n\n{footnote}{sentence(difference, table, metric)}")
+        tables.append(table.drop(columns=["directories", "episodes_hashes"]).assign(**setting))
+        if difference is not None:
+            differences.append(setting | vars(difference))
+        names = [name_of(row) for _, row in table.iterrows()]
+        panels.append((setting_title(setting), metric, table.assign(name=names)))
+    text = "\n\n".join(texts + [f"Note: {note}." for note in notes]) + "\n"
+    everything = pd.concat(tables, ignore_index=True)
+    columns = [*SETTING, *(column for column in everything if column not in SETTING)]
+    for name, frame in {"comparison": everything[columns], "families": pd.DataFrame(differences)}.items():
+        with atomic_write(out / f"{name}.csv") as file:
+            frame.to_csv(file, index=False)
+    write_text(out / "comparison.md", text)
+    plot_comparison(out / "comparison.png", panels)
+    return text
+
+
+def main() -> None:
+    """Entry point of ``metarun-compare``."""
+    parser = argparse.ArgumentParser(
+        prog="metarun-compare",
+        description="Compare runs: a table for each setting, the two families on the same test episodes.",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="directories of runs, or result CSVs")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (the first PATH that is a directory)")
+    arguments = parser.parse_args()
+    out = arguments.out or next((path for path in arguments.paths if path.is_dir()), Path())
+    try:
+        print(compare(arguments.paths, out))
+        print(f"files: {out}/comparison.csv, families.csv, comparison.md, comparison.png")
+    except UserError as error:
+        sys.exit(f"metarun-compare: {error}")
+    except OSError as error:
+        sys.exit(
+            f"metarun-compare: {out} cannot be written ({error.strerror or error}); choose another place with --out."
+        )
