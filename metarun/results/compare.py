@@ -163,7 +163,7 @@ def episode_scores(directories: Sequence[str]) -> NDArray[np.float64] | None:
         scores.append(last["score"].to_numpy(dtype=float))
     if len({len(s) for s in scores}) != 1:
         return None
-    return np.mean(scores, axis=0)
+    return np.asarray(np.mean(scores, axis=0), dtype=np.float64)
 
 
 def name_of(row: pd.Series) -> str:

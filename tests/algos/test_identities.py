@@ -1,0 +1,153 @@
+"""What must hold whatever the data: closed forms and equalities between methods."""
+
+import pytest
+import torch
+from scenarios import (
+    QUADRATIC_SPEC,
+    Quadratic,
+    TinyImages,
+    centres,
+    generator,
+    linear_loss,
+    quadratic_loss,
+)
+
+from metarun.algos.agnostic.maml import maml
+from metarun.algos.agnostic.reptile import reptile
+from metarun.algos.baselines.scratch import scratch
+from metarun.algos.baselines.transfer import transfer
+from metarun.algos.dependent.protonet import protonet, prototypes
+from metarun.algos.dependent.shared_params import ridge, shared_params
+from metarun.engine import evaluate, meta_gradient
+from metarun.models.mlp import MLP
+from metarun.tasks.sinusoid import Sinusoid
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def gradient(algorithm, model, tasks, loss):
+    return meta_gradient(algorithm, algorithm.init(model, generator()), tasks, loss)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_quadratic_meta_gradients_have_their_closed_form(steps):
+    """w_K − c = (1 − α)^K (w − c), so each method's gradient is a known multiple of w − mean c."""
+    alpha, tasks = 0.3, centres()
+    model = Quadratic()
+    offset = model.w.detach() - tasks.support["c"].mean(0)
+    second = gradient(maml(model, QUADRATIC_SPEC, alpha, steps), model, tasks, quadratic_loss)
+    first = gradient(maml(model, QUADRATIC_SPEC, alpha, steps, True), model, tasks, quadratic_loss)
+    torch.testing.assert_close(second.grads["weights"]["w"], (1 - alpha) ** (2 * steps) * offset)
+    torch.testing.assert_close(first.grads["weights"]["w"], (1 - alpha) ** steps * offset)
+    if steps > 0:
+        moved = gradient(
+            reptile(model, QUADRATIC_SPEC, alpha, steps, 3, "sgd"), model, tasks, quadratic_loss
+        )
+        torch.testing.assert_close(moved.grads["weights"]["w"], (1 - (1 - alpha) ** steps) * offset)
+
+
+def test_first_order_is_exact_where_the_hessian_is_zero():
+    model, tasks = Quadratic(), centres()
+    both = [gradient(maml(model, QUADRATIC_SPEC, 0.3, 3, first), model, tasks, linear_loss) for first in (0, 1)]
+    torch.testing.assert_close(both[0].grads, both[1].grads)
+
+
+def test_zero_steps_is_joint_training():
+    """MAML without inner steps, and transfer on query and support alike, take the plain gradient."""
+    family = Sinusoid(shots=6, train_queries=6)
+    model = MLP(family.spec, (8,))
+    tasks = family.sample("train", 3, generator())
+    ours = gradient(maml(model, family.spec, inner_steps=0), model, tasks, family.loss).grads["weights"]
+    x, y = (tasks.query[name].flatten(0, 1) for name in ("x", "y"))
+    plain = torch.autograd.grad((model(x) - y).square().mean(), list(model.parameters()))
+    torch.testing.assert_close(list(ours.values()), list(plain))
+    joint = gradient(transfer(model, family.spec), model, tasks, family.loss).grads["weights"]
+    x, y = (torch.cat([tasks.support[n], tasks.query[n]], 1).flatten(0, 1) for n in ("x", "y"))
+    plain = torch.autograd.grad((model(x) - y).square().mean(), list(model.parameters()))
+    torch.testing.assert_close(list(joint.values()), list(plain))
+
+
+def test_reptile_with_one_full_batch_step_is_averaged_sgd():
+    family = Sinusoid(shots=6)
+    model = MLP(family.spec, (8,))
+    tasks = family.sample("train", 3, generator())
+    ours = gradient(reptile(model, family.spec, 0.1, 1, 6, "sgd"), model, tasks, family.loss).grads["weights"]
+    x, y = (tasks.support[name].flatten(0, 1) for name in ("x", "y"))
+    plain = torch.autograd.grad((model(x) - y).square().mean(), list(model.parameters()))
+    torch.testing.assert_close(list(ours.values()), [0.1 * g for g in plain])
+
+
+def test_reptile_keeps_the_second_moments_of_its_inner_adam():
+    """Two meta-steps over one task, θ standing still, equal one long run of torch's Adam moments."""
+    family = Sinusoid(shots=6)
+    model = MLP(family.spec, (8,))
+    algorithm = reptile(model, family.spec, 1e-12, 3, 6)
+    theta = algorithm.init(model, generator())
+    tasks = family.sample("train", 1, generator())
+    for _ in range(2):
+        theta = {**theta, "carried": meta_gradient(algorithm, theta, tasks, family.loss).carried}
+    x, y = tasks.support["x"][0], tasks.support["y"][0]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-12, betas=(0.0, 0.999))
+    for _ in range(6):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    assert theta["carried"]["step"] == 6
+    for name, parameter in model.named_parameters():
+        expected = optimizer.state[parameter]["exp_avg_sq"]
+        torch.testing.assert_close(theta["carried"]["second_moment"][name], expected)
+
+
+def image_setting():
+    family = TinyImages()
+    model = MLP(family.spec, (16,))
+    return family, model, family.sample("train", 1, generator(3))
+
+
+def one(part):
+    return {name: value[0] for name, value in part.items()}
+
+
+def test_protonet_equals_its_linear_form():
+    """Equation 8: −‖z − c‖² and 2 cᵀz − cᵀc differ by a constant of the query."""
+    family, model, tasks = image_setting()
+    algorithm = protonet(model, family.spec)
+    theta = algorithm.init(model, generator())
+    support, query = one(tasks.support), one(tasks.query)
+    _, state = algorithm.adapt(theta, support, family.loss)
+    logits = algorithm.predict(theta, state, query["x"])
+    c = prototypes(model.trunk(support["x"]), support["y"])
+    linear = 2 * model.trunk(query["x"]) @ c.T - c.square().sum(1)
+    torch.testing.assert_close(logits.softmax(1), linear.softmax(1))
+
+
+@pytest.mark.parametrize("factory", [protonet, shared_params])
+def test_class_order_does_not_matter(factory):
+    family, model, tasks = image_setting()
+    algorithm = factory(model, family.spec)
+    theta = algorithm.init(model, generator())
+    support, query = one(tasks.support), one(tasks.query)
+    order = torch.tensor([2, 0, 1])
+    logits = []
+    for y in (support["y"], support["y"][:, order]):
+        *_, state = algorithm.adapt(theta, {**support, "y": y}, family.loss)
+        logits.append(algorithm.predict(theta, state, query["x"]))
+    torch.testing.assert_close(logits[0][:, order], logits[1])
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 9), (9, 4), (6, 6)])
+def test_ridge_equals_least_squares_on_the_augmented_system(n, d):
+    """min ‖Zw − y‖² + λ‖w‖² is least squares with √λ I below Z and zeros below y."""
+    z, y = torch.randn(n, d, generator=generator()), torch.randn(n, 2, generator=generator(1))
+    augmented = torch.cat([z, 0.7**0.5 * torch.eye(d)])
+    expected = torch.linalg.lstsq(augmented, torch.cat([y, torch.zeros(d, 2)])).solution
+    torch.testing.assert_close(ridge(z, y, torch.tensor(0.7)), expected)
+
+
+def test_scratch_adapts_by_the_chosen_step_size():
+    model, tasks = Quadratic(), centres(2)
+    algorithm = scratch(model, QUADRATIC_SPEC, [0.5, 0.25])
+    theta = algorithm.candidates(algorithm.init(model, generator()))[1]
+    _, losses, _ = evaluate(algorithm, theta, tasks, quadratic_loss, 3)
+    expected = losses[:, :1] * 0.75 ** (2 * torch.arange(4))
+    torch.testing.assert_close(losses, expected)

@@ -1,0 +1,46 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from metarun.assemble import assemble
+from metarun.config import register_schema
+
+register_schema()
+
+DATA_DIR = Path(os.environ.get("METARUN_DATA_DIR", "data"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def real_omniglot():
+    if not (DATA_DIR / "omniglot" / "images_background.zip").is_file():
+        pytest.skip("the real Omniglot is not in METARUN_DATA_DIR/omniglot")
+    return str(DATA_DIR)
+
+
+def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    with initialize_config_module("metarun.conf", version_base="1.3"):
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    names = {group: str(config.hydra.runtime.choices[group]) for group in ("algo", "task", "model")}
+    plain = config.copy()
+    del plain["hydra"]
+    return plain, names
+
+
+def experiment_of(*overrides: str):
+    return assemble(*composed(*overrides))

@@ -1,0 +1,122 @@
+"""What every algorithm under conf/algo promises, on a tiny task of each kind that it serves."""
+
+from importlib.resources import files
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from scenarios import TinyImages, generator
+
+from metarun.config import build
+from metarun.engine import evaluate, meta_gradient
+from metarun.models.conv4 import Conv4
+from metarun.models.mlp import MLP
+from metarun.tasks.sinusoid import Sinusoid
+from metarun.tree import learned, leaves, like, tree_map
+from metarun.types import Task
+
+ALGORITHMS = sorted(p.name for p in (files("metarun.conf") / "algo").iterdir() if p.name.endswith(".yaml"))
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def tiny(kind):
+    if kind == "regression":
+        family = Sinusoid(shots=5, queries=7)
+        return family, MLP(family.spec, (16, 16))
+    family = TinyImages()
+    return family, Conv4(family.spec, filters=4)
+
+
+@pytest.fixture(params=[(name, kind) for name in ALGORITHMS for kind in ("regression", "classification")])
+def case(request):
+    name, kind = request.param
+    torch.manual_seed(0)
+    family, model = tiny(kind)
+    config = OmegaConf.create({"algo": OmegaConf.create((files("metarun.conf") / "algo" / name).read_text())})
+    algorithm = build(config, "algo", model, family.spec)
+    if kind not in algorithm.kinds:
+        pytest.skip(f"{name} does not serve {kind}")
+    return algorithm, family, model
+
+
+def test_meta_gradient_is_finite_repeatable_and_leaves_its_inputs_alone(case):
+    algorithm, family, model = case
+    theta = algorithm.init(model, generator())
+    tasks = family.sample("train", 3, generator(1))
+    before = tree_map(torch.clone, theta), [tree_map(torch.clone, part) for part in tasks]
+    first, second = (meta_gradient(algorithm, theta, tasks, family.loss) for _ in range(2))
+    assert first.loss.isfinite()
+    assert all(g.isfinite().all() for g in leaves(first.grads))
+    assert any(g.abs().max() > 0 for g in leaves(first.grads))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(before, (theta, list(tasks)), rtol=0, atol=0)
+
+
+def test_a_batch_is_the_mean_of_its_tasks(case):
+    """The engine's map equals a Python loop, so no task sees another."""
+    algorithm, family, model = case
+    theta = algorithm.init(model, generator())
+    tasks = family.sample("train", 3, generator(1))
+    together = meta_gradient(algorithm, theta, tasks, family.loss)
+    alone = [
+        meta_gradient(
+            algorithm, theta, Task(*(tree_map(lambda x: x[i : i + 1], part) for part in tasks)), family.loss  # noqa: B023
+        )
+        for i in range(3)
+    ]
+    for i, leaf in enumerate(leaves(together.grads)):
+        torch.testing.assert_close(leaf, torch.stack([list(leaves(a.grads))[i] for a in alone]).mean(0))
+    torch.testing.assert_close(together.loss, torch.stack([a.loss for a in alone]).mean())
+
+
+def test_evaluation_sees_queries_only_to_score_them(case):
+    """Other query targets change losses but not a single prediction, hence not the adapted state."""
+    algorithm, family, model = case
+    theta = algorithm.init(model, generator())
+    task = family.sample("test", 1, generator(2))
+    steps, losses, _ = evaluate(algorithm, theta, task, family.loss, 2)
+    assert steps in ([0, 1, 2], [1])
+    assert losses.shape == (1, len(steps))
+    predictions = []
+
+    def spy(predict, data):
+        if "spied" in data:
+            predictions.append(predict(data["x"]))
+        return family.loss(predict, data)
+
+    def states(query_targets):
+        predictions.clear()
+        support = {n: v[0] for n, v in task.support.items()}
+        query = {"x": task.query["x"][0], "y": query_targets, "spied": torch.tensor(1)}
+        for _, state in zip(range(3), algorithm.adapt(theta, support, family.loss), strict=False):
+            if state is not None:
+                spy(lambda x: algorithm.predict(theta, state, x), query)  # noqa: B023
+        return [p.clone() for p in predictions]
+
+    torch.testing.assert_close(states(task.query["y"][0]), states(-task.query["y"][0]), rtol=0, atol=0)
+
+
+def test_training_lowers_the_loss(case):
+    """Sixty Adam steps lower the meta-loss of tasks that one model can solve."""
+    algorithm, family, model = case
+    if isinstance(family, TinyImages):
+        family = TinyImages(fixed_labels=True)
+    theta = tree_map(lambda x: x.detach().clone(), algorithm.init(model, generator()))
+    variables = list(leaves(learned(theta)))
+    optimizer = torch.optim.Adam(variables, 0.01)
+    tasks = family.sample("train", 8, generator(1))
+    losses = []
+    for _ in range(60):
+        result = meta_gradient(algorithm, theta, tasks, family.loss)
+        losses.append(result.loss.item())
+        theta = {**theta, "carried": result.carried} if result.carried else theta
+        for variable, gradient in zip(variables, leaves(result.grads), strict=True):
+            variable.grad = gradient.clone()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_trees_keep_their_order(case):
+    algorithm, _, model = case
+    theta = algorithm.init(model, generator())
+    torch.testing.assert_close(like(theta, leaves(theta)), theta, rtol=0, atol=0)

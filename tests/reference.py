@@ -1,0 +1,105 @@
+"""Meta-gradients by plain autograd, a Python loop over tasks and written-out layers.
+
+Nothing of metarun is used but the data: forward passes name ``torch.nn.functional`` directly, batch
+normalisation is torch's own (right outside of ``torch.func`` transforms), losses take class indices.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def mlp_features(w, x, prefix="trunk."):
+    layers = sorted(name.removesuffix(".weight") for name in w if name.endswith("weight") and "head" not in name)
+    x = x.flatten(1)
+    for layer in layers:
+        x = F.relu(F.linear(x, w[f"{layer}.weight"], w[f"{layer}.bias"]))
+    return x
+
+
+def conv4_features(w, x, prefix="trunk."):
+    for i in (0, 3, 6, 9):
+        x = F.conv2d(x, w[f"{prefix}{i}.weight"], stride=2, padding=1)
+        x = F.batch_norm(x, None, None, w[f"{prefix}{i + 1}.weight"], w[f"{prefix}{i + 1}.bias"], training=True)
+        x = F.relu(x)
+    return x.mean((2, 3))
+
+
+def output(features, w, x):
+    return F.linear(features(w, x), w["head.weight"], w["head.bias"])
+
+
+def supervised_loss(prediction, y, kind):
+    if kind == "regression":
+        return ((prediction - y) ** 2).mean()
+    return F.cross_entropy(prediction, y.argmax(1))
+
+
+def split(tasks):
+    count = len(tasks.support["x"])
+    for t in range(count):
+        yield tuple(part[name][t] for part in tasks for name in ("x", "y"))
+
+
+def maml_gradient(features, weights, tasks, kind, inner_lr, inner_steps, first_order):
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    total = 0
+    for sx, sy, qx, qy in split(tasks):
+        fast = dict(leaves)
+        for _ in range(inner_steps):
+            loss = supervised_loss(output(features, fast, sx), sy, kind)
+            gradient = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            if first_order:
+                gradient = [g.detach() for g in gradient]
+            fast = {name: w - inner_lr * g for (name, w), g in zip(fast.items(), gradient, strict=True)}
+        total = total + supervised_loss(output(features, fast, qx), qy, kind)
+    total = total / len(tasks.support["x"])
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def reptile_gradient(features, weights, tasks, kind, inner_lr, inner_steps, inner_batch):
+    """θ − mean of the weights that torch's own Adam with β1 = 0 arrives at."""
+    total = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for sx, sy, _, _ in split(tasks):
+        fast = {name: w.clone().requires_grad_() for name, w in weights.items()}
+        optimizer = torch.optim.Adam(fast.values(), lr=inner_lr, betas=(0.0, 0.999), eps=1e-8)
+        for k in range(inner_steps):
+            rows = [(k * inner_batch + i) % len(sx) for i in range(min(inner_batch, len(sx)))]
+            optimizer.zero_grad()
+            supervised_loss(output(features, fast, sx[rows]), sy[rows], kind).backward()
+            optimizer.step()
+        for name, w in fast.items():
+            total[name] += (weights[name] - w.detach()) / len(tasks.support["x"])
+    return total
+
+
+def protonet_gradient(features, weights, tasks):
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    total = 0
+    for sx, sy, qx, qy in split(tasks):
+        z = features(leaves, torch.cat([sx, qx]), prefix="")
+        support, query = z[: len(sx)], z[len(sx) :]
+        logits = []
+        for k in range(sy.shape[1]):
+            prototype = support[sy.argmax(1) == k].mean(0)
+            logits.append(-((query - prototype) ** 2).sum(1))
+        total = total + F.cross_entropy(torch.stack(logits, 1), qy.argmax(1))
+    total = total / len(tasks.support["x"])
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def ridge_gradient(features, weights, solver, tasks, kind):
+    """R2-D2 through the primal normal equations, whatever the sizes."""
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    learned = {name: w.clone().requires_grad_() for name, w in solver.items()}
+    total = 0
+    for sx, sy, qx, qy in split(tasks):
+        z = features(leaves, torch.cat([sx, qx]), prefix="")
+        z = torch.cat([z, torch.ones(len(z), 1)], 1) / len(sx) ** 0.5
+        support, query = z[: len(sx)], z[len(sx) :]
+        gram = support.T @ support + learned["log_strength"].exp() * torch.eye(z.shape[1])
+        head = torch.linalg.inv(gram) @ support.T @ sy
+        total = total + supervised_loss(learned["scale"] * query @ head + learned["shift"], qy, kind)
+    total = total / len(tasks.support["x"])
+    everything = [*leaves.values(), *learned.values()]
+    gradients = iter(torch.autograd.grad(total, everything))
+    return {name: next(gradients) for name in leaves}, {name: next(gradients) for name in learned}

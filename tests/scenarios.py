@@ -1,0 +1,74 @@
+"""Small families with known answers."""
+
+import torch
+
+from metarun.types import Spec, Task
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Quadratic(torch.nn.Module):
+    """A model whose output is its parameter vector."""
+
+    def __init__(self, size: int = 3):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.arange(1.0, size + 1))
+
+    def forward(self, x):
+        return self.w
+
+
+def quadratic_loss(predict, data):
+    """½‖w − c‖²: gradient w − c, Hessian the identity."""
+    loss = 0.5 * (predict(None) - data["c"]).square().sum()
+    return loss, loss.detach()
+
+
+def linear_loss(predict, data):
+    """wᵀc: the Hessian is zero."""
+    loss = predict(None) @ data["c"]
+    return loss, loss.detach()
+
+
+def centres(tasks: int = 4, size: int = 3) -> Task:
+    """Tasks with one centre each, the same for support and query."""
+    c = torch.randn(tasks, size, generator=generator())
+    return Task({"c": c}, {"c": c})
+
+
+QUADRATIC_SPEC = Spec("regression", (1,), 3, "loss", False, 1, 1)
+
+IMAGE_SPEC = Spec("classification", (1, 16, 16), 3, "accuracy", True, 2, 4, 3, 3, 12)
+
+
+class TinyImages:
+    """Three-way classification of 16×16 noisy patterns; with ``fixed_labels`` one model can learn it all."""
+
+    spec = IMAGE_SPEC
+    dataset = "tiny"
+
+    def __init__(self, fixed_labels=False):
+        from metarun.tasks.supervised import classification_loss
+
+        self.loss = classification_loss
+        self.fixed_labels = fixed_labels
+        self.patterns = torch.randn(12, 1, 16, 16, generator=generator(7))
+
+    def sample(self, split, count, generator):
+        classes = torch.rand(count, 12, generator=generator).topk(3).indices
+        if self.fixed_labels:
+            classes = 3 * torch.randint(4, (count, 3), generator=generator) + torch.arange(3)
+
+        def part(shots):
+            label = torch.arange(3).repeat_interleave(shots)
+            order = torch.rand(count, 3 * shots, generator=generator).argsort(1)
+            label = label.expand(count, -1).gather(1, order)
+            identity = classes.gather(1, label)
+            noise = torch.randn(count, 3 * shots, 1, 16, 16, generator=generator)
+            x = self.patterns[identity] + 0.5 * noise
+            y = torch.nn.functional.one_hot(label, 3).to(x.dtype)
+            return {"x": x, "y": y, "class": identity}
+
+        return Task(part(2), part(4))
