@@ -1,10 +1,12 @@
 """One run from configuration to tables and pictures."""
 
+import ctypes
 import hashlib
 import json
 import logging
 import platform
 import resource
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from metarun.tree import learned, leaves, size
 log = logging.getLogger(__name__)
 
 FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's ``malloc.h``."""
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 """Linux's own account of this process."""
 ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download")
@@ -42,6 +46,20 @@ def episodes_hash(experiment: Experiment) -> str:
         "episodes": config.eval.episodes,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to hand large freed blocks back to the system, only to fault them in again each step.
+
+    Up to twice as fast for convolutions on a CPU; without effect where the C library has no such switch.
+    """
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):
+            return
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def reset_peak_memory(device: str) -> None:
@@ -171,6 +189,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
         Interrupted: the user stopped the run.
     """
     experiment = assemble(config, names)
+    keep_freed_memory()
     reset_peak_memory(experiment.device)
     row = identity_columns(experiment, directory.name)
     try:
