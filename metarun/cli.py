@@ -13,7 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -81,6 +81,8 @@ def sentence_of(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"There is no {group}={name}; choose one of: {', '.join(error.options)}."
+    if isinstance(error, OverrideParseException):
+        return f"The argument {error.override!r} cannot be read: write KEY=VALUE, with quotes around special characters."
     if isinstance(cause, OmegaConfBaseException) and cause.key is not None:
         key = str(cause.full_key or cause.key)
         parent = cause.parent_node

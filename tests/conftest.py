@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from metarun.assemble import assemble
 from metarun.config import register_schema
@@ -37,9 +37,7 @@ def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     with initialize_config_module("metarun.conf", version_base="1.3"):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)
     names = {group: str(config.hydra.runtime.choices[group]) for group in ("algo", "task", "model")}
-    plain = config.copy()
-    del plain["hydra"]
-    return plain, names
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), names
 
 
 def experiment_of(*overrides: str):

