@@ -82,7 +82,9 @@ def sentence_of(error: BaseException) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"There is no {group}={name}; choose one of: {', '.join(error.options)}."
     if isinstance(error, OverrideParseException):
-        return f"The argument {error.override!r} cannot be read: write KEY=VALUE, with quotes around special characters."
+        return (
+            f"The argument {error.override!r} cannot be read: write KEY=VALUE, with quotes around special characters."
+        )
     if isinstance(cause, OmegaConfBaseException) and cause.key is not None:
         key = str(cause.full_key or cause.key)
         parent = cause.parent_node

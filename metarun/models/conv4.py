@@ -1,5 +1,6 @@
 """The four-block convolutional network of the few-shot literature."""
 
+from math import gcd
 from typing import Literal
 
 import torch
@@ -14,7 +15,8 @@ def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "batch":
         return BatchStatistics(channels)
     if kind == "group":
-        return nn.GroupNorm(min(8, channels), channels)
+        # Eight groups at most, of two channels at least: a group of one value would normalise to zero.
+        return nn.GroupNorm(gcd(8, channels // 2) if channels % 2 == 0 else 1, channels)
     return nn.Identity()
 
 
@@ -27,7 +29,7 @@ class Conv4(nn.Module):
 
     Args:
         spec: input ``(channels, height, width)`` of any size from 16×16, and the number of outputs.
-        filters: channels of each block; for group normalisation at most 8, or a multiple of 8.
+        filters: channels of each block, at least 1.
         downsample: how each block halves the image.
         norm: ``batch`` (statistics of the current batch, hence transductive), ``group`` or ``none``.
     """
@@ -41,10 +43,6 @@ class Conv4(nn.Module):
     ) -> None:
         super().__init__()
         require(filters >= 1, f"filters must be at least 1, not {filters}")
-        require(
-            norm != "group" or filters <= 8 or filters % 8 == 0,
-            f"filters must be at most 8 or a multiple of 8 for norm=group, not {filters}",
-        )
         require(
             len(spec.input_shape) == 3 and min(spec.input_shape[1:]) >= 16,
             f"conv4 needs images of at least 16×16, and this task's input has shape {spec.input_shape}; "

@@ -40,9 +40,7 @@ def test_quadratic_meta_gradients_have_their_closed_form(steps):
     torch.testing.assert_close(second.grads["weights"]["w"], (1 - alpha) ** (2 * steps) * offset)
     torch.testing.assert_close(first.grads["weights"]["w"], (1 - alpha) ** steps * offset)
     if steps > 0:
-        moved = gradient(
-            reptile(model, QUADRATIC_SPEC, alpha, steps, 3, "sgd"), model, tasks, quadratic_loss
-        )
+        moved = gradient(reptile(model, QUADRATIC_SPEC, alpha, steps, 3, "sgd"), model, tasks, quadratic_loss)
         torch.testing.assert_close(moved.grads["weights"]["w"], (1 - (1 - alpha) ** steps) * offset)
 
 

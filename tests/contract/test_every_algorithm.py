@@ -39,6 +39,10 @@ def case(request):
     return algorithm, family, model
 
 
+def only_task(tasks, i):
+    return Task(*(tree_map(lambda x: x[i : i + 1], part) for part in tasks))
+
+
 def test_meta_gradient_is_finite_repeatable_and_leaves_its_inputs_alone(case):
     algorithm, family, model = case
     theta = algorithm.init(model, generator())
@@ -58,12 +62,7 @@ def test_a_batch_is_the_mean_of_its_tasks(case):
     theta = algorithm.init(model, generator())
     tasks = family.sample("train", 3, generator(1))
     together = meta_gradient(algorithm, theta, tasks, family.loss)
-    alone = [
-        meta_gradient(
-            algorithm, theta, Task(*(tree_map(lambda x: x[i : i + 1], part) for part in tasks)), family.loss  # noqa: B023
-        )
-        for i in range(3)
-    ]
+    alone = [meta_gradient(algorithm, theta, only_task(tasks, i), family.loss) for i in range(3)]
     for i, leaf in enumerate(leaves(together.grads)):
         torch.testing.assert_close(leaf, torch.stack([list(leaves(a.grads))[i] for a in alone]).mean(0))
     torch.testing.assert_close(together.loss, torch.stack([a.loss for a in alone]).mean())

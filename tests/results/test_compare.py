@@ -1,0 +1,166 @@
+"""metarun-compare on hand-made runs whose means, intervals and differences are known."""
+
+import csv
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from metarun.errors import UserError
+from metarun.results import compare as module
+from metarun.results.compare import compare, episode_scores
+from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_result
+
+
+def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
+    directory = root / name
+    scores = np.asarray(scores, dtype=float)
+    row = dict.fromkeys(RESULT_COLUMNS) | {
+        "run": name,
+        "status": "completed",
+        "algo": algo,
+        "family": family,
+        "task": "omniglot",
+        "dataset": "procedural",
+        "model": "conv4",
+        "seed": seed,
+        "ways": 5,
+        "shots": 1,
+        "queries": 15,
+        "metric": "accuracy",
+        "adapt_steps": 1,
+        "score_before": 0.2,
+        "score": scores.mean(),
+        "ci95": 1.96 * scores.std(ddof=1) / len(scores) ** 0.5,
+        "n_episodes": len(scores),
+        "val_score": scores.mean(),
+        "meta_steps": 10,
+        "transductive": True,
+        "train_seconds": 5.0,
+        "adapt_ms_per_task": 0.5,
+        "peak_memory_mb": 100.0,
+        "meta_parameters": 10,
+        "adapted_parameters": 10,
+        "config_hash": f"{algo}{seed}{overrides}",
+        "episodes_hash": "same",
+    }
+    write_result(directory, row | columns)
+    rows = [[0.2, score] for score in scores]
+    write_episodes(directory, [0, 1], rows, rows)
+    if overrides:
+        (directory / ".hydra").mkdir()
+        (directory / ".hydra" / "overrides.yaml").write_text("\n".join(f"- {o}" for o in overrides))
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path):
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(0, 0.1, 200)
+    maml = 0.80 + difficulty + rng.normal(0, 0.01, 200)
+    maml_again = maml + 0.02
+    protonet = 0.85 + difficulty + rng.normal(0, 0.01, 200)
+    make_run(tmp_path, "a", "maml", "agnostic", 0, maml)
+    make_run(tmp_path, "b", "maml", "agnostic", 1, maml_again)
+    make_run(tmp_path, "c", "protonet", "dependent", 0, protonet)
+    make_run(tmp_path, "d", "scratch", "baseline", 0, 0.5 + difficulty)
+    return tmp_path, (maml + maml_again) / 2, protonet
+
+
+def test_means_intervals_and_the_paired_difference(runs):
+    root, maml, protonet = runs
+    text = compare([root], root)
+    table = pd.read_csv(root / "comparison.csv").set_index("algo")
+    assert list(table["family"]) == ["agnostic", "dependent", "baseline"]
+    assert table.loc["maml", "score"] == pytest.approx(maml.mean())
+    assert table.loc["maml", "seeds"] == 2
+    assert table.loc["maml", "seed_std"] == pytest.approx(0.02 / 2**0.5)
+    assert np.isnan(table.loc["protonet", "seed_std"])
+    assert table.loc["maml", "ci95"] == pytest.approx(1.96 * maml.std(ddof=1) / 200**0.5)
+    families = pd.read_csv(root / "families.csv").iloc[0]
+    difference = protonet - maml
+    assert families["paired"]
+    assert families["difference"] == pytest.approx(difference.mean())
+    assert families["ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5)
+    # Pairing is what it is for: the shared difficulty of the episodes cancels.
+    assert families["ci95"] < 0.2 * table["ci95"].min()
+    assert "model-dependent is better" in text
+    assert (root / "comparison.md").read_text() == text
+    assert (root / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_on_other_episodes_are_not_paired(runs):
+    root, _, protonet = runs
+    make_run(root, "c", "protonet", "dependent", 0, protonet, episodes_hash="other")
+    compare([root], root)
+    families = pd.read_csv(root / "families.csv").iloc[0]
+    table = pd.read_csv(root / "comparison.csv").set_index("algo")
+    assert not families["paired"]
+    assert families["ci95"] == pytest.approx(np.hypot(table.loc["maml", "ci95"], table.loc["protonet", "ci95"]))
+
+
+def test_settings_and_datasets_are_never_mixed(runs):
+    root, maml, _ = runs
+    make_run(root, "e", "maml", "agnostic", 0, maml, dataset="omniglot:vinyals")
+    make_run(root, "f", "maml", "agnostic", 0, maml, shots=5)
+    compare([root], root)
+    table = pd.read_csv(root / "comparison.csv")
+    assert len(table.groupby(["dataset", "shots"])) == 3
+    assert sorted(table["seeds"]) == [1, 1, 1, 1, 2]
+
+
+def test_a_sweep_gets_a_row_for_each_value_and_validation_chooses(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.8, 0.05, 100)
+    shared = ("train.steps=10",)
+    make_run(tmp_path, "a", "maml", "agnostic", 0, base, (*shared, "algo.inner_lr=1"), val_score=0.9)
+    make_run(tmp_path, "b", "maml", "agnostic", 0, base + 0.05, (*shared, "algo.inner_lr=2"), val_score=0.7)
+    make_run(tmp_path, "c", "protonet", "dependent", 0, base, (*shared, "seed=0"))
+    compare([tmp_path], tmp_path)
+    table = pd.read_csv(tmp_path / "comparison.csv")
+    assert list(table["variant"].fillna("")) == ["algo.inner_lr=2", "algo.inner_lr=1", ""]
+    assert pd.read_csv(tmp_path / "families.csv").iloc[0]["agnostic"] == "maml algo.inner_lr=1"
+
+
+def test_lower_is_better_for_errors(tmp_path):
+    rng = np.random.default_rng(0)
+    error = rng.uniform(0.5, 1, 50)
+    make_run(tmp_path, "a", "maml", "agnostic", 0, error, metric="mse", task="sinusoid", ways=None)
+    make_run(tmp_path, "b", "reptile", "agnostic", 0, error / 2, metric="mse", task="sinusoid", ways=None)
+    make_run(tmp_path, "c", "shared_params", "dependent", 0, error / 4, metric="mse", task="sinusoid", ways=None)
+    text = compare([tmp_path], tmp_path)
+    assert list(pd.read_csv(tmp_path / "comparison.csv")["algo"]) == ["reptile", "maml", "shared_params"]
+    assert "shared_params (model-dependent) − reptile (model-agnostic) = -" in text
+    assert "model-dependent is better" in text
+
+
+def test_unfinished_and_repeated_runs_are_left_out_by_name(runs):
+    root, maml, _ = runs
+    make_run(root, "g", "fomaml", "agnostic", 0, maml, status="failed", score=None)
+    make_run(root, "h", "maml", "agnostic", 0, maml)
+    text = compare([root], root)
+    assert "(failed)" in text
+    assert "1 older runs of the same configuration are left out" in text
+    assert pd.read_csv(root / "comparison.csv").set_index("algo").loc["maml", "seeds"] == 2
+
+
+def test_the_last_adaptation_step_is_compared(runs):
+    root, *_ = runs
+    with (root / "a" / "episodes.csv").open() as file:
+        last = [float(row["score"]) for row in csv.DictReader(file) if row["adapt_step"] == "1"]
+    np.testing.assert_allclose(episode_scores([str(root / "a")]), last)
+
+
+def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="There is no"):
+        compare([tmp_path / "nowhere"], tmp_path)
+    with pytest.raises(UserError, match=r"No result\.csv under"):
+        compare([tmp_path], tmp_path)
+    (tmp_path / "result.csv").write_text("run,score\nx,1\n")
+    with pytest.raises(UserError, match="lacks the column status"):
+        compare([tmp_path], tmp_path)
+    monkeypatch.setattr(sys, "argv", ["metarun-compare", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert str(stopped.value).startswith("metarun-compare: ")
