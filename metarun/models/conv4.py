@@ -23,14 +23,16 @@ def _norm(kind: str, channels: int) -> nn.Module:
 class Conv4(nn.Module):
     """Four blocks of 3×3 convolution, normalisation and ReLU, then a linear head.
 
-    With ``downsample="stride"`` each convolution has stride 2 and the features are the spatial mean, as
-    MAML does for Omniglot (https://arxiv.org/abs/1703.03400, §5.2); with ``"max_pool"`` each block ends in
-    2×2 max-pooling and the features are flattened, as Matching and Prototypical Networks do.
+    With ``downsample="stride"`` each convolution has stride 2, as in MAML and Reptile on Omniglot
+    (https://arxiv.org/abs/1703.03400, §5.2); with ``"max_pool"``, four times the work, each block ends in 2×2
+    max-pooling, as in Matching and Prototypical Networks. The features are the spatial mean of the last block,
+    as in MAML's code, or all of its values.
 
     Args:
         spec: input ``(channels, height, width)`` of any size from 16×16, and the number of outputs.
         filters: channels of each block, at least 1.
         downsample: how each block halves the image.
+        readout: ``mean`` or ``flatten``.
         norm: ``batch`` (statistics of the current batch, hence transductive), ``group`` or ``none``.
     """
 
@@ -39,6 +41,7 @@ class Conv4(nn.Module):
         spec: Spec,
         filters: int = 64,
         downsample: Literal["stride", "max_pool"] = "stride",
+        readout: Literal["mean", "flatten"] = "mean",
         norm: Literal["batch", "group", "none"] = "batch",
     ) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class Conv4(nn.Module):
             if downsample == "max_pool":
                 layers.append(nn.MaxPool2d(2))
             channels = filters
-        if downsample == "stride":
+        if readout == "mean":
             layers.append(nn.AdaptiveAvgPool2d(1))
         self.trunk = nn.Sequential(*layers, nn.Flatten())
         with torch.no_grad():
