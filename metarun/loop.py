@@ -6,23 +6,19 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 from tqdm import tqdm
 
-from metarun import checkpoint, engine
+from metarun import engine
 from metarun.assemble import Experiment, stream
-from metarun.config import config_hash
 from metarun.errors import UserError
 from metarun.results.tables import write_metrics
+from metarun.training import Best, Training, restore, save, save_best, start
 from metarun.tree import learned, leaves, tree_map
 from metarun.types import Split, Task, Tree
 
@@ -35,33 +31,6 @@ depend on how many are asked for."""
 
 class Interrupted(Exception):
     """The user stopped the run; its state is saved."""
-
-
-@dataclass
-class Best:
-    """What validation has selected so far."""
-
-    step: int
-    val_score: float
-    theta: Tree
-
-
-@dataclass
-class Training:
-    """Everything that changes during meta-training."""
-
-    theta: Tree
-    optimizer: Optimizer
-    schedule: LRScheduler | None
-    step: int = 0
-    best: Best | None = None
-    rows: list[dict[str, float | int]] = field(default_factory=list)
-    """Of ``metrics.csv``."""
-    window: list[Tensor] = field(default_factory=list)
-    """(loss, score) of each step since the last row."""
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    """Of which outside of validation."""
 
 
 @dataclass(frozen=True)
@@ -91,36 +60,6 @@ def stop_on_signal() -> Iterator[list[int]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def outer_optimizer(config: DictConfig, theta: Tree) -> tuple[Optimizer, LRScheduler | None]:
-    """The optimizer over the learned leaves of ``theta``, and its schedule over ``train.steps``."""
-    train, variables = config.train, list(leaves(learned(theta)))
-    optimizer: Optimizer
-    match train.optimizer.name:
-        case "adam":
-            optimizer = Adam(variables, train.lr, weight_decay=train.weight_decay, fused=True)
-        case "adamw":
-            optimizer = AdamW(variables, train.lr, weight_decay=train.weight_decay, fused=True)
-        case _:
-            optimizer = SGD(variables, train.lr, weight_decay=train.weight_decay, fused=True)
-    steps = max(train.steps, 1)
-    match train.schedule.name:
-        case "linear":
-            return optimizer, LinearLR(optimizer, 1.0, train.final, total_iters=steps)
-        case "cosine":
-            return optimizer, CosineAnnealingLR(optimizer, steps, eta_min=train.lr * train.final)
-        case "step":
-            return optimizer, StepLR(optimizer, train.decay_every, train.decay)
-        case _:
-            return optimizer, None
-
-
-def start(experiment: Experiment) -> Training:
-    """The state before the first step."""
-    # Parameters of their own memory, whatever init returned, for the optimizer to write into.
-    theta = tree_map(lambda leaf: leaf.detach().clone(), experiment.initial_theta())
-    return Training(theta, *outer_optimizer(experiment.config, theta))
 
 
 def meta_step(experiment: Experiment, training: Training) -> None:
@@ -176,64 +115,6 @@ def validate(experiment: Experiment, theta: Tree, tasks: list[Task]) -> tuple[Tr
         if better(experiment, scores[:, -1].mean().item(), score):
             chosen, loss, score = candidate, losses[:, -1].mean().item(), scores[:, -1].mean().item()
     return chosen, loss, score
-
-
-def save(experiment: Experiment, training: Training, directory: Path) -> None:
-    """Write ``last.pt``, all that a resumed run needs."""
-    best = training.best
-    content: dict[str, Any] = {
-        "config": OmegaConf.to_yaml(experiment.config, resolve=True),
-        "config_hash": config_hash(experiment.config),
-        "dataset": experiment.family.dataset,
-        "step": training.step,
-        "theta": training.theta,
-        "optimizer": training.optimizer.state_dict(),
-        "schedule": training.schedule.state_dict() if training.schedule else None,
-        "best": {"step": best.step, "val_score": best.val_score, "theta": best.theta} if best else None,
-        "rows": training.rows,
-        "window": training.window,
-        "seconds": training.seconds,
-        "step_seconds": training.step_seconds,
-    }
-    checkpoint.save(directory / "checkpoints" / "last.pt", content)
-
-
-def save_best(experiment: Experiment, best: Best, directory: Path) -> None:
-    """Write ``best.pt``: the parameters that validation selected."""
-    content = {
-        "config": OmegaConf.to_yaml(experiment.config, resolve=True),
-        "config_hash": config_hash(experiment.config),
-        "dataset": experiment.family.dataset,
-        "step": best.step,
-        "val_score": best.val_score,
-        "theta": best.theta,
-    }
-    checkpoint.save(directory / "checkpoints" / "best.pt", content)
-
-
-def restore(experiment: Experiment, directory: Path) -> Training:
-    """The state that ``last.pt`` holds.
-
-    Raises:
-        UserError: the checkpoint is missing, broken, of another configuration or of other data.
-    """
-    path = directory / "checkpoints" / "last.pt"
-    content = checkpoint.load(path, experiment.device, config_hash(experiment.config))
-    if content["dataset"] != experiment.family.dataset:
-        raise UserError(
-            f"The checkpoint {path} was trained on {content['dataset']}, and the data found now are "
-            f"{experiment.family.dataset}; set data_dir to where the former lie."
-        )
-    training = start(experiment)
-    for old, new in zip(leaves(training.theta), leaves(content["theta"]), strict=True):
-        old.copy_(new)
-    training.optimizer.load_state_dict(content["optimizer"])
-    if training.schedule is not None:
-        training.schedule.load_state_dict(content["schedule"])
-    training.best = Best(**content["best"]) if content["best"] else None
-    for name in ("step", "rows", "window", "seconds", "step_seconds"):
-        setattr(training, name, content[name])
-    return training
 
 
 def check_finite(training: Training, directory: Path) -> None:

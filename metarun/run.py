@@ -18,9 +18,10 @@ import metarun
 from metarun import engine
 from metarun.assemble import Experiment, assemble
 from metarun.config import config_hash
-from metarun.loop import Tested, Training, meta_test, meta_train
+from metarun.loop import Tested, meta_test, meta_train
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.tables import format_score, format_score_ci, write_episodes, write_result
+from metarun.training import Training
 from metarun.tree import learned, leaves, size
 
 log = logging.getLogger(__name__)
