@@ -55,8 +55,9 @@ def job(config: DictConfig) -> float:
         if wants_traceback():
             raise
         fail(str(error))
-    except Interrupted as error:
-        log.info("Stopped; everything is saved. Go on with: metarun resume='%s'", directory)
+    except (Interrupted, KeyboardInterrupt) as error:
+        if (directory / "checkpoints" / "last.pt").exists():
+            log.info("Stopped; go on with: metarun resume='%s'", directory)
         raise KeyboardInterrupt from error
     except OSError as error:
         if wants_traceback():
@@ -144,6 +145,8 @@ def main() -> Any:
     # Hydra would print and exit by itself; this makes it raise, so that one place makes sentences of errors.
     os.environ["METARUN_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # A log that cannot be written (a full disk) must not bury the sentence under tracebacks of its own.
+    logging.raiseExceptions = wants_traceback()
     register_schema()
     try:
         sys.argv[1:] = arguments_of_resumed_run(arguments)

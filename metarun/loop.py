@@ -198,7 +198,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
                 check_finite(training, directory)
                 show(log_row(training, None))
                 write_metrics(directory, training.rows)
-            if stopped and training.step < steps:
+            if stopped:
                 check_finite(training, directory)
                 save(experiment, training, directory)
                 raise Interrupted

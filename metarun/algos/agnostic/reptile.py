@@ -76,8 +76,8 @@ def reptile(
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(model)
-        dtype = next(iter(weights.values())).dtype
-        carried = {"second_moment": tree_map(torch.zeros_like, weights), "step": torch.zeros((), dtype=dtype)}
+        step = next(iter(weights.values())).new_zeros(())
+        carried = {"second_moment": tree_map(torch.zeros_like, weights), "step": step}
         return {"weights": weights, "carried": carried}
 
     def update(state: State, gradient: Weights) -> State:
