@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 from metarun.algos.agnostic.maml import maml
 from metarun.engine import meta_gradient
-from metarun.functional import seeded
 from metarun.models.mlp import MLP
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tree import leaves
@@ -66,7 +65,7 @@ def measure(inner_steps: int, rounds: int) -> None:
     contestants = {"metarun": with_metarun(family, inner_steps), "python loop": with_python_loop(inner_steps)}
     torch.manual_seed(0)
     model = MLP(family.spec)
-    tasks = family.sample("train", 25, seeded(0))
+    tasks = family.sample("train", 25, torch.Generator().manual_seed(0))
     reference = contestants["metarun"](model, tasks)
     for name, gradient in contestants.items():
         torch.testing.assert_close(gradient(model, tasks), reference, rtol=1e-3, atol=1e-5, msg=f"{name} differs")
@@ -74,7 +73,7 @@ def measure(inner_steps: int, rounds: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name, gradient in contestants.items():
-            tasks = family.sample("train", 25, seeded(number))
+            tasks = family.sample("train", 25, torch.Generator().manual_seed(number))
             began = time.perf_counter()
             for parameter, g in zip(model.parameters(), gradient(model, tasks), strict=True):
                 parameter.grad = g

@@ -14,6 +14,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +23,8 @@ from metarun.errors import UserError
 from metarun.help import help_text
 
 log = logging.getLogger(__name__)
+
+MAY_CHANGE_ON_RESUME = ("device=", "data_dir=", "hydra.job_logging", "hydra.verbose")
 
 failures: list[str] = []
 """Jobs of this process that ended without a result; a sweep goes on past them."""
@@ -104,11 +107,32 @@ def sentence_of(error: BaseException) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
+class RefuseUsedDirectory(Callback):
+    """Keep a new run out of the directory of another one, before Hydra writes anything there."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the directory of a single run."""
+        if config.resume is None:
+            self.check(config, "hydra.run.dir", "checkpoints/last.pt", "result.csv")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the directory of a sweep."""
+        self.check(config, "hydra.sweep.dir", "*/checkpoints/last.pt", "*/result.csv")
+
+    def check(self, config: DictConfig, key: str, *patterns: str) -> None:
+        """Leave with a sentence if the directory under ``key`` holds a run."""
+        HydraConfig.instance().set_config(config)
+        directory = Path(str(OmegaConf.select(config, key)))
+        if any(True for pattern in patterns for _ in directory.glob(pattern)):
+            # Hydra turns an exception of a callback into a warning and goes on; SystemExit passes.
+            sys.exit(f"metarun: {directory} holds a run already; continue it with resume=DIR, or choose another {key}.")
+
+
 def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
-    """For ``resume=DIR``: the overrides that the run began with, then today's, all written to DIR.
+    """For ``resume=DIR``: the overrides and ``--config-dir`` that the run began with, all written to DIR.
 
     Raises:
-        UserError: DIR is not the directory of a run.
+        UserError: DIR is not the directory of a run, or keys are given that would make it another run.
     """
     given = [argument for argument in arguments if argument.startswith("resume=")]
     if not given or given[-1] in ("resume=", "resume=null"):
@@ -122,9 +146,21 @@ def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
         )
     before = [str(override) for override in OmegaConf.load(path)]
     quoted = "'" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'"
-    rest = [argument for argument in arguments if argument not in given]
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-") and a not in given]
+    options = [a for a in arguments if a not in overrides and a not in given]
+    changed = [a for a in overrides if not a.startswith(MAY_CHANGE_ON_RESUME)]
+    if changed:
+        raise UserError(
+            f"{changed[0]} would make the run in {directory} another one: resume with no other keys than device and "
+            "data_dir, or start a new run."
+        )
+    if not config_dirs(arguments):
+        sources = OmegaConf.select(OmegaConf.load(path.with_name("hydra.yaml")), "hydra.runtime.config_sources")
+        for source in sources:
+            if source.provider == "command-line":
+                options += ["--config-dir", source.path]
     kept = [override for override in before if not override.startswith("resume=")]
-    return [*kept, *rest, f"resume={quoted}", f"hydra.run.dir={quoted}"]
+    return [*options, *kept, *overrides, f"resume={quoted}", f"hydra.run.dir={quoted}"]
 
 
 def config_dirs(arguments: list[str]) -> list[str]:
@@ -165,5 +201,9 @@ def main() -> Any:
             f"metarun: the output directory cannot be written ({error.strerror or error}: {error.filename}); choose "
             "another with hydra.run.dir=DIR (hydra.sweep.dir=DIR for a sweep)."
         )
+    except Exception as error:
+        if wants_traceback():
+            raise
+        sys.exit(f"metarun: {type(error).__name__}: {' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where).")
     if failures:
         sys.exit(1)

@@ -89,6 +89,8 @@ def check_ranges(config: DictConfig) -> None:
     for key, bound in LOWER_BOUNDS.items():
         if not OmegaConf.select(config, key) >= bound:
             raise UserError(f"{key} must be at least {bound:g}, not {OmegaConf.select(config, key)}.")
+    if config.train.final > 1:
+        raise UserError(f"train.final must be at most 1, not {config.train.final}.")
     for key in ABOVE_ZERO:
         value = OmegaConf.select(config, key)
         if value is not None and not 0 < value < float("inf"):

@@ -25,8 +25,11 @@ def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> tup
 
 
 def adapted(algorithm: Algorithm, theta: Tree, support: Tree, loss: Loss, steps: int) -> Any:
-    """State of one task after ``steps`` steps, or the last one if adaptation ends sooner."""
-    *_, state = islice(algorithm.adapt(theta, support, loss), steps + 1)
+    """State of one task after ``steps`` steps (or as many as it takes to have one), or the last if there are fewer."""
+    state = None
+    for step, state in enumerate(algorithm.adapt(theta, support, loss)):
+        if step >= steps and state is not None:
+            break
     return state
 
 
@@ -74,7 +77,7 @@ def adapt_and_score(algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss, 
     """Query loss after ``steps`` steps ``[tasks]``, and nothing on the way: the work to be timed."""
 
     def one_task(task: Task) -> Tensor:
-        state = adapted(algorithm, theta, task.support, loss, max(steps, 1))
+        state = adapted(algorithm, theta, task.support, loss, steps)
         return loss(partial(algorithm.predict, theta, state), task.query)[0]
 
     return vmap(one_task)(tasks)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
@@ -62,8 +61,3 @@ def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Line
             f"(features → output), as metarun's own models have, and {type(model).__name__} lacks them"
         )
     return trunk, head
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A CPU generator in the state that ``seed`` gives."""
-    return torch.Generator().manual_seed(seed)

@@ -181,13 +181,15 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
     ):
         if steps == 0 and training.best is None:
             validate_and_save()
+            if stopped:
+                raise Interrupted
         while training.step < steps:
             meta_step(experiment, training)
             progress.update()
             due = training.step % train.eval_every == 0 or training.step == steps
             if due or training.step % train.log_every == 0 or stopped:
                 if experiment.device != "cpu":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(experiment.device)
                 elapsed = time.perf_counter() - clock[0]
                 clock[0] = time.perf_counter()
                 training.seconds += elapsed
@@ -202,7 +204,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
                 check_finite(training, directory)
                 save(experiment, training, directory)
                 raise Interrupted
-    if training.best is None or math.isnan(training.best.val_score):
+    if training.best is None or not math.isfinite(training.best.val_score):
         raise UserError(f"No validation gave a finite {metric}; lower algo.inner_lr or eval.adapt_steps.")
     return training
 
@@ -216,6 +218,6 @@ def meta_test(experiment: Experiment, theta: Tree) -> Tested:
     began = time.perf_counter()
     scored = engine.adapt_and_score(experiment.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps)
     if experiment.device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(experiment.device)
     milliseconds = 1000 * (time.perf_counter() - began) / len(scored)
     return Tested(steps, losses, scores, seconds, milliseconds)

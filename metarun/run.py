@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 import metarun
 from metarun import engine
 from metarun.assemble import Experiment, assemble
 from metarun.config import config_hash
 from metarun.loop import Tested, meta_test, meta_train
+from metarun.models.norm import BatchStatistics
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.tables import format_score, format_score_ci, write_episodes, write_result
 from metarun.training import Training
@@ -69,6 +71,9 @@ def reset_peak_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
         try:
+            # What an earlier job of a sweep has freed goes back first.
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)
             CLEAR_REFS.write_text("5")
         except OSError:
             log.debug("The peak of memory cannot be reset, so it is that of the whole process.")
@@ -83,6 +88,12 @@ def peak_memory_mb(device: str) -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
     # macOS counts bytes, the other systems kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e6
+
+
+def transductive(model: nn.Module) -> bool:
+    """Whether queries see each other: through batch statistics, or because the model says so."""
+    by_batch = any(isinstance(module, BatchStatistics) for module in model.modules())
+    return by_batch or bool(getattr(model, "transductive", False))
 
 
 def identity_columns(experiment: Experiment, run: str) -> dict[str, Any]:
@@ -101,12 +112,13 @@ def identity_columns(experiment: Experiment, run: str) -> dict[str, Any]:
         "queries": spec.queries,
         "metric": spec.metric,
         "meta_batch": config.train.meta_batch,
-        "transductive": getattr(experiment.model, "transductive", False),
+        "transductive": transductive(experiment.model),
         "device": torch.cuda.get_device_name(experiment.device) if experiment.device != "cpu" else "cpu",
         "torch_version": torch.__version__,
         "metarun_version": metarun.__version__,
         "config_hash": config_hash(config),
         "episodes_hash": episodes_hash(experiment),
+        "higher_is_better": spec.higher_is_better,
     }
 
 
@@ -163,6 +175,9 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested, director
         after,
         format_score_ci(row["score"], row["ci95"], metric),
     )
+    diverged = int((~tested.scores[:, -1].isfinite()).sum())
+    if diverged:
+        log.warning("  %d of %d episodes diverged: their score is not a number", diverged, row["n_episodes"])
     if len(tested.adapt_steps) > 1:
         change = tested.scores[:, -1] - tested.scores[:, 0]
         worse = int(((change < 0) if spec.higher_is_better else (change > 0)).sum())

@@ -77,6 +77,8 @@ def test_a_run_leaves_its_files_and_says_where(finished):
         (["resume=nowhere"], ["nothing to resume in nowhere"]),
         (["hydra.run.dir=a_file/run"], ["cannot be written", "hydra.run.dir"]),
         (["train.steps=[1"], ["train.steps"]),
+        (["train.schedule=linear", "train.final=2"], ["train.final must be at most 1"]),
+        (["algo=null"], ["Config group override must be a string"]),
     ],
     ids=lambda value: " ".join(value) if value and isinstance(value, list) and "=" in value[0] else "",
 )
@@ -105,9 +107,9 @@ def copy_of(run: Path, to: Path) -> Path:
 
 def test_a_broken_checkpoint_and_one_of_another_configuration_are_refused(finished, tmp_path):
     run = copy_of(finished, tmp_path / "run")
-    other = metarun(f"resume={run}", "algo.inner_lr=0.5", cwd=tmp_path)
-    assert other.returncode == 1
-    assert "belongs to another configuration" in other.stderr + other.stdout
+    refused = metarun(f"resume={run}", "algo.inner_lr=0.5", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "algo.inner_lr=0.5 would make the run" in refused.stderr
     before = (run / "result.csv").read_bytes()
     path = run / "checkpoints" / "last.pt"
     whole = path.read_bytes()
@@ -118,6 +120,23 @@ def test_a_broken_checkpoint_and_one_of_another_configuration_are_refused(finish
         assert "is broken" in done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr
     assert (run / "result.csv").read_bytes() == before
+    # The refused attempts have changed nothing: with its checkpoint back the run resumes.
+    path.write_bytes(whole)
+    assert metarun(f"resume={run}", "device=cpu", cwd=tmp_path).returncode == 0
+    overrides = run / ".hydra" / "overrides.yaml"
+    overrides.write_text(overrides.read_text() + "- train.lr=0.5\n")
+    other = metarun(f"resume={run}", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "belongs to another configuration" in other.stdout + other.stderr
+
+
+def test_a_new_run_keeps_out_of_the_directory_of_another(finished, tmp_path):
+    run = copy_of(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = metarun("algo=reptile", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "holds a run already" in done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 class Malicious:
@@ -171,3 +190,6 @@ def test_a_plugin_from_outside_runs(tmp_path):
     done = metarun(*arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert "twice (model-agnostic)" in done.stdout
+    run = next((tmp_path / "outputs").rglob("result.csv")).parent
+    resumed = metarun(f"resume={run}", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert resumed.returncode == 0, resumed.stderr

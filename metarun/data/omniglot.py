@@ -8,11 +8,13 @@ Vinyals et al. 2016 (https://arxiv.org/abs/1606.04080) in lines ``<alphabet>/<ch
 """
 
 import hashlib
+import http.client
 import io
 import logging
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -34,7 +36,7 @@ MD5 = {
     "images_background": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-DRAWINGS = 20
+CHARACTERS, DRAWINGS = 1623, 20
 RANDOM_SPLIT = {"train": 1100, "val": 100, "test": 423}
 RANDOM_SPLIT_SEED = 1623
 HOW_TO_GET_IT = (
@@ -69,7 +71,7 @@ def download(data_dir: str, upstream: str = UPSTREAM) -> None:
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
                 content = response.read()
-        except (urllib.error.URLError, OSError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise UserError(
                 f"{url} could not be fetched ({error}); check the network, or put the file into {folder} yourself."
             ) from error
@@ -83,7 +85,11 @@ def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
     """Path inside the data set and content of every PNG in an unpacked folder or a zip."""
     if source.is_dir():
         for path in sorted(source.rglob("*.png")):
-            yield path.relative_to(source.parent).as_posix(), path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}); make it readable.") from error
+            yield path.relative_to(source.parent).as_posix(), content
         return
     try:
         with zipfile.ZipFile(source) as archive:
@@ -96,7 +102,7 @@ def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
                     )
                 if entry.suffix == ".png":
                     yield name, archive.read(name)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{source} is damaged ({error}); delete it, then {HOW_TO_GET_IT}.") from error
 
 
@@ -163,6 +169,8 @@ def characters(data_dir: str, size: int, split: Literal["auto", "vinyals", "rand
     else:
         images = cached("omniglot", f"{_fingerprint(folder)} {size}", lambda: _read(folder, size))
     names = sorted(images)
+    if len(names) != CHARACTERS:
+        raise UserError(f"{folder} holds {len(names)} characters where the data set has {CHARACTERS}; {HOW_TO_GET_IT}.")
     if split == "auto":
         split = "vinyals" if (folder / "splits_vinyals").is_dir() else "random"
         if split == "random":

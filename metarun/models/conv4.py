@@ -51,7 +51,6 @@ class Conv4(nn.Module):
             f"conv4 needs images of at least 16×16, and this task's input has shape {spec.input_shape}; "
             "choose model=mlp",
         )
-        self.transductive = norm == "batch"
         layers: list[nn.Module] = []
         channels = spec.input_shape[0]
         for _ in range(4):

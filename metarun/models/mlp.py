@@ -26,8 +26,6 @@ class MLP(nn.Module):
         initial_std: above 0, or None.
     """
 
-    transductive = False
-
     def __init__(
         self,
         spec: Spec,

@@ -12,6 +12,7 @@ episode (each episode's score averaged over seeds), which cancels the difficulty
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from metarun.results.tables import RESULT_COLUMNS, format_score, format_score_ci
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
 FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
 NOT_A_VARIANT = ("algo", "task", "seed", "device", "data_dir", "resume", "task.download")
-LOWER_IS_BETTER = {"mse"}
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return newest.sort_index(), notes
 
 
-def best_first(metric: str, scores: pd.Series) -> pd.Series:
+def best_first(table: pd.DataFrame, column: str) -> pd.Series:
     """Scores as sort keys: the best has the smallest."""
-    return scores if metric in LOWER_IS_BETTER else -scores
+    return table[column].where(~table["higher_is_better"], -table[column])
 
 
 def with_variants(group: pd.DataFrame) -> pd.DataFrame:
@@ -118,7 +118,6 @@ def with_variants(group: pd.DataFrame) -> pd.DataFrame:
 
 def summarise(group: pd.DataFrame) -> pd.DataFrame:
     """One row an algorithm and variant, sorted by score within its family."""
-    metric = str(group["metric"].iloc[0])
     rows = []
     for (family, algo, model, variant), runs in group.groupby(["family", "algo", "model", "variant"]):
         rows.append(
@@ -128,10 +127,12 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
                 "variant": variant,
                 "model": model,
                 "score_before": runs["score_before"].mean(),
-                "score": runs["score"].mean(),
-                "ci95": runs["ci95"].mean(),
+                "adapt_steps": runs["adapt_steps"].max(),
+                # A diverged run must show, not vanish from the mean.
+                "score": runs["score"].mean(skipna=False),
+                "ci95": runs["ci95"].mean(skipna=False),
                 "seeds": runs["seed"].nunique(),
-                "seed_std": runs["score"].std(ddof=1),
+                "seed_std": runs["score"].std(ddof=1, skipna=False),
                 "val_score": runs["val_score"].mean(),
                 "n_episodes": runs["n_episodes"].min(),
                 "transductive": runs["transductive"].any(),
@@ -141,13 +142,14 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
                 "peak_memory_mb": runs["peak_memory_mb"].max(),
                 "meta_parameters": runs["meta_parameters"].max(),
                 "adapted_parameters": runs["adapted_parameters"].max(),
+                "higher_is_better": bool(runs["higher_is_better"].iloc[0]),
                 "directories": list(runs["directory"]),
                 "episodes_hashes": set(runs["episodes_hash"]),
             }
         )
     table = pd.DataFrame(rows)
     table["family"] = pd.Categorical(table["family"], list(FAMILIES), ordered=True)
-    order = pd.DataFrame({"family": table["family"], "score": best_first(metric, table["score"])})
+    order = pd.DataFrame({"family": table["family"], "score": best_first(table, "score")})
     return table.loc[order.sort_values(["family", "score"]).index].reset_index(drop=True)
 
 
@@ -158,9 +160,12 @@ def episode_scores(directories: Sequence[str]) -> NDArray[np.float64] | None:
         path = Path(directory) / "episodes.csv"
         if not path.is_file():
             return None
-        table = pd.read_csv(path)
-        last = table[table["adapt_step"] == table["adapt_step"].max()].sort_values("episode")
-        scores.append(last["score"].to_numpy(dtype=float))
+        try:
+            table = pd.read_csv(path)
+            last = table[table["adapt_step"] == table["adapt_step"].max()].sort_values("episode")
+            scores.append(last["score"].to_numpy(dtype=float))
+        except (OSError, ValueError, KeyError):
+            return None
     if len({len(s) for s in scores}) != 1:
         return None
     return np.asarray(np.mean(scores, axis=0), dtype=np.float64)
@@ -171,14 +176,14 @@ def name_of(row: pd.Series) -> str:
     return f"{row['algo']} {row['variant']}".strip()
 
 
-def family_difference(table: pd.DataFrame, metric: str) -> Difference | None:
+def family_difference(table: pd.DataFrame) -> Difference | None:
     """Best model-dependent minus best model-agnostic, each chosen by validation; None if one is missing."""
     best = {}
     for family in ("agnostic", "dependent"):
         members = table[table["family"] == family]
         if members.empty:
             return None
-        best[family] = members.loc[best_first(metric, members["val_score"]).idxmin()]
+        best[family] = members.loc[best_first(members, "val_score").idxmin()]
     a, b = best["agnostic"], best["dependent"]
     scores = [episode_scores(row["directories"]) for row in (a, b)]
     same = len(a["episodes_hashes"] | b["episodes_hashes"]) == 1
@@ -204,7 +209,7 @@ def seconds(value: float) -> str:
 
 def table_for_people(table: pd.DataFrame, metric: str) -> list[list[str]]:
     """Header and rows of the printed table."""
-    header = ["family", "algorithm", "before", f"{metric} ± CI95", "seeds", "std over seeds"]
+    header = ["family", "algorithm", "before", "steps", f"{metric} ± CI95", "seeds", "std over seeds"]
     header += ["training", "ms/task", "meta-learned", "adapted"]
     rows = [header]
     for _, row in table.iterrows():
@@ -213,6 +218,7 @@ def table_for_people(table: pd.DataFrame, metric: str) -> list[list[str]]:
                 FAMILIES[row["family"]],
                 name_of(row) + ("" if not row["transductive"] else " (t)"),
                 format_score(row["score_before"], metric),
+                f"{row['adapt_steps']:.0f}",
                 format_score_ci(row["score"], row["ci95"], metric),
                 str(row["seeds"]),
                 format_score(row["seed_std"], metric),
@@ -239,9 +245,11 @@ def sentence(difference: Difference | None, table: pd.DataFrame, metric: str) ->
         missing = [FAMILIES[f] for f in ("agnostic", "dependent") if f not in set(table["family"])]
         return f"Families: no {' and no '.join(missing)} run in this setting, so there is nothing to compare."
     d = difference
-    better = (d.difference < 0) == (metric in LOWER_IS_BETTER)
-    verdict = f"{'model-dependent' if better else 'model-agnostic'} is better"
-    if abs(d.difference) <= d.ci95:
+    better = (d.difference > 0) == bool(table["higher_is_better"].iloc[0])
+    verdict = f"{'model-dependent' if better else 'model-agnostic'} is better, for these trained models"
+    if not math.isfinite(d.difference):
+        verdict = "no verdict, since a score is not a number"
+    elif abs(d.difference) <= d.ci95:
         verdict = "no difference beyond the interval"
     how = f"paired on {d.n_episodes} episodes" if d.paired else "not paired: the runs lack common test episodes"
     value = format_score_ci(d.difference, d.ci95, metric)
@@ -268,7 +276,7 @@ def compare(paths: Sequence[Path], out: Path) -> str:
         setting = dict(zip(SETTING, values, strict=True))
         metric = setting["metric"]
         table = summarise(with_variants(group))
-        difference = family_difference(table, metric)
+        difference = family_difference(table)
         rows = markdown(table_for_people(table, metric))
         footnote = "(t): queries are normalised together (transductive).\n" if table["transductive"].any() else ""
         texts.append(f"## {setting_title(setting)}\n\n{rows}\n\n{footnote}{sentence(difference, table, metric)}")
@@ -303,6 +311,8 @@ def main() -> None:
         print(f"files: {out}/comparison.csv, families.csv, comparison.md, comparison.png")
     except UserError as error:
         sys.exit(f"metarun-compare: {error}")
+    except BrokenPipeError:
+        sys.exit(1)
     except OSError as error:
         sys.exit(
             f"metarun-compare: {out} cannot be written ({error.strerror or error}); choose another place with --out."

@@ -38,7 +38,7 @@ RESULT_COLUMNS = (
     ),
     *("meta_batch", "transductive", "train_seconds", "compile_seconds", "test_seconds", "tasks_per_second"),
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
-    *("torch_version", "metarun_version", "config_hash", "episodes_hash"),
+    *("torch_version", "metarun_version", "config_hash", "episodes_hash", "higher_is_better"),
 )
 """One row a run; accuracies are fractions. ``episodes_hash`` is equal where the test episodes are."""
 

@@ -14,6 +14,8 @@ from metarun.errors import require
 from metarun.tasks.supervised import regression_loss
 from metarun.types import Predict, Spec, Split, Task, Tree
 
+PAPER = {"amplitude": (0.1, 5.0), "phase": (0.0, math.pi), "inputs": (-5.0, 5.0)}
+
 
 class Sinusoid:
     """Sine waves of random amplitude and phase; ``x`` and ``y`` have shape ``[points, 1]``.
@@ -36,9 +38,9 @@ class Sinusoid:
         queries: int = 100,
         train_shots: int | None = None,
         train_queries: int | None = None,
-        amplitude: tuple[float, float] = (0.1, 5.0),
-        phase: tuple[float, float] = (0.0, math.pi),
-        inputs: tuple[float, float] = (-5.0, 5.0),
+        amplitude: tuple[float, float] = PAPER["amplitude"],
+        phase: tuple[float, float] = PAPER["phase"],
+        inputs: tuple[float, float] = PAPER["inputs"],
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
@@ -50,13 +52,15 @@ class Sinusoid:
         }
         for name, size in sizes.items():
             require(size is None or size >= 1, f"{name} must be at least 1, not {size}")
-        for name, (low, high) in {"amplitude": amplitude, "phase": phase, "inputs": inputs}.items():
+        ranges = {"amplitude": tuple(amplitude), "phase": tuple(phase), "inputs": tuple(inputs)}
+        for name, (low, high) in ranges.items():
             require(low < high, f"{name} must be a rising range, not [{low}, {high}]")
         self.train_shots = train_shots or shots
         self.train_queries = train_queries or self.train_shots
         self.amplitude, self.phase, self.inputs = amplitude, phase, inputs
         self.device = device
-        self.dataset = "sinusoid"
+        others = [f"{name}={list(ranges[name])}" for name in ranges if ranges[name] != PAPER[name]]
+        self.dataset = ":".join(["sinusoid", *others])
         self.spec = Spec(
             kind="regression",
             input_shape=(1,),

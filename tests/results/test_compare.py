@@ -44,6 +44,7 @@ def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
         "adapted_parameters": 10,
         "config_hash": f"{algo}{seed}{overrides}",
         "episodes_hash": "same",
+        "higher_is_better": columns.get("metric", "accuracy") == "accuracy",
     }
     write_result(directory, row | columns)
     rows = [[0.2, score] for score in scores]
@@ -123,16 +124,26 @@ def test_a_sweep_gets_a_row_for_each_value_and_validation_chooses(tmp_path):
     assert pd.read_csv(tmp_path / "families.csv").iloc[0]["agnostic"] == "maml algo.inner_lr=1"
 
 
-def test_lower_is_better_for_errors(tmp_path):
+@pytest.mark.parametrize("metric", ["mse", "an error of one's own"])
+def test_lower_is_better_for_errors(tmp_path, metric):
     rng = np.random.default_rng(0)
     error = rng.uniform(0.5, 1, 50)
-    make_run(tmp_path, "a", "maml", "agnostic", 0, error, metric="mse", task="sinusoid", ways=None)
-    make_run(tmp_path, "b", "reptile", "agnostic", 0, error / 2, metric="mse", task="sinusoid", ways=None)
-    make_run(tmp_path, "c", "shared_params", "dependent", 0, error / 4, metric="mse", task="sinusoid", ways=None)
+    make_run(tmp_path, "a", "maml", "agnostic", 0, error, metric=metric, task="sinusoid", ways=None)
+    make_run(tmp_path, "b", "reptile", "agnostic", 0, error / 2, metric=metric, task="sinusoid", ways=None)
+    make_run(tmp_path, "c", "shared_params", "dependent", 0, error / 4, metric=metric, task="sinusoid", ways=None)
     text = compare([tmp_path], tmp_path)
     assert list(pd.read_csv(tmp_path / "comparison.csv")["algo"]) == ["reptile", "maml", "shared_params"]
     assert "shared_params (model-dependent) − reptile (model-agnostic) = -" in text
     assert "model-dependent is better" in text
+
+
+def test_a_diverged_run_shows_and_gives_no_verdict(runs):
+    root, maml, _ = runs
+    maml[3] = np.nan
+    make_run(root, "b", "maml", "agnostic", 1, maml, val_score=0.9)
+    text = compare([root], root)
+    assert np.isnan(pd.read_csv(root / "comparison.csv").set_index("algo").loc["maml", "score"])
+    assert "no verdict" in text
 
 
 def test_unfinished_and_repeated_runs_are_left_out_by_name(runs):

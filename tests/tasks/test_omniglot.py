@@ -132,6 +132,13 @@ def test_damaged_data_are_refused_and_named(tmp_path):
 
 
 @pytest.mark.usefixtures("no_cache")
+def test_a_data_set_with_characters_missing_is_refused(tmp_path):
+    write_data_set(tmp_path)
+    with pytest.raises(UserError, match="holds 2 characters where the data set has 1623"):
+        data.characters(str(tmp_path), 28, "random")
+
+
+@pytest.mark.usefixtures("no_cache")
 def test_a_character_with_a_missing_drawing_is_refused(tmp_path):
     write_data_set(tmp_path, {"images_background/Alphabet/character02/01.png": png()})
     with pytest.raises(UserError, match="character02 has 1 drawings"):

@@ -1,6 +1,6 @@
 """No meta-learning: random initial weights, adapted by gradient descent on each task.
 
-It has the adaptation budget of the others (``eval.adapt_steps``), and validation tasks choose its step size
+It has an adaptation budget too (``eval.adapt_steps``), and validation tasks choose its step size
 from ``step_sizes``, so that it loses for want of meta-learning and not of tuning.
 """
 
