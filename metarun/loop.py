@@ -72,6 +72,7 @@ def meta_step(experiment: Experiment, training: Training) -> None:
         variable.grad = gradient
     if config.train.clip is not None:
         torch.nn.utils.clip_grad_norm_(variables, config.train.clip)
+    assert training.optimizer is not None
     training.optimizer.step()
     if training.schedule is not None:
         training.schedule.step()

@@ -7,7 +7,7 @@ import logging
 import platform
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,12 @@ ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download")
 
 def episodes_hash(experiment: Experiment) -> str:
     """Fingerprint of the test episodes: equal for two runs that are tested on the same ones."""
-    config, spec = experiment.config, asdict(experiment.family.spec)
+    config, spec = experiment.config, experiment.family.spec
     task = OmegaConf.to_container(config.task, resolve=True)
     assert isinstance(task, dict)
     what = {
         "dataset": experiment.family.dataset,
-        "spec": {key: value for key, value in spec.items() if not key.startswith("train")},
+        "spec": {f.name: getattr(spec, f.name) for f in fields(spec) if f.compare and not f.name.startswith("train")},
         "task": {key: task[key] for key in task if not str(key).startswith(ONLY_TRAINING_OR_SOURCE)},
         "seed": config.eval.seed,
         "episodes": config.eval.episodes,
@@ -145,7 +145,7 @@ def measured_columns(experiment: Experiment, training: Training, tested: Tested)
         "peak_memory_mb": round(peak_memory_mb(experiment.device), 1),
         "meta_parameters": size(learned(theta)) if experiment.algorithm.meta_learns else 0,
         "adapted_parameters": engine.adapted_parameters(experiment.algorithm, theta),
-        "dtype": str(next(leaves(theta)).dtype).removeprefix("torch."),
+        "dtype": str(next(leaves(theta), torch.empty(0)).dtype).removeprefix("torch."),
     }
 
 

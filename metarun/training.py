@@ -31,7 +31,8 @@ class Training:
     """Everything that changes during meta-training."""
 
     theta: Tree
-    optimizer: Optimizer
+    optimizer: Optimizer | None
+    """None where there is nothing to learn."""
     schedule: LRScheduler | None
     step: int = 0
     best: Best | None = None
@@ -44,9 +45,11 @@ class Training:
     """Of which outside of validation."""
 
 
-def outer_optimizer(config: DictConfig, theta: Tree) -> tuple[Optimizer, LRScheduler | None]:
-    """The optimizer over the learned leaves of ``theta``, and its schedule over ``train.steps``."""
+def outer_optimizer(config: DictConfig, theta: Tree) -> tuple[Optimizer | None, LRScheduler | None]:
+    """The optimizer over the learned leaves of ``theta``, if there are any, and its schedule over ``train.steps``."""
     train, variables = config.train, list(leaves(learned(theta)))
+    if not variables:
+        return None, None
     optimizer: Optimizer
     match train.optimizer.name:
         case "adam":
@@ -88,7 +91,7 @@ def save(experiment: Experiment, training: Training, directory: Path) -> None:
     content = {
         "step": training.step,
         "theta": training.theta,
-        "optimizer": training.optimizer.state_dict(),
+        "optimizer": training.optimizer.state_dict() if training.optimizer else None,
         "schedule": training.schedule.state_dict() if training.schedule else None,
         "best": vars(training.best) if training.best else None,
         "rows": training.rows,
@@ -120,7 +123,8 @@ def restore(experiment: Experiment, directory: Path) -> Training:
     training = start(experiment)
     for old, new in zip(leaves(training.theta), leaves(content["theta"]), strict=True):
         old.copy_(new)
-    training.optimizer.load_state_dict(content["optimizer"])
+    if training.optimizer is not None:
+        training.optimizer.load_state_dict(content["optimizer"])
     if training.schedule is not None:
         training.schedule.load_state_dict(content["schedule"])
     training.best = Best(**content["best"]) if content["best"] else None

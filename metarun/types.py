@@ -1,7 +1,7 @@
 """The contracts between task families, algorithms and the engine."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -16,8 +16,8 @@ Weights: TypeAlias = dict[str, Tensor]
 Kind = Literal["regression", "classification", "sequence", "control"]
 Split = Literal["train", "val", "test"]
 
-Predict: TypeAlias = Callable[[Any], Tensor]
-"""Input → output, for the data of one task."""
+Predict: TypeAlias = Callable[[Any], Any]
+"""Input → output, for the data of one task: a tensor, or for a policy with a memory a pair (see ``Seen``)."""
 
 Loss: TypeAlias = Callable[[Predict, Tree], tuple[Tensor, Tensor]]
 """(predict, data of one task) → (loss to minimise, score in the task's metric), both scalars."""
@@ -29,12 +29,68 @@ class Task(NamedTuple):
     Supervised families hold ``x [examples, *input]`` and ``y``: targets ``[examples, outputs]``, or one-hot
     classes ``[examples, ways]``, so that the number of ways can be read off the shape. Training tasks may
     also carry ``class``, the identity ``[examples]`` of each example's class among all training classes.
+    Control families hold what an environment and its randomness are made of, ``[episodes, ...]`` each.
     """
 
     support: Tree
     """What adaptation may see."""
     query: Tree
     """What scores it."""
+
+
+def flat(x: Tensor) -> Tensor:
+    """``[examples, *input]`` → ``[examples, numbers]``."""
+    return x.flatten(1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How to read inputs that are rows of token ids, 0 being padding."""
+
+    ids: int
+    """How many ids there are."""
+    first_bucket: int
+    """Smaller ids are words, the others buckets of character n-grams."""
+    word_columns: int
+    """The columns at the front, which hold words in their order; the others hold n-grams."""
+    weights: Tensor
+    """How much each id tells by itself ``[ids]``: its inverse class frequency among the training classes."""
+
+
+class Seen(NamedTuple):
+    """What a policy is given: ``steps`` successive moments of ``episodes`` parallel episodes.
+
+    A policy returns its outputs ``[steps, episodes, outputs]``, or, if it has a memory, the pair of them and
+    the carry that continues behind the last step.
+    """
+
+    observation: Tensor
+    """``[steps, episodes, observation]``."""
+    action: Tensor
+    """The previous action ``[steps, episodes, actions]``, one-hot where actions are discrete; 0 at the start."""
+    reward: Tensor
+    """The previous reward ``[steps, episodes, 1]``; 0 at the start."""
+    done: Tensor
+    """1 where the observation begins a new episode of the same trial ``[steps, episodes, 1]``."""
+    seed: Tensor
+    """A random 63-bit integer for policies that draw more than their action ``[steps, episodes]``."""
+    carry: Any = None
+    """What the policy returned with its last outputs; None at the start of a trial."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a policy may know of an environment."""
+
+    environment: str
+    continuous: bool
+    """Outputs are means and logarithms of standard deviations, one after the other; else logits."""
+    horizon: int
+    """Steps of an episode."""
+    episodes: int = 1
+    """Of a trial, through which a policy with a memory keeps it."""
+    optimal: Callable[[Tree], Callable[[Seen], Any]] | None = field(default=None, compare=False, repr=False)
+    """(data of one task) → the policy that knows the task, where it is cheap to find."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +100,24 @@ class Spec:
     kind: Kind
     input_shape: tuple[int, ...]
     outputs: int
-    """Width of the output: target dimensions, or ways."""
+    """Width of the output: target dimensions, ways, or actions (dimensions of an action if continuous)."""
     metric: str
     higher_is_better: bool
     shots: int
     queries: int
-    """Per class for classification, per task otherwise."""
+    """Per class for classification, per task otherwise; episodes or trials for control."""
     ways: int | None = None
     train_ways: int | None = None
     training_classes: int | None = None
     """How many classes the training tasks draw from, where tasks share classes."""
+    features: Callable[[Tensor], Tensor] = field(default=flat, compare=False, repr=False)
+    """Inputs as vectors whose distances mean something without any learning: ``[examples, numbers]``."""
+    tokens: Tokens | None = field(default=None, compare=False, repr=False)
+    """Set where inputs are rows of token ids."""
+    control: Control | None = field(default=None, compare=False, repr=False)
+    """Set where the kind is control."""
+    second_metric: str | None = field(default=None, compare=False)
+    """What ``Family.second_score`` gives, if anything."""
 
 
 class Family(Protocol):
@@ -68,6 +132,9 @@ class Family(Protocol):
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Loss and score of ``predict`` on the data of one task."""
+
+    def second_score(self, predict: Predict, data: Tree) -> Tensor:
+        """``spec.second_metric`` on the data of one task; called where there is one."""
 
 
 class MetaGradient(NamedTuple):

@@ -13,6 +13,19 @@ from metarun.types import Spec
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
+def fully_connected(inputs: int, widths: Sequence[int], activation: str) -> list[nn.Module]:
+    """Linear layers of the given widths, each followed by the activation.
+
+    Raises:
+        ValueError: no layer, or one without width.
+    """
+    require(len(widths) > 0 and all(w > 0 for w in widths), f"widths must be positive, not {list(widths)}")
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise([inputs, *widths]):
+        layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
+    return layers
+
+
 class MLP(nn.Module):
     """Fully connected layers of the given widths, then a linear head.
 
@@ -34,14 +47,12 @@ class MLP(nn.Module):
         initial_std: float | None = None,
     ) -> None:
         super().__init__()
-        require(len(widths) > 0 and all(w > 0 for w in widths), f"widths must be positive, not {list(widths)}")
+        require(spec.tokens is None, "mlp needs numbers, and this task has sentences; choose model=text_embedding")
+        require(spec.control is None, "mlp needs a tensor, and this task wants a policy; choose model=policy")
         require(initial_std is None or initial_std > 0, f"initial_std must be above 0, not {initial_std}")
-        sizes = [prod(spec.input_shape), *widths]
-        layers: list[nn.Module] = [nn.Flatten()] if len(spec.input_shape) > 1 else []
-        for n_in, n_out in pairwise(sizes):
-            layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
-        self.trunk = nn.Sequential(*layers)
-        self.head = nn.Linear(sizes[-1], spec.outputs)
+        layers = fully_connected(prod(spec.input_shape), widths, activation)
+        self.trunk = nn.Sequential(*([nn.Flatten()] if len(spec.input_shape) > 1 else []), *layers)
+        self.head = nn.Linear(widths[-1], spec.outputs)
         if initial_std is not None:
             for layer in self.modules():
                 if isinstance(layer, nn.Linear):

@@ -53,7 +53,7 @@ def plot_training(path: Path, title: str, metric: str, rows: Sequence[Mapping[st
         if points:
             axis.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4)
     axis.axvline(selected_step, color=DEPENDENT, linestyle=":", label=f"tested: step {selected_step}")
-    if metric != "accuracy" and all(y > 0 for line in axis.lines[:-1] for y in line.get_ydata()):
+    if metric == "mse" and all(y > 0 for line in axis.lines[:-1] for y in line.get_ydata()):
         axis.set_yscale("log")
     axis.set(title=title, xlabel="meta-step", ylabel=axis_label(metric))
     axis.legend(frameon=False)

@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from metarun.data import omniglot as real
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
+from metarun.tasks.few_shot import Dealt, deal, draw, task_sizes
 from metarun.tasks.supervised import classification_loss
 from metarun.types import Predict, Spec, Split, Task, Tree
 
@@ -59,20 +60,7 @@ class Omniglot:
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        self.sizes: dict[bool, tuple[int, int, int]] = {
-            False: (ways, shots, queries),
-            True: (train_ways or ways, train_shots or shots, train_queries or queries),
-        }
-        for name, value in {"ways": ways, "train_ways": train_ways}.items():
-            require(value is None or value >= 2, f"{name} must be at least 2, not {value}")
-        sizes = {
-            "shots": shots,
-            "queries": queries,
-            "train_shots": train_shots,
-            "train_queries": train_queries,
-        }
-        for name, value in sizes.items():
-            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        self.sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries)
         require(16 <= image_size <= 105, f"image_size must be from 16 to 105, not {image_size}")
 
         if dataset == "auto":
@@ -109,7 +97,7 @@ class Omniglot:
             shots=shots,
             queries=queries,
             ways=ways,
-            train_ways=self.sizes[True][0],
+            train_ways=self.sizes[True].ways,
             training_classes=len(train_images),
         )
 
@@ -134,29 +122,23 @@ class Omniglot:
         images = self.images[split]
         ways, shots, queries = self.sizes[split == "train"]
 
-        def draw(rows: tuple[int, ...], pool: int, size: int) -> Tensor:
-            return torch.rand(*rows, pool, generator=generator).topk(size).indices
-
-        classes = draw((count,), self._classes(images), ways)
+        pool = torch.ones(count, self._classes(images), dtype=torch.bool)
+        classes = draw(pool, ways, generator)
         if self.rotations == "task":
             classes = classes * 4 + torch.randint(4, classes.shape, generator=generator)
-        drawings = draw((count, ways), images.shape[1], shots + queries)
-        labels = torch.arange(ways)[None, :, None].expand(drawings.shape)
+        drawings = draw(torch.ones(count, ways, images.shape[1], dtype=torch.bool), shots + queries, generator)
 
-        def part(columns: slice) -> Tree:
-            number = labels[0, :, columns].numel()
-            order = draw((count,), number, number)
-            label = labels[:, :, columns].flatten(1).gather(1, order)
-            drawing = drawings[:, :, columns].flatten(1).gather(1, order)
-            identity = classes.gather(1, label).to(self.device)
-            x = images[identity, drawing.to(self.device)][:, :, None]
+        def part(dealt: Dealt) -> Tree:
+            identity = dealt.identity.to(self.device)
+            x = images[identity, dealt.example.to(self.device)][:, :, None]
             data = {
                 "x": x.to(torch.get_default_dtype()) / 255,
-                "y": one_hot(label, ways).to(self.device, torch.get_default_dtype()),
+                "y": one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype()),
             }
             return {**data, "class": identity} if split == "train" else data
 
-        return Task(part(slice(shots)), part(slice(shots, None)))
+        support, query = deal(classes, drawings, shots, generator)
+        return Task(part(support), part(query))
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Cross-entropy and accuracy of one task."""

@@ -4,6 +4,7 @@ Snell, Swersky, Zemel 2017, "Prototypical Networks for Few-shot Learning", https
 
     prototype    c_k = mean of the embeddings of class k's support examples       (equation 1)
     prediction   logit_k(x) = −‖f(x) − c_k‖²                                      (equation 2)
+    or           logit_k(x) = τ cos(f(x), c_k)                                    (``distance=cosine``, §2.4)
 
 f is the model's trunk. Training may use more ways than testing (``task.train_ways``, §2.7).
 
@@ -11,15 +12,20 @@ Support and query examples are embedded in one batch, as in the official code; w
 normalisation they therefore share them. Where we deviate: the official code switches to running averages for
 testing; here test queries too are normalised with their episode (the result row says transductive).
 
+Squared distances favour classes whose prototype is long, that is whose examples resemble each other; for TF-IDF
+features this costs more than it gives, hence the cosine, whose scale τ is learned.
+
 Expected: 98.5 ± 0.2 % (``metarun algo=protonet task=omniglot task.split=random``, real data, 5-way 1-shot).
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from metarun.errors import require
 from metarun.functional import forward_of, parameters_of, trunk_and_head
 from metarun.types import Algorithm, Loss, Spec, Tree
 
@@ -34,18 +40,26 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] - b[None]).square().sum(-1)
 
 
-def protonet(model: nn.Module, spec: Spec) -> Algorithm:
-    """Prototypical networks with squared Euclidean distance.
+def protonet(
+    model: nn.Module, spec: Spec, distance: Literal["euclidean", "cosine"] = "euclidean", scale: float = 10.0
+) -> Algorithm:
+    """Prototypical networks.
 
     Args:
         model: a module with ``trunk`` and ``head``; the head is not used.
         spec: the task family's.
+        distance: of a query from a prototype.
+        scale: initial τ of the cosine, above 0.
     """
+    require(scale > 0, f"scale must be above 0, not {scale}")
     trunk, _ = trunk_and_head(model, "protonet")
     embed = forward_of(trunk)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        return {"weights": parameters_of(trunk_and_head(model, "protonet")[0])}
+        weights = parameters_of(trunk_and_head(model, "protonet")[0])
+        if distance == "euclidean":
+            return {"weights": weights}
+        return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
         yield None
@@ -54,7 +68,10 @@ def protonet(model: nn.Module, spec: Spec) -> Algorithm:
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         n = len(state["x"])
         z = embed(theta["weights"], torch.cat([state["x"], x]))
-        return -squared_distances(z[n:], prototypes(z[:n], state["y"]))
+        centres = prototypes(z[:n], state["y"])
+        if distance == "euclidean":
+            return -squared_distances(z[n:], centres)
+        return cast(Tensor, theta["scale"] * normalize(z[n:]) @ normalize(centres).T)
 
     return Algorithm(
         init,

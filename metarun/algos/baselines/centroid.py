@@ -1,0 +1,49 @@
+"""Nearest centroid, without any learning.
+
+    prediction   logit_k(x) = cosine of f(x) and the mean of f over class k's support examples
+
+f is fixed by the task family: TF-IDF of character n-grams for sentences, pixels for images. What learns must
+beat it on the same episodes.
+
+Expected: 78.9 ± 0.9 % and 94.6 ± 0.4 % (``metarun algo=centroid task=text task.shots=1``, 5; real CLINC150).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from metarun.types import Algorithm, Loss, Spec, Tree
+
+
+def centroid(model: nn.Module, spec: Spec) -> Algorithm:
+    """Cosine to the class means of the task's own features.
+
+    Args:
+        model: not used.
+        spec: the task family's; its ``features`` are what is compared.
+    """
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        return {"carried": {}}
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tensor | None]:
+        yield None
+        # The sum points where the mean points.
+        yield support["y"].T @ spec.features(support["x"])
+
+    def predict(theta: Tree, state: Tensor, x: Any) -> Tensor:
+        return normalize(spec.features(x)) @ normalize(state).T
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="baseline",
+        kinds=("classification",),
+        paper="",
+        meta_learns=False,
+        adapted_parameters=lambda theta: 0,
+    )

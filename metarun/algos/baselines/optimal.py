@@ -1,0 +1,31 @@
+"""The policy that knows the task: a ceiling, not a competitor."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from metarun.algos.baselines.random_policy import control_of, fixed_policy
+from metarun.errors import require
+from metarun.types import Algorithm, Loss, Seen, Spec, Tree
+
+
+def optimal(model: nn.Module, spec: Spec) -> Algorithm:
+    """Reads the task's parameters off the support set.
+
+    Args:
+        model: not used.
+        spec: of a control task that names its best policy.
+    """
+    best = control_of(spec, "optimal").optimal
+    require(best is not None, "optimal is not known for this task")
+    assert best is not None
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Callable[[Seen], Any]]:
+        # Parameters are the same in all episodes of a task: the first one's serve any number of them.
+        yield best({name: leaf[:1] for name, leaf in support.items()})
+
+    def predict(theta: Tree, state: Callable[[Seen], Any], x: Seen) -> Any:
+        return state(x)
+
+    return fixed_policy(lambda seen: None)._replace(adapt=adapt, predict=predict)

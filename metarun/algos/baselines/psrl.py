@@ -1,0 +1,88 @@
+"""Posterior sampling for reinforcement learning in tables.
+
+Strens 2000; Osband, Russo, Van Roy 2013, https://arxiv.org/abs/1306.0940: at the start of each episode draw one
+table from the posterior, find its best policy, and follow it to the episode's end (algorithm 1).
+
+The prior is the one that tables are drawn from (`metarun.tasks.mdp`): flat Dirichlet transitions, mean rewards
+normal with mean 1 and unit variance, unit noise.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from metarun.algos.baselines.random_policy import control_of, fixed_policy
+from metarun.planning import LARGEST_SUM, action_values, gamma, uniforms
+from metarun.types import Algorithm, Seen, Spec
+
+
+class Memory(NamedTuple):
+    """Of a trial, leaves ``[trials, ...]``."""
+
+    time: int
+    state: Tensor
+    moves: Tensor
+    """How often each state followed a state and action ``[trials, states, actions, states]``."""
+    visits: Tensor
+    """How often each state and action paid ``[trials, states, actions]``."""
+    paid: Tensor
+    """Sum of what they paid."""
+    values: Tensor
+    """Action values of the table drawn last ``[trials, horizon, states, actions]``."""
+
+
+def draw_table(memory: Memory, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Transitions and mean rewards from the posterior, by one integer a trial."""
+    trials, states, actions = memory.visits.shape
+    needed = states * actions * states * LARGEST_SUM
+    uniform = uniforms(seed, needed + 2 * states * actions)
+    weights = gamma(1 + memory.moves, uniform[:, :needed].view(*memory.moves.shape, LARGEST_SUM))
+    radius, angle = uniform[:, needed:].view(trials, 2, states, actions).unbind(1)
+    normal = (-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()
+    precision = 1 + memory.visits
+    return weights / weights.sum(-1, keepdim=True), (1 + memory.paid) / precision + normal / precision.sqrt()
+
+
+def psrl(model: nn.Module, spec: Spec) -> Algorithm:
+    """Posterior sampling with the true prior.
+
+    Args:
+        model: not used.
+        spec: of ``task=mdp``.
+    """
+    horizon, actions = control_of(spec, "psrl", "mdp").horizon, spec.outputs
+
+    def remember(memory: Memory, now: Seen) -> Memory:
+        """``memory`` with what the last action led to; ``now`` holds one step without its axis."""
+        used = memory.state[:, :, None] * now.action[:, None, :]
+        # Behind an episode's end stands the next one's start, and not where the action led.
+        followed = now.observation * (1 - now.done)
+        return memory._replace(
+            state=now.observation,
+            moves=memory.moves + used[..., None] * followed[:, None, None, :],
+            visits=memory.visits + used,
+            paid=memory.paid + used * now.reward[..., None],
+        )
+
+    def policy(seen: Seen) -> tuple[Tensor, Memory]:
+        trials, states = seen.observation.shape[1:]
+        memory: Memory | None = seen.carry
+        outputs = []
+        for moment in zip(*seen[:5], strict=True):
+            now = Seen(*moment)
+            if memory is None:
+                empty = now.observation.new_zeros(trials, states, actions, states)
+                counts = empty[..., 0]
+                memory = Memory(0, torch.zeros_like(now.observation), empty, counts, counts, counts[:, None])
+            memory = remember(memory, now)
+            if memory.time % horizon == 0:
+                memory = memory._replace(values=action_values(*draw_table(memory, now.seed), horizon))
+            values = (memory.values[:, memory.time % horizon] * now.observation[..., None]).sum(1)
+            outputs.append(1e6 * one_hot(values.argmax(-1), actions).to(values.dtype))
+            memory = memory._replace(time=memory.time + 1)
+        assert memory is not None
+        return torch.stack(outputs), memory
+
+    return fixed_policy(policy, "https://arxiv.org/abs/1306.0940")

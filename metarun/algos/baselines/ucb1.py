@@ -1,0 +1,54 @@
+"""Upper confidence bounds for Bernoulli bandits.
+
+Auer, Cesa-Bianchi, Fischer 2002, https://doi.org/10.1023/A:1013689704352, in the form that reproduces the column
+"UCB1" of Duan et al. 2016, RL² (https://arxiv.org/abs/1611.02779, table 1):
+
+    pull the arm with the largest (1 + S) / (2 + C) + √(2 c ln t / (C + 2))
+
+after S successes in C pulls of an arm, at the t-th pull; ties are drawn. c is ``exploration``: 1 is the textbook,
+0.05 is tuned for short trials, 0 is greedy (``algo=greedy``).
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from metarun.algos.baselines.random_policy import control_of, fixed_policy
+from metarun.errors import require
+from metarun.types import Algorithm, Seen, Spec
+
+
+class ArmCounts(NamedTuple):
+    """What a bandit's player remembers, leaves ``[episodes, arms]``."""
+
+    successes: Tensor
+    pulls: Tensor
+
+
+def arm_counts(seen: Seen) -> tuple[ArmCounts, ArmCounts]:
+    """Counts before each step, leaves ``[steps, episodes, arms]``, and the last of them to carry on."""
+    successes, pulls = (seen.action * seen.reward).cumsum(0), seen.action.cumsum(0)
+    if seen.carry is not None:
+        successes, pulls = successes + seen.carry.successes, pulls + seen.carry.pulls
+    return ArmCounts(successes, pulls), ArmCounts(successes[-1], pulls[-1])
+
+
+def ucb1(model: nn.Module, spec: Spec, exploration: float = 0.05) -> Algorithm:
+    """UCB1 with means shrunk towards one half.
+
+    Args:
+        model: not used.
+        spec: of a bandit.
+        exploration: c, at least 0.
+    """
+    control_of(spec, "ucb1", "bandit")
+    require(exploration >= 0, f"exploration must be at least 0, not {exploration}")
+
+    def policy(seen: Seen) -> tuple[Tensor, ArmCounts]:
+        (successes, pulls), carry = arm_counts(seen)
+        log_time = (pulls.sum(-1, keepdim=True) + 1).log()
+        index = (1 + successes) / (2 + pulls) + (2 * exploration * log_time / (pulls + 2)).sqrt()
+        # All but the largest get a logit that no noise makes up for.
+        return -1e6 * (index < index.amax(-1, keepdim=True)).to(index.dtype), carry
+
+    return fixed_policy(policy, "https://doi.org/10.1023/A:1013689704352")

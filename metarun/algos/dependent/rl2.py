@@ -1,0 +1,51 @@
+"""RL²: fast reinforcement learning via slow reinforcement learning.
+
+Duan et al. 2016, https://arxiv.org/abs/1611.02779 (§2.2): a recurrent policy sees observation, previous action,
+reward and end of episode; its state lives through the episodes of a trial and starts anew with each trial. The
+policy gradient of the trial's reward teaches it to explore and to use what it found. Adaptation is the state:
+there is no support set, and the test score is a whole trial's, exploration included.
+
+Where we deviate: the authors step by TRPO; here the surrogate of `metarun.tasks.control` goes to the outer
+optimizer as any other loss.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from metarun.errors import require
+from metarun.functional import forward_of, parameters_of
+from metarun.types import Algorithm, Loss, Seen, Spec, Tree
+
+
+def rl2(model: nn.Module, spec: Spec) -> Algorithm:
+    """A recurrent policy trained across trials.
+
+    Args:
+        model: a policy with a memory, whose size is its attribute ``width``.
+        spec: of a control task.
+    """
+    memory = getattr(model, "width", None)
+    require(isinstance(memory, int), "rl2 needs a policy with a memory; choose model=gru_policy")
+    forward = forward_of(model)
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        return {"weights": parameters_of(model)}
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree]:
+        yield {}
+
+    def predict(theta: Tree, state: Tree, x: Seen) -> Any:
+        return forward(theta["weights"], x)
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="dependent",
+        kinds=("control",),
+        paper="https://arxiv.org/abs/1611.02779",
+        adapted_parameters=lambda theta: cast(int, memory),
+    )

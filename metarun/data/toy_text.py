@@ -1,0 +1,108 @@
+"""A language made up by metarun, so that text tasks need no download, and its translations.
+
+A meaning is three concepts: an action, an object and a quality. A class is the set of sentences that share
+one triple. Each concept has several surface words that look nothing alike, so that sentences of one class may
+have no word in common: who has learned which words mean the same needs one example where others need many.
+Sentences also hold function words and words of other concepts, as noise. Classes of different splits are
+different triples of the same concepts.
+
+Other languages have the same grammar with words of their own, but for a share of cognates, which differ from
+a common root in one letter. All of it is a function of a fixed seed: the same on every machine.
+"""
+
+import random
+from itertools import product
+
+from metarun.data.intents import Sentence
+
+KINDS, CONCEPTS, SYNONYMS, FUNCTION_WORDS = 3, 15, 5, 30
+"""Kinds of concept (action, object, quality), concepts of each, surface words of each, function words."""
+
+CLASSES = {"train": 150, "val": 40, "test": 100}
+SENTENCES = 40
+"""Of each class."""
+
+LANGUAGES, SHARED_CLASSES, MEANINGS, COGNATES = 16, 12, 120, 0.6
+"""Of the parallel corpus: languages, classes (the same in all), sentences of each class, share of cognates."""
+
+SEED = 150
+LETTERS = ("bdfgklmnprstvz", "aeiou")
+
+
+def _word(randomness: random.Random, syllables: int) -> str:
+    return "".join(randomness.choice(LETTERS[i % 2]) for i in range(2 * syllables))
+
+
+def _new_words(count: int, syllables: int, randomness: random.Random) -> list[str]:
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words[_word(randomness, syllables)] = None
+    return list(words)
+
+
+def _triples(randomness: random.Random) -> list[tuple[int, ...]]:
+    triples = list(product(range(CONCEPTS), repeat=KINDS))
+    randomness.shuffle(triples)
+    return triples
+
+
+def _sentence(triple: tuple[int, ...], randomness: random.Random) -> list[int]:
+    """Positions of its words in a lexicon: function words first, then the surface words of every concept."""
+
+    def surface(kind: int, concept: int) -> int:
+        return FUNCTION_WORDS + (kind * CONCEPTS + concept) * SYNONYMS + randomness.randrange(SYNONYMS)
+
+    content = [surface(kind, concept) for kind, concept in enumerate(triple)]
+    content.append(surface(randomness.randrange(KINDS), randomness.randrange(CONCEPTS)))
+    fillers = [randomness.randrange(FUNCTION_WORDS) for _ in range(randomness.randint(3, 6))]
+    words = content + fillers
+    randomness.shuffle(words)
+    return words
+
+
+def _lexicon(randomness: random.Random) -> list[str]:
+    """Function words, which are short, then all surface words."""
+    return _new_words(FUNCTION_WORDS, 1, randomness) + _new_words(KINDS * CONCEPTS * SYNONYMS, 3, randomness)
+
+
+def toy_classes() -> dict[str, dict[str, list[str]]]:
+    """Sentences by class, for each split."""
+    randomness = random.Random(SEED)
+    lexicon, triples = _lexicon(randomness), iter(_triples(randomness))
+    return {
+        split: {
+            "-".join(map(str, triple)): [
+                " ".join(lexicon[i] for i in _sentence(triple, randomness)) for _ in range(SENTENCES)
+            ]
+            for triple, _ in zip(triples, range(count), strict=False)
+        }
+        for split, count in CLASSES.items()
+    }
+
+
+def _relexified(lexicon: list[str], randomness: random.Random) -> list[str]:
+    """The lexicon of another language: cognates with one letter changed, other words new."""
+    words = []
+    for root in lexicon:
+        if randomness.random() < COGNATES:
+            place = randomness.randrange(len(root))
+            letter = randomness.choice(LETTERS[place % 2])
+            words.append(root[:place] + letter + root[place + 1 :])
+        else:
+            words.append(_word(randomness, len(root) // 2))
+    return words
+
+
+def toy_languages() -> list[Sentence]:
+    """The parallel corpus: every sentence in every language."""
+    randomness = random.Random(SEED + 1)
+    roots = _lexicon(randomness)
+    triples = _triples(randomness)[:SHARED_CLASSES]
+    sentences = [(triple, _sentence(triple, randomness)) for triple in triples for _ in range(MEANINGS)]
+    corpus = []
+    for language in range(LANGUAGES):
+        lexicon = _relexified(roots, randomness)
+        for number, (triple, words) in enumerate(sentences):
+            text = " ".join(lexicon[i] for i in words)
+            corpus.append(Sentence(text, "-".join(map(str, triple)), f"toy{language:02}", str(number)))
+    return corpus

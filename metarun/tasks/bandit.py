@@ -1,0 +1,108 @@
+"""Bernoulli bandits with unknown arms.
+
+Duan et al. 2016, RL² (https://arxiv.org/abs/1611.02779, §3.1): each arm pays 1 with a probability of its own,
+uniform on [0, 1]; a trial is a number of pulls, and the score is the sum of what they pay.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from metarun.tasks import control
+from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
+
+
+class Arms:
+    """The environment; it has no state but for the number of episodes, and shows nothing."""
+
+    continuous = False
+
+    def initial(self, data: Tree) -> Tensor:
+        """Nothing: ``[episodes, 0]``."""
+        payout: Tensor = data["payout"]
+        return payout[:, :0]
+
+    def observe(self, state: Tensor) -> Tensor:
+        """Nothing."""
+        return state
+
+    def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
+        """Pull an arm; every pull ends an episode."""
+        paid = data["luck"][:, time] < (action * data["payout"]).sum(-1)
+        never = torch.zeros_like(paid)
+        return control.Outcome(state, paid.to(action.dtype), torch.ones_like(action[:, 0]), never)
+
+
+def best_arm(data: Tree) -> Callable[[Seen], Tensor]:
+    """The policy that knows which arm pays best."""
+
+    def policy(seen: Seen) -> Tensor:
+        best = one_hot(data["payout"].argmax(-1), data["payout"].shape[-1])
+        return (1e6 * best.to(seen.action.dtype)).expand_as(seen.action)
+
+    return policy
+
+
+class Bandit:
+    """Bernoulli bandits; a trial has ``pulls`` steps.
+
+    Args:
+        arms: at least 2.
+        pulls: steps of a trial, at least 1.
+        shots: trials of an adaptation step, at least 2.
+        queries: trials that score a task, at least 2.
+        train_queries: those of a training task; null: ``queries``.
+        discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        entropy: weight of the policy's entropy in the loss, at least 0.
+        device: where the tasks are put.
+        data_dir: not used; every family is given it.
+    """
+
+    def __init__(
+        self,
+        arms: int = 5,
+        pulls: int = 10,
+        shots: int = 20,
+        queries: int = 20,
+        train_queries: int | None = None,
+        discount: float = 0.99,
+        entropy: float = 0.0,
+        device: str = "cpu",
+        data_dir: str = "data",
+    ) -> None:
+        control.check(shots, queries, train_queries, discount, entropy, arms=(arms, 2), pulls=(pulls, 1))
+        self.arms, self.pulls, self.discount, self.entropy, self.device = arms, pulls, discount, entropy, device
+        self.train_queries = train_queries or queries
+        self.environment = Arms()
+        self.dataset = f"bandit:arms={arms}:pulls={pulls}"
+        self.spec = Spec(
+            kind="control",
+            input_shape=(0,),
+            outputs=arms,
+            metric="return",
+            higher_is_better=True,
+            shots=shots,
+            queries=queries,
+            control=Control("bandit", False, 1, pulls, best_arm),
+        )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """``count`` bandits with tapes; leaves ``[count, trials, ...]``."""
+        payout = torch.rand(count, 1, self.arms, generator=generator)
+
+        def part(trials: int) -> Tree:
+            tape = {
+                "noise": control.gumbel((count, trials, self.pulls, self.arms), generator),
+                "luck": torch.rand(count, trials, self.pulls, generator=generator),
+            }
+            return {name: leaf.to(self.device) for name, leaf in tape.items()} | {
+                "payout": payout.expand(-1, trials, -1).to(self.device)
+            }
+
+        return Task(part(self.spec.shots), part(self.train_queries if split == "train" else self.spec.queries))
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Surrogate loss and mean total reward of a trial."""
+        return control.policy_gradient_loss(self.environment, predict, data, self.discount, self.entropy)

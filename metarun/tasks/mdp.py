@@ -1,0 +1,142 @@
+"""Tabular Markov decision processes with unknown transitions and rewards.
+
+Duan et al. 2016, RL² (https://arxiv.org/abs/1611.02779, §3.2), after Osband et al. 2013: transitions from a flat
+Dirichlet distribution, mean rewards normal with mean 1 and unit variance, unit noise on every reward. Each
+episode starts in state 0; a trial is a number of episodes, and the score is the sum of its rewards.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from metarun.planning import action_values
+from metarun.tasks import control
+from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
+
+
+class Table:
+    """The environment; a state is one-hot ``[trials, states]``.
+
+    Args:
+        horizon: steps of an episode.
+    """
+
+    continuous = False
+
+    def __init__(self, horizon: int) -> None:
+        self.horizon = horizon
+
+    def initial(self, data: Tree) -> Tensor:
+        """State 0."""
+        start = torch.zeros_like(data["rewards"][:, :, 0])
+        start[:, 0] = 1
+        return start
+
+    def observe(self, state: Tensor) -> Tensor:
+        """The state."""
+        return state
+
+    def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
+        """Draw the next state and the reward; after ``horizon`` steps go back to state 0."""
+        chosen = state[:, :, None] * action[:, None, :]
+        reward = (chosen * data["rewards"]).sum((1, 2)) + data["reward_noise"][:, time]
+        chances = (chosen[..., None] * data["transitions"]).sum((1, 2))
+        # The first state whose cumulative chance exceeds a uniform number.
+        following = (chances.cumsum(-1) < data["luck"][:, time, None]).sum(-1)
+        state = one_hot(following.clamp_max(chances.shape[-1] - 1), chances.shape[-1]).to(action.dtype)
+        never = torch.zeros_like(reward, dtype=torch.bool)
+        if (time + 1) % self.horizon:
+            return control.Outcome(state, reward, torch.zeros_like(reward), never)
+        return control.Outcome(self.initial(data), reward, torch.ones_like(reward), never)
+
+
+class MDP:
+    """Random tables; a trial has ``episodes`` episodes of ``horizon`` steps.
+
+    Args:
+        states: at least 2.
+        actions: at least 2.
+        episodes: of a trial, at least 1.
+        horizon: steps of an episode, at least 1.
+        shots: trials of an adaptation step, at least 2.
+        queries: trials that score a task, at least 2.
+        train_queries: those of a training task; null: ``queries``.
+        discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        entropy: weight of the policy's entropy in the loss, at least 0.
+        device: where the tasks are put.
+        data_dir: not used; every family is given it.
+    """
+
+    def __init__(
+        self,
+        states: int = 10,
+        actions: int = 5,
+        episodes: int = 10,
+        horizon: int = 10,
+        shots: int = 4,
+        queries: int = 4,
+        train_queries: int | None = None,
+        discount: float = 0.99,
+        entropy: float = 0.0,
+        device: str = "cpu",
+        data_dir: str = "data",
+    ) -> None:
+        sizes = {"states": (states, 2), "actions": (actions, 2), "episodes": (episodes, 1), "horizon": (horizon, 1)}
+        control.check(shots, queries, train_queries, discount, entropy, **sizes)
+        self.states, self.actions, self.steps = states, actions, episodes * horizon
+        self.discount, self.entropy, self.device = discount, entropy, device
+        self.train_queries = train_queries or queries
+        self.environment = Table(horizon)
+        self.dataset = f"mdp:states={states}:actions={actions}:episodes={episodes}:horizon={horizon}"
+
+        def optimal(data: Tree) -> Callable[[Seen], tuple[Tensor, int]]:
+            values = action_values(data["transitions"][0], data["rewards"][0], horizon)
+
+            def policy(seen: Seen) -> tuple[Tensor, int]:
+                begin = seen.carry or 0
+                times = [(begin + step) % horizon for step in range(len(seen.observation))]
+                now = torch.einsum("tes,tsa->tea", seen.observation, torch.stack([values[time] for time in times]))
+                return 1e6 * one_hot(now.argmax(-1), actions).to(now.dtype), times[-1] + 1
+
+            return policy
+
+        self.spec = Spec(
+            kind="control",
+            input_shape=(states,),
+            outputs=actions,
+            metric="return",
+            higher_is_better=True,
+            shots=shots,
+            queries=queries,
+            control=Control("mdp", False, horizon, episodes, optimal),
+        )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """``count`` tables with tapes; leaves ``[count, trials, ...]``."""
+        states, actions = self.states, self.actions
+        # A flat Dirichlet is a set of exponential numbers over their sum.
+        weights = -torch.rand(count, 1, states, actions, states, generator=generator).clamp_min(1e-12).log()
+        transitions = weights / weights.sum(-1, keepdim=True)
+        rewards = 1 + torch.randn(count, 1, states, actions, generator=generator)
+
+        def part(trials: int) -> Tree:
+            shape = (count, trials, self.steps)
+            tape = {
+                "noise": control.gumbel((*shape, actions), generator),
+                "luck": torch.rand(shape, generator=generator),
+                "reward_noise": torch.randn(shape, generator=generator),
+                "seed": torch.randint(2**62, shape, generator=generator),
+            }
+            table = {
+                "transitions": transitions.expand(-1, trials, -1, -1, -1),
+                "rewards": rewards.expand(-1, trials, -1, -1),
+            }
+            return {name: leaf.to(self.device) for name, leaf in {**tape, **table}.items()}
+
+        return Task(part(self.spec.shots), part(self.train_queries if split == "train" else self.spec.queries))
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Surrogate loss and mean total reward of a trial."""
+        return control.policy_gradient_loss(self.environment, predict, data, self.discount, self.entropy)

@@ -1,0 +1,118 @@
+"""A point in the plane walks to a goal that it does not see.
+
+Finn, Abbeel, Levine 2017 (https://arxiv.org/abs/1703.03400, §5.3, and https://github.com/cbfinn/maml_rl): it
+starts at the origin, observes its position, moves at most 0.1 a step in each direction, and is rewarded with
+minus its distance from the goal; an episode ends within 0.01 of the goal in both directions, or at the horizon.
+Actions are in units of the largest move, as in the authors' normalised environment.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metarun.tasks import control
+from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
+
+LARGEST_MOVE, REACHED = 0.1, 0.01
+SQUARE, RADIUS = 0.5, 1.0
+
+
+class Walk:
+    """The environment; a state is a position ``[episodes, 2]``."""
+
+    continuous = True
+
+    def initial(self, data: Tree) -> Tensor:
+        """The origin."""
+        return torch.zeros_like(data["goal"])
+
+    def observe(self, state: Tensor) -> Tensor:
+        """The position."""
+        return state
+
+    def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
+        """Move, then measure the distance."""
+        state = state + LARGEST_MOVE * action.clamp(-1, 1)
+        away = state - data["goal"]
+        over = (away.abs() < REACHED).all(-1)
+        return control.Outcome(state, -away.norm(dim=-1), torch.zeros_like(away[:, 0]), over)
+
+
+def straight_to_the_goal(data: Tree) -> Callable[[Seen], Tensor]:
+    """The best policy of one task, almost without noise."""
+
+    def policy(seen: Seen) -> Tensor:
+        move = ((data["goal"] - seen.observation) / LARGEST_MOVE).clamp(-1, 1)
+        return torch.cat([move, torch.full_like(move, -6.0)], -1)
+
+    return policy
+
+
+class Navigation:
+    """Goals anywhere in a square around the start, or on a half circle; return of an episode.
+
+    Args:
+        goals: ``square`` (±0.5 in both directions) or ``circle`` (radius 1, upper half).
+        horizon: steps of an episode at most, at least 1.
+        shots: episodes of an adaptation step, at least 2.
+        queries: episodes that score a task, at least 2.
+        train_queries: those of a training task; null: ``queries``.
+        discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        device: where the tasks are put.
+        data_dir: not used; every family is given it.
+    """
+
+    def __init__(
+        self,
+        goals: Literal["square", "circle"] = "square",
+        horizon: int = 100,
+        shots: int = 20,
+        queries: int = 20,
+        train_queries: int | None = None,
+        discount: float = 0.99,
+        device: str = "cpu",
+        data_dir: str = "data",
+    ) -> None:
+        control.check(shots, queries, train_queries, discount, 0.0, horizon=(horizon, 1))
+        self.goals, self.horizon, self.discount, self.device = goals, horizon, discount, device
+        self.train_queries = train_queries or queries
+        self.environment = Walk()
+        self.dataset = f"navigation:{goals}:horizon={horizon}"
+        self.spec = Spec(
+            kind="control",
+            input_shape=(2,),
+            outputs=2,
+            metric="return",
+            higher_is_better=True,
+            shots=shots,
+            queries=queries,
+            control=Control("navigation", True, horizon, optimal=straight_to_the_goal),
+            second_metric="return of mean actions",
+        )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """``count`` goals with tapes; leaves ``[count, episodes, ...]``."""
+        if self.goals == "square":
+            goal = (2 * torch.rand(count, 1, 2, generator=generator) - 1) * SQUARE
+        else:
+            angle = math.pi * torch.rand(count, 1, generator=generator)
+            goal = RADIUS * torch.stack([angle.cos(), angle.sin()], -1)
+
+        def part(episodes: int) -> Tree:
+            noise = torch.randn(count, episodes, self.horizon, 2, generator=generator)
+            return {"goal": goal.expand(-1, episodes, -1).to(self.device), "noise": noise.to(self.device)}
+
+        return Task(part(self.spec.shots), part(self.train_queries if split == "train" else self.spec.queries))
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Surrogate loss and mean return of one task."""
+        return control.policy_gradient_loss(self.environment, predict, data, self.discount)
+
+    def second_score(self, predict: Predict, data: Tree) -> Tensor:
+        """Return of the policy that always takes its mean action."""
+        # Without noise every episode is the same.
+        quiet = {name: leaf[:1] for name, leaf in data.items()} | {"noise": torch.zeros_like(data["noise"][:1])}
+        return control.total_return(control.rollout(self.environment, predict, quiet))

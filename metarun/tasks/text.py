@@ -1,0 +1,276 @@
+"""Few-shot classification of sentences: N ways, K shots.
+
+`text` draws classes that training has not seen; `text_crosslingual` draws tasks inside one language, and the
+test languages are those that training has not seen. Inputs are rows of token ids (`metarun.data.tokens`).
+"""
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from metarun.data import intents, tokens
+from metarun.data.toy_text import toy_classes, toy_languages
+from metarun.errors import require
+from metarun.tasks.few_shot import Dealt, Sizes, deal, draw, task_sizes
+from metarun.tasks.supervised import classification_loss
+from metarun.types import Predict, Spec, Split, Task, Tokens, Tree
+
+log = logging.getLogger(__name__)
+
+Cells = Mapping[str, Mapping[str, Sequence[str]]]
+"""Sentences by language and label."""
+
+LANGUAGE_SPLIT_SEED = 19
+SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
+"""Of the languages, and of the meanings, in each split of a parallel corpus."""
+
+WORD_WEIGHT = 2.0
+"""What a whole word counts beside one of its n-grams."""
+
+
+class Pool:
+    """The sentences of one split on the device.
+
+    Attributes:
+        rows: token ids ``[sentences, columns]``.
+        first: where the sentences of each language and label begin in ``rows``, ``[languages, labels]``.
+        size: how many there are, ``[languages, labels]``; 0 where the language lacks the label.
+    """
+
+    def __init__(self, cells: Cells, labels: Sequence[str], tokenizer: tokens.Tokenizer) -> None:
+        texts = [[list(cells[language].get(label, ())) for label in labels] for language in sorted(cells)]
+        self.size = torch.tensor([[len(cell) for cell in language] for language in texts])
+        self.first = (self.size.flatten().cumsum(0) - self.size.flatten()).view_as(self.size)
+        self.rows = tokenizer([text for language in texts for cell in language for text in cell])
+
+
+class Text:
+    """Tasks of ``ways`` classes; ``x [sentences, columns]`` are token ids, ``y [sentences, ways]`` is one-hot.
+
+    Args:
+        corpus: sentences by language and label for each split.
+        dataset: its name, and all that makes scores incomparable.
+        sizes: of a training task (True) and of others (False).
+        grams: length of the shortest and longest character n-gram, rising.
+        buckets: how many ids the n-grams share, at least 2.
+        device: where the sentences live.
+    """
+
+    def __init__(
+        self,
+        corpus: Mapping[str, Cells],
+        dataset: str,
+        sizes: Mapping[bool, Sizes],
+        grams: tuple[int, int],
+        buckets: int,
+        device: str,
+    ) -> None:
+        require(1 <= grams[0] <= grams[1], f"grams must be a rising pair of lengths from 1, not {list(grams)}")
+        require(buckets >= 2, f"buckets must be at least 2, not {buckets}")
+        self.sizes, self.device, self.dataset = sizes, device, dataset
+        training = [s for language in corpus["train"].values() for cell in language.values() for s in cell]
+        tokenizer = tokens.fit(training, buckets, (grams[0], grams[1]))
+        labels = {
+            split: sorted({label for language in cells.values() for label in language})
+            for split, cells in corpus.items()
+        }
+        pools = {split: Pool(cells, labels[split], tokenizer) for split, cells in corpus.items()}
+        self._check_sizes(pools)
+        train = pools["train"]
+        by_sentence = tokens.inverse_document_frequency(train.rows, tokenizer.ids)
+        # A class is one document: a word that many classes use tells little, however seldom each uses it.
+        ends = zip(train.first.flatten().tolist(), train.size.flatten().tolist(), strict=True)
+        documents = [train.rows[first : first + size].flatten() for first, size in ends if size]
+        longest = max(len(document) for document in documents)
+        by_class = tokens.inverse_document_frequency(
+            torch.stack([pad(document, (0, longest - len(document))) for document in documents]), tokenizer.ids
+        )
+        by_class[: tokenizer.first_bucket] *= WORD_WEIGHT
+        grams_only = by_sentence.clone()
+        grams_only[: tokenizer.first_bucket] = 0
+
+        def tf_idf(x: Tensor) -> Tensor:
+            return tokens.term_frequencies(x, tokenizer.ids, grams_only.to(x.device, torch.get_default_dtype()))
+
+        columns = max(pool.rows.shape[1] for pool in pools.values())
+        for pool in pools.values():
+            pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
+        self.pools = pools
+        ways, shots, queries = sizes[False]
+        self.spec = Spec(
+            kind="classification",
+            input_shape=(columns,),
+            outputs=ways,
+            metric="accuracy",
+            higher_is_better=True,
+            shots=shots,
+            queries=queries,
+            ways=ways,
+            train_ways=sizes[True].ways,
+            training_classes=len(labels["train"]),
+            features=tf_idf,
+            tokens=Tokens(tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
+        )
+
+    def _check_sizes(self, pools: Mapping[str, Pool]) -> None:
+        for split, pool in pools.items():
+            ways, shots, queries = self.sizes[split == "train"]
+            large_enough = int((pool.size >= shots + queries).sum(1).min())
+            require(
+                ways <= large_enough,
+                f"ways must be at most {large_enough}, the {split} classes of {self.dataset} with shots + queries "
+                f"= {shots} + {queries} sentences or more, not {ways}",
+            )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """``count`` tasks; leaves ``[count, sentences, ...]``, and ``class`` as well for training tasks."""
+        pool, (ways, shots, queries) = self.pools[split], self.sizes[split == "train"]
+        language = torch.randint(len(pool.size), (count, 1), generator=generator)
+        classes = draw((pool.size >= shots + queries)[language[:, 0]], ways, generator)
+        available = pool.size[language, classes]
+        sentences = draw(torch.arange(int(pool.size.max())) < available[..., None], shots + queries, generator)
+
+        def part(dealt: Dealt) -> Tree:
+            x = pool.rows[(pool.first[language, dealt.identity] + dealt.example).to(self.device)].long()
+            y = one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype())
+            return {"x": x, "y": y} | ({"class": dealt.identity.to(self.device)} if split == "train" else {})
+
+        support, query = deal(classes, sentences, shots, generator)
+        return Task(part(support), part(query))
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and accuracy of one task."""
+        return classification_loss(predict, data)
+
+
+def _by_domain(domains: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Labels of each split, where splits share no domain: 6, 1 and 3 of CLINC150's ten, in alphabetical order."""
+    names = sorted(domains)
+    cut = {"train": names[:-4], "val": names[-4:-3], "test": names[-3:]}
+    return {split: sorted(label for name in chosen for label in domains[name]) for split, chosen in cut.items()}
+
+
+def text(
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    train_ways: int | None = None,
+    train_shots: int | None = None,
+    train_queries: int | None = None,
+    dataset: Literal["auto", "toy", "clinc150", "banking77"] = "auto",
+    split: Literal["01", "02", "03", "04", "05", "domains"] = "01",
+    grams: tuple[int, int] = (3, 5),
+    buckets: int = 4096,
+    device: str = "cpu",
+    data_dir: str = "data",
+) -> Text:
+    """Tasks whose classes training has not seen.
+
+    Args:
+        ways: classes of a task, at least 2.
+        shots: support sentences a class, at least 1.
+        queries: sentences a class that score a validation or test task, at least 1.
+        train_ways: classes of a training task, for learners that allow it; null: ``ways``.
+        train_shots: support sentences a class in training; null: ``shots``.
+        train_queries: query sentences a class in training; null: ``queries``.
+        dataset: ``clinc150``, ``banking77``, ``toy``, or ``auto``: clinc150 if it is there, else toy.
+        split: number of the published label split, or ``domains`` (clinc150 alone): test domains are new too.
+        grams: length of the shortest and longest character n-gram.
+        buckets: how many ids the n-grams share.
+        device: where the sentences live.
+        data_dir: holds the folders ``clinc150`` and ``banking77``.
+
+    Raises:
+        UserError: data missing or damaged.
+    """
+    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries)
+    if dataset == "auto":
+        dataset = "clinc150" if intents.is_there(data_dir, "clinc150") else "toy"
+        if dataset == "toy":
+            log.info(
+                "No CLINC150 in %s/clinc150, so the language is a toy (%s).", data_dir, intents.SOURCES["clinc150"]
+            )
+    require(split != "domains" or dataset != "banking77", "split=domains is for clinc150; banking77 has no domains")
+    if dataset == "toy":
+        return Text({part: {"": cells} for part, cells in toy_classes().items()}, "toy", sizes, grams, buckets, device)
+    by_label = intents.clinc150(data_dir) if dataset == "clinc150" else intents.banking77(data_dir)
+    if split == "domains":
+        labels = _by_domain(intents.clinc150_domains(data_dir))
+    else:
+        labels = intents.label_split(data_dir, dataset, split, by_label)
+    corpus = {part: {"": {label: by_label[label] for label in chosen}} for part, chosen in labels.items()}
+    return Text(corpus, f"{dataset}:{split}", sizes, grams, buckets, device)
+
+
+def _shares(names: Sequence[str], seed: int) -> dict[str, set[str]]:
+    """``names`` dealt to the splits by ``SHARES``, at random by ``seed``."""
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    train = round(SHARES["train"] * len(names))
+    test = len(names) - round(SHARES["test"] * len(names))
+    return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
+
+
+def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Corpora that share neither a language nor a meaning; one sentence of a meaning for each language."""
+    languages = _shares(list({s.language for s in sentences}), LANGUAGE_SPLIT_SEED)
+    meanings = _shares(list({s.meaning for s in sentences}), LANGUAGE_SPLIT_SEED)
+    corpus: dict[str, dict[str, dict[str, list[str]]]] = {split: {} for split in languages}
+    seen = set()
+    for sentence in sentences:
+        if (key := (sentence.language, sentence.meaning)) in seen:
+            continue
+        seen.add(key)
+        for split, cells in corpus.items():
+            if sentence.language in languages[split] and sentence.meaning in meanings[split]:
+                cells.setdefault(sentence.language, {}).setdefault(sentence.label, []).append(sentence.text)
+    return corpus
+
+
+def text_crosslingual(
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 5,
+    train_ways: int | None = None,
+    train_shots: int | None = None,
+    train_queries: int | None = None,
+    dataset: Literal["auto", "toy", "xsid", "nusax"] = "auto",
+    grams: tuple[int, int] = (3, 5),
+    buckets: int = 4096,
+    device: str = "cpu",
+    data_dir: str = "data",
+) -> Text:
+    """Tasks inside one language, the test languages being new; no test sentence has a translation in training.
+
+    Args:
+        ways: classes of a task, at least 2 (at most 3 for nusax).
+        shots: support sentences a class, at least 1.
+        queries: sentences a class that score a validation or test task, at least 1.
+        train_ways: classes of a training task, for learners that allow it; null: ``ways``.
+        train_shots: support sentences a class in training; null: ``shots``.
+        train_queries: query sentences a class in training; null: ``queries``.
+        dataset: ``xsid`` (intents, 19 languages), ``nusax`` (sentiment, 12 languages), ``toy``, or ``auto``:
+            xsid if it is there, else toy.
+        grams: length of the shortest and longest character n-gram.
+        buckets: how many ids the n-grams share.
+        device: where the sentences live.
+        data_dir: holds the folders ``xsid`` and ``nusax_senti``.
+
+    Raises:
+        UserError: data missing or damaged.
+    """
+    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries)
+    if dataset == "auto":
+        dataset = "xsid" if intents.is_there(data_dir, "xsid") else "toy"
+        if dataset == "toy":
+            log.info("No xSID in %s/xsid, so the languages are toys (%s).", data_dir, intents.SOURCES["xsid"])
+    if dataset == "toy":
+        sentences = toy_languages()
+    else:
+        sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
+    return Text(_parallel_splits(sentences), f"{dataset}:languages", sizes, grams, buckets, device)
