@@ -4,16 +4,17 @@ An algorithm is written for one task; this module maps it over the tasks of a ba
 and differentiates the mean.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from metarun.tree import learned, leaves, like, size, tree_map
-from metarun.types import Algorithm, Loss, MetaGradient, Task, Tree
+from metarun.types import Algorithm, Loss, MetaGradient, Predict, Task, Tree
 
 
 def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -46,30 +47,44 @@ def meta_gradient(algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss) ->
     return MetaGradient(like(variables, iter(gradients)), mean_loss.detach(), scores.detach().mean(), carried)
 
 
+class Evaluated(NamedTuple):
+    """Query losses and scores along adaptation, each ``[tasks, states]``."""
+
+    adapt_steps: list[int]
+    """Those that have a state: 0 to the last for a gradient learner, 1 for a learner that needs a support set."""
+    losses: Tensor
+    scores: Tensor
+    second_scores: Tensor
+    """NaN where there is no second score."""
+
+
 @torch.no_grad()
 def evaluate(
-    algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss, steps: int
-) -> tuple[list[int], Tensor, Tensor]:
-    """Query losses and scores along adaptation.
-
-    Returns:
-        The adaptation steps that have a state (0 to ``steps`` for a gradient learner, 1 for a learner that
-        needs a support set), and losses and scores ``[tasks, states]``.
-    """
+    algorithm: Algorithm,
+    theta: Tree,
+    tasks: Task,
+    loss: Loss,
+    steps: int,
+    second_score: Callable[[Predict, Tree], Tensor] | None = None,
+) -> Evaluated:
+    """Query losses and scores along ``steps`` steps of adaptation."""
     reached: list[int] = []
 
-    def one_task(task: Task) -> tuple[Tensor, Tensor]:
+    def one_task(task: Task) -> tuple[Tensor, ...]:
         reached.clear()
         results = []
         for step, state in enumerate(islice(algorithm.adapt(theta, task.support, loss), max(steps, 1) + 1)):
             if state is not None and (step <= steps or not reached):
                 reached.append(step)
-                results.append(loss(partial(algorithm.predict, theta, state), task.query))
-        losses, scores = zip(*results, strict=True)
-        return torch.stack(losses), torch.stack(scores)
+                predict = partial(algorithm.predict, theta, state)
+                value, score = loss(predict, task.query)
+                second = (
+                    torch.full_like(score, torch.nan) if second_score is None else second_score(predict, task.query)
+                )
+                results.append((value, score, second))
+        return tuple(torch.stack(column) for column in zip(*results, strict=True))
 
-    losses, scores = vmap(one_task)(tasks)
-    return reached, losses, scores
+    return Evaluated(reached, *vmap(one_task)(tasks))
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Modules as functions of their parameters, and the inner step that gradient learners share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
@@ -37,15 +38,15 @@ def gradient_descent(
     weights: Weights,
     support: Tree,
     loss: Loss,
-    learning_rate: float | Tensor,
+    learning_rates: Iterable[float | Tensor],
     first_order: bool = False,
 ) -> Iterator[Weights]:
-    """Yield the weights before and after every step of gradient descent on the support loss, without end.
+    """Yield the weights before every step of gradient descent on the support loss, one for each learning rate.
 
     With ``first_order`` the gradient counts as a constant: it is taken at detached weights, which saves the
     graph, while the path from the old weights to the new ones stays.
     """
-    while True:
+    for learning_rate in learning_rates:
         yield weights
         start = {name: w.detach() for name, w in weights.items()} if first_order else weights
         gradient = support_gradient(forward, start, support, loss)
@@ -61,3 +62,8 @@ def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Line
             f"(features → output), as metarun's own models have, and {type(model).__name__} lacks them"
         )
     return trunk, head
+
+
+def one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
+    """``index [...]`` as ``[..., size]`` in the dtype of ``like``; torch's own fails under ``grad`` inside ``vmap``."""
+    return (index[..., None] == torch.arange(size, device=index.device)).to(like.dtype)

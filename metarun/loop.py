@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from metarun import engine
@@ -35,11 +34,9 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Tested:
-    """Meta-test of the selected theta: ``losses`` and ``scores`` are ``[episodes, states]``."""
+    """Meta-test of the selected theta."""
 
-    adapt_steps: list[int]
-    losses: Tensor
-    scores: Tensor
+    scored: engine.Evaluated
     seconds: float
     adapt_ms_per_task: float
 
@@ -93,12 +90,14 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
 
 
 def evaluate(
-    experiment: Experiment, theta: Tree, tasks: Iterator[Task] | list[Task]
-) -> tuple[list[int], Tensor, Tensor]:
-    """Adaptation steps, and losses and scores ``[episodes, states]``, over blocks of tasks."""
-    steps = experiment.config.eval.adapt_steps
-    results = [engine.evaluate(experiment.algorithm, theta, block, experiment.family.loss, steps) for block in tasks]
-    return results[0][0], torch.cat([r[1] for r in results]).cpu(), torch.cat([r[2] for r in results]).cpu()
+    experiment: Experiment, theta: Tree, tasks: Iterator[Task] | list[Task], second: bool = False
+) -> engine.Evaluated:
+    """Losses and scores along adaptation, over blocks of tasks; second scores too if asked and if there are any."""
+    algorithm, family, steps = experiment.algorithm, experiment.family, experiment.config.eval.adapt_steps
+    second_score = family.second_score if second and family.spec.second_metric else None
+    blocks = [engine.evaluate(algorithm, theta, block, family.loss, steps, second_score) for block in tasks]
+    columns = zip(*(block[1:] for block in blocks), strict=True)
+    return engine.Evaluated(blocks[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))
 
 
 def better(experiment: Experiment, score: float, than: float) -> bool:
@@ -112,9 +111,10 @@ def validate(experiment: Experiment, theta: Tree, tasks: list[Task]) -> tuple[Tr
     """The best of the algorithm's candidates for ``theta``, with its validation loss and score."""
     chosen, loss, score = theta, math.nan, math.nan
     for candidate in experiment.algorithm.candidates(theta):
-        _, losses, scores = evaluate(experiment, candidate, tasks)
-        if better(experiment, scores[:, -1].mean().item(), score):
-            chosen, loss, score = candidate, losses[:, -1].mean().item(), scores[:, -1].mean().item()
+        scored = evaluate(experiment, candidate, tasks)
+        candidate_loss, candidate_score = scored.losses[:, -1].mean().item(), scored.scores[:, -1].mean().item()
+        if better(experiment, candidate_score, score):
+            chosen, loss, score = candidate, candidate_loss, candidate_score
     return chosen, loss, score
 
 
@@ -213,12 +213,12 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
 def meta_test(experiment: Experiment, theta: Tree) -> Tested:
     """Score ``theta`` on the test episodes along adaptation."""
     config, began = experiment.config, time.perf_counter()
-    steps, losses, scores = evaluate(experiment, theta, episodes(experiment, "test", config.eval.episodes))
+    scored = evaluate(experiment, theta, episodes(experiment, "test", config.eval.episodes), second=True)
     seconds = time.perf_counter() - began
     block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
     began = time.perf_counter()
-    scored = engine.adapt_and_score(experiment.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps)
+    timed = engine.adapt_and_score(experiment.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps)
     if experiment.device != "cpu":
         torch.cuda.synchronize(experiment.device)
-    milliseconds = 1000 * (time.perf_counter() - began) / len(scored)
-    return Tested(steps, losses, scores, seconds, milliseconds)
+    milliseconds = 1000 * (time.perf_counter() - began) / len(timed)
+    return Tested(scored, seconds, milliseconds)

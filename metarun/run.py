@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 import metarun
 from metarun import engine
@@ -33,7 +33,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's ``malloc.h``."""
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 """Linux's own account of this process."""
-ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download")
+ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download", "discount", "entropy", "normalise")
 
 
 def episodes_hash(experiment: Experiment) -> str:
@@ -125,14 +125,18 @@ def identity_columns(experiment: Experiment, run: str) -> dict[str, Any]:
 def measured_columns(experiment: Experiment, training: Training, tested: Tested) -> dict[str, Any]:
     """The columns of ``result.csv`` that a finished run adds."""
     assert training.best is not None
-    theta, scores = training.best.theta, tested.scores
+    theta, scores, steps = training.best.theta, tested.scored.scores, tested.scored.adapt_steps
+    second = tested.scored.second_scores[:, -1] if experiment.family.spec.second_metric else None
     trained_tasks = training.step * experiment.config.train.meta_batch
     return {
         "status": "completed",
-        "adapt_steps": tested.adapt_steps[-1],
-        "score_before": scores[:, 0].mean().item() if tested.adapt_steps[0] == 0 else None,
+        "adapt_steps": steps[-1],
+        "score_before": scores[:, 0].mean().item() if steps[0] == 0 else None,
         "score": scores[:, -1].mean().item(),
-        "ci95": 1.96 * scores[:, -1].std().item() / len(scores) ** 0.5,
+        "ci95": confidence(scores)[-1].item(),
+        "second_metric": experiment.family.spec.second_metric,
+        "second_score": None if second is None else second.mean().item(),
+        "second_ci95": None if second is None else confidence(second).item(),
         "n_episodes": len(scores),
         "val_score": training.best.val_score,
         "selected_step": training.best.step,
@@ -149,6 +153,12 @@ def measured_columns(experiment: Experiment, training: Training, tested: Tested)
     }
 
 
+def confidence(scores: Tensor) -> Tensor:
+    """Half-width of the 95 % confidence interval of the mean over the first axis."""
+    half_width: Tensor = 1.96 * scores.std(0) / len(scores) ** 0.5
+    return half_width
+
+
 def report(experiment: Experiment, row: dict[str, Any], tested: Tested, directory: Path) -> None:
     """Print the run's row for people."""
     spec, metric = experiment.family.spec, row["metric"]
@@ -156,7 +166,7 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested, director
     before = (
         "no score without a support set" if row["score_before"] is None else format_score(row["score_before"], metric)
     )
-    steps = row["adapt_steps"]
+    steps, scores = row["adapt_steps"], tested.scored.scores
     after = "after the support set" if row["score_before"] is None else f"after {steps} step{'s' * (steps != 1)}"
     log.info("")
     log.info(
@@ -168,18 +178,28 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested, director
         row["n_episodes"],
         row["dataset"],
     )
-    log.info("  %s before adaptation   %s", metric, before)
+    if steps == 0:
+        after = "without a support set"
+    else:
+        log.info("  %s before adaptation   %s", metric, before)
     log.info(
         "  %s %s   %s   (95 %% CI over episodes)",
         metric,
         after,
         format_score_ci(row["score"], row["ci95"], metric),
     )
-    diverged = int((~tested.scores[:, -1].isfinite()).sum())
+    if spec.second_metric:
+        log.info(
+            "  %s %s   %s",
+            spec.second_metric,
+            after,
+            format_score_ci(row["second_score"], row["second_ci95"], spec.second_metric),
+        )
+    diverged = int((~scores[:, -1].isfinite()).sum())
     if diverged:
         log.warning("  %d of %d episodes diverged: their score is not a number", diverged, row["n_episodes"])
-    if len(tested.adapt_steps) > 1:
-        change = tested.scores[:, -1] - tested.scores[:, 0]
+    if len(tested.scored.adapt_steps) > 1:
+        change = scores[:, -1] - scores[:, 0]
         worse = int(((change < 0) if spec.higher_is_better else (change > 0)).sum())
         if worse:
             log.info("  %d of %d episodes score worse after adaptation than before", worse, row["n_episodes"])
@@ -218,20 +238,20 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
             write_result(directory, row | {"status": "interrupted" if stopped else "failed"})
         raise
     row |= measured_columns(experiment, training, tested)
-    write_episodes(directory, tested.adapt_steps, tested.losses.tolist(), tested.scores.tolist())
+    scored = tested.scored
+    second = scored.second_scores.tolist() if experiment.family.spec.second_metric else None
+    write_episodes(directory, scored.adapt_steps, scored.losses.tolist(), scored.scores.tolist(), second)
     write_result(directory, row)
-    scores = tested.scores
     title = f"{row['algo']} on {row['task']}, seed {row['seed']}"
     if training.step:
         plot_training(directory / "training.png", title, row["metric"], training.rows, row["selected_step"])
-    cis = 1.96 * scores.std(0) / len(scores) ** 0.5
     plot_adaptation(
         directory / "adaptation.png",
         title,
         row["metric"],
-        tested.adapt_steps,
-        scores.mean(0).tolist(),
-        cis.tolist(),
+        scored.adapt_steps,
+        scored.scores.mean(0).tolist(),
+        confidence(scored.scores).tolist(),
     )
     report(experiment, row, tested, directory)
     return training.best.val_score

@@ -10,7 +10,7 @@ from typing import Any
 from metarun.files import write_text
 
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds")
-EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score")
+EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "second_score")
 RESULT_COLUMNS = (
     *(
         "run",
@@ -39,6 +39,7 @@ RESULT_COLUMNS = (
     *("meta_batch", "transductive", "train_seconds", "compile_seconds", "test_seconds", "tasks_per_second"),
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
     *("torch_version", "metarun_version", "config_hash", "episodes_hash", "higher_is_better"),
+    *("second_metric", "second_score", "second_ci95"),
 )
 """One row a run; accuracies are fractions. ``episodes_hash`` is equal where the test episodes are."""
 
@@ -63,13 +64,15 @@ def write_episodes(
     adapt_steps: Sequence[int],
     losses: Sequence[Sequence[float]],
     scores: Sequence[Sequence[float]],
+    second_scores: Sequence[Sequence[float]] | None,
 ) -> None:
-    """``episodes.csv``: a row a test episode and adaptation step."""
-    rows = [
-        dict(zip(EPISODES_COLUMNS, (episode, step, losses[episode][i], scores[episode][i]), strict=True))
-        for episode in range(len(losses))
-        for i, step in enumerate(adapt_steps)
-    ]
+    """``episodes.csv``: a row a test episode and adaptation step; second scores are empty where there are none."""
+    rows = []
+    for episode in range(len(losses)):
+        for i, step in enumerate(adapt_steps):
+            second = None if second_scores is None else second_scores[episode][i]
+            values = (episode, step, losses[episode][i], scores[episode][i], second)
+            rows.append(dict(zip(EPISODES_COLUMNS, values, strict=True)))
     _write(directory / "episodes.csv", EPISODES_COLUMNS, rows)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
+from metarun.functional import one_hot
 from metarun.tasks import control
 from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
 
@@ -30,17 +30,18 @@ class Arms:
 
     def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
         """Pull an arm; every pull ends an episode."""
-        paid = data["luck"][:, time] < (action * data["payout"]).sum(-1)
+        expected = (action * data["payout"]).sum(-1)
+        paid = data["luck"][:, time] < expected
         never = torch.zeros_like(paid)
-        return control.Outcome(state, paid.to(action.dtype), torch.ones_like(action[:, 0]), never)
+        return control.Outcome(state, paid.to(action.dtype), expected, torch.ones_like(expected), never)
 
 
 def best_arm(data: Tree) -> Callable[[Seen], Tensor]:
     """The policy that knows which arm pays best."""
 
     def policy(seen: Seen) -> Tensor:
-        best = one_hot(data["payout"].argmax(-1), data["payout"].shape[-1])
-        return (1e6 * best.to(seen.action.dtype)).expand_as(seen.action)
+        best = one_hot(data["payout"].argmax(-1), data["payout"].shape[-1], seen.action)
+        return (1e6 * best).expand_as(seen.action)
 
     return policy
 
@@ -56,6 +57,7 @@ class Bandit:
         train_queries: those of a training task; null: ``queries``.
         discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
         entropy: weight of the policy's entropy in the loss, at least 0.
+        normalise: whether advantages are scaled to variance 1 within a task.
         device: where the tasks are put.
         data_dir: not used; every family is given it.
     """
@@ -69,11 +71,13 @@ class Bandit:
         train_queries: int | None = None,
         discount: float = 0.99,
         entropy: float = 0.0,
+        normalise: bool = True,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
         control.check(shots, queries, train_queries, discount, entropy, arms=(arms, 2), pulls=(pulls, 1))
-        self.arms, self.pulls, self.discount, self.entropy, self.device = arms, pulls, discount, entropy, device
+        self.arms, self.pulls, self.device = arms, pulls, device
+        self.discount, self.entropy, self.normalise = discount, entropy, normalise
         self.train_queries = train_queries or queries
         self.environment = Arms()
         self.dataset = f"bandit:arms={arms}:pulls={pulls}"
@@ -105,4 +109,6 @@ class Bandit:
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean total reward of a trial."""
-        return control.policy_gradient_loss(self.environment, predict, data, self.discount, self.entropy)
+        return control.policy_gradient_loss(
+            self.environment, predict, data, self.discount, self.entropy, self.normalise
+        )

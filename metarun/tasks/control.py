@@ -13,16 +13,18 @@ score-function terms ∇log π ∇log πᵀ A that differentiating log π · A w
 
 The advantage A is the discounted return to go less a baseline that is linear in features of state and time,
 fitted to the same episodes of the same task (Duan et al. 2016, https://arxiv.org/abs/1604.06778), then
-normalised over the task's steps. The score is the undiscounted return.
+normalised over the task's steps where that helps. It is made of expected rewards where the environment knows
+them, which gives the same gradient with less noise; a policy sees, and a score counts, what was really paid. The score is the undiscounted return.
 """
 
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import log_softmax
 
 from metarun.errors import require
+from metarun.functional import one_hot
 from metarun.types import Predict, Seen, Tree
 
 RIDGE = 1e-5
@@ -54,6 +56,8 @@ class Outcome(NamedTuple):
     state: Any
     reward: Tensor
     """``[episodes]``."""
+    credit: Tensor
+    """Its expectation given state and action, where the environment knows it: what advantages are made of."""
     done: Tensor
     """Whether a new episode of the trial begins, as a number ``[episodes]``."""
     over: Tensor
@@ -66,6 +70,7 @@ class Rollout(NamedTuple):
     seen: Seen
     action: Tensor
     reward: Tensor
+    credit: Tensor
     counts: Tensor
     """1 until the trial is over, then 0."""
 
@@ -81,7 +86,7 @@ def act(output: Tensor, noise: Tensor, continuous: bool) -> Tensor:
         mean, log_std = output.chunk(2, -1)
         return mean + log_std.exp() * noise
     # Adding Gumbel noise to logits and taking the largest draws from their softmax.
-    return one_hot((output + noise).argmax(-1), output.shape[-1]).to(output.dtype)
+    return one_hot((output + noise).argmax(-1), output.shape[-1], output)
 
 
 def log_probability(output: Tensor, action: Tensor, continuous: bool) -> Tensor:
@@ -108,8 +113,8 @@ def rollout(environment: Environment, predict: Predict, data: Tree) -> Rollout:
         seen = Seen(*(leaf[None] for leaf in now))._replace(carry=carry)
         output, carry = split_output(predict(seen))
         action = act(output[0], noise[:, time], environment.continuous)
-        state, reward, done, over = environment.step(data, time, state, action)
-        rows.append((*now, action, reward, counts))
+        state, reward, credit, done, over = environment.step(data, time, state, action)
+        rows.append((*now, action, reward, credit, counts))
         previous = (action, reward, done)
         counts = counts * (1 - over.to(counts.dtype))
     columns = [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -137,16 +142,18 @@ def baseline_features(seen: Seen) -> Tensor:
 
 
 @torch.no_grad()
-def advantages(trajectory: Rollout, discount: float) -> Tensor:
-    """Normalised advantages ``[steps, episodes]``, 0 where the trial is over."""
+def advantages(trajectory: Rollout, discount: float, normalise: bool) -> Tensor:
+    """Advantages ``[steps, episodes]``, 0 where the trial is over; normalised over the task's steps if asked."""
     counts = trajectory.counts
-    returns = returns_to_go(trajectory.reward * counts, discount)
+    returns = returns_to_go(trajectory.credit * counts, discount)
     # Regress on the steps that count alone: the others have rows of zeros.
     features = (baseline_features(trajectory.seen) * counts[..., None]).flatten(0, 1)
     gram = features.T @ features / len(features)
     identity = torch.eye(features.shape[1], dtype=gram.dtype, device=gram.device)
     fitted: Tensor = torch.linalg.solve(gram + RIDGE * identity, features.T @ returns.flatten() / len(features))
     advantage = (returns - (features @ fitted).view_as(returns)) * counts
+    if not normalise:
+        return advantage
     total = counts.sum()
     centred: Tensor = (advantage - advantage.sum() / total) * counts
     spread = (centred.square().sum() / total).sqrt()
@@ -154,7 +161,12 @@ def advantages(trajectory: Rollout, discount: float) -> Tensor:
 
 
 def policy_gradient_loss(
-    environment: Environment, predict: Predict, data: Tree, discount: float, entropy: float = 0.0
+    environment: Environment,
+    predict: Predict,
+    data: Tree,
+    discount: float,
+    entropy: float = 0.0,
+    normalise: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Surrogate loss and mean undiscounted return of a policy on one task.
 
@@ -163,12 +175,14 @@ def policy_gradient_loss(
         predict: the policy.
         data: parameters of the environment and its tape, ``[episodes, ...]``.
         discount: of rewards to come, per step.
-        entropy: how much a nat of entropy counts beside a normalised advantage; discrete actions alone.
+        entropy: how much a nat of entropy counts beside an advantage of 1; discrete actions alone.
+        normalise: whether advantages are scaled to variance 1 within the task. Without it tasks where actions
+            matter little, whose advantages are mostly noise, count for little.
     """
     trajectory = rollout(environment, predict, data)
     output, _ = split_output(predict(trajectory.seen))
     logp = log_probability(output, trajectory.action, environment.continuous)
-    weighted = (logp - logp.detach()).exp() * advantages(trajectory, discount)
+    weighted = (logp - logp.detach()).exp() * advantages(trajectory, discount, normalise)
     if entropy > 0:
         logs = log_softmax(output, -1)
         weighted = weighted - entropy * (logs.exp() * logs).sum(-1) * trajectory.counts

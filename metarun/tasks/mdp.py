@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
+from metarun.functional import one_hot
 from metarun.planning import action_values
 from metarun.tasks import control
 from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
@@ -41,15 +41,16 @@ class Table:
     def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
         """Draw the next state and the reward; after ``horizon`` steps go back to state 0."""
         chosen = state[:, :, None] * action[:, None, :]
-        reward = (chosen * data["rewards"]).sum((1, 2)) + data["reward_noise"][:, time]
+        expected = (chosen * data["rewards"]).sum((1, 2))
+        reward = expected + data["reward_noise"][:, time]
         chances = (chosen[..., None] * data["transitions"]).sum((1, 2))
         # The first state whose cumulative chance exceeds a uniform number.
         following = (chances.cumsum(-1) < data["luck"][:, time, None]).sum(-1)
-        state = one_hot(following.clamp_max(chances.shape[-1] - 1), chances.shape[-1]).to(action.dtype)
+        state = one_hot(following.clamp_max(chances.shape[-1] - 1), chances.shape[-1], action)
         never = torch.zeros_like(reward, dtype=torch.bool)
         if (time + 1) % self.horizon:
-            return control.Outcome(state, reward, torch.zeros_like(reward), never)
-        return control.Outcome(self.initial(data), reward, torch.ones_like(reward), never)
+            return control.Outcome(state, reward, expected, torch.zeros_like(reward), never)
+        return control.Outcome(self.initial(data), reward, expected, torch.ones_like(reward), never)
 
 
 class MDP:
@@ -65,6 +66,7 @@ class MDP:
         train_queries: those of a training task; null: ``queries``.
         discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
         entropy: weight of the policy's entropy in the loss, at least 0.
+        normalise: whether advantages are scaled to variance 1 within a task.
         device: where the tasks are put.
         data_dir: not used; every family is given it.
     """
@@ -80,13 +82,14 @@ class MDP:
         train_queries: int | None = None,
         discount: float = 0.99,
         entropy: float = 0.0,
+        normalise: bool = True,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
         sizes = {"states": (states, 2), "actions": (actions, 2), "episodes": (episodes, 1), "horizon": (horizon, 1)}
         control.check(shots, queries, train_queries, discount, entropy, **sizes)
         self.states, self.actions, self.steps = states, actions, episodes * horizon
-        self.discount, self.entropy, self.device = discount, entropy, device
+        self.discount, self.entropy, self.normalise, self.device = discount, entropy, normalise, device
         self.train_queries = train_queries or queries
         self.environment = Table(horizon)
         self.dataset = f"mdp:states={states}:actions={actions}:episodes={episodes}:horizon={horizon}"
@@ -98,7 +101,7 @@ class MDP:
                 begin = seen.carry or 0
                 times = [(begin + step) % horizon for step in range(len(seen.observation))]
                 now = torch.einsum("tes,tsa->tea", seen.observation, torch.stack([values[time] for time in times]))
-                return 1e6 * one_hot(now.argmax(-1), actions).to(now.dtype), times[-1] + 1
+                return 1e6 * one_hot(now.argmax(-1), actions, now), times[-1] + 1
 
             return policy
 
@@ -139,4 +142,6 @@ class MDP:
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean total reward of a trial."""
-        return control.policy_gradient_loss(self.environment, predict, data, self.discount, self.entropy)
+        return control.policy_gradient_loss(
+            self.environment, predict, data, self.discount, self.entropy, self.normalise
+        )

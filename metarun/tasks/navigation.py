@@ -38,7 +38,8 @@ class Walk:
         state = state + LARGEST_MOVE * action.clamp(-1, 1)
         away = state - data["goal"]
         over = (away.abs() < REACHED).all(-1)
-        return control.Outcome(state, -away.norm(dim=-1), torch.zeros_like(away[:, 0]), over)
+        reward = -away.norm(dim=-1)
+        return control.Outcome(state, reward, reward, torch.zeros_like(reward), over)
 
 
 def straight_to_the_goal(data: Tree) -> Callable[[Seen], Tensor]:

@@ -48,7 +48,7 @@ def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
     }
     write_result(directory, row | columns)
     rows = [[0.2, score] for score in scores]
-    write_episodes(directory, [0, 1], rows, rows)
+    write_episodes(directory, [0, 1], rows, rows, None)
     if overrides:
         (directory / ".hydra").mkdir()
         (directory / ".hydra" / "overrides.yaml").write_text("\n".join(f"- {o}" for o in overrides))

@@ -6,7 +6,8 @@ https://arxiv.org/abs/1703.03400.
     inner step   w_{k+1} = w_k − α ∇ L_support(w_k),   w_0 = θ           (equation 1, repeated)
     meta-loss    mean over tasks of L_query(w_K)                          (algorithms 1 and 2)
 
-θ are the initial weights, α is ``inner_lr``, K is ``inner_steps``. Second order differentiates through the
+θ are the initial weights, α is ``inner_lr``, K is ``inner_steps``. Steps after the first may have a size of their
+own, as in the paper's reinforcement learning, where they are half as long (§5.3 and appendix A.2). Second order differentiates through the
 inner steps; first order (§5.2, ``algo=fomaml``) takes each inner gradient as a constant.
 
 The official code sums the cross-entropy over the classes of a task, so its α is ours divided by the number
@@ -16,6 +17,7 @@ Expected: MSE 0.12 ± 0.02 after 10 steps, from 2.96 (``metarun algo=maml task=s
 """
 
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -27,7 +29,12 @@ from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
 
 def maml(
-    model: nn.Module, spec: Spec, inner_lr: float = 0.01, inner_steps: int = 1, first_order: bool = False
+    model: nn.Module,
+    spec: Spec,
+    inner_lr: float = 0.01,
+    inner_steps: int = 1,
+    first_order: bool = False,
+    later_lr: float | None = None,
 ) -> Algorithm:
     """MAML, second or first order.
 
@@ -37,8 +44,10 @@ def maml(
         inner_lr: α, above 0, for mean losses.
         inner_steps: K, at least 0, the steps that the meta-loss sees. 0 is joint training.
         first_order: whether the inner gradient counts as a constant.
+        later_lr: α of all steps but the first, above 0; null: ``inner_lr``.
     """
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
+    require(later_lr is None or later_lr > 0, f"later_lr must be above 0, not {later_lr}")
     require(inner_steps >= 0, f"inner_steps must be at least 0, not {inner_steps}")
     forward = forward_of(model)
 
@@ -46,7 +55,8 @@ def maml(
         return {"weights": parameters_of(model)}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        return gradient_descent(forward, theta["weights"], support, loss, inner_lr, first_order)
+        learning_rates = chain([inner_lr], repeat(later_lr or inner_lr))
+        return gradient_descent(forward, theta["weights"], support, loss, learning_rates, first_order)
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
         return forward(state, x)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from metarun.algos.baselines.random_policy import control_of, fixed_policy
+from metarun.functional import one_hot
 from metarun.planning import LARGEST_SUM, action_values, gamma, uniforms
 from metarun.types import Algorithm, Seen, Spec
 
@@ -80,7 +80,7 @@ def psrl(model: nn.Module, spec: Spec) -> Algorithm:
             if memory.time % horizon == 0:
                 memory = memory._replace(values=action_values(*draw_table(memory, now.seed), horizon))
             values = (memory.values[:, memory.time % horizon] * now.observation[..., None]).sum(1)
-            outputs.append(1e6 * one_hot(values.argmax(-1), actions).to(values.dtype))
+            outputs.append(1e6 * one_hot(values.argmax(-1), actions, values))
             memory = memory._replace(time=memory.time + 1)
         assert memory is not None
         return torch.stack(outputs), memory

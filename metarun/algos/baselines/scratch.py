@@ -7,6 +7,7 @@ Expected: MSE 3.7 ± 0.3 after 10 steps (``metarun algo=scratch task=sinusoid``)
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def scratch(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SIZ
         return {"weights": weights, "carried": {"step_size": step_size}}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        return gradient_descent(forward, theta["weights"], support, loss, theta["carried"]["step_size"])
+        return gradient_descent(forward, theta["weights"], support, loss, repeat(theta["carried"]["step_size"]))
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
         return forward(state, x)
