@@ -60,10 +60,12 @@ def build_model(config: DictConfig, family: Family) -> nn.Module:
         model = build(config, "model", family.spec)
     if not isinstance(model, nn.Module):
         raise UserError(f"model: {config.model._target_} must build a torch.nn.Module.")
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    # Of torch's normalisations these three are wrong; group and root-mean-square normalisation are right.
+    wrong = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
+    if found := next((type(module).__name__ for module in model.modules() if isinstance(module, wrong)), None):
         raise UserError(
-            f"model: {config.model._target_} holds torch's own batch normalisation, whose second-order gradient "
-            "is wrong under torch.func; take metarun.models.norm.BatchStatistics."
+            f"model: {config.model._target_} holds torch's own {found}, whose second-order gradient is wrong under "
+            "torch.func; take BatchStatistics or LayerStatistics of metarun.models.norm."
         )
     return model
 

@@ -27,3 +27,22 @@ class BatchStatistics(nn.Module):
         variance = (centred * centred).mean((0, 2, 3), keepdim=True)
         scale = torch.rsqrt(variance + self.epsilon) * self.weight[:, None, None]
         return centred * scale + self.bias[:, None, None]
+
+
+class LayerStatistics(nn.Module):
+    """Layer normalisation (Ba et al. 2016, https://arxiv.org/abs/1607.06450) over the last axis.
+
+    Written out for the same reason: torch's own gives a wrong second-order gradient under ``torch.func.vmap``.
+    """
+
+    def __init__(self, width: int, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` → the same shape."""
+        centred = x - x.mean(-1, keepdim=True)
+        variance = (centred * centred).mean(-1, keepdim=True)
+        return centred * torch.rsqrt(variance + self.epsilon) * self.weight + self.bias

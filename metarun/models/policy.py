@@ -14,7 +14,11 @@ from metarun.types import Control, Seen, Spec
 
 def control_of(spec: Spec, model: str) -> Control:
     """The environment that ``spec`` describes; a task without one is refused."""
-    require(spec.control is not None, f"{model} is a policy, and this task has no actions; choose another model")
+    require(
+        spec.control is not None,
+        f"{model} is a policy, and this task has no actions; choose a task with actions (such as bandit), or another "
+        "algorithm and model",
+    )
     assert spec.control is not None
     return spec.control
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metarun.data.tokens import term_frequencies
 from metarun.errors import require
+from metarun.models.norm import LayerStatistics
 from metarun.types import Spec, Tokens
 
 
@@ -133,7 +134,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.before_attention, self.before_layers = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.before_attention, self.before_layers = LayerStatistics(width), LayerStatistics(width)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 

@@ -15,17 +15,16 @@ from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
 
 
 class Arms:
-    """The environment; it has no state but for the number of episodes, and shows nothing."""
+    """The environment; it has no state, and shows nothing but a constant."""
 
     continuous = False
 
     def initial(self, data: Tree) -> Tensor:
-        """Nothing: ``[episodes, 0]``."""
-        payout: Tensor = data["payout"]
-        return payout[:, :0]
+        """A constant ``[episodes, 1]``."""
+        return torch.ones_like(data["payout"][:, :1])
 
     def observe(self, state: Tensor) -> Tensor:
-        """Nothing."""
+        """The constant."""
         return state
 
     def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
@@ -83,7 +82,7 @@ class Bandit:
         self.dataset = f"bandit:arms={arms}:pulls={pulls}"
         self.spec = Spec(
             kind="control",
-            input_shape=(0,),
+            input_shape=(1,),
             outputs=arms,
             metric="return",
             higher_is_better=True,

@@ -14,7 +14,8 @@ score-function terms ∇log π ∇log πᵀ A that differentiating log π · A w
 The advantage A is the discounted return to go less a baseline that is linear in features of state and time,
 fitted to the same episodes of the same task (Duan et al. 2016, https://arxiv.org/abs/1604.06778), then
 normalised over the task's steps where that helps. It is made of expected rewards where the environment knows
-them, which gives the same gradient with less noise; a policy sees, and a score counts, what was really paid. The score is the undiscounted return.
+them, which gives the same gradient with less noise; a policy sees, and a score counts, what was really paid.
+The score is the undiscounted return.
 """
 
 from typing import Any, NamedTuple, Protocol

@@ -110,7 +110,8 @@ def test_policies_with_a_memory_act_the_same_step_by_step_and_all_at_once():
     bandit = Bandit(arms=3, pulls=7, shots=2, queries=2)
     cases = [(family, psrl(None, family.spec).predict), (bandit, thompson(None, bandit.spec).predict)]
     cases += [(bandit, ucb1(None, bandit.spec).predict)]
-    cases += [(bandit, lambda theta, state, seen, model=GRUPolicy(bandit.spec, 5): model(seen))]
+    model = GRUPolicy(bandit.spec, 5)
+    cases += [(bandit, lambda theta, state, seen: model(seen))]
     for environment, predict in cases:
         data = {name: leaf[0] for name, leaf in environment.sample("test", 1, generator()).query.items()}
         outputs = []
@@ -172,7 +173,7 @@ def test_backward_induction_equals_enumerating_every_policy():
 def test_numbers_from_seeds_are_uniform_and_gamma():
     seeds = torch.randint(2**62, (500,), generator=generator())
     u = uniforms(seeds, 400)
-    assert 0 < u.min()
+    assert u.min() > 0
     assert u.max() < 1
     assert u.mean().item() == pytest.approx(0.5, abs=0.002)
     assert (u**2).mean().item() == pytest.approx(1 / 3, abs=0.002)
@@ -186,9 +187,7 @@ def test_numbers_from_seeds_are_uniform_and_gamma():
 
 def test_returns_to_go_and_advantages():
     reward = torch.tensor([[1.0, 0.0], [2.0, 5.0], [4.0, 0.0]])
-    torch.testing.assert_close(
-        control.returns_to_go(reward, 0.5), torch.tensor([[3.0, 2.5], [4.0, 5.0], [4.0, 0.0]])
-    )
+    torch.testing.assert_close(control.returns_to_go(reward, 0.5), torch.tensor([[3.0, 2.5], [4.0, 5.0], [4.0, 0.0]]))
     observation = torch.randn(30, 8, 2, generator=generator())
     zeros, ones = torch.zeros(30, 8, 1), torch.ones(30, 8)
     seen = Seen(observation, zeros, zeros, zeros, zeros[..., 0].long())

@@ -7,8 +7,8 @@ https://arxiv.org/abs/1703.03400.
     meta-loss    mean over tasks of L_query(w_K)                          (algorithms 1 and 2)
 
 θ are the initial weights, α is ``inner_lr``, K is ``inner_steps``. Steps after the first may have a size of their
-own, as in the paper's reinforcement learning, where they are half as long (§5.3 and appendix A.2). Second order differentiates through the
-inner steps; first order (§5.2, ``algo=fomaml``) takes each inner gradient as a constant.
+own, as in the paper's reinforcement learning, where they are half as long (§5.3 and appendix A.2). Second order
+differentiates through the inner steps; first order (§5.2, ``algo=fomaml``) takes each inner gradient as a constant.
 
 The official code sums the cross-entropy over the classes of a task, so its α is ours divided by the number
 of ways: 0.4 at 5 ways is 2.0 here, where a loss is always a mean.
