@@ -149,3 +149,14 @@ def test_scratch_adapts_by_the_chosen_step_size():
     _, losses, *_ = evaluate(algorithm, theta, tasks, quadratic_loss, 3)
     expected = losses[:, :1] * 0.75 ** (2 * torch.arange(4))
     torch.testing.assert_close(losses, expected)
+
+
+def test_maml_steps_after_the_first_have_their_own_size():
+    """On ½‖w − c‖² a step of size α leaves (1 − α) of the error."""
+    model = Quadratic()
+    algorithm = maml(model, QUADRATIC_SPEC, inner_lr=0.5, later_lr=0.1)
+    theta = algorithm.init(model, generator())
+    tasks = centres()
+    _, losses, *_ = evaluate(algorithm, theta, tasks, quadratic_loss, 3)
+    left = torch.tensor([1.0, 0.5, 0.5 * 0.9, 0.5 * 0.9 * 0.9])
+    torch.testing.assert_close(losses, losses[:, :1] * left**2)
