@@ -74,7 +74,9 @@ class Policy(nn.Module):
 class GRUPolicy(nn.Module):
     """A gated recurrent unit (Cho et al. 2014) over observation, previous action, reward and end of episode.
 
-    Written out, since the fused cells cannot be differentiated twice.
+    One layer reads them first, and is given the product of action and reward too: which action paid is what a
+    policy must remember, and a sum of inputs does not tell it. Written out, since the fused cells cannot be
+    differentiated twice.
 
     Args:
         spec: of a control task.
@@ -88,7 +90,8 @@ class GRUPolicy(nn.Module):
         require(width >= 1, f"width must be at least 1, not {width}")
         require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
         self.width = width
-        self.inputs = nn.Linear(spec.input_shape[0] + spec.outputs + 2, 3 * width)
+        self.encoder = nn.Sequential(nn.Linear(spec.input_shape[0] + 2 * spec.outputs + 2, width), nn.ReLU())
+        self.inputs = nn.Linear(width, 3 * width)
         self.gates = nn.Linear(width, 2 * width, bias=False)
         self.candidate = nn.Linear(width, width, bias=False)
         for layer in (self.gates, self.candidate):
@@ -97,7 +100,8 @@ class GRUPolicy(nn.Module):
 
     def forward(self, seen: Seen) -> tuple[Tensor, Any]:
         """Outputs ``[steps, episodes, outputs]`` and the hidden state behind them ``[episodes, width]``."""
-        x = self.inputs(torch.cat([seen.observation, seen.action, seen.reward, seen.done], -1))
+        given = [seen.observation, seen.action, seen.reward, seen.done, seen.action * seen.reward]
+        x = self.inputs(self.encoder(torch.cat(given, -1)))
         hidden = x.new_zeros(x.shape[1], self.width) if seen.carry is None else seen.carry
         states = []
         for now in x:

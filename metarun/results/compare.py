@@ -35,14 +35,20 @@ NOT_A_VARIANT = ("algo", "task", "seed", "device", "data_dir", "resume", "task.d
 
 @dataclass(frozen=True)
 class Difference:
-    """The best model-dependent row minus the best model-agnostic one."""
+    """The score of one row minus that of another."""
 
-    agnostic: str
-    dependent: str
     difference: float
     ci95: float
     n_episodes: int
     paired: bool
+
+
+@dataclass(frozen=True)
+class FamilyDifference(Difference):
+    """The best model-dependent row minus the best model-agnostic one."""
+
+    agnostic: str
+    dependent: str
 
 
 def result_files(paths: Sequence[Path]) -> list[Path]:
@@ -176,7 +182,19 @@ def name_of(row: pd.Series) -> str:
     return f"{row['algo']} {row['variant']}".strip()
 
 
-def family_difference(table: pd.DataFrame) -> Difference | None:
+def difference_of(a: pd.Series, b: pd.Series) -> Difference:
+    """Row ``a`` minus row ``b``, episode by episode where both were tested on the same ones."""
+    scores = [episode_scores(row["directories"]) for row in (a, b)]
+    same = len(a["episodes_hashes"] | b["episodes_hashes"]) == 1
+    if same and scores[0] is not None and scores[1] is not None and len(scores[0]) == len(scores[1]):
+        difference = scores[0] - scores[1]
+        ci = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
+        return Difference(float(difference.mean()), ci, len(difference), True)
+    ci = float(np.hypot(a["ci95"], b["ci95"]))
+    return Difference(float(a["score"] - b["score"]), ci, int(min(a["n_episodes"], b["n_episodes"])), False)
+
+
+def family_difference(table: pd.DataFrame) -> FamilyDifference | None:
     """Best model-dependent minus best model-agnostic, each chosen by validation; None if one is missing."""
     best = {}
     for family in ("agnostic", "dependent"):
@@ -185,15 +203,25 @@ def family_difference(table: pd.DataFrame) -> Difference | None:
             return None
         best[family] = members.loc[best_first(members, "val_score").idxmin()]
     a, b = best["agnostic"], best["dependent"]
-    scores = [episode_scores(row["directories"]) for row in (a, b)]
-    same = len(a["episodes_hashes"] | b["episodes_hashes"]) == 1
-    if same and scores[0] is not None and scores[1] is not None and len(scores[0]) == len(scores[1]):
-        difference = scores[1] - scores[0]
-        ci = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
-        return Difference(name_of(a), name_of(b), float(difference.mean()), ci, len(difference), True)
-    ci = float(np.hypot(a["ci95"], b["ci95"]))
-    n = int(min(a["n_episodes"], b["n_episodes"]))
-    return Difference(name_of(a), name_of(b), float(b["score"] - a["score"]), ci, n, False)
+    return FamilyDifference(**vars(difference_of(b, a)), agnostic=name_of(a), dependent=name_of(b))
+
+
+def against(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Add each row's difference from the algorithm ``reference``: ``against``, ``against_ci95``, ``against_paired``.
+
+    Of several variants of the reference the one with the best validation score is taken; where the setting has
+    none the columns are empty.
+    """
+    members = table[table["algo"] == reference]
+    if members.empty:
+        return table.assign(against=math.nan, against_ci95=math.nan, against_paired=False)
+    row = members.loc[best_first(members, "val_score").idxmin()]
+    found = [difference_of(other, row) for _, other in table.iterrows()]
+    return table.assign(
+        against=[d.difference for d in found],
+        against_ci95=[d.ci95 for d in found],
+        against_paired=[d.paired for d in found],
+    )
 
 
 def setting_title(setting: dict[str, Any]) -> str:
@@ -207,10 +235,13 @@ def seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
 
 
-def table_for_people(table: pd.DataFrame, metric: str) -> list[list[str]]:
-    """Header and rows of the printed table."""
+def table_for_people(table: pd.DataFrame, metric: str, reference: str | None) -> list[list[str]]:
+    """Header and rows of the printed table, with the difference from ``reference`` where it is among them."""
     header = ["family", "algorithm", "before", "steps", f"{metric} ± CI95", "seeds", "std over seeds"]
     header += ["training", "ms/task", "meta-learned", "adapted"]
+    compared = reference is not None and bool(table["against"].notna().any())
+    if compared:
+        header.insert(5, f"− {reference}")
     rows = [header]
     for _, row in table.iterrows():
         rows.append(
@@ -228,6 +259,10 @@ def table_for_people(table: pd.DataFrame, metric: str) -> list[list[str]]:
                 f"{row['adapted_parameters']:.0f}",
             ]
         )
+        if compared:
+            sign, mark = "" if row["against"] < 0 else "+", "" if row["against_paired"] else " (u)"
+            value = sign + format_score_ci(row["against"], row["against_ci95"], metric) + mark
+            rows[-1].insert(5, "" if row["algo"] == reference else value)
     return rows
 
 
@@ -239,7 +274,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def sentence(difference: Difference | None, table: pd.DataFrame, metric: str) -> str:
+def sentence(difference: FamilyDifference | None, table: pd.DataFrame, metric: str) -> str:
     """The family line."""
     if difference is None:
         missing = [FAMILIES[f] for f in ("agnostic", "dependent") if f not in set(table["family"])]
@@ -259,8 +294,10 @@ def sentence(difference: Difference | None, table: pd.DataFrame, metric: str) ->
     )
 
 
-def compare(paths: Sequence[Path], out: Path) -> str:
+def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> str:
     """Write ``comparison.csv``, ``families.csv``, ``comparison.md`` and ``comparison.png``; return the text.
+
+    With ``reference``, the name of an algorithm, every row shows its difference from that algorithm's.
 
     Raises:
         UserError: nothing to compare, or a file that cannot be read.
@@ -271,14 +308,21 @@ def compare(paths: Sequence[Path], out: Path) -> str:
     results, notes = newest_of_each(read_results(result_files(paths)))
     if results.empty:
         raise UserError(f"None of the runs has finished ({'; '.join(notes)}); resume one, or start again.")
+    if reference is not None and reference not in set(results["algo"]):
+        names = ", ".join(sorted(set(results["algo"])))
+        raise UserError(f"None of the runs is of {reference}; compare against one of {names}.")
     texts, tables, differences, panels = [], [], [], []
     for values, group in results.groupby(SETTING, dropna=False):
         setting = dict(zip(SETTING, values, strict=True))
         metric = setting["metric"]
         table = summarise(with_variants(group))
+        if reference is not None:
+            table = against(table, reference)
         difference = family_difference(table)
-        rows = markdown(table_for_people(table, metric))
+        rows = markdown(table_for_people(table, metric, reference))
         footnote = "(t): queries are normalised together (transductive).\n" if table["transductive"].any() else ""
+        if "(u)" in rows:
+            footnote += "(u): not paired, for want of common test episodes.\n"
         texts.append(f"## {setting_title(setting)}\n\n{rows}\n\n{footnote}{sentence(difference, table, metric)}")
         tables.append(table.drop(columns=["directories", "episodes_hashes"]).assign(**setting))
         if difference is not None:
@@ -304,10 +348,11 @@ def main() -> None:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="directories of runs, or result CSVs")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (the first PATH that is a directory)")
+    parser.add_argument("--against", metavar="ALGO", help="also show each row's difference from this algorithm's")
     arguments = parser.parse_args()
     out = arguments.out or next((path for path in arguments.paths if path.is_dir()), Path())
     try:
-        print(compare(arguments.paths, out))
+        print(compare(arguments.paths, out, arguments.against))
         print(f"files: {out}/comparison.csv, families.csv, comparison.md, comparison.png")
     except UserError as error:
         sys.exit(f"metarun-compare: {error}")

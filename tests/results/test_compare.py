@@ -175,3 +175,23 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.main()
     assert str(stopped.value).startswith("metarun-compare: ")
+
+
+def test_every_row_against_a_reference(runs, capsys, monkeypatch):
+    root, maml, protonet = runs
+    monkeypatch.setattr(sys, "argv", ["metarun-compare", str(root), "--against", "protonet"])
+    module.main()
+    table = pd.read_csv(root / "comparison.csv").set_index("algo")
+    difference = maml - protonet
+    assert table.loc["maml", "against"] == pytest.approx(difference.mean())
+    assert table.loc["maml", "against_ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5)
+    assert table.loc["maml", "against_paired"]
+    assert table.loc["protonet", "against"] == 0
+    said = capsys.readouterr().out
+    assert "− protonet" in said
+    assert f"{100 * difference.mean():.2f} ± " in said
+
+
+def test_a_reference_that_did_not_run_is_refused(runs):
+    with pytest.raises(UserError, match="None of the runs is of anil; compare against one of maml, protonet, scratch"):
+        compare([runs[0]], runs[0], "anil")
