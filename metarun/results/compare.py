@@ -309,8 +309,8 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
     if results.empty:
         raise UserError(f"None of the runs has finished ({'; '.join(notes)}); resume one, or start again.")
     if reference is not None and reference not in set(results["algo"]):
-        names = ", ".join(sorted(set(results["algo"])))
-        raise UserError(f"None of the runs is of {reference}; compare against one of {names}.")
+        known = ", ".join(sorted(set(results["algo"])))
+        raise UserError(f"None of the runs is of {reference}; compare against one of {known}.")
     texts, tables, differences, panels = [], [], [], []
     for values, group in results.groupby(SETTING, dropna=False):
         setting = dict(zip(SETTING, values, strict=True))
@@ -319,11 +319,11 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
         if reference is not None:
             table = against(table, reference)
         difference = family_difference(table)
-        rows = markdown(table_for_people(table, metric, reference))
+        printed = markdown(table_for_people(table, metric, reference))
         footnote = "(t): queries are normalised together (transductive).\n" if table["transductive"].any() else ""
-        if "(u)" in rows:
+        if "(u)" in printed:
             footnote += "(u): not paired, for want of common test episodes.\n"
-        texts.append(f"## {setting_title(setting)}\n\n{rows}\n\n{footnote}{sentence(difference, table, metric)}")
+        texts.append(f"## {setting_title(setting)}\n\n{printed}\n\n{footnote}{sentence(difference, table, metric)}")
         tables.append(table.drop(columns=["directories", "episodes_hashes"]).assign(**setting))
         if difference is not None:
             differences.append(setting | vars(difference))
