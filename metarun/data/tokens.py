@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -30,15 +30,14 @@ def words(sentence: str) -> list[str]:
     return WORD.findall(sentence.lower())
 
 
-def character_grams(sentence: str, shortest: int, longest: int) -> list[str]:
-    """Character n-grams of the white-space separated parts, each with a space on either side."""
+def grams_of(part: str, lengths: tuple[int, int]) -> list[str]:
+    """Character n-grams, from the shortest to the longest, of a word with a space on either side."""
+    padded, (shortest, longest) = f" {part} ", lengths
     grams = []
-    for part in sentence.lower().split():
-        padded = f" {part} "
-        for n in range(shortest, longest + 1):
-            grams += [padded[i : i + n] for i in range(max(len(padded) - n, 0) + 1)]
-            if n >= len(padded):
-                break
+    for n in range(shortest, longest + 1):
+        grams += [padded[i : i + n] for i in range(max(len(padded) - n, 0) + 1)]
+        if n >= len(padded):
+            break
     return grams
 
 
@@ -81,17 +80,16 @@ class Tokenizer:
 
     def __call__(self, sentences: Iterable[str]) -> Tensor:
         """Rows ``[sentences, columns]`` of int32; the columns after ``MAX_WORDS`` are the n-grams'."""
+        # The same words come again and again: what is known of one is kept.
+        word_id = cache(self.word_id)
+        gram_ids = cache(lambda part: [self.first_bucket + spread(g, self.buckets) for g in grams_of(part, self.grams)])
         rows = []
         for sentence in sentences:
-            known = [self.word_id(word) for word in words(sentence)][:MAX_WORDS]
-            hashed = [self.first_bucket + spread(g, self.buckets) for g in character_grams(sentence, *self.grams)]
-            rows.append((known, hashed[:MAX_GRAMS]))
-        width = max(len(hashed) for _, hashed in rows)
-        out = torch.zeros(len(rows), MAX_WORDS + width, dtype=torch.int32)
-        for row, (known, hashed) in zip(out, rows, strict=True):
-            row[: len(known)] = torch.tensor(known, dtype=torch.int32)
-            row[MAX_WORDS : MAX_WORDS + len(hashed)] = torch.tensor(hashed, dtype=torch.int32)
-        return out
+            known = [word_id(word) for word in words(sentence)][:MAX_WORDS]
+            hashed = [i for part in sentence.lower().split() for i in gram_ids(part)][:MAX_GRAMS]
+            rows.append(known + [0] * (MAX_WORDS - len(known)) + hashed)
+        width = max(map(len, rows))
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
 
 
 def fit(sentences: Sequence[str], buckets: int, grams: tuple[int, int]) -> Tokenizer:
@@ -102,9 +100,10 @@ def fit(sentences: Sequence[str], buckets: int, grams: tuple[int, int]) -> Token
 
 def inverse_document_frequency(rows: Tensor, ids: int) -> Tensor:
     """ln((1 + n) / (1 + n_i)) + 1 for every id i, where n_i of the n rows hold it: ``[ids]``; 0 for padding."""
-    here = torch.zeros(ids)
-    for row in rows:
-        here[row.unique().long()] += 1
+    ordered = rows.long().sort(1).values
+    # In order, an id is new to its row where it differs from the one before.
+    new = torch.cat([torch.ones_like(ordered[:, :1], dtype=torch.bool), ordered[:, 1:] != ordered[:, :-1]], 1)
+    here = torch.bincount(ordered[new], minlength=ids)
     weights = torch.log((1 + len(rows)) / (1 + here)) + 1
     weights[0] = 0
     return weights

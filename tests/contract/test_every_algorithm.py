@@ -1,5 +1,6 @@
 """What every algorithm under conf/algo promises, on a tiny task of each kind that it serves."""
 
+from functools import cache
 from importlib.resources import files
 
 import pytest
@@ -36,9 +37,13 @@ def images():
     return family, Conv4(family.spec, filters=4)
 
 
+@cache
+def toy_text():
+    return text(ways=3, shots=2, queries=4, dataset="toy", buckets=64)
+
+
 def sentences():
-    family = text(ways=3, shots=2, queries=4, dataset="toy", buckets=64)
-    return family, TextEmbedding(family.spec, width=8)
+    return toy_text(), TextEmbedding(toy_text().spec, width=8)
 
 
 def walks():

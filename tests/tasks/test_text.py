@@ -25,11 +25,9 @@ def real(name):
 def test_words_and_character_grams():
     assert tokens.words("What's my ETA, bot?") == ["what", "'", "s", "my", "eta", ",", "bot", "?"]
     # As CountVectorizer(analyzer="char_wb", ngram_range=(3, 5)) of scikit-learn 1.7 has it.
-    assert tokens.character_grams("Ab cde", 3, 5) == [
-        *(" ab", "ab ", " ab "),
-        *(" cd", "cde", "de ", " cde", "cde ", " cde "),
-    ]
-    assert tokens.character_grams("a", 3, 5) == [" a "]
+    assert tokens.grams_of("ab", (3, 5)) == [" ab", "ab ", " ab "]
+    assert tokens.grams_of("cde", (3, 5)) == [" cd", "cde", "de ", " cde", "cde ", " cde "]
+    assert tokens.grams_of("a", (3, 5)) == [" a "]
 
 
 def test_the_vocabulary_is_of_training_and_unknown_words_still_equal_themselves():
