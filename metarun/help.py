@@ -8,6 +8,7 @@ HEAD = """metarun: meta-learning experiments from the command line
 
   metarun [KEY=VALUE ...]      meta-train, select on validation tasks, meta-test, write tables and pictures
   metarun-compare PATH...      put runs side by side on the same test episodes
+                               (--against ALGO: with each one's difference from ALGO)
 
 Without arguments: metarun algo=maml task=sinusoid
 """
@@ -36,6 +37,8 @@ Keys
 Examples
   metarun algo=protonet task=omniglot task.ways=20 task.shots=5
   metarun experiment=maml_sinusoid
+  metarun algo=maml task=text task.dataset=toy
+  metarun algo=thompson task=bandit task.arms=10 task.pulls=100
   metarun -m algo=maml,reptile,shared_params,scratch task=sinusoid seed=0,1
   metarun resume=outputs/2026-01-31/12-00-00-000000_maml_sinusoid
   metarun-compare outputs

@@ -33,7 +33,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's ``malloc.h``."""
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 """Linux's own account of this process."""
-ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download", "discount", "entropy", "normalise")
+ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download", "discount", "trace", "entropy", "normalise")
 
 
 def episodes_hash(experiment: Experiment) -> str:

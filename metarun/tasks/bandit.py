@@ -55,6 +55,7 @@ class Bandit:
         queries: trials that score a task, at least 2.
         train_queries: those of a training task; null: ``queries``.
         discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        trace: λ of generalised advantage estimation, from 0 to 1.
         entropy: weight of the policy's entropy in the loss, at least 0.
         normalise: whether advantages are scaled to variance 1 within a task.
         device: where the tasks are put.
@@ -69,14 +70,15 @@ class Bandit:
         queries: int = 20,
         train_queries: int | None = None,
         discount: float = 0.99,
+        trace: float = 1.0,
         entropy: float = 0.0,
         normalise: bool = True,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        control.check(shots, queries, train_queries, discount, entropy, arms=(arms, 2), pulls=(pulls, 1))
+        self.learning = control.Learning(discount, trace, entropy, normalise)
+        control.check(shots, queries, train_queries, self.learning, arms=(arms, 2), pulls=(pulls, 1))
         self.arms, self.pulls, self.device = arms, pulls, device
-        self.discount, self.entropy, self.normalise = discount, entropy, normalise
         self.train_queries = train_queries or queries
         self.environment = Arms()
         self.dataset = f"bandit:arms={arms}:pulls={pulls}"
@@ -108,6 +110,4 @@ class Bandit:
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean total reward of a trial."""
-        return control.policy_gradient_loss(
-            self.environment, predict, data, self.discount, self.entropy, self.normalise
-        )
+        return control.policy_gradient_loss(self.environment, predict, data, self.learning)

@@ -11,11 +11,11 @@ No gradient flows through actions, which are samples. The surrogate is the LVC e
 whose value tells nothing, whose gradient is the policy gradient, and whose second derivative keeps the
 score-function terms ∇log π ∇log πᵀ A that differentiating log π · A would lose.
 
-The advantage A is the discounted return to go less a baseline that is linear in features of state and time,
-fitted to the same episodes of the same task (Duan et al. 2016, https://arxiv.org/abs/1604.06778), then
-normalised over the task's steps where that helps. It is made of expected rewards where the environment knows
-them, which gives the same gradient with less noise; a policy sees, and a score counts, what was really paid.
-The score is the undiscounted return.
+The advantage A is the discounted return to go, or a generalised estimate of it, less a baseline that is linear in
+features of state and time, fitted to the same episodes of the same task (Duan et al. 2016,
+https://arxiv.org/abs/1604.06778), then normalised over the task's steps where that helps. It is made of expected
+rewards where the environment knows them, which gives the same gradient with less noise; a policy sees, and a score
+counts, what was really paid. The score is the undiscounted return.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -49,6 +49,21 @@ class Environment(Protocol):
 
     def step(self, data: Tree, time: int, state: Any, action: Tensor) -> "Outcome":
         """The outcome of ``action [episodes, actions]`` (one-hot if discrete) at step ``time`` of the trial."""
+
+
+class Learning(NamedTuple):
+    """How the surrogate weighs actions; scores do not depend on it."""
+
+    discount: float = 0.99
+    """Of rewards to come, per step, above 0 and at most 1."""
+    trace: float = 1.0
+    """λ of generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), from 0 to 1: how
+    far an action is credited with rewards themselves, and not with what the baseline expects."""
+    entropy: float = 0.0
+    """How much a nat of entropy counts beside an advantage of 1, at least 0; discrete actions alone."""
+    normalise: bool = True
+    """Whether advantages are scaled to variance 1 within a task. Without it tasks where actions matter little, whose
+    advantages are mostly noise, count for little."""
 
 
 class Outcome(NamedTuple):
@@ -143,17 +158,19 @@ def baseline_features(seen: Seen) -> Tensor:
 
 
 @torch.no_grad()
-def advantages(trajectory: Rollout, discount: float, normalise: bool) -> Tensor:
-    """Advantages ``[steps, episodes]``, 0 where the trial is over; normalised over the task's steps if asked."""
-    counts = trajectory.counts
-    returns = returns_to_go(trajectory.credit * counts, discount)
+def advantages(trajectory: Rollout, learning: Learning) -> Tensor:
+    """Advantages ``[steps, episodes]``, 0 where the trial is over."""
+    counts, reward = trajectory.counts, trajectory.credit * trajectory.counts
+    returns = returns_to_go(reward, learning.discount)
     # Regress on the steps that count alone: the others have rows of zeros.
     features = (baseline_features(trajectory.seen) * counts[..., None]).flatten(0, 1)
     gram = features.T @ features / len(features)
     identity = torch.eye(features.shape[1], dtype=gram.dtype, device=gram.device)
     fitted: Tensor = torch.linalg.solve(gram + RIDGE * identity, features.T @ returns.flatten() / len(features))
-    advantage = (returns - (features @ fitted).view_as(returns)) * counts
-    if not normalise:
+    values = (features @ fitted).view_as(returns)
+    surprise = reward + learning.discount * torch.cat([values[1:], torch.zeros_like(values[:1])]) - values
+    advantage = returns_to_go(surprise, learning.discount * learning.trace) * counts
+    if not learning.normalise:
         return advantage
     total = counts.sum()
     centred: Tensor = (advantage - advantage.sum() / total) * counts
@@ -162,12 +179,7 @@ def advantages(trajectory: Rollout, discount: float, normalise: bool) -> Tensor:
 
 
 def policy_gradient_loss(
-    environment: Environment,
-    predict: Predict,
-    data: Tree,
-    discount: float,
-    entropy: float = 0.0,
-    normalise: bool = True,
+    environment: Environment, predict: Predict, data: Tree, learning: Learning
 ) -> tuple[Tensor, Tensor]:
     """Surrogate loss and mean undiscounted return of a policy on one task.
 
@@ -175,18 +187,15 @@ def policy_gradient_loss(
         environment: the task's.
         predict: the policy.
         data: parameters of the environment and its tape, ``[episodes, ...]``.
-        discount: of rewards to come, per step.
-        entropy: how much a nat of entropy counts beside an advantage of 1; discrete actions alone.
-        normalise: whether advantages are scaled to variance 1 within the task. Without it tasks where actions
-            matter little, whose advantages are mostly noise, count for little.
+        learning: how the surrogate weighs actions.
     """
     trajectory = rollout(environment, predict, data)
     output, _ = split_output(predict(trajectory.seen))
     logp = log_probability(output, trajectory.action, environment.continuous)
-    weighted = (logp - logp.detach()).exp() * advantages(trajectory, discount, normalise)
-    if entropy > 0:
+    weighted = (logp - logp.detach()).exp() * advantages(trajectory, learning)
+    if learning.entropy > 0:
         logs = log_softmax(output, -1)
-        weighted = weighted - entropy * (logs.exp() * logs).sum(-1) * trajectory.counts
+        weighted = weighted - learning.entropy * (logs.exp() * logs).sum(-1) * trajectory.counts
     loss = -weighted.sum() / trajectory.counts.sum()
     return loss, total_return(trajectory)
 
@@ -202,17 +211,14 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return -(-uniform.log()).log()
 
 
-def check(
-    shots: int, queries: int, train_queries: int | None, discount: float, entropy: float, **others: tuple[int, int]
-) -> None:
+def check(shots: int, queries: int, train_queries: int | None, learning: Learning, **others: tuple[int, int]) -> None:
     """Refuse what no control family can work with.
 
     Args:
         shots: at least 2.
         queries: at least 2.
         train_queries: at least 2, or None.
-        discount: above 0 and at most 1.
-        entropy: at least 0.
+        learning: with all values in their ranges.
         others: pairs of a value and the least that it may be, by name.
 
     Raises:
@@ -222,5 +228,6 @@ def check(
         require(episodes is None or episodes >= 2, f"{name} must be at least 2, not {episodes}")
     for name, (value, least) in others.items():
         require(value >= least, f"{name} must be at least {least}, not {value}")
-    require(0 < discount <= 1, f"discount must be above 0 and at most 1, not {discount}")
-    require(entropy >= 0, f"entropy must be at least 0, not {entropy}")
+    require(0 < learning.discount <= 1, f"discount must be above 0 and at most 1, not {learning.discount}")
+    require(0 <= learning.trace <= 1, f"trace must be from 0 to 1, not {learning.trace}")
+    require(learning.entropy >= 0, f"entropy must be at least 0, not {learning.entropy}")

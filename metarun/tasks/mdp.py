@@ -65,6 +65,7 @@ class MDP:
         queries: trials that score a task, at least 2.
         train_queries: those of a training task; null: ``queries``.
         discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        trace: λ of generalised advantage estimation, from 0 to 1.
         entropy: weight of the policy's entropy in the loss, at least 0.
         normalise: whether advantages are scaled to variance 1 within a task.
         device: where the tasks are put.
@@ -81,15 +82,17 @@ class MDP:
         queries: int = 4,
         train_queries: int | None = None,
         discount: float = 0.99,
+        trace: float = 1.0,
         entropy: float = 0.0,
         normalise: bool = True,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
         sizes = {"states": (states, 2), "actions": (actions, 2), "episodes": (episodes, 1), "horizon": (horizon, 1)}
-        control.check(shots, queries, train_queries, discount, entropy, **sizes)
+        self.learning = control.Learning(discount, trace, entropy, normalise)
+        control.check(shots, queries, train_queries, self.learning, **sizes)
         self.states, self.actions, self.steps = states, actions, episodes * horizon
-        self.discount, self.entropy, self.normalise, self.device = discount, entropy, normalise, device
+        self.device = device
         self.train_queries = train_queries or queries
         self.environment = Table(horizon)
         self.dataset = f"mdp:states={states}:actions={actions}:episodes={episodes}:horizon={horizon}"
@@ -142,6 +145,4 @@ class MDP:
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean total reward of a trial."""
-        return control.policy_gradient_loss(
-            self.environment, predict, data, self.discount, self.entropy, self.normalise
-        )
+        return control.policy_gradient_loss(self.environment, predict, data, self.learning)

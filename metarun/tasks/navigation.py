@@ -62,6 +62,7 @@ class Navigation:
         queries: episodes that score a task, at least 2.
         train_queries: those of a training task; null: ``queries``.
         discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        trace: λ of generalised advantage estimation, from 0 to 1.
         device: where the tasks are put.
         data_dir: not used; every family is given it.
     """
@@ -74,11 +75,13 @@ class Navigation:
         queries: int = 20,
         train_queries: int | None = None,
         discount: float = 0.99,
+        trace: float = 1.0,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        control.check(shots, queries, train_queries, discount, 0.0, horizon=(horizon, 1))
-        self.goals, self.horizon, self.discount, self.device = goals, horizon, discount, device
+        self.learning = control.Learning(discount, trace)
+        control.check(shots, queries, train_queries, self.learning, horizon=(horizon, 1))
+        self.goals, self.horizon, self.device = goals, horizon, device
         self.train_queries = train_queries or queries
         self.environment = Walk()
         self.dataset = f"navigation:{goals}:horizon={horizon}"
@@ -110,7 +113,7 @@ class Navigation:
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean return of one task."""
-        return control.policy_gradient_loss(self.environment, predict, data, self.discount)
+        return control.policy_gradient_loss(self.environment, predict, data, self.learning)
 
     def second_score(self, predict: Predict, data: Tree) -> Tensor:
         """Return of the policy that always takes its mean action."""

@@ -196,13 +196,31 @@ def test_returns_to_go_and_advantages():
     # A reward that is linear in the observation leaves nothing to an undiscounted single step.
     linear = 3 * observation[..., 0] + 1
     trajectory = control.Rollout(seen, zeros, linear, linear, counts)
-    assert control.advantages(trajectory, 1e-9, False).abs().max() < 1e-3
+    assert control.advantages(trajectory, control.Learning(1e-9, normalise=False)).abs().max() < 1e-3
     noisy = trajectory._replace(credit=torch.randn(30, 8, generator=generator(1)))
-    advantage = control.advantages(noisy, 0.9, True)
+    advantage = control.advantages(noisy, control.Learning(0.9))
     assert (advantage[counts == 0] == 0).all()
     kept = advantage[counts == 1]
     assert kept.mean().abs() < 1e-5
     assert kept.square().mean().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_generalised_advantages_lie_between_one_step_and_the_whole_return():
+    """λ = 0 is the surprise of one step, λ = 1 the return less the baseline, and between them a geometric mean."""
+    credit = torch.randn(12, 50, generator=generator())
+    zeros, ones = torch.zeros(12, 50, 1), torch.ones(12, 50)
+    seen = Seen(torch.randn(12, 50, 2, generator=generator(1)), zeros, zeros, zeros, zeros[..., 0].long())
+    trajectory = control.Rollout(seen, zeros, credit, credit, ones)
+
+    def estimate(trace):
+        return control.advantages(trajectory, control.Learning(0.9, trace, normalise=False))
+
+    values = control.returns_to_go(credit, 0.9) - estimate(1.0)
+    following = torch.cat([values[1:], torch.zeros(1, 50)])
+    surprise = credit + 0.9 * following - values
+    torch.testing.assert_close(estimate(0.0), surprise, atol=1e-5, rtol=1e-4)
+    by_hand = sum((0.9 * 0.5) ** k * surprise[3 + k] for k in range(9))
+    torch.testing.assert_close(estimate(0.5)[3], by_hand, atol=1e-5, rtol=1e-4)
 
 
 def test_test_tasks_do_not_depend_on_how_training_is_set_up():
