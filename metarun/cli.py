@@ -176,7 +176,11 @@ def main() -> Any:
     """Entry point of ``metarun``; exits with 1 after an error, 130 after an interruption."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(help_text(config_dirs(arguments)))
+        try:
+            print(help_text(config_dirs(arguments)), flush=True)
+        except BrokenPipeError:
+            # A pager was closed early; what is left in the buffer must go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     # Hydra would print and exit by itself; this makes it raise, so that one place makes sentences of errors.
     os.environ["METARUN_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR", "0")
