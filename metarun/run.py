@@ -131,7 +131,7 @@ def measured_columns(experiment: Experiment, training: Training, tested: Tested)
     return {
         "status": "completed",
         "adapt_steps": steps[-1],
-        "score_before": scores[:, 0].mean().item() if steps[0] == 0 else None,
+        "score_before": scores[:, 0].mean().item() if steps[0] == 0 < steps[-1] else None,
         "score": scores[:, -1].mean().item(),
         "ci95": confidence(scores)[-1].item(),
         "second_metric": experiment.family.spec.second_metric,

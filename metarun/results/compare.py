@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -327,7 +328,8 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
         tables.append(table.drop(columns=["directories", "episodes_hashes"]).assign(**setting))
         if difference is not None:
             differences.append(setting | vars(difference))
-        names = [name_of(row) for _, row in table.iterrows()]
+        # A long list of overrides would leave no room for the picture.
+        names = [shorten(name_of(row), 48, placeholder=" …") for _, row in table.iterrows()]
         panels.append((setting_title(setting), metric, table.assign(name=names)))
     text = "\n\n".join(texts + [f"Note: {note}." for note in notes]) + "\n"
     everything = pd.concat(tables, ignore_index=True)

@@ -117,7 +117,7 @@ def plot_comparison(path: Path, panels: Sequence[tuple[str, str, Any]]) -> None:
                 axis.errorbar(x, chosen, xerr=error, fmt="o", color=colour, capsize=3, markersize=5, label=label)
         axis.set_yticks(list(rows), list(table["name"]))
         axis.set_ylim(len(table) - 0.4, -0.6)
-        if metric != "accuracy" and (table["score"] - table["ci95"]).min() > 0:
+        if metric == "mse" and (table["score"] - table["ci95"]).min() > 0:
             axis.set_xscale("log")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)

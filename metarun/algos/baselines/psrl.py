@@ -5,6 +5,9 @@ table from the posterior, find its best policy, and follow it to the episode's e
 
 The prior is the one that tables are drawn from (`metarun.tasks.mdp`): flat Dirichlet transitions, mean rewards
 normal with mean 1 and unit variance, unit noise.
+
+Expected: 133.4 ± 0.7 (``metarun algo=psrl task=mdp eval.episodes=4000``); a plain loop in numpy gets 134.5 ± 1.3 on
+1,500 tables, and the RL² paper has 138.1.
 """
 
 from typing import NamedTuple

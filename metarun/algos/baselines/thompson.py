@@ -7,6 +7,9 @@ pulls the largest; here the same probability is integrated,
     P(k) = ∫ f_k(x) Π_{j≠k} F_j(x) dx
 
 on a grid, so that a policy is a distribution as any other.
+
+Expected: 5.80 ± 0.05 and 75.0 ± 0.5 (``metarun algo=thompson task=bandit task.pulls=10 eval.episodes=4000``, 100); the
+RL² paper has 5.7 and 74.7.
 """
 
 import torch

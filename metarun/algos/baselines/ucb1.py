@@ -7,6 +7,9 @@ Auer, Cesa-Bianchi, Fischer 2002, https://doi.org/10.1023/A:1013689704352, in th
 
 after S successes in C pulls of an arm, at the t-th pull; ties are drawn. c is ``exploration``: 1 is the textbook,
 0.05 is tuned for short trials, 0 is greedy (``algo=greedy``).
+
+Expected: 6.60 ± 0.06 and 78.4 ± 0.5 (``metarun algo=ucb1 task=bandit task.pulls=10 eval.episodes=4000``, 100); the
+table has 6.7 and 78.0.
 """
 
 from typing import NamedTuple
