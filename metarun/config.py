@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -116,6 +116,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and len(value) == len(arguments) and all(map(_fits, value, arguments))
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -136,6 +138,8 @@ def _words(hint: Any) -> str:
         return f"a list of {len(arguments)} values"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each item {_words(arguments[0])}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping, such as {name: value}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(hint, str(hint))
 

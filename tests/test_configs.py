@@ -17,6 +17,9 @@ SMALL = {
     "text_crosslingual": ("task.dataset=toy", "task.buckets=64"),
     "navigation": ("task.horizon=5", *CONTROL),
     "bandit": ("task.pulls=4", *CONTROL),
+    "gymnasium": ("task.horizon=5", *CONTROL),
+    "halfcheetah_direction": ("task.horizon=5", *CONTROL),
+    "halfcheetah_velocity": ("task.horizon=5", *CONTROL),
     "mdp": ("task.states=3", "task.actions=2", "task.episodes=2", "task.horizon=3", *CONTROL),
 }
 
@@ -34,7 +37,13 @@ def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
     except UserError as refused:
         said = str(refused)
         assert algo not in ("maml", "fomaml", "reptile", "scratch"), said
-        reasons = ("algorithms that fit it: ", "is a policy for ", "is a policy, and", "needs a model with")
+        reasons = (
+            "algorithms that fit it: ",
+            "is a policy for ",
+            "is a policy, and",
+            "needs a model with",
+            "is not known for",
+        )
         assert any(reason in said for reason in reasons), said
         assert "fit it:" not in said or algo not in said.rpartition("fit it:")[2]
         assert f"{algo}_{task}" not in names("preset")

@@ -111,3 +111,59 @@ class GRUPolicy(nn.Module):
             hidden = candidate + update * (hidden - candidate)
             states.append(hidden)
         return self.head(torch.stack(states)), hidden
+
+
+class FastWeightsPolicy(nn.Module):
+    """A memory of outer products, written at what was seen and read at what is seen now.
+
+    Fast weights (Schmidhuber 1992, https://doi.org/10.1162/neco.1992.4.1.131; as linear attention: Schlag et al. 2021,
+    https://arxiv.org/abs/2102.11174):
+
+        write    M ← M + k vᵀ,  n ← n + k    k = softmax(K o⁻),  v = f(action, reward, action · reward, done, o)
+        read     qᵀM / (1 + qᵀn),  log(1 + qᵀn),                q = softmax(K o)
+
+    with o what is observed now and o⁻ what was observed when the previous action was taken, so that the memory maps
+    an observation to what actions led to there. Two layers read it together with o. A gated unit must learn to
+    store such a map; here a trial's steps are also computed side by side once its actions are known.
+
+    Args:
+        spec: of a control task.
+        width: of values and of the layers, at least 1.
+        slots: length of the keys, at least 1.
+        initial_std: of continuous actions, in units of the largest one; above 0.
+    """
+
+    def __init__(self, spec: Spec, width: int = 64, slots: int = 32, initial_std: float = 0.5) -> None:
+        super().__init__()
+        control = control_of(spec, "fast_weights_policy")
+        require(width >= 1, f"width must be at least 1, not {width}")
+        require(slots >= 1, f"slots must be at least 1, not {slots}")
+        require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
+        self.width, self.slots = width, slots
+        observation, actions = spec.input_shape[0], spec.outputs
+        self.key = nn.Linear(observation, slots)
+        self.value = nn.Sequential(nn.Linear(observation + 2 * actions + 2, width), nn.ReLU())
+        self.layers = nn.Sequential(
+            nn.Linear(observation + width + 1, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU()
+        )
+        self.head = Outputs(width, spec, control.continuous, initial_std)
+
+    def forward(self, seen: Seen) -> tuple[Tensor, Any]:
+        """Outputs ``[steps, episodes, outputs]``, and the memory and the last key behind them."""
+        given = [seen.observation, seen.action, seen.reward, seen.done, seen.action * seen.reward]
+        value = self.value(torch.cat(given, -1))
+        value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
+        query = (3 * self.key(seen.observation)).softmax(-1)
+        if seen.carry is None:
+            memory = value.new_zeros(query.shape[1], self.slots, self.width + 1)
+            before = torch.zeros_like(query[:1])
+        else:
+            memory, before = seen.carry
+        key = torch.cat([before, query[:-1]])
+        # What is written now is read now: the last action's outcome.
+        heard = torch.einsum("tes,ues->etu", query, key).tril()
+        read = torch.einsum("etu,uev->tev", heard, value) + torch.einsum("tes,esv->tev", query, memory)
+        total, count = read[..., :-1], read[..., -1:]
+        features = torch.cat([seen.observation, total / (1 + count), count.log1p()], -1)
+        output = self.head(self.layers(features))
+        return output, (memory + torch.einsum("tes,tev->esv", key, value), query[-1:])

@@ -18,7 +18,7 @@ def optimal(model: nn.Module, spec: Spec) -> Algorithm:
         spec: of a control task that names its best policy.
     """
     best = control_of(spec, "optimal").optimal
-    require(best is not None, "optimal is not known for this task")
+    require(best is not None, "optimal play is not known for this task; choose another reference, such as algo=random")
     assert best is not None
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Callable[[Seen], Any]]:

@@ -1,0 +1,305 @@
+"""Gymnasium's environments (https://gymnasium.farama.org) as task families: a task is a setting of parameters.
+
+A parameter is an attribute of the environment (the ``g`` of Pendulum-v1, the ``length`` of CartPole-v1), or for
+bodies that walk a ``direction`` (±1) or a ``velocity`` to reach, as Finn, Abbeel, Levine 2017 (https://arxiv.org/
+abs/1703.03400, §5.3) set for the half-cheetah:
+
+    direction    reward = direction · speed − cost of control
+    velocity     reward = −|speed − velocity| − cost of control
+
+The environments live outside of torch, one for each episode of each task of a batch. A rollout calls them through
+``torch.autograd.Function``, whose vmap rule gives them all tasks at once, so every algorithm works here unchanged;
+their steps take the time of a loop in Python.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarun.errors import UserError, require
+from metarun.tasks import control
+from metarun.types import Control, Predict, Spec, Split, Task, Tree
+
+GOALS = ("direction", "velocity")
+
+
+def goal_reward(parameters: Mapping[str, float], info: Mapping[str, Any], reward: float) -> float:
+    """The reward of a step under a task's goal, or the environment's own where there is none."""
+    if "direction" in parameters:
+        return float(parameters["direction"] * info["x_velocity"] + info["reward_ctrl"])
+    if "velocity" in parameters:
+        return float(-abs(info["x_velocity"] - parameters["velocity"]) + info["reward_ctrl"])
+    return reward
+
+
+class Host:
+    """As many copies of an environment as there are episodes side by side.
+
+    Args:
+        name: as gymnasium registers it.
+        horizon: steps after which an episode ends.
+        options: for the environment's constructor.
+        parameters: names of the tasks' parameters.
+
+    Raises:
+        UserError: gymnasium is not installed, or has no such environment, or it lacks a parameter.
+    """
+
+    def __init__(self, name: str, horizon: int, options: Mapping[str, Any], parameters: Sequence[str]) -> None:
+        try:
+            self.gymnasium = import_module("gymnasium")
+        except ImportError:
+            raise UserError(
+                "task=gymnasium needs gymnasium; install it with: pip install 'metarun[gymnasium]'"
+            ) from None
+        self.name, self.horizon, self.options, self.parameters = name, horizon, dict(options), tuple(parameters)
+        self.copies: list[Any] = []
+        self.running: list[bool] = []
+        self.tasks: list[dict[str, float]] = []
+        self.seen = np.empty(0)
+        first = self._copy(0)
+        for parameter in self.parameters:
+            goal = parameter in GOALS and self._reports_speed(first)
+            require(
+                goal or hasattr(first.unwrapped, parameter),
+                f"{name} has no attribute {parameter!r} to make tasks from"
+                + (" and does not report a speed" if parameter in GOALS else ""),
+            )
+        flatten = import_module("gymnasium.spaces.utils")
+        self.flatten = flatten.flatten
+        self.inputs = int(flatten.flatdim(first.observation_space))
+        space = first.action_space
+        self.continuous = isinstance(space, self.gymnasium.spaces.Box)
+        require(
+            isinstance(space, self.gymnasium.spaces.Box | self.gymnasium.spaces.Discrete),
+            f"the actions of {name} are neither numbers nor a choice ({space})",
+        )
+        self.actions = math.prod(space.shape) if self.continuous else int(space.n)
+
+    def _copy(self, index: int) -> Any:
+        while len(self.copies) <= index:
+            try:
+                made = self.gymnasium.make(self.name, max_episode_steps=self.horizon, **self.options)
+            except (self.gymnasium.error.Error, ImportError, TypeError) as error:
+                raise UserError(f"gymnasium cannot make {self.name}: {error}") from error
+            self.copies.append(made)
+        return self.copies[index]
+
+    def _reports_speed(self, copy: Any) -> bool:
+        copy.reset(seed=0)
+        info = copy.step(copy.action_space.sample())[-1]
+        return "x_velocity" in info and "reward_ctrl" in info
+
+    def reset(self, seeds: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+        """Begin ``len(seeds)`` episodes with ``parameters [episodes, names]``: observations."""
+        self.tasks = [dict(zip(self.parameters, row, strict=True)) for row in parameters.tolist()]
+        self.running = [True] * len(seeds)
+        self.seen = np.empty((len(seeds), self.inputs))
+        for i, (seed, task) in enumerate(zip(seeds.tolist(), self.tasks, strict=True)):
+            copy = self._copy(i)
+            for name, value in task.items():
+                if hasattr(copy.unwrapped, name):
+                    setattr(copy.unwrapped, name, value)
+            self.seen[i] = self.flatten(copy.observation_space, copy.reset(seed=seed)[0])
+        return self.seen.copy()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One step of each episode that is not over: observations, rewards, and whether it is over now."""
+        rewards = np.zeros(len(actions))
+        for i, action in enumerate(actions):
+            if not self.running[i]:
+                continue
+            copy = self.copies[i]
+            seen, reward, ended, cut, info = copy.step(self._native(copy.action_space, action))
+            self.seen[i] = self.flatten(copy.observation_space, seen)
+            rewards[i] = goal_reward(self.tasks[i], info, float(reward))
+            self.running[i] = not (ended or cut)
+        return self.seen.copy(), rewards, ~np.array(self.running)
+
+    def _native(self, space: Any, action: np.ndarray) -> Any:
+        """A policy's action as the environment takes it; numbers from −1 to 1 span its bounds."""
+        if not self.continuous:
+            return space.start + int(action.argmax())
+        if not np.isfinite([space.low, space.high]).all():
+            return action.reshape(space.shape).astype(space.dtype)
+        share = (action.clip(-1, 1).reshape(space.shape) + 1) / 2
+        return (space.low + share * (space.high - space.low)).astype(space.dtype)
+
+
+def together(info: Any, in_dims: tuple[Any, ...], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors ``[tasks, episodes, ...]`` of one level of vmap as ``[tasks · episodes, ...]``."""
+    tasks = [
+        x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, in_dims, strict=True)
+    ]
+    return [x.flatten(0, 1) for x in tasks]
+
+
+class Reset(torch.autograd.Function):
+    """`Host.reset` on tensors; under vmap for all tasks at once."""
+
+    @staticmethod
+    def forward(host: Host, seeds: Tensor, parameters: Tensor) -> Tensor:
+        """Observations ``[episodes, numbers]``."""
+        return parameters.new_tensor(host.reset(seeds.cpu().numpy(), parameters.cpu().numpy()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        """Nothing flows back through an environment."""
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], host: Host, *tensors: Tensor) -> tuple[Tensor, int]:
+        """All tasks' episodes side by side."""
+        seen = Reset.apply(host, *together(info, in_dims[1:], tensors))  # type: ignore[no-untyped-call]
+        return seen.unflatten(0, (info.batch_size, -1)), 0
+
+
+class Step(torch.autograd.Function):
+    """`Host.step` on tensors; under vmap for all tasks at once."""
+
+    @staticmethod
+    def forward(host: Host, actions: Tensor) -> tuple[Tensor, ...]:
+        """Observations, rewards and whether the episode is over."""
+        seen, rewards, over = host.step(actions.cpu().numpy())
+        return actions.new_tensor(seen), actions.new_tensor(rewards), torch.from_numpy(over).to(actions.device)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        """Nothing flows back through an environment."""
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], host: Host, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """All tasks' episodes side by side."""
+        columns = Step.apply(host, *together(info, in_dims[1:], tensors))  # type: ignore[no-untyped-call]
+        return tuple(column.unflatten(0, (info.batch_size, -1)) for column in columns), (0, 0, 0)
+
+
+class Hosted:
+    """The environment as `metarun.tasks.control` sees it; a state is what is observed ``[episodes, numbers]``.
+
+    The true state is the host's: one rollout after the other.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.continuous = host, host.continuous
+
+    def initial(self, data: Tree) -> Tensor:
+        """Begin all episodes anew."""
+        seen: Tensor = Reset.apply(self.host, data["start"], data["parameters"])  # type: ignore[no-untyped-call]
+        return seen
+
+    def observe(self, state: Tensor) -> Tensor:
+        """What is observed."""
+        return state
+
+    def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
+        """One step of every episode."""
+        seen, reward, over = Step.apply(self.host, action)  # type: ignore[no-untyped-call]
+        return control.Outcome(seen, reward, reward, torch.zeros_like(reward), over)
+
+
+def named(parameters: Sequence[Sequence[str | float]], key: str) -> dict[str, tuple[float, ...]]:
+    """Numbers by the name in front of them."""
+    found = {}
+    for parameter in parameters:
+        name, values = parameter[:1], parameter[1:]
+        fits = bool(values) and isinstance(name[0], str) and all(isinstance(value, int | float) for value in values)
+        require(fits, f"{key} must be lists of a name and numbers, not {list(parameter)}")
+        found[str(name[0])] = tuple(map(float, values))
+    return found
+
+
+class Gymnasium:
+    """Tasks that differ in parameters of one environment; return of an episode.
+
+    Args:
+        environment: as gymnasium registers it.
+        ranges: parameters drawn evenly, each as its name, lowest and highest value.
+        choices: parameters drawn from a list, each as its name and the values.
+        options: for the environment's constructor.
+        horizon: steps of an episode at most, at least 1.
+        shots: episodes of an adaptation step, at least 2.
+        queries: episodes that score a task, at least 2.
+        train_queries: those of a training task; null: ``queries``.
+        discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        trace: λ of generalised advantage estimation, from 0 to 1.
+        device: where policies run; environments are the CPU's.
+        data_dir: not used; every family is given it.
+
+    Raises:
+        UserError: gymnasium or the environment is missing.
+    """
+
+    def __init__(
+        self,
+        environment: str = "Pendulum-v1",
+        ranges: Sequence[Sequence[str | float]] = (("g", 5, 15),),
+        choices: Sequence[Sequence[str | float]] = (),
+        options: Mapping[str, Any] | None = None,
+        horizon: int = 100,
+        shots: int = 10,
+        queries: int = 5,
+        train_queries: int | None = None,
+        discount: float = 0.99,
+        trace: float = 0.97,
+        device: str = "cpu",
+        data_dir: str = "data",
+    ) -> None:
+        self.learning = control.Learning(discount, trace)
+        control.check(shots, queries, train_queries, self.learning, horizon=(horizon, 1))
+        self.ranges, self.choices = named(ranges, "ranges"), named(choices, "choices")
+        require(len(self.ranges) + len(self.choices) > 0, "ranges or choices must name what tasks differ in")
+        require(not self.ranges.keys() & self.choices.keys(), "ranges and choices must not name the same parameter")
+        for name, values in self.ranges.items():
+            rising = len(values) == 2 and values[0] <= values[1]
+            require(rising, f"ranges must give the lowest and the highest value of {name}, not {list(values)}")
+        parameters = [*self.ranges, *self.choices]
+        require(not set(GOALS) <= set(parameters), "a task has either a direction or a velocity, not both")
+        host = Host(environment, horizon, options or {}, parameters)
+        self.environment = Hosted(host)
+        self.horizon, self.device = horizon, device
+        self.train_queries = train_queries or queries
+        settings = [f"{name}={list(values)}" for name, values in sorted({**self.ranges, **self.choices}.items())]
+        settings += [f"{name}={value}" for name, value in sorted((options or {}).items())]
+        self.dataset = ":".join([environment, *settings, f"horizon={horizon}"])
+        self.spec = Spec(
+            kind="control",
+            input_shape=(host.inputs,),
+            outputs=host.actions,
+            metric="return",
+            higher_is_better=True,
+            shots=shots,
+            queries=queries,
+            control=Control(environment, host.continuous, horizon),
+        )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """``count`` settings of the parameters with tapes; leaves ``[count, episodes, ...]``."""
+        columns = [low + (high - low) * torch.rand(count, generator=generator) for low, high in self.ranges.values()]
+        for values in self.choices.values():
+            columns.append(torch.tensor(values)[torch.randint(len(values), (count,), generator=generator)])
+        parameters = torch.stack(columns, -1)[:, None].to(torch.get_default_dtype())
+
+        def part(episodes: int) -> Tree:
+            shape = (count, episodes, self.horizon, self.spec.outputs)
+            noise = (
+                torch.randn(shape, generator=generator)
+                if self.environment.continuous
+                else control.gumbel(shape, generator)
+            )
+            start = torch.randint(2**31, (count, episodes), generator=generator)
+            parts = {"parameters": parameters.expand(-1, episodes, -1), "start": start, "noise": noise}
+            return {name: leaf.to(self.device) for name, leaf in parts.items()}
+
+        return Task(part(self.spec.shots), part(self.train_queries if split == "train" else self.spec.queries))
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Surrogate loss and mean return of one task."""
+        return control.policy_gradient_loss(self.environment, predict, data, self.learning)
