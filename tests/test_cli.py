@@ -86,7 +86,10 @@ def test_a_run_leaves_its_files_and_says_where(finished):
         (["task=navigation", "task.discount=0"], ["discount must be above 0"]),
         (["task=navigation", "model=mlp"], ["mlp needs a tensor", "model=policy"]),
         (["algo=thompson", "task=mdp"], ["thompson is a policy for task=bandit"]),
-        (["algo=rl2", "task=bandit", "model=policy"], ["rl2 needs a policy with a memory", "model=gru_policy"]),
+        (
+            ["algo=rl2", "task=bandit", "model=policy"],
+            ["needs a policy with a memory", "model=fast_weights_policy"],
+        ),
         (["algo=transfer", "task=navigation"], ["transfer serves regression and classification", "maml"]),
         (["resume=nowhere"], ["nothing to resume in nowhere"]),
         (["hydra.run.dir=a_file/run"], ["cannot be written", "hydra.run.dir"]),

@@ -89,7 +89,7 @@ class GRUPolicy(nn.Module):
         control = control_of(spec, "gru_policy")
         require(width >= 1, f"width must be at least 1, not {width}")
         require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
-        self.width = width
+        self.width = self.memory = width
         self.encoder = nn.Sequential(nn.Linear(spec.input_shape[0] + 2 * spec.outputs + 2, width), nn.ReLU())
         self.inputs = nn.Linear(width, 3 * width)
         self.gates = nn.Linear(width, 2 * width, bias=False)
@@ -140,6 +140,7 @@ class FastWeightsPolicy(nn.Module):
         require(slots >= 1, f"slots must be at least 1, not {slots}")
         require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
         self.width, self.slots = width, slots
+        self.memory = slots * (width + 1)
         observation, actions = spec.input_shape[0], spec.outputs
         self.key = nn.Linear(observation, slots)
         self.value = nn.Sequential(nn.Linear(observation + 2 * actions + 2, width), nn.ReLU())

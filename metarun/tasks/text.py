@@ -58,6 +58,7 @@ class Text:
         sizes: of a training task (True) and of others (False).
         grams: length of the shortest and longest character n-gram, rising.
         buckets: how many ids the n-grams share, at least 2.
+        train_drop: share of the ids of a training sentence that are left out at random, at least 0 and below 1.
         device: where the sentences live.
     """
 
@@ -68,11 +69,13 @@ class Text:
         sizes: Mapping[bool, Sizes],
         grams: tuple[int, int],
         buckets: int,
+        train_drop: float,
         device: str,
     ) -> None:
         require(1 <= grams[0] <= grams[1], f"grams must be a rising pair of lengths from 1, not {list(grams)}")
         require(buckets >= 2, f"buckets must be at least 2, not {buckets}")
-        self.sizes, self.device, self.dataset = sizes, device, dataset
+        require(0 <= train_drop < 1, f"train_drop must be at least 0 and below 1, not {train_drop}")
+        self.sizes, self.train_drop, self.device, self.dataset = sizes, train_drop, device, dataset
         training = [s for language in corpus["train"].values() for cell in language.values() for s in cell]
         tokenizer = tokens.fit(training, buckets, (grams[0], grams[1]))
         labels = {
@@ -137,6 +140,8 @@ class Text:
 
         def part(dealt: Dealt) -> Tree:
             x = pool.rows[(pool.first[language, dealt.identity] + dealt.example).to(self.device)].long()
+            if split == "train" and self.train_drop:
+                x = x * (torch.rand(x.shape, generator=generator) >= self.train_drop).to(self.device)
             y = one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype())
             return {"x": x, "y": y} | ({"class": dealt.identity.to(self.device)} if split == "train" else {})
 
@@ -166,6 +171,7 @@ def text(
     split: Literal["01", "02", "03", "04", "05", "domains"] = "01",
     grams: tuple[int, int] = (3, 5),
     buckets: int = 4096,
+    train_drop: float = 0.0,
     device: str = "cpu",
     data_dir: str = "data",
 ) -> Text:
@@ -182,6 +188,8 @@ def text(
         split: number of the published label split, or ``domains`` (clinc150 alone): test domains are new too.
         grams: length of the shortest and longest character n-gram.
         buckets: how many ids the n-grams share.
+        train_drop: share of the ids of a training sentence that are left out at random, so that it is not learned by
+            heart.
         device: where the sentences live.
         data_dir: holds the folders ``clinc150`` and ``banking77``.
 
@@ -197,14 +205,22 @@ def text(
             )
     require(split != "domains" or dataset != "banking77", "split=domains is for clinc150; banking77 has no domains")
     if dataset == "toy":
-        return Text({part: {"": cells} for part, cells in toy_classes().items()}, "toy", sizes, grams, buckets, device)
+        return Text(
+            {part: {"": cells} for part, cells in toy_classes().items()},
+            "toy",
+            sizes,
+            grams,
+            buckets,
+            train_drop,
+            device,
+        )
     by_label = intents.clinc150(data_dir) if dataset == "clinc150" else intents.banking77(data_dir)
     if split == "domains":
         labels = _by_domain(intents.clinc150_domains(data_dir))
     else:
         labels = intents.label_split(data_dir, dataset, split, by_label)
     corpus = {part: {"": {label: by_label[label] for label in chosen}} for part, chosen in labels.items()}
-    return Text(corpus, f"{dataset}:{split}", sizes, grams, buckets, device)
+    return Text(corpus, f"{dataset}:{split}", sizes, grams, buckets, train_drop, device)
 
 
 def _shares(names: Sequence[str], seed: int) -> dict[str, set[str]]:
@@ -242,6 +258,7 @@ def text_crosslingual(
     dataset: Literal["auto", "toy", "xsid", "nusax"] = "auto",
     grams: tuple[int, int] = (3, 5),
     buckets: int = 4096,
+    train_drop: float = 0.0,
     device: str = "cpu",
     data_dir: str = "data",
 ) -> Text:
@@ -258,6 +275,8 @@ def text_crosslingual(
             xsid if it is there, else toy.
         grams: length of the shortest and longest character n-gram.
         buckets: how many ids the n-grams share.
+        train_drop: share of the ids of a training sentence that are left out at random, so that it is not learned by
+            heart.
         device: where the sentences live.
         data_dir: holds the folders ``xsid`` and ``nusax_senti``.
 
@@ -273,4 +292,4 @@ def text_crosslingual(
         sentences = toy_languages()
     else:
         sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
-    return Text(_parallel_splits(sentences), f"{dataset}:languages", sizes, grams, buckets, device)
+    return Text(_parallel_splits(sentences), f"{dataset}:languages", sizes, grams, buckets, train_drop, device)

@@ -7,9 +7,9 @@ from torch.func import functional_call
 
 from metarun.algos.agnostic.maml import maml
 from metarun.engine import meta_gradient
-from metarun.models.policy import GRUPolicy, Policy
+from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.text import TextCNN, TextEmbedding, TextTransformer
-from metarun.tasks.bandit import Bandit
+from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
 from metarun.tasks.text import text
 
@@ -154,20 +154,25 @@ def sentences(model):
     return family, model(family.spec, width=6)
 
 
-def pulls():
-    family = Bandit(arms=3, pulls=6, shots=4, queries=5)
-    return family, GRUPolicy(family.spec, width=6)
+def tables(model):
+    family = MDP(states=3, actions=2, episodes=2, horizon=3, shots=4, queries=5)
+    return family, model(family.spec, width=6)
 
 
 @pytest.mark.parametrize(
-    "setting",
-    [lambda: sentences(TextEmbedding), lambda: sentences(TextCNN), lambda: sentences(TextTransformer), pulls],
-    ids=["text_embedding", "text_cnn", "text_transformer", "gru_policy"],
+    ("tasks_for", "model"),
+    [
+        (sentences, TextEmbedding),
+        (sentences, TextCNN),
+        (sentences, TextTransformer),
+        (tables, GRUPolicy),
+        (tables, FastWeightsPolicy),
+    ],
 )
-def test_every_model_is_right_in_second_order(setting):
+def test_every_model_is_right_in_second_order(tasks_for, model):
     """vmap over ``torch.func.grad`` equals a loop over tasks with plain ``autograd.grad``."""
     torch.manual_seed(0)
-    family, model = setting()
+    family, model = tasks_for(model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     tasks = family.sample("train", 3, generator(1))
     ours = meta_gradient(maml(model, family.spec, 0.5, 2), {"weights": weights}, tasks, family.loss).grads["weights"]

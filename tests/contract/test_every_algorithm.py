@@ -13,7 +13,7 @@ from metarun.engine import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
-from metarun.models.policy import GRUPolicy, Policy
+from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.text import TextEmbedding
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
@@ -58,7 +58,7 @@ def pulls():
 
 def tables():
     family = MDP(states=3, actions=2, episodes=2, horizon=3, shots=4, queries=5)
-    return family, GRUPolicy(family.spec, width=8)
+    return family, FastWeightsPolicy(family.spec, width=8, slots=4)
 
 
 TINY = (sinusoid, images, sentences, walks, pulls, tables)

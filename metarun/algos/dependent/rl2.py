@@ -6,7 +6,8 @@ policy gradient of the trial's reward teaches it to explore and to use what it f
 there is no support set, and the test score is a whole trial's, exploration included.
 
 Where we deviate: the authors step by TRPO; here the surrogate of `metarun.tasks.control` goes to the outer
-optimizer as any other loss.
+optimizer as any other loss. Their memory is a gated unit of 256 (``model=gru_policy``); the default is one of outer
+products, which learns the same in a tenth of the time.
 
 Expected: 6.63 ± 0.14 (``metarun algo=rl2 task=bandit``), 76.0 ± 1.2 (``metarun experiment=rl2_bandit_100``).
 """
@@ -26,11 +27,11 @@ def rl2(model: nn.Module, spec: Spec) -> Algorithm:
     """A recurrent policy trained across trials.
 
     Args:
-        model: a policy with a memory, whose size is its attribute ``width``.
+        model: a policy with a memory, whose size is its attribute ``memory``.
         spec: of a control task.
     """
-    memory = getattr(model, "width", None)
-    require(isinstance(memory, int), "rl2 needs a policy with a memory; choose model=gru_policy")
+    memory = getattr(model, "memory", None)
+    require(isinstance(memory, int), "rl2 needs a policy with a memory; choose model=fast_weights_policy")
     forward = forward_of(model)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
