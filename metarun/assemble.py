@@ -71,12 +71,17 @@ def build_model(config: DictConfig, family: Family) -> nn.Module:
 
 
 def _algorithms_that_fit(config: DictConfig, family: Family, model: nn.Module) -> list[str]:
-    names = []
-    for path in sorted((files("metarun.conf") / "algo").iterdir(), key=lambda path: path.name):
+    names, conf = [], files("metarun.conf")
+    for path in sorted((conf / "algo").iterdir(), key=lambda path: path.name):
         if path.name.endswith(".yaml"):
+            algo, judged = cast(DictConfig, OmegaConf.create(path.read_text())), model
             try:
-                other = OmegaConf.create({"algo": OmegaConf.create(path.read_text())})
-                algorithm = build(other, "algo", model, family.spec)
+                # An algorithm that names its own model is judged with that one.
+                for default in algo.pop("defaults", []):
+                    if default != "_self_":
+                        own = OmegaConf.create((conf / "model" / f"{next(iter(default.values()))}.yaml").read_text())
+                        judged = build(OmegaConf.create({"model": own}), "model", family.spec)
+                algorithm = build(OmegaConf.create({"algo": algo}), "algo", judged, family.spec)
             except UserError:
                 continue
             if family.spec.kind in algorithm.kinds:

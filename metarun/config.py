@@ -135,7 +135,7 @@ def _words(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
-        return f"a list of {len(arguments)} values"
+        return f"a list of {len(arguments)} values, each {_words(arguments[0])}"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each item {_words(arguments[0])}"
     if isinstance(origin, type) and issubclass(origin, Mapping):

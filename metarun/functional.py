@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from metarun.types import Loss, Tree, Weights
+from metarun.errors import require
+from metarun.types import Loss, Spec, Tree, Weights
 
 Forward = Callable[[Weights, Any], Tensor]
 """(weights, x) → output."""
@@ -53,8 +54,12 @@ def gradient_descent(
         weights = {name: w - learning_rate * gradient[name] for name, w in weights.items()}
 
 
-def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Linear]:
+def trunk_and_head(model: nn.Module, spec: Spec, algorithm: str) -> tuple[nn.Module, nn.Linear]:
     """The two parts of ``model`` that ``algorithm`` needs apart: features, and the linear layer on them."""
+    require(
+        spec.kind != "control",
+        f"{algorithm} learns from examples, and this task has actions; choose an algorithm that acts, such as maml",
+    )
     trunk, head = getattr(model, "trunk", None), getattr(model, "head", None)
     if not isinstance(trunk, nn.Module) or not isinstance(head, nn.Linear):
         raise ValueError(
@@ -62,6 +67,11 @@ def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Line
             f"(features → output), as metarun's own models have, and {type(model).__name__} lacks them"
         )
     return trunk, head
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """``x [n, d]`` with rows of length one; a row of zeros stays one, with derivatives of zero."""
+    return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
 
 def one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Seen(NamedTuple):
     done: Tensor
     """1 where the observation begins a new episode of the same trial ``[steps, episodes, 1]``."""
     seed: Tensor
-    """A random 63-bit integer for policies that draw more than their action ``[steps, episodes]``."""
+    """A random integer of 62 bits for policies that draw more than their action ``[steps, episodes]``."""
     carry: Any = None
     """What the policy returned with its last outputs; None at the start of a trial."""
 

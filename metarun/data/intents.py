@@ -4,7 +4,8 @@
   https://aclanthology.org/D19-1131, CC BY 3.0): 150 intents in 10 domains, 150 sentences each.
 - ``data_dir/banking77``: ``train.csv`` and ``test.csv`` of BANKING77 (Casanueva et al. 2020,
   https://aclanthology.org/2020.nlp4convai-1.5, CC BY 4.0): 77 intents.
-- ``fewshot_label_splits/NN/labels.{train,valid,test}.txt`` in either folder: an intent a line.
+- ``fewshot_label_splits/NN/labels.{train,valid,test}.txt`` in either folder, if they are there: an intent a line
+  (Dopierre et al. 2021, https://aclanthology.org/2021.acl-long.191, Apache-2.0).
 - ``data_dir/xsid``: ``LANGUAGE.{valid,test}.conll`` of xSID (van der Goot et al. 2021,
   https://aclanthology.org/2021.naacl-main.197, CC BY-SA 4.0).
 - ``data_dir/nusax_senti``: ``LANGUAGE/{train,valid,test}.csv`` of NusaX (Winata et al. 2023,
@@ -27,7 +28,9 @@ SOURCES = {
     "banking77": "https://github.com/PolyAI-LDN/task-specific-datasets",
     "xsid": "https://github.com/mainlp/xsid",
     "nusax": "https://github.com/IndoNLP/nusax",
+    "label splits": "https://github.com/tdopierre/ProtAugment",
 }
+DOMAINS = 10
 WORD_CHARACTERS = re.compile(r"\w")
 FOLDERS = {"clinc150": "clinc150", "banking77": "banking77", "xsid": "xsid", "nusax": "nusax_senti"}
 
@@ -56,7 +59,7 @@ def _read(path: Path, name: str, parse: Callable[[str], Any]) -> Any:
             f"{path} cannot be read ({error.strerror}); put the files of {SOURCES[name]} into {path.parent}, or choose "
             "task.dataset=toy."
         ) from error
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(
             f"{path} is not the published file ({type(error).__name__}: {error}); fetch it again from {SOURCES[name]}."
         ) from error
@@ -89,12 +92,15 @@ def clinc150(data_dir: str) -> dict[str, list[str]]:
     return intents
 
 
-def clinc150_domains(data_dir: str) -> dict[str, list[str]]:
-    """Intents by domain."""
+def clinc150_domains(data_dir: str, known: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Intents by domain, each one of ``known``, those of the sentences."""
 
     def parse(text: str) -> dict[str, list[str]]:
         # The published file spells intents with spaces where data_full.json has underscores, or not at all.
-        return {str(domain): [str(i).replace(" ", "_") for i in names] for domain, names in json.loads(text).items()}
+        found = {str(domain): [str(i).replace(" ", "_") for i in names] for domain, names in json.loads(text).items()}
+        if len(found) < DOMAINS or not known.keys() >= {intent for names in found.values() for intent in names}:
+            raise ValueError(f"{DOMAINS} domains of the intents of data_full.json expected")
+        return found
 
     domains: dict[str, list[str]] = _read(Path(data_dir) / "clinc150" / "domains.json", "clinc150", parse)
     return domains
@@ -110,16 +116,26 @@ def banking77(data_dir: str) -> dict[str, list[str]]:
     return intents
 
 
+def has_label_splits(data_dir: str, name: str) -> bool:
+    """Whether published splits of the labels are there."""
+    return (Path(data_dir) / FOLDERS[name] / "fewshot_label_splits").is_dir()
+
+
 def label_split(data_dir: str, name: str, number: str, known: Mapping[str, Any]) -> dict[str, list[str]]:
     """Labels of the parts train, val and test by ``fewshot_label_splits/NUMBER``."""
-    split = {}
+    split: dict[str, list[str]] = {}
+    elsewhere: set[str] = set()
     for part, published in PARTS.items():
         path = Path(data_dir) / FOLDERS[name] / "fewshot_label_splits" / number / f"labels.{published}.txt"
-        split[part] = sorted(_read(path, name, str.split))
-        unknown = [label for label in split[part] if label not in known]
-        if unknown or not split[part]:
+        labels = split[part] = sorted(_read(path, "label splits", str.split))
+        unknown = [label for label in labels if label not in known]
+        again = [label for i, label in enumerate(labels) if label in labels[:i] or label in elsewhere]
+        elsewhere |= set(labels)
+        if unknown or again or not labels:
             what = f"names {unknown[0]}, which is not in the data set" if unknown else "is empty"
-            raise UserError(f"{path} {what}; put the published file there.")
+            if again:
+                what = f"names {again[0]}, which stands in a split already"
+            raise UserError(f"{path} {what}; put the published file there, or choose task.split=random.")
     return split
 
 

@@ -7,7 +7,6 @@ other words are spread by a hash (so that a word never seen in training still eq
 N-grams are taken within words that carry one space on either side, as in scikit-learn's ``char_wb``.
 """
 
-import math
 import re
 import zlib
 from collections import Counter
@@ -17,6 +16,8 @@ from functools import cache, cached_property
 
 import torch
 from torch import Tensor
+
+from metarun.functional import unit_rows
 
 UNKNOWN = 1024
 MAX_WORDS, MAX_GRAMS = 48, 512
@@ -113,5 +114,4 @@ def term_frequencies(rows: Tensor, ids: int, weights: Tensor) -> Tensor:
     """Weighted counts of the ids in each row, scaled to length one: ``[sentences, ids]``."""
     columns = rows.long()
     counts = weights.new_zeros(len(rows), ids).scatter_add(1, columns, weights[columns])
-    length: Tensor = counts.norm(dim=1, keepdim=True).clamp_min(math.sqrt(torch.finfo(counts.dtype).tiny))
-    return counts / length
+    return unit_rows(counts)

@@ -49,7 +49,7 @@ class Conv4(nn.Module):
         require(
             len(spec.input_shape) == 3 and min(spec.input_shape[1:]) >= 16,
             f"conv4 needs images of at least 16×16, and this task's input has shape {spec.input_shape}; "
-            "choose model=mlp",
+            f"choose {'another model' if spec.tokens or spec.control else 'model=mlp'}",
         )
         layers: list[nn.Module] = []
         channels = spec.input_shape[0]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metarun.data.tokens import term_frequencies
 from metarun.errors import require
+from metarun.functional import unit_rows
 from metarun.models.norm import LayerStatistics
 from metarun.types import Spec, Tokens
 
@@ -41,8 +42,7 @@ class WeightedTerms(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[sentences, columns]`` → ``[sentences, ids + width]``."""
         z = term_frequencies(x, self.ids, self.weights * self.log_weights.exp())
-        h = z @ self.map
-        h = h / h.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        h = unit_rows(z @ self.map)
         return self.log_scale.exp() * torch.cat([z, self.residual * h], 1)
 
 

@@ -208,20 +208,22 @@ def family_difference(table: pd.DataFrame) -> FamilyDifference | None:
 
 
 def against(table: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Add each row's difference from the algorithm ``reference``: ``against``, ``against_ci95``, ``against_paired``.
+    """Add each row's difference from the algorithm ``reference``: ``against``, ``against_ci95``, ``against_paired``;
+    and ``reference``, its name.
 
     Of several variants of the reference the one with the best validation score is taken; where the setting has
     none the columns are empty.
     """
     members = table[table["algo"] == reference]
     if members.empty:
-        return table.assign(against=math.nan, against_ci95=math.nan, against_paired=False)
+        return table.assign(against=math.nan, against_ci95=math.nan, against_paired=False, reference="")
     row = members.loc[best_first(members, "val_score").idxmin()]
     found = [difference_of(other, row) for _, other in table.iterrows()]
     return table.assign(
         against=[d.difference for d in found],
         against_ci95=[d.ci95 for d in found],
         against_paired=[d.paired for d in found],
+        reference=name_of(row),
     )
 
 
@@ -242,7 +244,7 @@ def table_for_people(table: pd.DataFrame, metric: str, reference: str | None) ->
     header += ["training", "ms/task", "meta-learned", "adapted"]
     compared = reference is not None and bool(table["against"].notna().any())
     if compared:
-        header.insert(5, f"− {reference}")
+        header.insert(5, f"− {table['reference'].iloc[0]}")
     rows = [header]
     for _, row in table.iterrows():
         rows.append(
@@ -263,7 +265,7 @@ def table_for_people(table: pd.DataFrame, metric: str, reference: str | None) ->
         if compared:
             sign, mark = "" if row["against"] < 0 else "+", "" if row["against_paired"] else " (u)"
             value = sign + format_score_ci(row["against"], row["against_ci95"], metric) + mark
-            rows[-1].insert(5, "" if row["algo"] == reference else value)
+            rows[-1].insert(5, "" if name_of(row) == row["reference"] else value)
     return rows
 
 

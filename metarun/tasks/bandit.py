@@ -106,7 +106,10 @@ class Bandit:
                 "payout": payout.expand(-1, trials, -1).to(self.device)
             }
 
-        return Task(part(self.spec.shots), part(self.train_queries if split == "train" else self.spec.queries))
+        support = part(self.spec.shots)
+        if split == "train":
+            return Task(support, control.with_hindsight(part(self.train_queries)))
+        return Task(support, part(self.spec.queries))
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean total reward of a trial."""

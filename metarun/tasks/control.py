@@ -13,9 +13,15 @@ score-function terms ∇log π ∇log πᵀ A that differentiating log π · A w
 
 The advantage A is the discounted return to go, or a generalised estimate of it, less a baseline that is linear in
 features of state and time, fitted to the same episodes of the same task (Duan et al. 2016,
-https://arxiv.org/abs/1604.06778), then normalised over the task's steps where that helps. It is made of expected
-rewards where the environment knows them, which gives the same gradient with less noise; a policy sees, and a score
-counts, what was really paid. The score is the undiscounted return.
+https://arxiv.org/abs/1604.06778), then normalised over the task's steps where that helps. The score is the
+undiscounted return.
+
+Query episodes of training tasks have a leaf ``hindsight``: their advantages are made of expected rewards where the
+environment knows them, which gives the same expected meta-gradient with less noise. Adaptation, at test time too, has
+nothing but what was paid.
+
+Where we deviate: the papers collect new episodes for every step of adaptation; here all steps of a task roll their
+policy out along the same tape, so that ten steps can fit its luck.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -72,8 +78,8 @@ class Outcome(NamedTuple):
     state: Any
     reward: Tensor
     """``[episodes]``."""
-    credit: Tensor
-    """Its expectation given state and action, where the environment knows it: what advantages are made of."""
+    expected: Tensor
+    """Its expectation given state and action, where the environment knows it."""
     done: Tensor
     """Whether a new episode of the trial begins, as a number ``[episodes]``."""
     over: Tensor
@@ -87,6 +93,7 @@ class Rollout(NamedTuple):
     action: Tensor
     reward: Tensor
     credit: Tensor
+    """What advantages are made of: the reward, or its expectation in hindsight."""
     counts: Tensor
     """1 until the trial is over, then 0."""
 
@@ -120,6 +127,7 @@ def rollout(environment: Environment, predict: Predict, data: Tree) -> Rollout:
     episodes, steps, actions = noise.shape
     state, carry = environment.initial(data), None
     counts, zeros = noise.new_ones(episodes), noise.new_zeros(episodes)
+    hindsight = data.get("hindsight", zeros)
     seeds = data["seed"] if "seed" in data else torch.zeros_like(noise[..., 0], dtype=torch.int64)
     previous = (noise.new_zeros(episodes, actions), zeros, zeros)
     rows = []
@@ -129,8 +137,8 @@ def rollout(environment: Environment, predict: Predict, data: Tree) -> Rollout:
         seen = Seen(*(leaf[None] for leaf in now))._replace(carry=carry)
         output, carry = split_output(predict(seen))
         action = act(output[0], noise[:, time], environment.continuous)
-        state, reward, credit, done, over = environment.step(data, time, state, action)
-        rows.append((*now, action, reward, credit, counts))
+        state, reward, expected, done, over = environment.step(data, time, state, action)
+        rows.append((*now, action, reward, torch.lerp(reward, expected, hindsight), counts))
         previous = (action, reward, done)
         counts = counts * (1 - over.to(counts.dtype))
     columns = [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -166,7 +174,8 @@ def advantages(trajectory: Rollout, learning: Learning) -> Tensor:
     features = (baseline_features(trajectory.seen) * counts[..., None]).flatten(0, 1)
     gram = features.T @ features / len(features)
     identity = torch.eye(features.shape[1], dtype=gram.dtype, device=gram.device)
-    fitted: Tensor = torch.linalg.solve(gram + RIDGE * identity, features.T @ returns.flatten() / len(features))
+    # The plain ``solve`` would wait for a GPU to say that the matrix was regular, which the ridge makes it.
+    fitted: Tensor = torch.linalg.solve_ex(gram + RIDGE * identity, features.T @ returns.flatten() / len(features))[0]
     values = (features @ fitted).view_as(returns)
     surprise = reward + learning.discount * torch.cat([values[1:], torch.zeros_like(values[:1])]) - values
     advantage = returns_to_go(surprise, learning.discount * learning.trace) * counts
@@ -198,6 +207,11 @@ def policy_gradient_loss(
         weighted = weighted - learning.entropy * (logs.exp() * logs).sum(-1) * trajectory.counts
     loss = -weighted.sum() / trajectory.counts.sum()
     return loss, total_return(trajectory)
+
+
+def with_hindsight(query: Tree) -> Tree:
+    """Query episodes of training tasks, leaves ``[tasks, episodes, ...]``, whose advantages are of expected rewards."""
+    return {**query, "hindsight": torch.ones_like(query["noise"][:, :, 0, 0])}
 
 
 def total_return(trajectory: Rollout) -> Tensor:

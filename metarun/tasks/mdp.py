@@ -141,7 +141,10 @@ class MDP:
             }
             return {name: leaf.to(self.device) for name, leaf in {**tape, **table}.items()}
 
-        return Task(part(self.spec.shots), part(self.train_queries if split == "train" else self.spec.queries))
+        support = part(self.spec.shots)
+        if split == "train":
+            return Task(support, control.with_hindsight(part(self.train_queries)))
+        return Task(support, part(self.spec.queries))
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean total reward of a trial."""

@@ -4,9 +4,11 @@
 test languages are those that training has not seen. Inputs are rows of token ids (`metarun.data.tokens`).
 """
 
+import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Literal
 
 import torch
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 Cells = Mapping[str, Mapping[str, Sequence[str]]]
 """Sentences by language and label."""
 
+MOST_BUCKETS = 2**20
+LABEL_SPLIT_SEED = 7
 LANGUAGE_SPLIT_SEED = 19
 SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 """Of the languages, and of the meanings, in each split of a parallel corpus."""
@@ -57,8 +61,7 @@ class Text:
         dataset: its name, and all that makes scores incomparable.
         sizes: of a training task (True) and of others (False).
         grams: length of the shortest and longest character n-gram, rising.
-        buckets: how many ids the n-grams share, at least 2.
-        train_drop: share of the ids of a training sentence that are left out at random, at least 0 and below 1.
+        buckets: how many ids the n-grams share, from 2 to ``MOST_BUCKETS``.
         device: where the sentences live.
     """
 
@@ -69,13 +72,18 @@ class Text:
         sizes: Mapping[bool, Sizes],
         grams: tuple[int, int],
         buckets: int,
-        train_drop: float,
         device: str,
     ) -> None:
         require(1 <= grams[0] <= grams[1], f"grams must be a rising pair of lengths from 1, not {list(grams)}")
-        require(buckets >= 2, f"buckets must be at least 2, not {buckets}")
-        require(0 <= train_drop < 1, f"train_drop must be at least 0 and below 1, not {train_drop}")
-        self.sizes, self.train_drop, self.device, self.dataset = sizes, train_drop, device, dataset
+        require(2 <= buckets <= MOST_BUCKETS, f"buckets must be from 2 to {MOST_BUCKETS}, not {buckets}")
+        for split, languages in corpus.items():
+            require(
+                any(language.values() for language in languages.values()),
+                f"the data leave no sentence for {split}; fetch all of their files, or choose task.dataset=toy",
+            )
+        self.sizes, self.device = sizes, device
+        # Episodes are equal only where the sentences are.
+        self.dataset = f"{dataset}:{sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()[:6]}"
         training = [s for language in corpus["train"].values() for cell in language.values() for s in cell]
         tokenizer = tokens.fit(training, buckets, (grams[0], grams[1]))
         labels = {
@@ -94,11 +102,11 @@ class Text:
             torch.stack([pad(document, (0, longest - len(document))) for document in documents]), tokenizer.ids
         )
         by_class[: tokenizer.first_bucket] *= WORD_WEIGHT
-        grams_only = by_sentence.clone()
+        grams_only = by_sentence.clone().to(device)
         grams_only[: tokenizer.first_bucket] = 0
 
         def tf_idf(x: Tensor) -> Tensor:
-            return tokens.term_frequencies(x, tokenizer.ids, grams_only.to(x.device, torch.get_default_dtype()))
+            return tokens.term_frequencies(x, tokenizer.ids, grams_only.to(torch.get_default_dtype()))
 
         columns = max(pool.rows.shape[1] for pool in pools.values())
         for pool in pools.values():
@@ -123,11 +131,12 @@ class Text:
     def _check_sizes(self, pools: Mapping[str, Pool]) -> None:
         for split, pool in pools.items():
             ways, shots, queries = self.sizes[split == "train"]
+            prefix = "train_" if split == "train" and self.sizes[True] != self.sizes[False] else ""
             large_enough = int((pool.size >= shots + queries).sum(1).min())
             require(
                 ways <= large_enough,
-                f"ways must be at most {large_enough}, the {split} classes of {self.dataset} with shots + queries "
-                f"= {shots} + {queries} sentences or more, not {ways}",
+                f"{prefix}ways must be at most {large_enough}, the {split} classes of {self.dataset} with "
+                f"{prefix}shots + {prefix}queries = {shots} + {queries} sentences or more, not {ways}",
             )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
@@ -140,8 +149,6 @@ class Text:
 
         def part(dealt: Dealt) -> Tree:
             x = pool.rows[(pool.first[language, dealt.identity] + dealt.example).to(self.device)].long()
-            if split == "train" and self.train_drop:
-                x = x * (torch.rand(x.shape, generator=generator) >= self.train_drop).to(self.device)
             y = one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype())
             return {"x": x, "y": y} | ({"class": dealt.identity.to(self.device)} if split == "train" else {})
 
@@ -160,6 +167,15 @@ def _by_domain(domains: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {split: sorted(label for name in chosen for label in domains[name]) for split, chosen in cut.items()}
 
 
+def _dealt(names: Sequence[str], seed: int, shares: Mapping[str, float]) -> dict[str, set[str]]:
+    """``names`` dealt to the splits by ``shares``, at random by ``seed``."""
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    train = round(shares["train"] * len(names))
+    test = len(names) - round(shares["test"] * len(names))
+    return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
+
+
 def text(
     ways: int = 5,
     shots: int = 1,
@@ -168,10 +184,9 @@ def text(
     train_shots: int | None = None,
     train_queries: int | None = None,
     dataset: Literal["auto", "toy", "clinc150", "banking77"] = "auto",
-    split: Literal["01", "02", "03", "04", "05", "domains"] = "01",
+    split: Literal["auto", "01", "02", "03", "04", "05", "random", "domains"] = "auto",
     grams: tuple[int, int] = (3, 5),
     buckets: int = 4096,
-    train_drop: float = 0.0,
     device: str = "cpu",
     data_dir: str = "data",
 ) -> Text:
@@ -185,11 +200,10 @@ def text(
         train_shots: support sentences a class in training; null: ``shots``.
         train_queries: query sentences a class in training; null: ``queries``.
         dataset: ``clinc150``, ``banking77``, ``toy``, or ``auto``: clinc150 if it is there, else toy.
-        split: number of the published label split, or ``domains`` (clinc150 alone): test domains are new too.
+        split: number of a published label split, ``random`` (thirds of the labels by a fixed seed), ``domains``
+            (clinc150 alone: test domains are new too), or ``auto``: 01 if it is there, else random.
         grams: length of the shortest and longest character n-gram.
         buckets: how many ids the n-grams share.
-        train_drop: share of the ids of a training sentence that are left out at random, so that it is not learned by
-            heart.
         device: where the sentences live.
         data_dir: holds the folders ``clinc150`` and ``banking77``.
 
@@ -205,37 +219,28 @@ def text(
             )
     require(split != "domains" or dataset != "banking77", "split=domains is for clinc150; banking77 has no domains")
     if dataset == "toy":
-        return Text(
-            {part: {"": cells} for part, cells in toy_classes().items()},
-            "toy",
-            sizes,
-            grams,
-            buckets,
-            train_drop,
-            device,
-        )
+        require(split == "auto", f"split={split} is for clinc150 and banking77; the toy language has one split")
+        return Text({part: {"": cells} for part, cells in toy_classes().items()}, "toy", sizes, grams, buckets, device)
     by_label = intents.clinc150(data_dir) if dataset == "clinc150" else intents.banking77(data_dir)
+    if split == "auto":
+        split = "01" if intents.has_label_splits(data_dir, dataset) else "random"
+        if split == "random":
+            log.info("No fewshot_label_splits of %s, so its labels are split at random, a third each.", dataset)
     if split == "domains":
-        labels = _by_domain(intents.clinc150_domains(data_dir))
+        labels = _by_domain(intents.clinc150_domains(data_dir, by_label))
+    elif split == "random":
+        shares = {"train": 1 / 3, "val": 1 / 3, "test": 1 / 3}
+        labels = {part: sorted(chosen) for part, chosen in _dealt(list(by_label), LABEL_SPLIT_SEED, shares).items()}
     else:
         labels = intents.label_split(data_dir, dataset, split, by_label)
     corpus = {part: {"": {label: by_label[label] for label in chosen}} for part, chosen in labels.items()}
-    return Text(corpus, f"{dataset}:{split}", sizes, grams, buckets, train_drop, device)
-
-
-def _shares(names: Sequence[str], seed: int) -> dict[str, set[str]]:
-    """``names`` dealt to the splits by ``SHARES``, at random by ``seed``."""
-    shuffled = sorted(names)
-    random.Random(seed).shuffle(shuffled)
-    train = round(SHARES["train"] * len(names))
-    test = len(names) - round(SHARES["test"] * len(names))
-    return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
+    return Text(corpus, f"{dataset}:{split}", sizes, grams, buckets, device)
 
 
 def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:
     """Corpora that share neither a language nor a meaning; one sentence of a meaning for each language."""
-    languages = _shares(list({s.language for s in sentences}), LANGUAGE_SPLIT_SEED)
-    meanings = _shares(list({s.meaning for s in sentences}), LANGUAGE_SPLIT_SEED)
+    languages = _dealt(list({s.language for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
+    meanings = _dealt(list({s.meaning for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
     corpus: dict[str, dict[str, dict[str, list[str]]]] = {split: {} for split in languages}
     seen = set()
     for sentence in sentences:
@@ -258,7 +263,6 @@ def text_crosslingual(
     dataset: Literal["auto", "toy", "xsid", "nusax"] = "auto",
     grams: tuple[int, int] = (3, 5),
     buckets: int = 4096,
-    train_drop: float = 0.0,
     device: str = "cpu",
     data_dir: str = "data",
 ) -> Text:
@@ -275,8 +279,6 @@ def text_crosslingual(
             xsid if it is there, else toy.
         grams: length of the shortest and longest character n-gram.
         buckets: how many ids the n-grams share.
-        train_drop: share of the ids of a training sentence that are left out at random, so that it is not learned by
-            heart.
         device: where the sentences live.
         data_dir: holds the folders ``xsid`` and ``nusax_senti``.
 
@@ -292,4 +294,4 @@ def text_crosslingual(
         sentences = toy_languages()
     else:
         sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
-    return Text(_parallel_splits(sentences), f"{dataset}:languages", sizes, grams, buckets, train_drop, device)
+    return Text(_parallel_splits(sentences), f"{dataset}:languages", sizes, grams, buckets, device)

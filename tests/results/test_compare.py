@@ -187,6 +187,7 @@ def test_every_row_against_a_reference(runs, capsys, monkeypatch):
     assert table.loc["maml", "against_ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5)
     assert table.loc["maml", "against_paired"]
     assert table.loc["protonet", "against"] == 0
+    assert set(table["reference"]) == {"protonet"}
     said = capsys.readouterr().out
     assert "− protonet" in said
     assert f"{100 * difference.mean():.2f} ± " in said

@@ -12,7 +12,8 @@ from metarun.algos.baselines.random_policy import random_policy
 from metarun.algos.baselines.thompson import probability_of_being_best, thompson
 from metarun.algos.baselines.ucb1 import ucb1
 from metarun.engine import evaluate
-from metarun.models.policy import FastWeightsPolicy, GRUPolicy
+from metarun.functional import forward_of, support_gradient
+from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.planning import LARGEST_SUM, action_values, gamma, uniforms
 from metarun.tasks import control
 from metarun.tasks.bandit import Bandit
@@ -139,7 +140,31 @@ def test_tables_are_distributions_and_random_play_earns_the_mean_reward():
     assert (trial.seen.done[10::10] == 1).all()
     assert trial.seen.done.sum() == 2 * 9
     torch.testing.assert_close(trial.seen.reward[1:, :, 0], trial.reward[:-1])
-    torch.testing.assert_close(trial.reward - trial.credit, data["reward_noise"].T)
+    # Advantages are of what was paid, but for the query episodes of training tasks.
+    torch.testing.assert_close(trial.credit, trial.reward)
+    assert "hindsight" not in family.sample("train", 1, generator()).support
+    known = {name: leaf[0] for name, leaf in family.sample("train", 1, generator()).query.items()}
+    trial = control.rollout(family.environment, lambda seen: torch.zeros_like(seen.action), known)
+    torch.testing.assert_close(trial.reward - trial.credit, known["reward_noise"].T)
+
+
+def test_adaptation_learns_nothing_that_was_not_paid():
+    """Two bandits whose pulls pay alike give the same gradient, however their hidden chances differ."""
+    family = Bandit(arms=2, pulls=5, shots=4, queries=4)
+    model = Policy(family.spec, (8,))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    support = {name: leaf[0] for name, leaf in family.sample("test", 1, generator()).support.items()}
+    luck = {"luck": torch.where(support["luck"] < 0.5, 0.05, 0.95)}
+    gradients = [
+        support_gradient(
+            forward_of(model), weights, support | luck | {"payout": torch.tensor(p).expand(4, 2)}, family.loss
+        )
+        for p in ([0.9, 0.1], [0.1, 0.9], [0.5, 0.5])
+    ]
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name])
+        assert torch.equal(gradient, gradients[2][name])
+    assert gradients[0]["head.linear.bias"].abs().max() > 0
 
 
 @pytest.mark.parametrize(("prior_mean", "simulated"), [(0.0, 137.3), (1.0, 134.0)])

@@ -8,12 +8,16 @@ import torch
 from conftest import DATA_DIR
 from scenarios import generator
 
+from metarun.algos.agnostic.maml import maml
 from metarun.algos.baselines.centroid import centroid
+from metarun.algos.dependent.protonet import protonet
 from metarun.data import intents, tokens
 from metarun.data.toy_text import toy_classes, toy_languages
-from metarun.engine import evaluate
+from metarun.engine import evaluate, meta_gradient
 from metarun.errors import UserError
+from metarun.models.text import TextEmbedding
 from metarun.tasks.text import _parallel_splits, text, text_crosslingual
+from metarun.tree import leaves
 
 
 def real(name):
@@ -188,6 +192,66 @@ def test_a_split_that_names_an_unknown_label_is_refused(tmp_path):
     (folder / "labels.train.txt").write_text("greeting\nnonsense\n")
     with pytest.raises(UserError, match="names nonsense"):
         intents.label_split(str(tmp_path), "clinc150", "01", {"greeting": []})
+
+
+def test_splits_that_share_a_label_are_refused(tmp_path):
+    folder = tmp_path / "clinc150" / "fewshot_label_splits" / "01"
+    folder.mkdir(parents=True)
+    for part, labels in {"train": "a b", "valid": "c d", "test": "e a"}.items():
+        (folder / f"labels.{part}.txt").write_text(labels)
+    with pytest.raises(UserError, match=r"labels\.test\.txt names a, which stands in a split already.*split=random"):
+        intents.label_split(str(tmp_path), "clinc150", "01", dict.fromkeys("abcde"))
+
+
+def banking(folder, sentences):
+    """A small BANKING77 of ``sentences`` by label, without label splits."""
+    (folder / "banking77").mkdir(parents=True)
+    rows = [f"{text},{label}" for label, cell in sentences.items() for text in cell]
+    for part in ("train", "test"):
+        (folder / "banking77" / f"{part}.csv").write_text("\n".join(["text,category", *rows]))
+
+
+def test_without_label_splits_the_labels_are_dealt_at_random_and_the_data_are_named(tmp_path):
+    cells = {f"label{i}": [f"word{i}{j} and word{i}" for j in range(6)] for i in range(15)}
+    banking(tmp_path / "a", cells)
+    family = text(ways=2, queries=2, dataset="banking77", data_dir=str(tmp_path / "a"))
+    assert family.dataset.startswith("banking77:random:")
+    assert [len(pool.size[0]) for pool in family.pools.values()] == [5, 5, 5]
+    again = text(ways=2, queries=2, dataset="banking77", split="random", data_dir=str(tmp_path / "a"))
+    assert again.dataset == family.dataset
+    banking(tmp_path / "b", cells | {"label3": ["other"] * 6})
+    assert text(ways=2, queries=2, dataset="banking77", data_dir=str(tmp_path / "b")).dataset != family.dataset
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_sentence_without_words_leaves_gradients_finite():
+    family = text(ways=2, shots=2, queries=2, dataset="toy", buckets=16)
+    model = TextEmbedding(family.spec, 4)
+    tasks = family.sample("train", 2, generator())
+    for part in tasks:
+        part["x"][:, 0] = 0
+    for algorithm in (maml(model, family.spec, 0.5, 2), protonet(model, family.spec, "cosine")):
+        grads = meta_gradient(algorithm, algorithm.init(model, generator()), tasks, family.loss).grads
+        assert all(leaf.isfinite().all() for leaf in leaves(grads))
+
+
+def test_too_few_languages_are_refused(tmp_path):
+    for language in ("english", "javanese"):
+        folder = tmp_path / "nusax_senti" / language
+        folder.mkdir(parents=True)
+        for part in ("train", "valid", "test"):
+            rows = [f"{part}{i},sentence {i},{label}" for i, label in enumerate(("good", "bad") * 10)]
+            (folder / f"{part}.csv").write_text("\n".join(["id,text,label", *rows]))
+    with pytest.raises(ValueError, match=r"leave no sentence for (val|test); fetch all of their files"):
+        text_crosslingual(ways=2, dataset="nusax", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": ["x"]}', json.dumps({str(i): ["nope"] for i in range(10)})])
+def test_broken_domains_are_named(tmp_path, content):
+    (tmp_path / "clinc150").mkdir()
+    (tmp_path / "clinc150" / "domains.json").write_text(content)
+    with pytest.raises(UserError, match=r"domains\.json is not the published file"):
+        intents.clinc150_domains(str(tmp_path), {"x": []})
 
 
 def test_broken_tables_of_other_sets_are_named(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from metarun.algos.baselines.random_policy import control_of, fixed_policy
+from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.errors import require
 from metarun.types import Algorithm, Loss, Seen, Spec, Tree
 
@@ -17,7 +17,7 @@ def optimal(model: nn.Module, spec: Spec) -> Algorithm:
         model: not used.
         spec: of a control task that names its best policy.
     """
-    best = control_of(spec, "optimal").optimal
+    best = environment_of(spec, "optimal").optimal
     require(best is not None, "optimal play is not known for this task; choose another reference, such as algo=random")
     assert best is not None
 

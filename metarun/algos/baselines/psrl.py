@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarun.algos.baselines.random_policy import control_of, fixed_policy
+from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.functional import one_hot
 from metarun.planning import LARGEST_SUM, action_values, gamma, uniforms
 from metarun.types import Algorithm, Seen, Spec
@@ -58,7 +58,7 @@ def psrl(model: nn.Module, spec: Spec, prior_mean: float = 0.0) -> Algorithm:
         spec: of ``task=mdp``.
         prior_mean: of mean rewards.
     """
-    horizon, actions = control_of(spec, "psrl", "mdp").horizon, spec.outputs
+    horizon, actions = environment_of(spec, "psrl", "mdp").horizon, spec.outputs
 
     def remember(memory: Memory, now: Seen) -> Memory:
         """``memory`` with what the last action led to; ``now`` holds one step without its axis."""

@@ -13,7 +13,7 @@ from metarun.errors import require
 from metarun.types import Algorithm, Control, Loss, Seen, Spec, Tree
 
 
-def control_of(spec: Spec, algorithm: str, environment: str | None = None) -> Control:
+def environment_of(spec: Spec, algorithm: str, environment: str | None = None) -> Control:
     """The environment of ``spec``, refused if it is not the one that ``algorithm`` is for."""
     needed = f"task={environment}" if environment else "a task with actions"
     fits = spec.control is not None and environment in (None, spec.control.environment)
@@ -53,7 +53,7 @@ def random_policy(model: nn.Module, spec: Spec) -> Algorithm:
         model: not used.
         spec: of a control task.
     """
-    control = control_of(spec, "random")
+    control = environment_of(spec, "random")
 
     def policy(seen: Seen) -> Tensor:
         return seen.action.new_zeros(*seen.action.shape[:2], spec.outputs * (2 if control.continuous else 1))

@@ -15,7 +15,7 @@ RL² paper has 5.7 and 74.7.
 import torch
 from torch import Tensor, nn
 
-from metarun.algos.baselines.random_policy import control_of, fixed_policy
+from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.algos.baselines.ucb1 import ArmCounts, arm_counts
 from metarun.types import Algorithm, Seen, Spec
 
@@ -42,7 +42,7 @@ def thompson(model: nn.Module, spec: Spec) -> Algorithm:
         model: not used.
         spec: of a bandit.
     """
-    control_of(spec, "thompson", "bandit")
+    environment_of(spec, "thompson", "bandit")
 
     def policy(seen: Seen) -> tuple[Tensor, ArmCounts]:
         counts, carry = arm_counts(seen)

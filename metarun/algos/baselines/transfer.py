@@ -46,7 +46,7 @@ def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SI
 
     if classes is None:
         return fine_tuning._replace(meta_loss=joint_task)
-    trunk, head = trunk_and_head(model, "transfer")
+    trunk, head = trunk_and_head(model, spec, "transfer")
     embed = forward_of(trunk)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from metarun.algos.baselines.random_policy import control_of, fixed_policy
+from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.errors import require
 from metarun.types import Algorithm, Seen, Spec
 
@@ -44,7 +44,7 @@ def ucb1(model: nn.Module, spec: Spec, exploration: float = 0.05) -> Algorithm:
         spec: of a bandit.
         exploration: c, at least 0.
     """
-    control_of(spec, "ucb1", "bandit")
+    environment_of(spec, "ucb1", "bandit")
     require(exploration >= 0, f"exploration must be at least 0, not {exploration}")
 
     def policy(seen: Seen) -> tuple[Tensor, ArmCounts]:

@@ -23,10 +23,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, trunk_and_head
+from metarun.functional import forward_of, parameters_of, trunk_and_head, unit_rows
 from metarun.types import Algorithm, Loss, Spec, Tree
 
 
@@ -52,11 +51,11 @@ def protonet(
         scale: initial τ of the cosine, above 0.
     """
     require(scale > 0, f"scale must be above 0, not {scale}")
-    trunk, _ = trunk_and_head(model, "protonet")
+    trunk, _ = trunk_and_head(model, spec, "protonet")
     embed = forward_of(trunk)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, "protonet")[0])
+        weights = parameters_of(trunk_and_head(model, spec, "protonet")[0])
         if distance == "euclidean":
             return {"weights": weights}
         return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
@@ -71,7 +70,7 @@ def protonet(
         centres = prototypes(z[:n], state["y"])
         if distance == "euclidean":
             return -squared_distances(z[n:], centres)
-        return cast(Tensor, theta["scale"] * normalize(z[n:]) @ normalize(centres).T)
+        return cast(Tensor, theta["scale"] * unit_rows(z[n:]) @ unit_rows(centres).T)
 
     return Algorithm(
         init,

@@ -54,11 +54,11 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
     """
     require(strength > 0, f"strength must be above 0, not {strength}")
     require(scale > 0, f"scale must be above 0, not {scale}")
-    trunk, head = trunk_and_head(model, "shared_params")
+    trunk, head = trunk_and_head(model, spec, "shared_params")
     embed = forward_of(trunk)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, "shared_params")[0])
+        weights = parameters_of(trunk_and_head(model, spec, "shared_params")[0])
         first = next(iter(weights.values()))
         solver = {
             "log_strength": first.new_tensor(log(strength)),
