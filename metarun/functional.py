@@ -39,10 +39,12 @@ def gradient_descent(
     weights: Weights,
     support: Tree,
     loss: Loss,
-    learning_rates: Iterable[float | Tensor],
+    learning_rates: Iterable[float | Tensor | Weights],
     first_order: bool = False,
 ) -> Iterator[Weights]:
     """Yield the weights before every step of gradient descent on the support loss, one for each learning rate.
+
+    A learning rate is a number, or one for each weight by name.
 
     With ``first_order`` the gradient counts as a constant: it is taken at detached weights, which saves the
     graph, while the path from the old weights to the new ones stays.
@@ -51,7 +53,8 @@ def gradient_descent(
         yield weights
         start = {name: w.detach() for name, w in weights.items()} if first_order else weights
         gradient = support_gradient(forward, start, support, loss)
-        weights = {name: w - learning_rate * gradient[name] for name, w in weights.items()}
+        rates = learning_rate if isinstance(learning_rate, dict) else dict.fromkeys(weights, learning_rate)
+        weights = {name: w - rates[name] * gradient[name] for name, w in weights.items()}
 
 
 def trunk_and_head(model: nn.Module, spec: Spec, algorithm: str) -> tuple[nn.Module, nn.Linear]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metarun.types import Tree
@@ -35,6 +36,11 @@ def like(tree: Tree, values: Iterator[Tensor]) -> dict[str, Any]:
 def subtract(a: Tree, b: Tree) -> dict[str, Any]:
     """a − b, leaf by leaf."""
     return tree_map(lambda x, y: x - y, a, b)
+
+
+def dot(a: Tree, b: Tree) -> Tensor:
+    """The inner product of two trees of one structure."""
+    return torch.stack([(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]).sum()
 
 
 def mean(tree: Tree) -> dict[str, Any]:

@@ -40,8 +40,15 @@ def split(tasks):
         yield tuple(part[name][t] for part in tasks for name in ("x", "y"))
 
 
-def maml_gradient(features, weights, tasks, kind, inner_lr, inner_steps, first_order):
+def maml_gradient(features, weights, tasks, kind, inner_lr, inner_steps, first_order, adapts=lambda name: True):
+    """Gradient of the mean query loss; ``inner_lr`` is a number, or one for each weight by name, then learned too."""
     leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    learned = isinstance(inner_lr, dict)
+    rates = (
+        {name: r.clone().requires_grad_() for name, r in inner_lr.items()}
+        if learned
+        else dict.fromkeys(weights, inner_lr)
+    )
     total = 0
     for sx, sy, qx, qy in split(tasks):
         fast = dict(leaves)
@@ -50,10 +57,43 @@ def maml_gradient(features, weights, tasks, kind, inner_lr, inner_steps, first_o
             gradient = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
             if first_order:
                 gradient = [g.detach() for g in gradient]
-            fast = {name: w - inner_lr * g for (name, w), g in zip(fast.items(), gradient, strict=True)}
+            fast = {
+                name: w - rates[name] * g if adapts(name) else w
+                for (name, w), g in zip(fast.items(), gradient, strict=True)
+            }
         total = total + supervised_loss(output(features, fast, qx), qy, kind)
     total = total / len(tasks.support["x"])
-    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+    gradients = iter(torch.autograd.grad(total, [*leaves.values(), *(rates.values() if learned else ())]))
+    weights = {name: next(gradients) for name in leaves}
+    return (weights, {name: next(gradients) for name in rates}) if learned else weights
+
+
+def implicit_gradient(features, weights, tasks, kind, inner_lr, inner_steps, strength, damping):
+    """iMAML's meta-gradient with the Hessian of the support loss written out and the system solved directly."""
+    names, total = list(weights), 0
+    shapes = [weights[name].shape for name in names]
+
+    def as_weights(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+
+    start = torch.cat([weights[name].flatten() for name in names])
+    for sx, sy, qx, qy in split(tasks):
+
+        def support_loss(flat):
+            return supervised_loss(output(features, as_weights(flat), sx), sy, kind)  # noqa: B023
+
+        flat = start.clone()
+        for _ in range(inner_steps):
+            leaf = flat.clone().requires_grad_()
+            proximal = support_loss(leaf) + strength / 2 * (leaf - start).square().sum()
+            flat = flat - inner_lr * torch.autograd.grad(proximal, leaf)[0]
+        leaf = flat.clone().requires_grad_()
+        query = torch.autograd.grad(supervised_loss(output(features, as_weights(leaf), qx), qy, kind), leaf)[0]
+        hessian = torch.autograd.functional.hessian(support_loss, flat)
+        system = (1 + damping) * torch.eye(len(flat)) + hessian / strength
+        total = total + torch.linalg.solve(system, query) / len(tasks.support["x"])
+    return as_weights(total)
 
 
 def reptile_gradient(features, weights, tasks, kind, inner_lr, inner_steps, inner_batch):

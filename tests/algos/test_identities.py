@@ -1,5 +1,7 @@
 """What must hold whatever the data: closed forms and equalities between methods."""
 
+from itertools import islice
+
 import pytest
 import torch
 from scenarios import (
@@ -12,7 +14,9 @@ from scenarios import (
     quadratic_loss,
 )
 
+from metarun.algos.agnostic.imaml import imaml
 from metarun.algos.agnostic.maml import maml
+from metarun.algos.agnostic.metasgd import metasgd
 from metarun.algos.agnostic.reptile import reptile
 from metarun.algos.baselines.scratch import scratch
 from metarun.algos.baselines.transfer import transfer
@@ -48,6 +52,26 @@ def test_first_order_is_exact_where_the_hessian_is_zero():
     model, tasks = Quadratic(), centres()
     both = [gradient(maml(model, QUADRATIC_SPEC, 0.3, 3, first), model, tasks, linear_loss) for first in (0, 1)]
     torch.testing.assert_close(both[0].grads, both[1].grads)
+
+
+def test_metasgd_with_one_size_for_all_is_maml():
+    model, tasks = Quadratic(), centres()
+    algorithm = metasgd(model, QUADRATIC_SPEC, (0.3, 0.3), 3)
+    ours = gradient(algorithm, model, tasks, quadratic_loss)
+    theirs = gradient(maml(model, QUADRATIC_SPEC, 0.3, 3), model, tasks, quadratic_loss)
+    torch.testing.assert_close(ours.grads["weights"], theirs.grads["weights"])
+
+
+def test_imaml_has_the_closed_form_of_a_quadratic_and_stands_still_where_it_is_held():
+    """φ = (c + λθ)/(1 + λ), and the meta-gradient of ½‖φ − c‖² is (λ/(1 + λ))² (θ − c)."""
+    model, tasks = Quadratic(), centres()
+    offset = model.w.detach() - tasks.support["c"].mean(0)
+    ours = gradient(imaml(model, QUADRATIC_SPEC, 0.3, 200, 1.5, 3, 0.0), model, tasks, quadratic_loss)
+    torch.testing.assert_close(ours.grads["weights"]["w"], (1.5 / 2.5) ** 2 * offset)
+    held = imaml(model, QUADRATIC_SPEC, 1e-6, 200, 1e6, 3, 0.0)
+    theta = held.init(model, generator())
+    *_, state = islice(held.adapt(theta, one(tasks.support), quadratic_loss), 200)
+    torch.testing.assert_close(state["w"], theta["weights"]["w"], atol=1e-5, rtol=0)
 
 
 def test_zero_steps_is_joint_training():

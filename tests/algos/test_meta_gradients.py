@@ -6,7 +6,10 @@ import torch
 from scenarios import TinyImages, generator
 from torch import nn
 
+from metarun.algos.agnostic.anil import anil
+from metarun.algos.agnostic.imaml import imaml
 from metarun.algos.agnostic.maml import maml
+from metarun.algos.agnostic.metasgd import metasgd
 from metarun.algos.agnostic.reptile import reptile
 from metarun.algos.dependent.protonet import protonet
 from metarun.algos.dependent.shared_params import shared_params
@@ -63,6 +66,55 @@ def test_maml(name, first_order, inner_steps):
         features, theta["weights"], tasks, family.spec.kind, 0.1, inner_steps, first_order
     )
     assert_same(grads["weights"], expected)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("first_order", [False, True])
+def test_metasgd(name, first_order):
+    family, model, features = setting(name)
+    algorithm = metasgd(model, family.spec, (0.05, 0.2), 2, first_order)
+    theta, tasks, grads = compute(algorithm, family, model)
+    weights, rates = reference.maml_gradient(
+        features, theta["weights"], tasks, family.spec.kind, theta["rates"], 2, first_order
+    )
+    assert_same(grads["weights"], weights)
+    assert_same(grads["rates"], rates)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("part", ["head", "body"])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_anil_and_boil(name, part, first_order):
+    family, model, features = setting(name)
+    theta, tasks, grads = compute(anil(model, family.spec, part, 0.1, 2, first_order), family, model)
+    expected = reference.maml_gradient(
+        features,
+        theta["weights"],
+        tasks,
+        family.spec.kind,
+        0.1,
+        2,
+        first_order,
+        lambda weight: weight.startswith("head.") == (part == "head"),
+    )
+    assert_same(grads["weights"], expected)
+
+
+@pytest.mark.parametrize(("name", "strength"), [("sinusoid mlp", 4.0), ("images conv4", 40.0)])
+def test_imaml_approaches_the_direct_solution_as_conjugate_gradients_go_on(name, strength):
+    family, model, features = setting(name)
+    errors = []
+    for steps in (0, 2, 5, 60):
+        algorithm = imaml(model, family.spec, 0.02, 8, strength, steps, 0.5)
+        theta, tasks, grads = compute(algorithm, family, model, 2)
+        expected = reference.implicit_gradient(
+            features, theta["weights"], tasks, family.spec.kind, 0.02, 8, strength, 0.5
+        )
+        errors.append(sum((grads["weights"][n] - g).square().sum() for n, g in expected.items()).sqrt().item())
+    scale = sum(g.square().sum() for g in expected.values()).sqrt().item()
+    assert errors[0] > 1e-3 * scale
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-7 * scale
 
 
 def test_first_and_second_order_differ():

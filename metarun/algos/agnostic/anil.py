@@ -1,0 +1,78 @@
+"""ANIL and BOIL: MAML whose inner loop changes a part of the model alone.
+
+- ANIL, "almost no inner loop": the head. Raghu, Raghu, Bengio, Vinyals 2020, "Rapid Learning or Feature Reuse?",
+  https://arxiv.org/abs/1909.09157 (§4): most of what MAML learns is features, which need no adaptation.
+- BOIL, "body only": all but the head. Oh, Yoo, Kim, Yun 2021, "BOIL: Towards Representation Change for Few-shot
+  Learning", https://arxiv.org/abs/2008.08882 (§3): features that do change tell more.
+
+    inner step   w_part ← w_part − α ∇ L_support with respect to w_part alone
+    meta-loss    as in MAML, over all weights
+"""
+
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.functional import forward_of, gradient_descent, parameters_of
+from metarun.tree import size
+from metarun.types import Algorithm, Loss, Spec, Tree, Weights
+
+PAPERS = {"head": "https://arxiv.org/abs/1909.09157", "body": "https://arxiv.org/abs/2008.08882"}
+
+
+def anil(
+    model: nn.Module,
+    spec: Spec,
+    adapts: Literal["head", "body"] = "head",
+    inner_lr: float = 0.01,
+    inner_steps: int = 1,
+    first_order: bool = False,
+) -> Algorithm:
+    """MAML with an inner loop over the head or over the body.
+
+    Args:
+        model: a module with a part ``head``.
+        spec: the task family's; nothing is asked of it.
+        adapts: what the inner loop changes.
+        inner_lr: α, above 0, for mean losses.
+        inner_steps: steps that the meta-loss sees, at least 1.
+        first_order: whether the inner gradient counts as a constant.
+    """
+    require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
+    require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
+    forward = forward_of(model)
+    heads = {name for name, _ in model.named_parameters() if name.startswith("head.")}
+    names = heads if adapts == "head" else {name for name, _ in model.named_parameters()} - heads
+    require(len(heads) > 0, f"anil needs a model with a part 'head'; {type(model).__name__} has none, choose another")
+    require(len(names) > 0, f"anil needs a model with a body before its head; {type(model).__name__} has none")
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        return {"weights": parameters_of(model)}
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
+        # The inner gradient depends on the weights that stand still as well.
+        still = {name: w.detach() for name, w in theta["weights"].items()} if first_order else theta["weights"]
+
+        def partly(part: Weights, x: Any) -> Tensor:
+            return forward({**still, **part}, x)
+
+        part = {name: theta["weights"][name] for name in sorted(names)}
+        return gradient_descent(partly, part, support, loss, repeat(inner_lr), first_order)
+
+    def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
+        return forward({**theta["weights"], **state}, x)
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="agnostic",
+        kinds=("regression", "classification", "sequence", "control"),
+        paper=PAPERS[adapts],
+        train_steps=inner_steps,
+        adapted_parameters=lambda theta: size({name: theta["weights"][name] for name in names}),
+    )
