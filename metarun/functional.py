@@ -24,6 +24,11 @@ def forward_of(module: nn.Module) -> Forward:
     return forward
 
 
+def with_fixed(forward: Forward, fixed: Weights) -> Forward:
+    """``forward`` as a function of the weights that are not ``fixed``."""
+    return lambda weights, x: forward({**fixed, **weights}, x)
+
+
 def parameters_of(module: nn.Module) -> Weights:
     """A copy of the parameters of ``module`` by name."""
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}

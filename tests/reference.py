@@ -68,6 +68,44 @@ def maml_gradient(features, weights, tasks, kind, inner_lr, inner_steps, first_o
     return (weights, {name: next(gradients) for name in rates}) if learned else weights
 
 
+def modulated_gradient(weights, own, tasks, kind, convolutional, inner_lr, inner_steps):
+    """CAVIA and FiLM: inner steps on ``own`` from zero, the gradient with respect to the shared ``weights``."""
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+
+    def changed(h, task_own, place):
+        axes = (..., None, None) if h.ndim == 4 else ...
+        if f"{place}.context" in task_own:
+            h = h + (leaves[f"{place}.mix"] @ task_own[f"{place}.context"])[axes]
+        if f"{place}.scale" in task_own:
+            h = h + h * task_own[f"{place}.scale"][axes] + task_own[f"{place}.shift"][axes]
+        return h
+
+    def predict(task_own, x):
+        w = {name.replace(".layer.", "."): leaf for name, leaf in leaves.items()}
+        if convolutional:
+            for i in (0, 3, 6, 9):
+                x = F.conv2d(x, w[f"trunk.{i}.weight"], stride=2, padding=1)
+                norm = f"trunk.{i + 1}"
+                x = F.batch_norm(x, None, None, w[f"{norm}.weight"], w[f"{norm}.bias"], training=True)
+                x = F.relu(changed(x, task_own, norm))
+            x = x.mean((2, 3))
+        else:
+            places = sorted({".".join(name.split(".")[:2]) for name in w if name.startswith("trunk.")})
+            for place in places:
+                x = F.relu(changed(F.linear(x, w[f"{place}.weight"], w[f"{place}.bias"]), task_own, place))
+        return F.linear(x, w["head.weight"], w["head.bias"])
+
+    total = 0
+    for sx, sy, qx, qy in split(tasks):
+        fast = {name: torch.zeros(shape, requires_grad=True) for name, shape in own.items()}
+        for _ in range(inner_steps):
+            loss = supervised_loss(predict(fast, sx), sy, kind)
+            gradient = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {name: w - inner_lr * g for (name, w), g in zip(fast.items(), gradient, strict=True)}
+        total = total + supervised_loss(predict(fast, qx), qy, kind) / len(tasks.support["x"])
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
 def implicit_gradient(features, weights, tasks, kind, inner_lr, inner_steps, strength, damping):
     """iMAML's meta-gradient with the Hessian of the support loss written out and the system solved directly."""
     names, total = list(weights), 0

@@ -11,6 +11,7 @@ from metarun.algos.agnostic.imaml import imaml
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.agnostic.metasgd import metasgd
 from metarun.algos.agnostic.reptile import reptile
+from metarun.algos.dependent.adaptive import adaptive
 from metarun.algos.dependent.protonet import protonet
 from metarun.algos.dependent.shared_params import shared_params
 from metarun.engine import meta_gradient
@@ -97,6 +98,21 @@ def test_anil_and_boil(name, part, first_order):
         first_order,
         lambda weight: weight.startswith("head.") == (part == "head"),
     )
+    assert_same(grads["weights"], expected)
+
+
+@pytest.mark.parametrize("name", SETTINGS[::2])
+@pytest.mark.parametrize("modulation", ["context", "film"])
+def test_adaptive(name, modulation):
+    family, model, _ = setting(name)
+    algorithm = adaptive(model, family.spec, modulation, 3, 0.5, 2)
+    theta, tasks, grads = compute(algorithm, family, model)
+    first = next(iter(algorithm.adapt(theta, {}, family.loss)))
+    own = {name: w.shape for name, w in first.items()}
+    assert all((w == 0).all() for w in first.values())
+    assert not set(own) & set(theta["weights"])
+    conv = name.endswith("conv4")
+    expected = reference.modulated_gradient(theta["weights"], own, tasks, family.spec.kind, conv, 0.5, 2)
     assert_same(grads["weights"], expected)
 
 

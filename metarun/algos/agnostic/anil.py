@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, gradient_descent, parameters_of
+from metarun.functional import forward_of, gradient_descent, parameters_of, with_fixed
 from metarun.tree import size
 from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
@@ -56,15 +56,11 @@ def anil(
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
         # The inner gradient depends on the weights that stand still as well.
         still = {name: w.detach() for name, w in theta["weights"].items()} if first_order else theta["weights"]
-
-        def partly(part: Weights, x: Any) -> Tensor:
-            return forward({**still, **part}, x)
-
         part = {name: theta["weights"][name] for name in sorted(names)}
-        return gradient_descent(partly, part, support, loss, repeat(inner_lr), first_order)
+        return gradient_descent(with_fixed(forward, still), part, support, loss, repeat(inner_lr), first_order)
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
-        return forward({**theta["weights"], **state}, x)
+        return with_fixed(forward, theta["weights"])(state, x)
 
     return Algorithm(
         init,

@@ -1,0 +1,143 @@
+"""Adaptive modulation: shared parameters, and a few of each task's own that bend them.
+
+- ``modulation=context``, CAVIA: Zintgraf, Shiarlis, Kurin, Hofmann, Whiteson 2019, "Fast Context Adaptation via
+  Meta-Learning", https://arxiv.org/abs/1810.03642. A vector φ joins the input of the first layer, which adds U φ to
+  what the layer gives (§3.3).
+- ``modulation=film``: a scale 1 + γ and a shift β for every channel of every layer (Perez et al. 2018,
+  https://arxiv.org/abs/1709.07871), γ and β being the task's.
+
+    inner step   φ ← φ − α ∇ L_support with respect to φ alone, from φ = 0            (equations 3 and 4)
+    meta-loss    as in MAML, over the shared parameters alone                          (equation 5)
+
+A layer that a normalisation follows is modulated behind it, which would undo it otherwise.
+"""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from itertools import repeat
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.functional import forward_of, gradient_descent, parameters_of, with_fixed
+from metarun.tree import size
+from metarun.types import Algorithm, Loss, Spec, Tree, Weights
+
+TASK_OWN = ("context", "scale", "shift")
+
+
+def along_channels(vector: Tensor, out: Tensor) -> Tensor:
+    """``vector [channels]`` in the shape of ``out [..., channels]``, or ``[examples, channels, height, width]``."""
+    return vector[:, None, None] if out.ndim == 4 else vector
+
+
+class Contextual(nn.Module):
+    """A layer to whose output U φ is added."""
+
+    def __init__(self, layer: nn.Module, inputs: int, channels: int, context: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.context = nn.Parameter(torch.zeros(context))
+        # As a linear layer over input and context together would begin.
+        bound = 1 / math.sqrt(inputs + context)
+        self.mix = nn.Parameter(torch.empty(channels, context).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, shifted."""
+        out: Tensor = self.layer(x)
+        return out + along_channels(self.mix @ self.context, out)
+
+
+class FiLM(nn.Module):
+    """A layer whose output is scaled and shifted channel by channel."""
+
+    def __init__(self, layer: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale, self.shift = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, modulated."""
+        out: Tensor = self.layer(x)
+        return out * (1 + along_channels(self.scale, out)) + along_channels(self.shift, out)
+
+
+def modulated(model: nn.Module, modulation: str, context: int) -> nn.Module:
+    """A copy of ``model`` whose trunk is modulated."""
+    model = deepcopy(model)
+    trunk = getattr(model, "trunk", None)
+    layers = dict(enumerate(trunk)) if isinstance(trunk, nn.Sequential) else {}
+    weighted = {i: layer for i, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    require(
+        len(weighted) > 0,
+        f"adaptive needs a model with a trunk of linear or convolutional layers, and {type(model).__name__} has none; "
+        "choose another model",
+    )
+    assert isinstance(trunk, nn.Sequential)
+    for i, layer in list(weighted.items())[: 1 if modulation == "context" else None]:
+        channels, inputs = len(layer.weight), layer.weight[0].numel()
+        behind = layers.get(i + 1)
+        normed = behind is not None and i + 1 not in weighted and any(True for _ in behind.parameters())
+        place = i + 1 if normed else i
+        trunk[place] = (
+            Contextual(layers[place], inputs, channels, context)
+            if modulation == "context"
+            else FiLM(layers[place], channels)
+        )
+    return model
+
+
+def adaptive(
+    model: nn.Module,
+    spec: Spec,
+    modulation: Literal["context", "film"] = "context",
+    context: int = 5,
+    inner_lr: float = 1.0,
+    inner_steps: int = 1,
+    first_order: bool = False,
+) -> Algorithm:
+    """Shared parameters, with a context vector or scales and shifts adapted to each task.
+
+    Args:
+        model: a module whose ``trunk`` is a sequence of layers.
+        spec: the task family's; nothing is asked of it.
+        modulation: what belongs to a task.
+        context: length of φ, at least 1.
+        inner_lr: α, above 0, for mean losses.
+        inner_steps: steps that the meta-loss sees, at least 1.
+        first_order: whether the inner gradient counts as a constant.
+    """
+    require(context >= 1, f"context must be at least 1, not {context}")
+    require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
+    require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
+    with torch.random.fork_rng(devices=[]):
+        whole = modulated(model, modulation, context)
+    forward = forward_of(whole)
+    start = {n: p.detach() for n, p in whole.named_parameters() if n.rpartition(".")[2] in TASK_OWN}
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(generator.initial_seed())
+            weights = parameters_of(modulated(model, modulation, context))
+        return {"weights": {name: w for name, w in weights.items() if name not in start}}
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
+        still = {n: w.detach() for n, w in theta["weights"].items()} if first_order else theta["weights"]
+        return gradient_descent(with_fixed(forward, still), start, support, loss, repeat(inner_lr), first_order)
+
+    def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
+        return with_fixed(forward, theta["weights"])(state, x)
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="dependent",
+        kinds=("regression", "classification", "sequence", "control"),
+        paper="https://arxiv.org/abs/1810.03642",
+        train_steps=inner_steps,
+        adapted_parameters=lambda theta: size(start),
+    )
