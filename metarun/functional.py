@@ -82,6 +82,11 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
 
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distance of every row of ``a [n, d]`` to every row of ``b [m, d]``: ``[n, m]``."""
+    return (a[:, None] - b[None]).square().sum(-1)
+
+
 def one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
     """``index [...]`` as ``[..., size]`` in the dtype of ``like``; torch's own fails under ``grad`` inside ``vmap``."""
     return (index[..., None] == torch.arange(size, device=index.device)).to(like.dtype)

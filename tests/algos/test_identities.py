@@ -20,11 +20,14 @@ from metarun.algos.agnostic.metasgd import metasgd
 from metarun.algos.agnostic.reptile import reptile
 from metarun.algos.baselines.scratch import scratch
 from metarun.algos.baselines.transfer import transfer
+from metarun.algos.dependent.matching import matching
 from metarun.algos.dependent.protonet import protonet, prototypes
+from metarun.algos.dependent.relation import relation
 from metarun.algos.dependent.shared_params import ridge, shared_params
 from metarun.engine import evaluate, meta_gradient
 from metarun.models.mlp import MLP
 from metarun.tasks.sinusoid import Sinusoid
+from metarun.types import Task
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -143,7 +146,7 @@ def test_protonet_equals_its_linear_form():
     torch.testing.assert_close(logits.softmax(1), linear.softmax(1))
 
 
-@pytest.mark.parametrize("factory", [protonet, shared_params])
+@pytest.mark.parametrize("factory", [protonet, shared_params, matching, relation])
 def test_class_order_does_not_matter(factory):
     family, model, tasks = image_setting()
     algorithm = factory(model, family.spec)
@@ -184,3 +187,40 @@ def test_maml_steps_after_the_first_have_their_own_size():
     _, losses, *_ = evaluate(algorithm, theta, tasks, quadratic_loss, 3)
     left = torch.tensor([1.0, 0.5, 0.5 * 0.9, 0.5 * 0.9 * 0.9])
     torch.testing.assert_close(losses, losses[:, :1] * left**2)
+
+
+def test_matching_with_one_shot_is_a_softmax_over_prototypes_and_sums_attention_with_more():
+    family, model, tasks = image_setting()
+    support, query = one(tasks.support), one(tasks.query)
+    algorithm = matching(model, family.spec, "euclidean")
+    theta = algorithm.init(model, generator())
+    single = {
+        name: torch.stack([leaf[support["y"].argmax(1) == k][0] for k in range(3)]) for name, leaf in support.items()
+    }
+    *_, state = protonet(model, family.spec).adapt(theta, single, family.loss)
+    logits = protonet(model, family.spec).predict(theta, state, query["x"])
+    torch.testing.assert_close(algorithm.predict(theta, single, query["x"]).exp(), logits.softmax(1), atol=2e-6, rtol=0)
+    cosine = matching(model, family.spec)
+    z, q = model.trunk(support["x"]), model.trunk(query["x"])
+    near = torch.nn.functional.cosine_similarity(q[:, None], z[None], dim=-1).softmax(1)
+    chances = torch.stack([near[:, support["y"].argmax(1) == k].sum(1) for k in range(3)], 1)
+    torch.testing.assert_close(cosine.predict(theta, support, query["x"]).exp(), chances, atol=2e-6, rtol=0)
+
+
+def test_relation_compares_each_query_with_each_class():
+    family, model, tasks = image_setting()
+    support, query = one(tasks.support), one(tasks.query)
+    algorithm = relation(model, family.spec, 5)
+    theta = algorithm.init(model, generator())
+    task = Task(support, query)
+    w, z, q = theta["relation"], model.trunk(support["x"]), model.trunk(query["x"])
+    expected = torch.empty(len(q), 3)
+    for i, features in enumerate(q):
+        for k in range(3):
+            pair = torch.cat([z[support["y"].argmax(1) == k].sum(0), features])
+            hidden = (w["0.weight"] @ pair + w["0.bias"]).relu()
+            expected[i, k] = (w["2.weight"] @ hidden + w["2.bias"]).sigmoid()
+    torch.testing.assert_close(algorithm.predict(theta, support, query["x"]), expected)
+    loss, score = algorithm.meta_loss(theta, task, family.loss)
+    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(expected, query["y"]))
+    torch.testing.assert_close(score, (expected.argmax(1) == query["y"].argmax(1)).double().mean())

@@ -25,18 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, trunk_and_head, unit_rows
+from metarun.functional import forward_of, parameters_of, squared_distances, trunk_and_head, unit_rows
 from metarun.types import Algorithm, Loss, Spec, Tree
 
 
 def prototypes(z: Tensor, y: Tensor) -> Tensor:
     """Mean embedding of each class ``[ways, features]`` from ``z [examples, features]``, one-hot ``y``."""
     return (y.T @ z) / y.sum(0)[:, None]
-
-
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Euclidean distance of every row of ``a [n, d]`` to every row of ``b [m, d]``: ``[n, m]``."""
-    return (a[:, None] - b[None]).square().sum(-1)
 
 
 def protonet(
