@@ -11,6 +11,7 @@ from torch import nn
 
 from metarun.config import build, check_ranges
 from metarun.errors import UserError
+from metarun.functional import seeded
 from metarun.types import Algorithm, Family, Tree
 
 STREAMS = {"weights": 0, "algorithm": 1, "train": 2, "val": 3, "test": 4}
@@ -55,8 +56,7 @@ def choose_device(device: str) -> str:
 
 def build_model(config: DictConfig, family: Family) -> nn.Module:
     """The model, initialised from ``seed`` alone; torch's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stream(config.seed, "weights").initial_seed())
+    with seeded(stream(config.seed, "weights")):
         model = build(config, "model", family.spec)
     if not isinstance(model, nn.Module):
         raise UserError(f"model: {config.model._target_} must build a torch.nn.Module.")

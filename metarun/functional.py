@@ -1,7 +1,9 @@
 """Modules as functions of their parameters, and the inner step that gradient learners share."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -24,9 +26,12 @@ def forward_of(module: nn.Module) -> Forward:
     return forward
 
 
-def with_fixed(forward: Forward, fixed: Weights) -> Forward:
-    """``forward`` as a function of the weights that are not ``fixed``."""
-    return lambda weights, x: forward({**fixed, **weights}, x)
+@contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Modules built inside are initialised from ``generator``'s seed; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
 
 
 def parameters_of(module: nn.Module) -> Weights:
@@ -60,6 +65,37 @@ def gradient_descent(
         gradient = support_gradient(forward, start, support, loss)
         rates = learning_rate if isinstance(learning_rate, dict) else dict.fromkeys(weights, learning_rate)
         weights = {name: w - rates[name] * gradient[name] for name, w in weights.items()}
+
+
+def part_descent(
+    forward: Forward,
+    fixed: Weights,
+    part: Weights,
+    support: Tree,
+    loss: Loss,
+    learning_rate: float,
+    first_order: bool = False,
+) -> Iterator[Weights]:
+    """``gradient_descent`` on ``part`` without end; the loss depends on the ``fixed`` weights too, which stay."""
+    still = {name: w.detach() for name, w in fixed.items()} if first_order else fixed
+
+    def partly(weights: Weights, x: Any) -> Tensor:
+        return forward({**still, **weights}, x)
+
+    return gradient_descent(partly, part, support, loss, repeat(learning_rate), first_order)
+
+
+def keep_support(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
+    """``Algorithm.adapt`` of a learner that conditions on the support set: no state without it, then itself."""
+    yield None
+    yield support
+
+
+def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of the support examples and of ``x``, made in one batch, whose statistics they share."""
+    n = len(support["x"])
+    z = embed(weights, torch.cat([support["x"], x]))
+    return z[:n], z[n:]
 
 
 def trunk_and_head(model: nn.Module, spec: Spec, algorithm: str) -> tuple[nn.Module, nn.Linear]:

@@ -31,6 +31,7 @@ class Outputs(nn.Module):
 
     def __init__(self, features: int, spec: Spec, continuous: bool, initial_std: float) -> None:
         super().__init__()
+        require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
         self.linear = nn.Linear(features, spec.outputs)
         self.continuous = continuous
         if continuous:
@@ -61,7 +62,6 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         control = control_of(spec, "policy")
-        require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
         self.trunk = nn.Sequential(*fully_connected(spec.input_shape[0], widths, activation))
         self.head = Outputs(widths[-1], spec, control.continuous, initial_std)
 
@@ -69,6 +69,16 @@ class Policy(nn.Module):
         """Outputs ``[steps, episodes, outputs]``."""
         out: Tensor = self.head(self.trunk(seen.observation))
         return out
+
+
+def happened(seen: Seen) -> Tensor:
+    """What a memory is told: all that is seen, and the product of action and reward, which says what paid."""
+    return torch.cat([seen.observation, seen.action, seen.reward, seen.done, seen.action * seen.reward], -1)
+
+
+def happened_size(spec: Spec) -> int:
+    """How many numbers ``happened`` gives for a step."""
+    return spec.input_shape[0] + 2 * spec.outputs + 2
 
 
 class GRUPolicy(nn.Module):
@@ -88,9 +98,8 @@ class GRUPolicy(nn.Module):
         super().__init__()
         control = control_of(spec, "gru_policy")
         require(width >= 1, f"width must be at least 1, not {width}")
-        require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
         self.width = self.memory = width
-        self.encoder = nn.Sequential(nn.Linear(spec.input_shape[0] + 2 * spec.outputs + 2, width), nn.ReLU())
+        self.encoder = nn.Sequential(nn.Linear(happened_size(spec), width), nn.ReLU())
         self.inputs = nn.Linear(width, 3 * width)
         self.gates = nn.Linear(width, 2 * width, bias=False)
         self.candidate = nn.Linear(width, width, bias=False)
@@ -100,8 +109,7 @@ class GRUPolicy(nn.Module):
 
     def forward(self, seen: Seen) -> tuple[Tensor, Any]:
         """Outputs ``[steps, episodes, outputs]`` and the hidden state behind them ``[episodes, width]``."""
-        given = [seen.observation, seen.action, seen.reward, seen.done, seen.action * seen.reward]
-        x = self.inputs(self.encoder(torch.cat(given, -1)))
+        x = self.inputs(self.encoder(happened(seen)))
         hidden = x.new_zeros(x.shape[1], self.width) if seen.carry is None else seen.carry
         states = []
         for now in x:
@@ -138,12 +146,11 @@ class FastWeightsPolicy(nn.Module):
         control = control_of(spec, "fast_weights_policy")
         require(width >= 1, f"width must be at least 1, not {width}")
         require(slots >= 1, f"slots must be at least 1, not {slots}")
-        require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
         self.width, self.slots = width, slots
         self.memory = slots * (width + 1)
-        observation, actions = spec.input_shape[0], spec.outputs
+        observation = spec.input_shape[0]
         self.key = nn.Linear(observation, slots)
-        self.value = nn.Sequential(nn.Linear(observation + 2 * actions + 2, width), nn.ReLU())
+        self.value = nn.Sequential(nn.Linear(happened_size(spec), width), nn.ReLU())
         self.layers = nn.Sequential(
             nn.Linear(observation + width + 1, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU()
         )
@@ -151,8 +158,7 @@ class FastWeightsPolicy(nn.Module):
 
     def forward(self, seen: Seen) -> tuple[Tensor, Any]:
         """Outputs ``[steps, episodes, outputs]``, and the memory and the last key behind them."""
-        given = [seen.observation, seen.action, seen.reward, seen.done, seen.action * seen.reward]
-        value = self.value(torch.cat(given, -1))
+        value = self.value(happened(seen))
         value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
         query = (3 * self.key(seen.observation)).softmax(-1)
         if seen.carry is None:

@@ -24,6 +24,7 @@ Where we deviate: the papers collect new episodes for every step of adaptation; 
 policy out along the same tape, so that ten steps can fit its luck.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -32,7 +33,7 @@ from torch.nn.functional import log_softmax
 
 from metarun.errors import require
 from metarun.functional import one_hot
-from metarun.types import Predict, Seen, Tree
+from metarun.types import Predict, Seen, Split, Task, Tree
 
 RIDGE = 1e-5
 """Strength of the baseline's ridge regression, for features of order one."""
@@ -209,9 +210,13 @@ def policy_gradient_loss(
     return loss, total_return(trajectory)
 
 
-def with_hindsight(query: Tree) -> Tree:
-    """Query episodes of training tasks, leaves ``[tasks, episodes, ...]``, whose advantages are of expected rewards."""
-    return {**query, "hindsight": torch.ones_like(query["noise"][:, :, 0, 0])}
+def sampled(part: Callable[[int], Tree], split: Split, shots: int, queries: int, train_queries: int) -> Task:
+    """Tasks made of two draws of ``part(episodes)``, leaves ``[tasks, episodes, ...]``; for training with hindsight."""
+    support = part(shots)
+    if split != "train":
+        return Task(support, part(queries))
+    query = part(train_queries)
+    return Task(support, {**query, "hindsight": torch.ones_like(query["noise"][:, :, 0, 0])})
 
 
 def total_return(trajectory: Rollout) -> Tensor:

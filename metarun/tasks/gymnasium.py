@@ -13,7 +13,7 @@ their steps take the time of a loop in Python.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -95,8 +95,8 @@ class Host:
         info = copy.step(copy.action_space.sample())[-1]
         return "x_velocity" in info and "reward_ctrl" in info
 
-    def reset(self, seeds: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-        """Begin ``len(seeds)`` episodes with ``parameters [episodes, names]``: observations."""
+    def reset(self, seeds: np.ndarray, parameters: np.ndarray) -> tuple[np.ndarray]:
+        """Begin ``len(seeds)`` episodes with ``parameters [episodes, names]``: observations alone."""
         self.tasks = [dict(zip(self.parameters, row, strict=True)) for row in parameters.tolist()]
         self.running = [True] * len(seeds)
         self.seen = np.empty((len(seeds), self.inputs))
@@ -106,7 +106,7 @@ class Host:
                 if hasattr(copy.unwrapped, name):
                     setattr(copy.unwrapped, name, value)
             self.seen[i] = self.flatten(copy.observation_space, copy.reset(seed=seed)[0])
-        return self.seen.copy()
+        return (self.seen.copy(),)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One step of each episode that is not over: observations, rewards, and whether it is over now."""
@@ -131,54 +131,33 @@ class Host:
         return (space.low + share * (space.high - space.low)).astype(space.dtype)
 
 
-def together(info: Any, in_dims: tuple[Any, ...], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors ``[tasks, episodes, ...]`` of one level of vmap as ``[tasks · episodes, ...]``."""
-    tasks = [
-        x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip(tensors, in_dims, strict=True)
-    ]
-    return [x.flatten(0, 1) for x in tasks]
+class Outside(torch.autograd.Function):
+    """A function of arrays called with tensors; under vmap once, with all tasks' episodes side by side.
 
-
-class Reset(torch.autograd.Function):
-    """`Host.reset` on tensors; under vmap for all tasks at once."""
+    Its results come in the dtype of the last tensor, or as truth values; nothing flows back through it.
+    """
 
     @staticmethod
-    def forward(host: Host, seeds: Tensor, parameters: Tensor) -> Tensor:
-        """Observations ``[episodes, numbers]``."""
-        return parameters.new_tensor(host.reset(seeds.cpu().numpy(), parameters.cpu().numpy()))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        """Nothing flows back through an environment."""
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], host: Host, *tensors: Tensor) -> tuple[Tensor, int]:
-        """All tasks' episodes side by side."""
-        seen = Reset.apply(host, *together(info, in_dims[1:], tensors))  # type: ignore[no-untyped-call]
-        return seen.unflatten(0, (info.batch_size, -1)), 0
-
-
-class Step(torch.autograd.Function):
-    """`Host.step` on tensors; under vmap for all tasks at once."""
-
-    @staticmethod
-    def forward(host: Host, actions: Tensor) -> tuple[Tensor, ...]:
-        """Observations, rewards and whether the episode is over."""
-        seen, rewards, over = host.step(actions.cpu().numpy())
-        return actions.new_tensor(seen), actions.new_tensor(rewards), torch.from_numpy(over).to(actions.device)
+    def forward(function: Callable[..., tuple[np.ndarray, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``function`` of the tensors ``[episodes, ...]``."""
+        like = tensors[-1]
+        results = function(*(x.cpu().numpy() for x in tensors))
+        return tuple(torch.as_tensor(y, dtype=None if y.dtype == bool else like.dtype).to(like.device) for y in results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        """Nothing flows back through an environment."""
+        """No result has a gradient."""
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], host: Host, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
-        """All tasks' episodes side by side."""
-        columns = Step.apply(host, *together(info, in_dims[1:], tensors))  # type: ignore[no-untyped-call]
-        return tuple(column.unflatten(0, (info.batch_size, -1)) for column in columns), (0, 0, 0)
+    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """The same for ``[tasks · episodes, ...]``."""
+        tasks = [
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(tensors, in_dims[1:], strict=True)
+        ]
+        results = Outside.apply(function, *(x.flatten(0, 1) for x in tasks))  # type: ignore[no-untyped-call]
+        return tuple(y.unflatten(0, (info.batch_size, -1)) for y in results), (0,) * len(results)
 
 
 class Hosted:
@@ -192,7 +171,8 @@ class Hosted:
 
     def initial(self, data: Tree) -> Tensor:
         """Begin all episodes anew."""
-        seen: Tensor = Reset.apply(self.host, data["start"], data["parameters"])  # type: ignore[no-untyped-call]
+        seen: Tensor
+        (seen,) = Outside.apply(self.host.reset, data["start"], data["parameters"])  # type: ignore[no-untyped-call]
         return seen
 
     def observe(self, state: Tensor) -> Tensor:
@@ -201,7 +181,7 @@ class Hosted:
 
     def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
         """One step of every episode."""
-        seen, reward, over = Step.apply(self.host, action)  # type: ignore[no-untyped-call]
+        seen, reward, over = Outside.apply(self.host.step, action)  # type: ignore[no-untyped-call]
         return control.Outcome(seen, reward, reward, torch.zeros_like(reward), over)
 
 
@@ -298,7 +278,7 @@ class Gymnasium:
             parts = {"parameters": parameters.expand(-1, episodes, -1), "start": start, "noise": noise}
             return {name: leaf.to(self.device) for name, leaf in parts.items()}
 
-        return Task(part(self.spec.shots), part(self.train_queries if split == "train" else self.spec.queries))
+        return control.sampled(part, split, self.spec.shots, self.spec.queries, self.train_queries)
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean return of one task."""

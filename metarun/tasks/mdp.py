@@ -141,10 +141,7 @@ class MDP:
             }
             return {name: leaf.to(self.device) for name, leaf in {**tape, **table}.items()}
 
-        support = part(self.spec.shots)
-        if split == "train":
-            return Task(support, control.with_hindsight(part(self.train_queries)))
-        return Task(support, part(self.spec.queries))
+        return control.sampled(part, split, self.spec.shots, self.spec.queries, self.train_queries)
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean total reward of a trial."""

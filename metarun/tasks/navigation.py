@@ -109,7 +109,7 @@ class Navigation:
             noise = torch.randn(count, episodes, self.horizon, 2, generator=generator)
             return {"goal": goal.expand(-1, episodes, -1).to(self.device), "noise": noise.to(self.device)}
 
-        return Task(part(self.spec.shots), part(self.train_queries if split == "train" else self.spec.queries))
+        return control.sampled(part, split, self.spec.shots, self.spec.queries, self.train_queries)
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
         """Surrogate loss and mean return of one task."""

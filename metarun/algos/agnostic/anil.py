@@ -10,14 +10,13 @@
 """
 
 from collections.abc import Iterator
-from itertools import repeat
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, gradient_descent, parameters_of, with_fixed
+from metarun.functional import forward_of, parameters_of, part_descent
 from metarun.tree import size
 from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
@@ -54,13 +53,11 @@ def anil(
         return {"weights": parameters_of(model)}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        # The inner gradient depends on the weights that stand still as well.
-        still = {name: w.detach() for name, w in theta["weights"].items()} if first_order else theta["weights"]
         part = {name: theta["weights"][name] for name in sorted(names)}
-        return gradient_descent(with_fixed(forward, still), part, support, loss, repeat(inner_lr), first_order)
+        return part_descent(forward, theta["weights"], part, support, loss, inner_lr, first_order)
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
-        return with_fixed(forward, theta["weights"])(state, x)
+        return forward({**theta["weights"], **state}, x)
 
     return Algorithm(
         init,

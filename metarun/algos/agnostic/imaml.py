@@ -15,7 +15,7 @@ has no minimum to be implicit about.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -89,7 +89,7 @@ def imaml(
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
         start = weights = theta["weights"]
-        for _ in count():
+        while True:
             yield weights
             gradient = support_gradient(forward, weights, support, loss)
             weights = {n: w - inner_lr * (gradient[n] + strength * (w - start[n])) for n, w in weights.items()}

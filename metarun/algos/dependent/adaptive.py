@@ -15,14 +15,13 @@ A layer that a normalisation follows is modulated behind it, which would undo it
 import math
 from collections.abc import Iterator
 from copy import deepcopy
-from itertools import repeat
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, gradient_descent, parameters_of, with_fixed
+from metarun.functional import forward_of, parameters_of, part_descent, seeded
 from metarun.tree import size
 from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
@@ -86,7 +85,7 @@ def modulated(model: nn.Module, modulation: str, context: int) -> nn.Module:
             Contextual(layers[place], inputs, channels, context)
             if modulation == "context"
             else FiLM(layers[place], channels)
-        )
+        ).to(layer.weight)
     return model
 
 
@@ -119,17 +118,15 @@ def adaptive(
     start = {n: p.detach() for n, p in whole.named_parameters() if n.rpartition(".")[2] in TASK_OWN}
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator.initial_seed())
+        with seeded(generator):
             weights = parameters_of(modulated(model, modulation, context))
         return {"weights": {name: w for name, w in weights.items() if name not in start}}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        still = {n: w.detach() for n, w in theta["weights"].items()} if first_order else theta["weights"]
-        return gradient_descent(with_fixed(forward, still), start, support, loss, repeat(inner_lr), first_order)
+        return part_descent(forward, theta["weights"], start, support, loss, inner_lr, first_order)
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
-        return with_fixed(forward, theta["weights"])(state, x)
+        return forward({**theta["weights"], **state}, x)
 
     return Algorithm(
         init,

@@ -14,7 +14,6 @@ are μ. Networks are the method's own: the model of the configuration is not use
 """
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of
+from metarun.functional import forward_of, keep_support, parameters_of, seeded
 from metarun.types import Algorithm, Loss, Spec, Task, Tree
 
 LEAST_STD = 0.1
@@ -92,13 +91,8 @@ def cnp(model: nn.Module, spec: Spec, attention: bool = False, width: int = 128,
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         like = next(model.parameters())
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator.initial_seed())
+        with seeded(generator):
             return {"weights": parameters_of(build().to(like))}
-
-    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
-        yield None
-        yield support
 
     def distribution(theta: Tree, state: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
         mean_and_std: tuple[Tensor, Tensor] = forward(
@@ -118,7 +112,7 @@ def cnp(model: nn.Module, spec: Spec, attention: bool = False, width: int = 128,
 
     return Algorithm(
         init,
-        adapt,
+        keep_support,
         predict,
         family="dependent",
         kinds=("regression",),

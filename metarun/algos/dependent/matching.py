@@ -9,14 +9,21 @@ c is the cosine, as in the paper, or minus the squared distance, which independe
 no full context embedding (§2.1.2): support and query examples are embedded each by itself, but for batch statistics.
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.functional import forward_of, parameters_of, squared_distances, trunk_and_head, unit_rows
-from metarun.types import Algorithm, Loss, Spec, Tree
+from metarun.functional import (
+    embed_together,
+    forward_of,
+    keep_support,
+    parameters_of,
+    squared_distances,
+    trunk_and_head,
+    unit_rows,
+)
+from metarun.types import Algorithm, Spec, Tree
 
 LEAST_CHANCE = 1e-6
 """Added to each chance: a class to which no attention goes at all still has a logarithm."""
@@ -36,20 +43,15 @@ def matching(model: nn.Module, spec: Spec, distance: Literal["cosine", "euclidea
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(trunk_and_head(model, spec, "matching")[0])}
 
-    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
-        yield None
-        yield support
-
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        n = len(state["x"])
-        z = embed(theta["weights"], torch.cat([state["x"], x]))
-        near = unit_rows(z[n:]) @ unit_rows(z[:n]).T if distance == "cosine" else -squared_distances(z[n:], z[:n])
+        z, queries = embed_together(embed, theta["weights"], state, x)
+        near = unit_rows(queries) @ unit_rows(z).T if distance == "cosine" else -squared_distances(queries, z)
         chances: Tensor = near.softmax(-1) @ state["y"] + LEAST_CHANCE
         return chances.log()
 
     return Algorithm(
         init,
-        adapt,
+        keep_support,
         predict,
         family="dependent",
         kinds=("classification",),

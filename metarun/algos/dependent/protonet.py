@@ -18,15 +18,22 @@ features this costs more than it gives, hence the cosine, whose scale τ is lear
 Expected: 98.5 ± 0.2 % (``metarun algo=protonet task=omniglot task.split=random``, real data, 5-way 1-shot).
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, squared_distances, trunk_and_head, unit_rows
-from metarun.types import Algorithm, Loss, Spec, Tree
+from metarun.functional import (
+    embed_together,
+    forward_of,
+    keep_support,
+    parameters_of,
+    squared_distances,
+    trunk_and_head,
+    unit_rows,
+)
+from metarun.types import Algorithm, Spec, Tree
 
 
 def prototypes(z: Tensor, y: Tensor) -> Tensor:
@@ -55,21 +62,16 @@ def protonet(
             return {"weights": weights}
         return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
 
-    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
-        yield None
-        yield support
-
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        n = len(state["x"])
-        z = embed(theta["weights"], torch.cat([state["x"], x]))
-        centres = prototypes(z[:n], state["y"])
+        z, queries = embed_together(embed, theta["weights"], state, x)
+        centres = prototypes(z, state["y"])
         if distance == "euclidean":
-            return -squared_distances(z[n:], centres)
-        return cast(Tensor, theta["scale"] * unit_rows(z[n:]) @ unit_rows(centres).T)
+            return -squared_distances(queries, centres)
+        return cast(Tensor, theta["scale"] * unit_rows(queries) @ unit_rows(centres).T)
 
     return Algorithm(
         init,
-        adapt,
+        keep_support,
         predict,
         family="dependent",
         kinds=("classification",),

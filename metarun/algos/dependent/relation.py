@@ -10,14 +10,13 @@ Where we deviate: g sees vectors of features and is a multi-layer perceptron; th
 over maps of features.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, trunk_and_head
+from metarun.functional import embed_together, forward_of, keep_support, parameters_of, seeded, trunk_and_head
 from metarun.types import Algorithm, Loss, Spec, Task, Tree
 
 
@@ -41,18 +40,12 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, "relation")[0])
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator.initial_seed())
+        with seeded(generator):
             return {"weights": weights, "relation": parameters_of(comparer().to(next(iter(weights.values()))))}
 
-    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
-        yield None
-        yield support
-
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        n = len(state["x"])
-        z = embed(theta["weights"], torch.cat([state["x"], x]))
-        classes, queries = state["y"].T @ z[:n], z[n:]
+        z, queries = embed_together(embed, theta["weights"], state, x)
+        classes = state["y"].T @ z
         pairs = torch.cat([classes.expand(len(queries), -1, -1), queries[:, None].expand(-1, len(classes), -1)], -1)
         return compare(theta["relation"], pairs)[..., 0]
 
@@ -63,7 +56,7 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
 
     return Algorithm(
         init,
-        adapt,
+        keep_support,
         predict,
         family="dependent",
         kinds=("classification",),

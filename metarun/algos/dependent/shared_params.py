@@ -17,7 +17,6 @@ Expected: MSE 0.007 ± 0.004 (``metarun algo=shared_params task=sinusoid``), 97.
 algo=shared_params task=omniglot task.split=random``, real data, 5-way 1-shot).
 """
 
-from collections.abc import Iterator
 from math import log
 from typing import Any, cast
 
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, trunk_and_head
-from metarun.types import Algorithm, Loss, Spec, Tree
+from metarun.functional import embed_together, forward_of, keep_support, parameters_of, trunk_and_head
+from metarun.types import Algorithm, Spec, Tree
 
 
 def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
@@ -67,19 +66,15 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
         }
         return {"weights": weights, "solver": solver}
 
-    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
-        yield None
-        yield support
-
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        n, solver = len(state["x"]), theta["solver"]
-        z = with_bias(embed(theta["weights"], torch.cat([state["x"], x])))
-        w = ridge(z[:n] / n**0.5, state["y"], solver["log_strength"].exp())
-        return cast(Tensor, solver["scale"] * (z[n:] / n**0.5) @ w + solver["shift"])
+        solver, root = theta["solver"], len(state["x"]) ** 0.5
+        z, queries = map(with_bias, embed_together(embed, theta["weights"], state, x))
+        w = ridge(z / root, state["y"], solver["log_strength"].exp())
+        return cast(Tensor, solver["scale"] * (queries / root) @ w + solver["shift"])
 
     return Algorithm(
         init,
-        adapt,
+        keep_support,
         predict,
         family="dependent",
         kinds=("regression", "classification"),
