@@ -238,11 +238,11 @@ def seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
 
 
-def table_for_people(table: pd.DataFrame, metric: str, reference: str | None) -> list[list[str]]:
-    """Header and rows of the printed table, with the difference from ``reference`` where it is among them."""
+def table_for_people(table: pd.DataFrame, metric: str) -> list[list[str]]:
+    """Header and rows of the printed table, with the differences from a reference where there are any."""
     header = ["family", "algorithm", "before", "steps", f"{metric} ± CI95", "seeds", "std over seeds"]
     header += ["training", "ms/task", "meta-learned", "adapted"]
-    compared = reference is not None and bool(table["against"].notna().any())
+    compared = "against" in table and bool(table["against"].notna().any())
     if compared:
         header.insert(5, f"− {table['reference'].iloc[0]}")
     rows = [header]
@@ -322,7 +322,7 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
         if reference is not None:
             table = against(table, reference)
         difference = family_difference(table)
-        printed = markdown(table_for_people(table, metric, reference))
+        printed = markdown(table_for_people(table, metric))
         footnote = "(t): queries are normalised together (transductive).\n" if table["transductive"].any() else ""
         if "(u)" in printed:
             footnote += "(u): not paired, for want of common test episodes.\n"
