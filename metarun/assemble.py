@@ -7,11 +7,12 @@ from typing import cast
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from metarun.config import build, check_ranges
 from metarun.errors import UserError
 from metarun.functional import seeded
+from metarun.replicas import replica_configs
 from metarun.types import Algorithm, Family, Tree
 
 STREAMS = {"weights": 0, "algorithm": 1, "train": 2, "val": 3, "test": 4}
@@ -24,6 +25,18 @@ def stream(seed: int, name: str, index: int = 0) -> torch.Generator:
 
 
 @dataclass(frozen=True)
+class Replica:
+    """One of the runs that are trained side by side; mostly there is just one."""
+
+    config: DictConfig
+    """Of the separate run that it equals."""
+    differs: dict[str, float]
+    """The keys in which it differs from the others."""
+    model: nn.Module
+    algorithm: Algorithm
+
+
+@dataclass(frozen=True)
 class Experiment:
     """What a run works with."""
 
@@ -31,13 +44,21 @@ class Experiment:
     names: dict[str, str]
     """The members chosen for ``algo``, ``task`` and ``model``."""
     family: Family
-    model: nn.Module
+    replicas: list[Replica]
     algorithm: Algorithm
+    """The one that all replicas train with, closed over ``placeholders``."""
+    placeholders: dict[str, Tensor]
+    """A tensor for each hyperparameter of the algorithm in which replicas differ, to be exchanged for their own."""
     device: str
 
-    def initial_theta(self) -> Tree:
-        """What is meta-learned, before meta-training."""
-        return self.algorithm.init(self.model, stream(self.config.seed, "algorithm"))
+    @property
+    def model(self) -> nn.Module:
+        """The first replica's."""
+        return self.replicas[0].model
+
+    def initial_thetas(self) -> list[Tree]:
+        """What is meta-learned by each replica, before meta-training."""
+        return [r.algorithm.init(r.model, stream(r.config.seed, "algorithm")) for r in self.replicas]
 
 
 def choose_device(device: str) -> str:
@@ -110,10 +131,26 @@ def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
     Raises:
         UserError: a value out of range, data missing, or parts that do not fit.
     """
-    check_ranges(config)
     device = choose_device(config.device)
+    configs = replica_configs(config)
+    for own, _ in configs:
+        check_ranges(own)
     family = cast(Family, build(config, "task", device=device, data_dir=config.data_dir))
-    model = build_model(config, family).to(device)
-    algorithm = cast(Algorithm, build(config, "algo", model, family.spec))
-    check_fit(config, names, family, model, algorithm)
-    return Experiment(config, names, family, model, algorithm, device)
+    replicas = []
+    for own, differs in configs:
+        model = build_model(own, family).to(device)
+        algorithm = cast(Algorithm, build(own, "algo", model, family.spec))
+        replicas.append(Replica(own, differs, model, algorithm))
+    first = replicas[0]
+    check_fit(config, names, family, first.model, first.algorithm)
+    for other in replicas[1:]:
+        if any(not torch.equal(a, b) for a, b in zip(first.model.buffers(), other.model.buffers(), strict=True)):
+            raise UserError(f"model: {config.model._target_} draws buffers by the seed, so replicas cannot share it.")
+    placeholders = {
+        key: torch.tensor(value, device=device) for key, value in first.differs.items() if key.startswith("algo.")
+    }
+    algorithm = first.algorithm
+    if placeholders:
+        keys = {key.removeprefix("algo."): value for key, value in placeholders.items()}
+        algorithm = cast(Algorithm, build(first.config, "algo", first.model, family.spec, exchanged=keys))
+    return Experiment(config, names, family, replicas, algorithm, placeholders, device)

@@ -5,7 +5,7 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +17,9 @@ from metarun.errors import UserError
 
 Optimizer = Enum("Optimizer", ["adam", "adamw", "sgd"])
 Schedule = Enum("Schedule", ["constant", "linear", "cosine", "step"])
+Precision = Enum("Precision", ["float32", "tf32", "bfloat16"])
+Mode = Enum("Mode", ["auto", "eager", "replay", "compile", "cudagraph"])
+TaskMap = Enum("TaskMap", ["auto", "vmap", "threads"])
 
 
 @dataclass
@@ -36,6 +39,26 @@ class TrainConfig:
     eval_every: int = MISSING
     log_every: int = MISSING
     val_episodes: int = MISSING
+    task_chunk: int | None = MISSING
+    precision: Precision = MISSING
+
+
+@dataclass
+class EngineConfig:
+    """What runs the meta-steps."""
+
+    mode: Mode = MISSING
+    task_map: TaskMap = MISSING
+    threads: int | None = MISSING
+    keep_memory: bool = MISSING
+
+
+@dataclass
+class ReplicasConfig:
+    """Runs that are trained side by side in one process."""
+
+    count: int = MISSING
+    over: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,6 +80,8 @@ class Config:
     resume: str | None = MISSING
     train: TrainConfig = MISSING
     eval: EvalConfig = MISSING
+    engine: EngineConfig = MISSING
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     task: Any = MISSING
     model: Any = MISSING
     algo: Any = MISSING
@@ -77,6 +102,9 @@ LOWER_BOUNDS: dict[str, float] = {
     "train.eval_every": 1,
     "train.log_every": 1,
     "train.val_episodes": 2,
+    "train.task_chunk": 1,
+    "engine.threads": 1,
+    "replicas.count": 1,
     "eval.episodes": 2,
     "eval.adapt_steps": 0,
     "eval.seed": 0,
@@ -87,8 +115,9 @@ ABOVE_ZERO = ("train.lr", "train.decay", "train.clip")
 def check_ranges(config: DictConfig) -> None:
     """Refuse values out of range with a sentence."""
     for key, bound in LOWER_BOUNDS.items():
-        if not OmegaConf.select(config, key) >= bound:
-            raise UserError(f"{key} must be at least {bound:g}, not {OmegaConf.select(config, key)}.")
+        value = OmegaConf.select(config, key)
+        if value is not None and not value >= bound:
+            raise UserError(f"{key} must be at least {bound:g}, not {value}.")
     if config.train.final > 1:
         raise UserError(f"train.final must be at most 1, not {config.train.final}.")
     for key in ABOVE_ZERO:
@@ -97,11 +126,15 @@ def check_ranges(config: DictConfig) -> None:
             raise UserError(f"{key} must be a finite number above 0, not {value}.")
 
 
+NOT_IN_NUMBERS = ("device", "data_dir", "resume", "engine", "replicas")
+
+
 def config_hash(config: DictConfig) -> str:
-    """Fingerprint of all that determines a run's numbers: not where it runs, nor where its data lie."""
+    """Fingerprint of all that determines a run's numbers: not where and how it runs, nor where its data lie."""
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    kept = {key: value for key, value in plain.items() if key not in ("device", "data_dir", "resume")}
+    kept = {key: value for key, value in plain.items() if key not in NOT_IN_NUMBERS}
+    kept["train"] = {key: value for key, value in plain["train"].items() if key != "task_chunk"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -144,13 +177,16 @@ def _words(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
-def build(config: DictConfig, group: str, *given: Any, **context: Any) -> Any:
+def build(
+    config: DictConfig, group: str, *given: Any, exchanged: Mapping[str, Any] | None = None, **context: Any
+) -> Any:
     """Call the ``_target_`` of ``config[group]`` with its keys, each checked against the target's annotations.
 
     Args:
         config: the whole configuration.
         group: ``task``, ``model`` or ``algo``.
         given: positional arguments before the keys.
+        exchanged: other values for some keys, which are checked no more.
         context: further arguments by name, for targets that take them.
 
     Raises:
@@ -175,6 +211,6 @@ def build(config: DictConfig, group: str, *given: Any, **context: Any) -> Any:
             raise UserError(f"{group}.{key} must be {_words(hints[key])}, not {value!r}.")
     context = {key: value for key, value in context.items() if key in signature.parameters or takes_any}
     try:
-        return target(*given, **keys, **context)
+        return target(*given, **{**keys, **(exchanged or {})}, **context)
     except ValueError as error:
         raise UserError(f"{group}: {str(error).rstrip('.')}.") from error

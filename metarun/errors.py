@@ -9,3 +9,9 @@ def require(condition: bool, sentence: str) -> None:
     """Raise ``ValueError(sentence)`` unless ``condition`` holds: the range check of every constructor."""
     if not condition:
         raise ValueError(sentence)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, in one short line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]

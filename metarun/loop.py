@@ -4,22 +4,27 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from metarun import engine
-from metarun.assemble import Experiment, stream
+from metarun.assemble import Experiment, Replica, stream
 from metarun.errors import UserError
+from metarun.outer import learning_rates
 from metarun.results.tables import write_metrics
+from metarun.stepper import Stepper
+from metarun.stepping import MetaStep, replica, stacked
 from metarun.training import Best, Training, restore, save, save_best, start
-from metarun.tree import learned, leaves, tree_map
-from metarun.types import Split, Task, Tree
+from metarun.tree import tree_map
+from metarun.types import Algorithm, Split, Task, Tree
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +64,38 @@ def stop_on_signal() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def meta_step(experiment: Experiment, training: Training) -> None:
-    """One meta-step in place: sample tasks, meta-gradient, clip, outer step."""
-    config, theta = experiment.config, training.theta
-    tasks = experiment.family.sample("train", config.train.meta_batch, stream(config.seed, "train", training.step))
-    result = engine.meta_gradient(experiment.algorithm, theta, tasks, experiment.family.loss)
-    variables = list(leaves(learned(theta)))
-    for variable, gradient in zip(variables, leaves(result.grads), strict=True):
-        variable.grad = gradient
-    if config.train.clip is not None:
-        torch.nn.utils.clip_grad_norm_(variables, config.train.clip)
-    assert training.optimizer is not None
-    training.optimizer.step()
-    if training.schedule is not None:
-        training.schedule.step()
-    for old, new in zip(leaves(theta.get("carried", {})), leaves(result.carried), strict=True):
-        old.copy_(new)
-    training.window.append(torch.stack([result.loss, result.score]))
-    training.step += 1
+def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Tree:
+    """``support`` and ``query`` of ``count`` tasks for each of ``seeds``, leaves ``[replicas, tasks, ...]``."""
+
+    def drawn(seed: int) -> Tree:
+        return experiment.family.sample("train", count, stream(seed, "train", step))._asdict()
+
+    if len(set(seeds)) == 1:
+        return tree_map(lambda leaf: leaf.expand(len(seeds), *leaf.shape), drawn(seeds[0]))
+    batches = {seed: drawn(seed) for seed in sorted(set(seeds))}
+    return stacked([batches[seed] for seed in seeds])
+
+
+def rates_of(experiment: Experiment) -> list[Tree]:
+    """What differs between replicas in each meta-step: ``lr`` ``[replicas]`` along its schedule, and other keys."""
+    steps = max(experiment.config.train.steps, 1)
+    dtype = torch.get_default_dtype()
+
+    def put(values: Tensor) -> Tensor:
+        return values.to(experiment.device, dtype)
+
+    schedules = []
+    for one in experiment.replicas:
+        train = one.config.train
+        schedule = train.schedule.name
+        schedules.append(learning_rates(schedule, train.lr, steps, train.final, train.decay, train.decay_every))
+    lr = put(torch.stack(schedules, 1))
+    others = {
+        key: put(torch.tensor([one.differs[key] for one in experiment.replicas]))
+        for key in experiment.replicas[0].differs
+        if key not in ("seed", "train.lr", "train.final")
+    }
+    return [{"lr": row, **others} for row in lr]
 
 
 def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]:
@@ -89,13 +108,35 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
         yield block
 
 
+BLOCK_NUMBERS = 4_000_000
+"""Blocks are evaluated together on a CPU while their adapted parameters are no more than this: beyond, calls cost less
+than cache misses."""
+
+
+def joined(experiment: Experiment, algorithm: Algorithm, theta: Tree, blocks: Iterable[Task]) -> Iterator[Task]:
+    """Blocks of tasks put together, as many as fit."""
+    at_once = max(BLOCK_NUMBERS // (EPISODE_BLOCK * max(engine.adapted_parameters(algorithm, theta), 1)), 1)
+    if experiment.family.spec.control is not None or experiment.device != "cpu":
+        at_once = 1
+    rest = iter(blocks)
+    while group := list(islice(rest, at_once)):
+        yield Task(*(tree_map(lambda *leaves: torch.cat(leaves), *parts) for parts in zip(*group, strict=True)))
+
+
 def evaluate(
-    experiment: Experiment, theta: Tree, tasks: Iterator[Task] | list[Task], second: bool = False
+    experiment: Experiment,
+    replica: Replica,
+    theta: Tree,
+    tasks: Iterable[Task],
+    second: bool = False,
 ) -> engine.Evaluated:
     """Losses and scores along adaptation, over blocks of tasks; second scores too if asked and if there are any."""
-    algorithm, family, steps = experiment.algorithm, experiment.family, experiment.config.eval.adapt_steps
+    algorithm, family, steps = replica.algorithm, experiment.family, experiment.config.eval.adapt_steps
     second_score = family.second_score if second and family.spec.second_metric else None
-    blocks = [engine.evaluate(algorithm, theta, block, family.loss, steps, second_score) for block in tasks]
+    blocks = [
+        engine.evaluate(algorithm, theta, block, family.loss, steps, second_score)
+        for block in joined(experiment, algorithm, theta, tasks)
+    ]
     columns = zip(*(block[1:] for block in blocks), strict=True)
     return engine.Evaluated(blocks[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))
 
@@ -107,11 +148,11 @@ def better(experiment: Experiment, score: float, than: float) -> bool:
     return score > than if experiment.family.spec.higher_is_better else score < than
 
 
-def validate(experiment: Experiment, theta: Tree, tasks: list[Task]) -> tuple[Tree, float, float]:
+def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[Task]) -> tuple[Tree, float, float]:
     """The best of the algorithm's candidates for ``theta``, with its validation loss and score."""
     chosen, loss, score = theta, math.nan, math.nan
-    for candidate in experiment.algorithm.candidates(theta):
-        scored = evaluate(experiment, candidate, tasks)
+    for candidate in replica.algorithm.candidates(theta):
+        scored = evaluate(experiment, replica, candidate, tasks)
         candidate_loss, candidate_score = scored.losses[:, -1].mean().item(), scored.scores[:, -1].mean().item()
         if better(experiment, candidate_score, score):
             chosen, loss, score = candidate, candidate_loss, candidate_score
@@ -119,9 +160,14 @@ def validate(experiment: Experiment, theta: Tree, tasks: list[Task]) -> tuple[Tr
 
 
 def check_finite(training: Training, directory: Path) -> None:
-    """Stop a run whose loss or parameters are no longer finite, before anything bad is saved."""
-    finite = all(bool(leaf.isfinite().all()) for leaf in leaves(learned(training.theta)))
-    if finite and all(bool(pair[0].isfinite()) for pair in training.window):
+    """Stop a run whose losses or parameters are no longer finite, before anything bad is saved.
+
+    Of several replicas those that are not finite are let be, as long as one is.
+    """
+    finite = training.state["weights"].isfinite().all(-1)
+    if training.window:
+        finite = finite & torch.stack(training.window)[..., 0].isfinite().all(0)
+    if bool(finite.any()):
         return
     last = directory / "checkpoints" / "last.pt"
     kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
@@ -131,16 +177,19 @@ def check_finite(training: Training, directory: Path) -> None:
     )
 
 
-def log_row(training: Training, val: tuple[float, float] | None) -> dict[str, float | int]:
-    """Close the window of steps with a row for ``metrics.csv``."""
-    loss, score = torch.stack(training.window).mean(0).tolist() if training.window else (math.nan, math.nan)
+def log_rows(training: Training, val: list[tuple[float, float]] | None) -> None:
+    """Close the window of steps with a row for ``metrics.csv`` of each replica."""
+    means = (
+        torch.stack(training.window).mean(0).tolist()
+        if training.window
+        else [(math.nan, math.nan)] * len(training.rows)
+    )
     training.window.clear()
-    row: dict[str, float | int] = {"step": training.step, "train_loss": loss, "train_score": score}
-    if val is not None:
-        row |= {"val_loss": val[0], "val_score": val[1]}
-    row["seconds"] = round(training.seconds, 3)
-    training.rows.append(row)
-    return row
+    for index, (loss, score) in enumerate(means):
+        row: dict[str, float | int] = {"step": training.step, "train_loss": loss, "train_score": score}
+        if val is not None:
+            row |= {"val_loss": val[index][0], "val_score": val[index][1]}
+        training.rows[index].append(row | {"seconds": round(training.seconds, 3)})
 
 
 def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Training:
@@ -151,28 +200,42 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
         Interrupted: on SIGINT or SIGTERM, after writing a checkpoint.
     """
     train, metric = experiment.config.train, experiment.family.spec.metric
-    training = restore(experiment, directory) if resume else start(experiment)
-    steps = train.steps if experiment.algorithm.meta_learns else 0
+    meta_step = MetaStep(experiment)
+    training = restore(experiment, meta_step, directory) if resume else start(meta_step)
+    steps = train.steps if experiment.algorithm.meta_learns and meta_step.layout.size else 0
     validation = list(episodes(experiment, "val", train.val_episodes))
+    stepper = Stepper(experiment, meta_step, steps - training.step)
+    rates = rates_of(experiment)
+    compiled_before = training.compile_seconds
+    # Read once: a key of the configuration costs as much as several operations of a step.
+    seeds, meta_batch = [one.config.seed for one in experiment.replicas], train.meta_batch
+    eval_every, log_every = train.eval_every, train.log_every
 
     def validate_and_save() -> None:
         check_finite(training, directory)
-        theta, val_loss, val_score = validate(experiment, training.theta, validation)
+        values, improved = [], False
+        for index, one in enumerate(experiment.replicas):
+            now = meta_step.layout.theta(replica(training.state, index))
+            theta, val_loss, val_score = validate(experiment, one, now, validation)
+            values.append((val_loss, val_score))
+            best = training.best[index]
+            if best is None or better(experiment, val_score, best.val_score):
+                kept = tree_map(lambda leaf: leaf.detach().clone(), theta)
+                training.best[index], improved = Best(training.step, val_score, kept), True
         training.seconds += time.perf_counter() - clock[0]
         clock[0] = time.perf_counter()
-        row = log_row(training, (val_loss, val_score))
-        best = training.best
-        if best is None or better(experiment, val_score, best.val_score):
-            best = training.best = Best(training.step, val_score, tree_map(lambda t: t.detach().clone(), theta))
-            save_best(experiment, best, directory)
+        log_rows(training, values)
+        if improved:
+            save_best(experiment, training, directory)
         save(experiment, training, directory)
         write_metrics(directory, training.rows)
-        show(row)
+        show()
 
-    def show(row: dict[str, float | int]) -> None:
+    def show() -> None:
+        row, best = training.rows[0][-1], training.best[0]
         values = {"loss": f"{row['train_loss']:.4g}", metric: f"{row['train_score']:.4g}"}
-        if training.best is not None:
-            values["best val"] = f"{training.best.val_score:.4g}"
+        if best is not None:
+            values["best val"] = f"{best.val_score:.4g}"
         progress.set_postfix(values, refresh=False)
 
     clock = [time.perf_counter()]
@@ -180,44 +243,53 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
         stop_on_signal() as stopped,
         tqdm(total=steps, initial=training.step, disable=None, unit="step") as progress,
     ):
-        if steps == 0 and training.best is None:
+        if steps == 0 and training.best[0] is None:
             validate_and_save()
             if stopped:
                 raise Interrupted
         while training.step < steps:
-            meta_step(experiment, training)
+            tasks = training_tasks(experiment, seeds, meta_batch, training.step)
+            given = {"state": training.state, "tasks": tasks, "rates": rates[training.step]}
+            out = stepper(given)
+            training.state = out["state"]
+            training.window.append(out["result"])
+            training.step += 1
             progress.update()
-            due = training.step % train.eval_every == 0 or training.step == steps
-            if due or training.step % train.log_every == 0 or stopped:
-                if experiment.device != "cpu":
-                    torch.cuda.synchronize(experiment.device)
+            due = training.step % eval_every == 0 or training.step == steps
+            if due or training.step % log_every == 0 or stopped:
+                stepper.synchronize()
                 elapsed = time.perf_counter() - clock[0]
                 clock[0] = time.perf_counter()
                 training.seconds += elapsed
-                training.step_seconds += elapsed
+                compiling = compiled_before + stepper.compile_seconds - training.compile_seconds
+                training.step_seconds += elapsed - compiling
+                training.compile_seconds += compiling
+                training.engine, training.task_map = stepper.engine, stepper.task_map
             if due:
                 validate_and_save()
-            elif training.step % train.log_every == 0:
+            elif training.step % log_every == 0:
                 check_finite(training, directory)
-                show(log_row(training, None))
+                log_rows(training, None)
+                show()
                 write_metrics(directory, training.rows)
             if stopped:
                 check_finite(training, directory)
                 save(experiment, training, directory)
                 raise Interrupted
-    if training.best is None or not math.isfinite(training.best.val_score):
+    if not any(best and math.isfinite(best.val_score) for best in training.best):
         raise UserError(f"No validation gave a finite {metric}; lower algo.inner_lr or eval.adapt_steps.")
     return training
 
 
-def meta_test(experiment: Experiment, theta: Tree) -> Tested:
+def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
     """Score ``theta`` on the test episodes along adaptation."""
     config, began = experiment.config, time.perf_counter()
-    scored = evaluate(experiment, theta, episodes(experiment, "test", config.eval.episodes), second=True)
+    blocks = episodes(experiment, "test", config.eval.episodes)
+    scored = evaluate(experiment, replica, theta, blocks, second=True)
     seconds = time.perf_counter() - began
     block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
     began = time.perf_counter()
-    timed = engine.adapt_and_score(experiment.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps)
+    timed = engine.adapt_and_score(replica.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps)
     if experiment.device != "cpu":
         torch.cuda.synchronize(experiment.device)
     milliseconds = 1000 * (time.perf_counter() - began) / len(timed)

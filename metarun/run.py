@@ -4,9 +4,12 @@ import ctypes
 import hashlib
 import json
 import logging
+import math
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,14 @@ from torch import Tensor, nn
 
 import metarun
 from metarun import engine
-from metarun.assemble import Experiment, assemble
+from metarun.assemble import Experiment, Replica, assemble
 from metarun.config import config_hash
 from metarun.loop import Tested, meta_test, meta_train
 from metarun.models.norm import BatchStatistics
+from metarun.replicas import label
 from metarun.results.plots import plot_adaptation, plot_training
-from metarun.results.tables import format_score, format_score_ci, write_episodes, write_result
-from metarun.training import Training
+from metarun.results.tables import format_score, format_score_ci, write_episodes, write_results
+from metarun.training import Best, Training
 from metarun.tree import learned, leaves, size
 
 log = logging.getLogger(__name__)
@@ -96,9 +100,10 @@ def transductive(model: nn.Module) -> bool:
     return by_batch or bool(getattr(model, "transductive", False))
 
 
-def identity_columns(experiment: Experiment, run: str) -> dict[str, Any]:
-    """The columns of ``result.csv`` that are known before training."""
-    config, spec = experiment.config, experiment.family.spec
+def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, Any]:
+    """The columns of ``result.csv`` that are known of a replica before training."""
+    replica = experiment.replicas[index]
+    config, spec = replica.config, experiment.family.spec
     return {
         "run": run,
         "algo": experiment.names["algo"],
@@ -112,22 +117,26 @@ def identity_columns(experiment: Experiment, run: str) -> dict[str, Any]:
         "queries": spec.queries,
         "metric": spec.metric,
         "meta_batch": config.train.meta_batch,
-        "transductive": transductive(experiment.model),
+        "transductive": transductive(replica.model),
         "device": torch.cuda.get_device_name(experiment.device) if experiment.device != "cpu" else "cpu",
         "torch_version": torch.__version__,
         "metarun_version": metarun.__version__,
         "config_hash": config_hash(config),
         "episodes_hash": episodes_hash(experiment),
         "higher_is_better": spec.higher_is_better,
+        "precision": config.train.precision.name,
+        "replica": index,
+        "varied": label(replica.differs),
     }
 
 
-def measured_columns(experiment: Experiment, training: Training, tested: Tested) -> dict[str, Any]:
-    """The columns of ``result.csv`` that a finished run adds."""
-    assert training.best is not None
-    theta, scores, steps = training.best.theta, tested.scored.scores, tested.scored.adapt_steps
+def measured_columns(
+    experiment: Experiment, replica: Replica, training: Training, best: Best, tested: Tested
+) -> dict[str, Any]:
+    """The columns of ``result.csv`` that a finished replica adds; times are those of all replicas together."""
+    theta, scores, steps = best.theta, tested.scored.scores, tested.scored.adapt_steps
     second = tested.scored.second_scores[:, -1] if experiment.family.spec.second_metric else None
-    trained_tasks = training.step * experiment.config.train.meta_batch
+    trained_tasks = training.step * experiment.config.train.meta_batch * len(experiment.replicas)
     return {
         "status": "completed",
         "adapt_steps": steps[-1],
@@ -138,17 +147,19 @@ def measured_columns(experiment: Experiment, training: Training, tested: Tested)
         "second_score": None if second is None else second.mean().item(),
         "second_ci95": None if second is None else confidence(second).item(),
         "n_episodes": len(scores),
-        "val_score": training.best.val_score,
-        "selected_step": training.best.step,
+        "val_score": best.val_score,
+        "selected_step": best.step,
         "meta_steps": training.step,
         "train_seconds": round(training.seconds, 3),
-        "compile_seconds": 0.0,
+        "compile_seconds": round(training.compile_seconds, 3),
+        "engine": training.engine,
+        "task_map": training.task_map,
         "test_seconds": round(tested.seconds, 3),
         "tasks_per_second": round(trained_tasks / training.step_seconds, 1) if training.step else None,
         "adapt_ms_per_task": round(tested.adapt_ms_per_task, 4),
         "peak_memory_mb": round(peak_memory_mb(experiment.device), 1),
         "meta_parameters": size(learned(theta)) if experiment.algorithm.meta_learns else 0,
-        "adapted_parameters": engine.adapted_parameters(experiment.algorithm, theta),
+        "adapted_parameters": engine.adapted_parameters(replica.algorithm, theta),
         "dtype": str(next(leaves(theta), torch.empty(0)).dtype).removeprefix("torch."),
     }
 
@@ -159,10 +170,15 @@ def confidence(scores: Tensor) -> Tensor:
     return half_width
 
 
-def report(experiment: Experiment, row: dict[str, Any], tested: Tested, directory: Path) -> None:
-    """Print the run's row for people."""
+def setting_of(experiment: Experiment) -> str:
+    """Ways and shots in words."""
+    spec = experiment.family.spec
+    return f"{spec.ways}-way {spec.shots}-shot" if spec.ways else f"{spec.shots}-shot"
+
+
+def report(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
+    """Print a replica's row for people."""
     spec, metric = experiment.family.spec, row["metric"]
-    setting = f"{spec.ways}-way {spec.shots}-shot" if spec.ways else f"{spec.shots}-shot"
     before = (
         "no score without a support set" if row["score_before"] is None else format_score(row["score_before"], metric)
     )
@@ -170,13 +186,14 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested, director
     after = "after the support set" if row["score_before"] is None else f"after {steps} step{'s' * (steps != 1)}"
     log.info("")
     log.info(
-        "%s (%s) on %s, %s, %s test episodes of %s",
+        "%s (%s) on %s, %s, %s test episodes of %s%s",
         row["algo"],
         FAMILY_NAMES[row["family"]],
         row["task"],
-        setting,
+        setting_of(experiment),
         row["n_episodes"],
         row["dataset"],
+        f", {row['varied']}" if row["varied"] else "",
     )
     if steps == 0:
         after = "without a support set"
@@ -211,47 +228,86 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested, director
         row["train_seconds"],
         row["test_seconds"],
     )
-    log.info("  files: %s", directory)
+
+
+@contextmanager
+def settings_of(config: DictConfig) -> Iterator[None]:
+    """What a run asks of the process, undone behind it: jobs of a sweep share one."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    if config.engine.keep_memory:
+        keep_freed_memory()
+    if config.train.precision.name == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        # Compiled graphs of one job are of no use to the next.
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def write_pictures(
+    experiment: Experiment, training: Training, finished: list[tuple[dict[str, Any], Tested]], directory: Path
+) -> None:
+    """``training.png`` and ``adaptation.png``, a line for each replica that finished."""
+    first = finished[0][0]
+    title = f"{first['algo']} on {first['task']}"
+    if len(finished) == 1:
+        title += f", {first['varied'] or 'seed ' + str(first['seed'])}"
+    if training.step:
+        curves = [(row["varied"], training.rows[row["replica"]], row["selected_step"]) for row, _ in finished]
+        plot_training(directory / "training.png", title, first["metric"], curves)
+    lines = []
+    for row, tested in finished:
+        scores = tested.scored.scores
+        lines.append((row["varied"], scores.mean(0).tolist(), confidence(scores).tolist()))
+    steps = finished[0][1].scored.adapt_steps
+    plot_adaptation(directory / "adaptation.png", title, first["metric"], steps, lines)
 
 
 def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
     """Meta-train, select, meta-test; write tables and pictures into ``directory``.
 
     Returns:
-        The validation score that selected the tested parameters: what a sweeper may optimise.
+        The validation score that selected the tested parameters: what a sweeper may optimise. Of several replicas the
+        best one's.
 
     Raises:
         UserError: whatever the user can mend.
         Interrupted: the user stopped the run.
     """
-    experiment = assemble(config, names)
-    keep_freed_memory()
-    reset_peak_memory(experiment.device)
-    row = identity_columns(experiment, directory.name)
-    try:
-        training = meta_train(experiment, directory, resume=config.resume is not None)
-        assert training.best is not None
-        tested = meta_test(experiment, training.best.theta)
-    except BaseException as error:
-        if not (directory / "result.csv").exists():
-            stopped = type(error).__name__ in ("Interrupted", "KeyboardInterrupt")
-            write_result(directory, row | {"status": "interrupted" if stopped else "failed"})
-        raise
-    row |= measured_columns(experiment, training, tested)
-    scored = tested.scored
-    second = scored.second_scores.tolist() if experiment.family.spec.second_metric else None
-    write_episodes(directory, scored.adapt_steps, scored.losses.tolist(), scored.scores.tolist(), second)
-    write_result(directory, row)
-    title = f"{row['algo']} on {row['task']}, seed {row['seed']}"
-    if training.step:
-        plot_training(directory / "training.png", title, row["metric"], training.rows, row["selected_step"])
-    plot_adaptation(
-        directory / "adaptation.png",
-        title,
-        row["metric"],
-        scored.adapt_steps,
-        scored.scores.mean(0).tolist(),
-        confidence(scored.scores).tolist(),
-    )
-    report(experiment, row, tested, directory)
-    return training.best.val_score
+    with settings_of(config):
+        experiment = assemble(config, names)
+        reset_peak_memory(experiment.device)
+        rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
+        finished: list[tuple[dict[str, Any], Tested]] = []
+        try:
+            training = meta_train(experiment, directory, resume=config.resume is not None)
+            for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
+                if best is None or not math.isfinite(best.val_score):
+                    row["status"] = "failed"
+                    continue
+                tested = meta_test(experiment, replica, best.theta)
+                row |= measured_columns(experiment, replica, training, best, tested)
+                finished.append((row, tested))
+        except BaseException as error:
+            if not (directory / "result.csv").exists():
+                stopped = type(error).__name__ in ("Interrupted", "KeyboardInterrupt")
+                write_results(directory, [row | {"status": "interrupted" if stopped else "failed"} for row in rows])
+            raise
+        has_second = experiment.family.spec.second_metric is not None
+        write_episodes(directory, [(row["replica"], tested.scored) for row, tested in finished], has_second)
+        write_results(directory, rows)
+        write_pictures(experiment, training, finished, directory)
+        for row, tested in finished:
+            report(experiment, row, tested)
+        for row in rows:
+            if row["status"] == "failed":
+                log.warning("  %s diverged and has no score; lower its step size", row["varied"])
+        log.info("  files: %s", directory)
+        scores: list[float] = [row["val_score"] for row, _ in finished]
+        return max(scores) if experiment.family.spec.higher_is_better else min(scores)

@@ -4,16 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 
 from metarun import checkpoint
 from metarun.assemble import Experiment
 from metarun.config import config_hash
 from metarun.errors import UserError
-from metarun.tree import learned, leaves, tree_map
+from metarun.stepping import MetaStep
+from metarun.tree import leaves
 from metarun.types import Tree
 
 
@@ -28,53 +27,30 @@ class Best:
 
 @dataclass
 class Training:
-    """Everything that changes during meta-training."""
+    """Everything that changes during meta-training; lists have an item for each replica."""
 
-    theta: Tree
-    optimizer: Optimizer | None
-    """None where there is nothing to learn."""
-    schedule: LRScheduler | None
-    step: int = 0
-    best: Best | None = None
-    rows: list[dict[str, float | int]] = field(default_factory=list)
+    state: Tree
+    """Leaves ``[replicas, ...]``; see `metarun.stepping`."""
+    best: list[Best | None]
+    rows: list[list[dict[str, float | int]]]
     """Of ``metrics.csv``."""
+    step: int = 0
     window: list[Tensor] = field(default_factory=list)
-    """(loss, score) of each step since the last row."""
+    """(loss, score) ``[replicas, 2]`` of each step since the last row."""
     seconds: float = 0.0
+    compile_seconds: float = 0.0
+    """Of which spent on recording, compiling and choosing."""
     step_seconds: float = 0.0
-    """Of which outside of validation."""
+    """Of which in meta-steps alone."""
+    engine: str = "eager"
+    task_map: str = "vmap"
+    """What ran the last steps."""
 
 
-def outer_optimizer(config: DictConfig, theta: Tree) -> tuple[Optimizer | None, LRScheduler | None]:
-    """The optimizer over the learned leaves of ``theta``, if there are any, and its schedule over ``train.steps``."""
-    train, variables = config.train, list(leaves(learned(theta)))
-    if not variables:
-        return None, None
-    optimizer: Optimizer
-    match train.optimizer.name:
-        case "adam":
-            optimizer = Adam(variables, train.lr, weight_decay=train.weight_decay, fused=True)
-        case "adamw":
-            optimizer = AdamW(variables, train.lr, weight_decay=train.weight_decay, fused=True)
-        case _:
-            optimizer = SGD(variables, train.lr, weight_decay=train.weight_decay, fused=True)
-    steps = max(train.steps, 1)
-    match train.schedule.name:
-        case "linear":
-            return optimizer, LinearLR(optimizer, 1.0, train.final, total_iters=steps)
-        case "cosine":
-            return optimizer, CosineAnnealingLR(optimizer, steps, eta_min=train.lr * train.final)
-        case "step":
-            return optimizer, StepLR(optimizer, train.decay_every, train.decay)
-        case _:
-            return optimizer, None
-
-
-def start(experiment: Experiment) -> Training:
+def start(meta_step: MetaStep) -> Training:
     """The state before the first step."""
-    # Parameters of their own memory, whatever init returned, for the optimizer to write into.
-    theta = tree_map(lambda leaf: leaf.detach().clone(), experiment.initial_theta())
-    return Training(theta, *outer_optimizer(experiment.config, theta))
+    count = meta_step.count
+    return Training(meta_step.initial_state(), [None] * count, [[] for _ in range(count)])
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
@@ -82,32 +58,29 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
     return {
         "config": OmegaConf.to_yaml(experiment.config, resolve=True),
         "config_hash": config_hash(experiment.config),
+        "replicas": [config_hash(replica.config) for replica in experiment.replicas],
         "dataset": experiment.family.dataset,
     }
 
 
+SAVED_AS_IT_IS = ("step", "state", "rows", "window", "seconds", "compile_seconds", "step_seconds", "engine", "task_map")
+
+
 def save(experiment: Experiment, training: Training, directory: Path) -> None:
     """Write ``last.pt``, all that a resumed run needs."""
-    content = {
-        "step": training.step,
-        "theta": training.theta,
-        "optimizer": training.optimizer.state_dict() if training.optimizer else None,
-        "schedule": training.schedule.state_dict() if training.schedule else None,
-        "best": vars(training.best) if training.best else None,
-        "rows": training.rows,
-        "window": training.window,
-        "seconds": training.seconds,
-        "step_seconds": training.step_seconds,
-    }
+    content: dict[str, Any] = {name: getattr(training, name) for name in SAVED_AS_IT_IS}
+    content["best"] = [vars(best) if best else None for best in training.best]
     checkpoint.save(directory / "checkpoints" / "last.pt", _identity(experiment) | content)
 
 
-def save_best(experiment: Experiment, best: Best, directory: Path) -> None:
-    """Write ``best.pt``: the parameters that validation selected."""
-    checkpoint.save(directory / "checkpoints" / "best.pt", _identity(experiment) | vars(best))
+def save_best(experiment: Experiment, training: Training, directory: Path) -> None:
+    """Write ``best.pt``: the parameters that validation selected, of each replica where there are several."""
+    best = [vars(best) if best else None for best in training.best]
+    content: dict[str, Any] = {"best": best} if len(best) > 1 else (best[0] or {})
+    checkpoint.save(directory / "checkpoints" / "best.pt", _identity(experiment) | content)
 
 
-def restore(experiment: Experiment, directory: Path) -> Training:
+def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Training:
     """The state that ``last.pt`` holds.
 
     Raises:
@@ -115,19 +88,18 @@ def restore(experiment: Experiment, directory: Path) -> Training:
     """
     path = directory / "checkpoints" / "last.pt"
     content = checkpoint.load(path, experiment.device, config_hash(experiment.config))
+    if content["replicas"] != _identity(experiment)["replicas"]:
+        raise UserError(f"The checkpoint {path} is of other replicas; resume with no other keys, or start a new run.")
     if content["dataset"] != experiment.family.dataset:
         raise UserError(
             f"The checkpoint {path} was trained on {content['dataset']}, and the data found now are "
             f"{experiment.family.dataset}; set data_dir to where the former lie."
         )
-    training = start(experiment)
-    for old, new in zip(leaves(training.theta), leaves(content["theta"]), strict=True):
-        old.copy_(new)
-    if training.optimizer is not None:
-        training.optimizer.load_state_dict(content["optimizer"])
-    if training.schedule is not None:
-        training.schedule.load_state_dict(content["schedule"])
-    training.best = Best(**content["best"]) if content["best"] else None
-    for name in ("step", "rows", "window", "seconds", "step_seconds"):
+    training = start(meta_step)
+    shapes = [leaf.shape for leaf in leaves(training.state)]
+    if shapes != [leaf.shape for leaf in leaves(content["state"])]:
+        raise UserError(f"The checkpoint {path} does not fit the model that is built now; start a new run.")
+    for name in SAVED_AS_IT_IS:
         setattr(training, name, content[name])
+    training.best = [Best(**best) if best else None for best in content["best"]]
     return training

@@ -31,7 +31,10 @@ from metarun.results.tables import RESULT_COLUMNS, format_score, format_score_ci
 
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
 FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
-NOT_A_VARIANT = ("algo", "task", "seed", "device", "data_dir", "resume", "task.download")
+NOT_A_VARIANT = (
+    *("algo", "task", "seed", "device", "data_dir", "resume", "task.download"),
+    *("replicas.count", "replicas.over", "engine.threads", "engine.keep_memory", "train.task_chunk"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,12 @@ def overrides_of(directory: Path) -> frozenset[str]:
     return frozenset(o for o in overrides if o.partition("=")[0].lstrip("+~") not in NOT_A_VARIANT)
 
 
+def varied_overrides(varied: Any) -> frozenset[str]:
+    """The keys in which a replica differs from others of its run, as overrides."""
+    words = varied.split() if isinstance(varied, str) else []
+    return frozenset(word for word in words if word.partition("=")[0] not in NOT_A_VARIANT)
+
+
 def read_results(files: Sequence[Path]) -> pd.DataFrame:
     """All rows, with columns ``directory`` and ``overrides`` added.
 
@@ -93,7 +102,8 @@ def read_results(files: Sequence[Path]) -> pd.DataFrame:
         if missing:
             raise UserError(f"{path} is not a result table of metarun: it lacks the column {missing[0]}.")
         table["directory"] = str(path.parent)
-        table["overrides"] = [overrides_of(path.parent)] * len(table)
+        given = overrides_of(path.parent)
+        table["overrides"] = [given | varied_overrides(varied) for varied in table["varied"]]
         table["modified"] = path.stat().st_mtime
         tables.append(table.dropna(axis=1, how="all"))
     every = pd.concat(tables, ignore_index=True)
@@ -106,7 +116,9 @@ def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     finished = results[results["status"] == "completed"]
     for _, row in results[results["status"] != "completed"].iterrows():
         notes.append(f"left out: {row['directory']} ({row['status']})")
-    newest = finished.sort_values("modified", kind="stable").drop_duplicates(["config_hash", *SETTING], keep="last")
+    newest = finished.sort_values("modified", kind="stable").drop_duplicates(
+        ["config_hash", "engine", *SETTING], keep="last"
+    )
     if len(newest) < len(finished):
         notes.append(f"{len(finished) - len(newest)} older runs of the same configuration are left out")
     return newest.sort_index(), notes
@@ -150,7 +162,7 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
                 "meta_parameters": runs["meta_parameters"].max(),
                 "adapted_parameters": runs["adapted_parameters"].max(),
                 "higher_is_better": bool(runs["higher_is_better"].iloc[0]),
-                "directories": list(runs["directory"]),
+                "replicas": list(zip(runs["directory"], runs["replica"], strict=True)),
                 "episodes_hashes": set(runs["episodes_hash"]),
             }
         )
@@ -160,15 +172,16 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
     return table.loc[order.sort_values(["family", "score"]).index].reset_index(drop=True)
 
 
-def episode_scores(directories: Sequence[str]) -> NDArray[np.float64] | None:
-    """Final score of each episode, averaged over runs; None where a run has no readable ``episodes.csv``."""
+def episode_scores(replicas: Sequence[tuple[str, int]]) -> NDArray[np.float64] | None:
+    """Final score of each episode, averaged over replicas (directory and number); None where one has none to read."""
     scores = []
-    for directory in directories:
+    for directory, number in replicas:
         path = Path(directory) / "episodes.csv"
         if not path.is_file():
             return None
         try:
             table = pd.read_csv(path)
+            table = table[table["replica"] == number]
             last = table[table["adapt_step"] == table["adapt_step"].max()].sort_values("episode")
             scores.append(last["score"].to_numpy(dtype=float))
         except (OSError, ValueError, KeyError):
@@ -185,7 +198,7 @@ def name_of(row: pd.Series) -> str:
 
 def difference_of(a: pd.Series, b: pd.Series) -> Difference:
     """Row ``a`` minus row ``b``, episode by episode where both were tested on the same ones."""
-    scores = [episode_scores(row["directories"]) for row in (a, b)]
+    scores = [episode_scores(row["replicas"]) for row in (a, b)]
     same = len(a["episodes_hashes"] | b["episodes_hashes"]) == 1
     if same and scores[0] is not None and scores[1] is not None and len(scores[0]) == len(scores[1]):
         difference = scores[0] - scores[1]
@@ -327,7 +340,7 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
         if "(u)" in printed:
             footnote += "(u): not paired, for want of common test episodes.\n"
         texts.append(f"## {setting_title(setting)}\n\n{printed}\n\n{footnote}{sentence(difference, table, metric)}")
-        tables.append(table.drop(columns=["directories", "episodes_hashes"]).assign(**setting))
+        tables.append(table.drop(columns=["replicas", "episodes_hashes"]).assign(**setting))
         if difference is not None:
             differences.append(setting | vars(difference))
         # A long list of overrides would leave no room for the picture.

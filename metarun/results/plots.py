@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from metarun.files import atomic_write
@@ -40,24 +41,38 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
-def plot_training(path: Path, title: str, metric: str, rows: Sequence[Mapping[str, Any]], selected_step: int) -> None:
-    """Training and validation score over meta-steps; a line marks the step that was tested."""
+Curve = tuple[str, Sequence[Mapping[str, float | int]], int]
+"""What a replica differs in, its rows of ``metrics.csv``, and the step that was tested."""
+
+
+def plot_training(path: Path, title: str, metric: str, curves: Sequence[Curve]) -> None:
+    """Scores over meta-training and the step that was tested; of several replicas the validation scores alone."""
     figure, axis = new_figure()
     scale = axis_scale(metric)
-    for column, label, colour, marker in (
-        ("train_score", "training tasks", "#999999", ""),
-        ("val_score", "validation tasks", AGNOSTIC, "o"),
-    ):
-        points = [(row["step"], scale * row[column]) for row in rows if column in row and row["step"] > 0]
-        points = [(x, y) for x, y in points if math.isfinite(y)]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4)
-    axis.axvline(selected_step, color=DEPENDENT, linestyle=":", label=f"tested: step {selected_step}")
-    if metric == "mse" and all(y > 0 for line in axis.lines[:-1] for y in line.get_ydata()):
+    one = len(curves) == 1
+    for number, (differs, rows, selected_step) in enumerate(curves):
+        colour = replica_colour(number, len(curves))
+        for column, label, own_colour, marker in (
+            ("train_score", "training tasks", "#999999", ""),
+            ("val_score", "validation tasks" if one else differs, colour, "o"),
+        )[0 if one else 1 :]:
+            points = [(row["step"], scale * row[column]) for row in rows if column in row and row["step"] > 0]
+            points = [(x, y) for x, y in points if math.isfinite(y)]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, color=own_colour, marker=marker, markersize=4)
+        if one:
+            axis.axvline(selected_step, color=DEPENDENT, linestyle=":", label=f"tested: step {selected_step}")
+    if metric == "mse" and all(y > 0 for line in axis.lines[: -1 if one else None] for y in line.get_ydata()):
         axis.set_yscale("log")
-    axis.set(title=title, xlabel="meta-step", ylabel=axis_label(metric))
-    axis.legend(frameon=False)
+    what = axis_label(metric) if one else f"validation {axis_label(metric)}"
+    axis.set(title=title, xlabel="meta-step", ylabel=what)
+    axis.legend(frameon=False, fontsize=None if one else 8)
     save_figure(figure, path)
+
+
+def replica_colour(number: int, count: int) -> Any:
+    """The colour of one of several lines; of a single one the usual."""
+    return AGNOSTIC if count == 1 else colormaps["viridis"](number / count)
 
 
 def plot_adaptation(
@@ -65,32 +80,45 @@ def plot_adaptation(
     title: str,
     metric: str,
     adapt_steps: Sequence[int],
-    means: Sequence[float],
-    cis: Sequence[float],
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
 ) -> None:
-    """Test score along adaptation with its 95 % confidence interval over episodes."""
+    """Test score along adaptation with its 95 % confidence interval over episodes.
+
+    Args:
+        path: of the PNG.
+        title: of the picture.
+        metric: of the scores.
+        adapt_steps: those that were scored.
+        lines: for each replica what it differs in, means and half-widths of intervals.
+    """
     figure, axis = new_figure()
     scale = axis_scale(metric)
-    y = [scale * value for value in means]
-    low = [scale * (m - c) for m, c in zip(means, cis, strict=True)]
-    high = [scale * (m + c) for m, c in zip(means, cis, strict=True)]
-    axis.errorbar(
-        adapt_steps,
-        y,
-        yerr=[scale * c for c in cis],
-        color=AGNOSTIC,
-        marker="o",
-        markersize=4,
-        capsize=2,
-        linewidth=1,
-    )
-    axis.fill_between(adapt_steps, low, high, color=AGNOSTIC, alpha=0.15, linewidth=0)
+    for number, (differs, means, cis) in enumerate(lines):
+        colour = replica_colour(number, len(lines))
+        y = [scale * value for value in means]
+        low = [scale * (m - c) for m, c in zip(means, cis, strict=True)]
+        high = [scale * (m + c) for m, c in zip(means, cis, strict=True)]
+        axis.errorbar(
+            adapt_steps,
+            y,
+            yerr=[scale * c for c in cis],
+            color=colour,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+            label=differs,
+        )
+        axis.fill_between(adapt_steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        if len(adapt_steps) == 1:
+            axis.annotate(f"{y[0]:.4g}", (adapt_steps[0], y[0]), xytext=(8, 0), textcoords="offset points", va="center")
     if len(adapt_steps) == 1:
         axis.set_xlim(adapt_steps[0] - 1, adapt_steps[0] + 1)
         axis.set_xticks(list(adapt_steps), ["after the support set"])
-        axis.annotate(f"{y[0]:.4g}", (adapt_steps[0], y[0]), xytext=(8, 0), textcoords="offset points", va="center")
     elif len(adapt_steps) <= 12:
         axis.set_xticks(list(adapt_steps))
+    if len(lines) > 1:
+        axis.legend(frameon=False, fontsize=8)
     axis.set(title=title, xlabel="adaptation step", ylabel=f"test {axis_label(metric)}")
     save_figure(figure, path)
 

@@ -5,12 +5,12 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from metarun.files import write_text
 
-METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds")
-EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "second_score")
+METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds", "replica")
+EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "second_score", "replica")
 RESULT_COLUMNS = (
     *(
         "run",
@@ -40,8 +40,10 @@ RESULT_COLUMNS = (
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
     *("torch_version", "metarun_version", "config_hash", "episodes_hash", "higher_is_better"),
     *("second_metric", "second_score", "second_ci95"),
+    *("engine", "task_map", "precision", "replica", "varied"),
 )
-"""One row a run; accuracies are fractions. ``episodes_hash`` is equal where the test episodes are."""
+"""One row a replica of a run, which mostly has one; accuracies are fractions. ``episodes_hash`` is equal where the test
+episodes are."""
 
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -54,31 +56,50 @@ def _write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
     write_text(path, text.getvalue())
 
 
-def write_metrics(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """``metrics.csv``: a row a logging step; validation columns are empty where there was none."""
-    _write(directory / "metrics.csv", METRICS_COLUMNS, rows)
+def write_metrics(directory: Path, rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """``metrics.csv``: a row a logging step and replica; validation columns are empty where there was none."""
+    numbered = [{**row, "replica": index} for index, own in enumerate(rows) for row in own]
+    _write(directory / "metrics.csv", METRICS_COLUMNS, numbered)
 
 
-def write_episodes(
-    directory: Path,
-    adapt_steps: Sequence[int],
-    losses: Sequence[Sequence[float]],
-    scores: Sequence[Sequence[float]],
-    second_scores: Sequence[Sequence[float]] | None,
-) -> None:
-    """``episodes.csv``: a row a test episode and adaptation step; second scores are empty where there are none."""
+class Scored(Protocol):
+    """Scores along adaptation, ``[episodes, states]``."""
+
+    @property
+    def adapt_steps(self) -> Sequence[int]:
+        """Of the states."""
+
+    @property
+    def losses(self) -> Any:
+        """A tensor."""
+
+    @property
+    def scores(self) -> Any:
+        """A tensor."""
+
+    @property
+    def second_scores(self) -> Any:
+        """A tensor."""
+
+
+def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], has_second: bool) -> None:
+    """``episodes.csv``: a row a test episode, adaptation step and replica, whose number stands with its scores.
+
+    Second scores are empty where there are none.
+    """
     rows = []
-    for episode in range(len(losses)):
-        for i, step in enumerate(adapt_steps):
-            second = None if second_scores is None else second_scores[episode][i]
-            values = (episode, step, losses[episode][i], scores[episode][i], second)
-            rows.append(dict(zip(EPISODES_COLUMNS, values, strict=True)))
+    for replica, scored in replicas:
+        columns = [values.tolist() for values in (scored.losses, scored.scores, scored.second_scores)]
+        for episode, (losses, scores, second) in enumerate(zip(*columns, strict=True)):
+            for i, step in enumerate(scored.adapt_steps):
+                values = (episode, step, losses[i], scores[i], second[i] if has_second else None, replica)
+                rows.append(dict(zip(EPISODES_COLUMNS, values, strict=True)))
     _write(directory / "episodes.csv", EPISODES_COLUMNS, rows)
 
 
-def write_result(directory: Path, row: Mapping[str, Any]) -> None:
-    """``result.csv``: the run's row."""
-    _write(directory / "result.csv", RESULT_COLUMNS, [row])
+def write_results(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """``result.csv``: the run's rows, one for each replica."""
+    _write(directory / "result.csv", RESULT_COLUMNS, rows)
 
 
 def format_score(value: float | None, metric: str) -> str:

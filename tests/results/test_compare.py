@@ -6,11 +6,13 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from metarun.engine import Evaluated
 from metarun.errors import UserError
 from metarun.results import compare as module
 from metarun.results.compare import compare, episode_scores
-from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_result
+from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_results
 
 
 def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
@@ -45,10 +47,11 @@ def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
         "config_hash": f"{algo}{seed}{overrides}",
         "episodes_hash": "same",
         "higher_is_better": columns.get("metric", "accuracy") == "accuracy",
+        "replica": 0,
     }
-    write_result(directory, row | columns)
-    rows = [[0.2, score] for score in scores]
-    write_episodes(directory, [0, 1], rows, rows, None)
+    write_results(directory, [row | columns])
+    values = torch.tensor([[0.2, score] for score in scores], dtype=torch.float64)
+    write_episodes(directory, [(0, Evaluated([0, 1], values, values, values))], False)
     if overrides:
         (directory / ".hydra").mkdir()
         (directory / ".hydra" / "overrides.yaml").write_text("\n".join(f"- {o}" for o in overrides))

@@ -1,0 +1,59 @@
+"""Runs trained side by side in one process: the configurations of the separate runs that they equal."""
+
+from copy import deepcopy
+from itertools import product
+from math import isfinite
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from metarun.errors import UserError
+
+OF_THE_OUTER_STEP = ("train.lr", "train.weight_decay", "train.clip", "train.final")
+
+
+def varied_keys(config: DictConfig) -> dict[str, list[float]]:
+    """``replicas.over`` checked: each key with its values.
+
+    Raises:
+        UserError: a key that cannot differ within one process, or values that are no numbers.
+    """
+    over: Any = OmegaConf.to_container(config.replicas.over, resolve=True)
+    for key, values in over.items():
+        group, _, name = str(key).partition(".")
+        if key not in OF_THE_OUTER_STEP and (group != "algo" or not name.isidentifier()):
+            raise UserError(
+                f"replicas.over can vary {', '.join(OF_THE_OUTER_STEP)} and numbers of algo, not {key}; sweep it with "
+                f"metarun -m {key}=..."
+            )
+        now = OmegaConf.select(config, str(key))
+        numbers = isinstance(values, list) and values and all(type(v) in (int, float) and isfinite(v) for v in values)
+        if not numbers or len(set(values)) != len(values):
+            raise UserError(f"replicas.over: {key} needs a list of different numbers, such as [0.1, 0.03].")
+        if type(now) is not float and not (key == "train.clip" and now is None):
+            raise UserError(
+                f"replicas.over: {key} must be a number with a point in this run, and it is {now}; what changes the "
+                f"work itself is swept with metarun -m {key}=..."
+            )
+    return {str(key): [float(value) for value in values] for key, values in over.items()}
+
+
+def replica_configs(config: DictConfig) -> list[tuple[DictConfig, dict[str, float]]]:
+    """The configuration of each replica as a run of its own, with the keys in which it differs: grid times seeds."""
+    over, count = varied_keys(config), config.replicas.count
+    found = []
+    for values in product(*over.values()):
+        for offset in range(count):
+            own, differs = deepcopy(config), dict(zip(over, values, strict=True))
+            for key, value in differs.items():
+                OmegaConf.update(own, key, value)
+            if count > 1:
+                own.seed = differs["seed"] = config.seed + offset
+            own.replicas.count, own.replicas.over = 1, {}
+            found.append((own, differs))
+    return found
+
+
+def label(differs: dict[str, float]) -> str:
+    """The keys and values of a replica, as overrides on the command line would be written."""
+    return " ".join(f"{key}={value:g}" for key, value in differs.items())

@@ -1,0 +1,272 @@
+"""The engine: what runs the meta-steps of a run, named by the configuration or chosen by measurement.
+
+- ``eager``: torch runs the function as it is written.
+- ``replay``: the operations of one step, recorded once (`metarun.recording`), without the work of deriving them.
+- ``compile``: the recording in one compiled graph.
+- ``cudagraph``: the recording as one launch on a GPU.
+
+Tasks are mapped by ``vmap``, or by ``threads``: a recording of one task's gradient run by as many Python threads as
+torch has been given, each with one of torch's own. For convolutions with weights of each task's own that can be faster
+on a CPU than one grouped convolution.
+
+``auto`` measures the first eager steps, and goes on to whatever saves more time over the steps that remain than it
+costs. Every other engine is compared with eager on tasks that it has not seen before it is used.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from metarun.assemble import Experiment
+from metarun.errors import UserError
+from metarun.recording import CannotRecord, Captured, Recording
+from metarun.stepping import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
+from metarun.tree import leaves
+from metarun.types import Tree
+
+log = logging.getLogger(__name__)
+
+WATCHED = 10
+"""Eager steps that ``auto`` times, after the first."""
+SMALL_WORK = 2e7
+"""Examples times parameters of a step below which calling operations costs more than computing them."""
+TOLERANCE = 5e-3
+"""Largest relative difference of an engine's step from eager's in float32; convolutions differ by 3e-4 in second
+order, which Adam's first steps can enlarge."""
+EAGER_STEPS_TO_RECORD = 130
+RECORD_SECONDS_AN_OPERATION = 0.0011
+COMPILE_SECONDS_AN_OPERATION = {"cold": 0.07, "warm": 0.015}
+COMPILED_SHARE = 0.35
+"""What recording and compiling cost, and what share of a replayed small step is left; measured, docs/performance.md."""
+
+
+def work_of(experiment: Experiment, given: Tree) -> float:
+    """Examples times parameters of one meta-step: its arithmetic in rough terms."""
+    examples = 0
+    for part in given["tasks"].values():
+        first = part["x"] if "x" in part else part["noise"]
+        # A policy sees every moment of every episode.
+        examples += first.shape[: 3 if "x" in part else 4].numel()
+    return float(examples * given["state"]["weights"].shape[1])
+
+
+def choose_threads(experiment: Experiment, given: Tree) -> None:
+    """One thread for tiny steps, where two only add variance; else as many as torch has."""
+    chosen = experiment.config.engine.threads
+    if chosen is not None:
+        torch.set_num_threads(chosen)
+    elif experiment.device == "cpu" and work_of(experiment, given) < SMALL_WORK:
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def one_thread_each(workers: int) -> Iterator[None]:
+    """Torch's own threads off in the caller while workers have the cores."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(workers)
+
+
+def agrees(found: Tree, expected: Tree, tolerance: float) -> bool:
+    """Whether two results of a step are equal up to ``tolerance``, leaf by leaf."""
+    for a, b in zip(leaves(found), leaves(expected), strict=True):
+        if not (a - b).double().norm() <= tolerance * b.double().norm() + 1e-7 * b.numel() ** 0.5:
+            return False
+    return True
+
+
+@dataclass
+class Candidate:
+    """An engine that could run, and what it was measured to take."""
+
+    name: str
+    run: Step
+    seconds: float
+
+
+class Stepper:
+    """Runs meta-steps one after the other, from the first that this process runs.
+
+    ``engine`` names what runs now, ``task_map`` how tasks are mapped; ``compile_seconds`` is what was spent on
+    recording, compiling, comparing and measuring.
+    """
+
+    def __init__(self, experiment: Experiment, meta_step: MetaStep, steps: int) -> None:
+        """``steps`` are those that this process will run.
+
+        Raises:
+            UserError: an engine that this machine or this run cannot have.
+        """
+        self.experiment, self.meta_step, self.remaining = experiment, meta_step, steps
+        settings = experiment.config.engine
+        self.mode, self.wanted_map = settings.mode.name, settings.task_map.name
+        if self.mode == "cudagraph" and experiment.device == "cpu":
+            raise UserError("engine=cudagraph needs a CUDA device, and this run is on the CPU; choose engine=auto.")
+        if self.wanted_map == "threads" and (experiment.device != "cpu" or meta_step.count > 1):
+            raise UserError(
+                "engine.task_map=threads is for one replica on the CPU; choose engine.task_map=auto or vmap."
+            )
+        if self.wanted_map == "threads" and self.mode in ("eager", "compile"):
+            raise UserError("engine.task_map=threads runs recordings; choose engine=auto or engine=replay with it.")
+        self.meta_batch: int = experiment.config.train.meta_batch
+        self.chunk = experiment.config.train.task_chunk or self.meta_batch
+        if self.meta_batch % self.chunk:
+            raise UserError(
+                f"train.task_chunk must divide train.meta_batch={self.meta_batch}, and {self.chunk} does not."
+            )
+        self.engine, self.task_map, self.compile_seconds = "eager", "vmap", 0.0
+        self.run: Step = self.eager()
+        self.choosing = self.mode != "eager"
+        self.watched: list[float] = []
+        self.before: Tree | None = None
+
+    def eager(self) -> Step:
+        """The step as it is written, ``chunk`` tasks at a time."""
+        if self.chunk == self.meta_batch:
+            return self.meta_step.whole
+        return accumulated(self.meta_step.gradient, self.meta_step.update, self.chunk)
+
+    def __call__(self, given: Tree) -> Tree:
+        """One meta-step; see `metarun.stepping` for what is given and returned."""
+        if self.before is None:
+            choose_threads(self.experiment, given)
+        began = time.perf_counter()
+        out = self.run_or_halve(given)
+        self.remaining -= 1
+        if self.choosing:
+            self.synchronize()
+            self.watched.append(time.perf_counter() - began)
+            if len(self.watched) > (WATCHED if self.mode == "auto" else 1):
+                assert self.before is not None
+                self.choose(self.before, given, out)
+                self.choosing = False
+        self.before = given if self.choosing or self.before is None else self.before
+        return out
+
+    def run_or_halve(self, given: Tree) -> Tree:
+        """Run a step; where a GPU is too small for it and ``train.task_chunk`` is free, with half as many tasks."""
+        while True:
+            try:
+                return self.run(given)
+            except torch.cuda.OutOfMemoryError as error:
+                free = self.experiment.config.train.task_chunk is None and self.engine == "eager"
+                if not free or self.chunk == 1:
+                    raise refuse_out_of_memory(error, self.meta_batch) from error
+                self.chunk = max(c for c in range(1, self.chunk) if self.meta_batch % c == 0)
+                torch.cuda.empty_cache()
+                log.info("The GPU is too small for all tasks at once: %d at a time.", self.chunk)
+                self.run = self.eager()
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, if there is one."""
+        if self.experiment.device != "cpu":
+            torch.cuda.synchronize(self.experiment.device)
+
+    def timed(self, run: Step, given: Tree) -> float:
+        """Median seconds of a step, over as many as eager was watched for or half a second allows."""
+        taken: list[float] = []
+        while len(taken) < WATCHED and sum(taken) < 0.5:
+            began = time.perf_counter()
+            run(given)
+            self.synchronize()
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+    def choose(self, before: Tree, given: Tree, expected: Tree) -> None:
+        """Go from eager to the engine that was asked for, or to the one that saves most.
+
+        Recordings are made on ``before`` and compared on ``given``, whose eager result is ``expected``.
+        """
+        began = time.perf_counter()
+        reasons: list[str] = []
+        # The very first step also warms up.
+        seconds = statistics.median(self.watched[1:])
+        best = Candidate("eager", self.run, seconds)
+        for name, make in self.ways():
+            try:
+                if self.mode == "auto" and (refusal := self.not_worth(name, best, given)):
+                    reasons.append(refusal)
+                    continue
+                run = make(before)
+                if not agrees(run(given), expected, TOLERANCE):
+                    raise CannotRecord("it does not give what eager gives")
+            except CannotRecord as error:
+                reasons.append(f"no {name}: {error}")
+                continue
+            candidate = Candidate(name, run, self.timed(run, given))
+            reasons.append(f"{name} {1000 * candidate.seconds:.3g} ms")
+            if self.mode != "auto" or candidate.seconds < best.seconds:
+                best = candidate
+        self.compile_seconds += time.perf_counter() - began
+        self.run = best.run
+        self.engine, _, threads = best.name.partition(" ")
+        self.task_map = "threads" if threads else "vmap"
+        log.info("engine: %s (eager %.3g ms a step; %s)", best.name, 1000 * seconds, "; ".join(reasons) or "no other")
+
+    def ways(self) -> Iterator[tuple[str, Callable[[Tree], Step]]]:
+        """Names of engines to try, the cheaper ones first, and how to make each from an example."""
+        cuda, asked = self.experiment.device != "cpu", self.mode
+        workers = torch.get_num_threads()
+        if self.wanted_map != "vmap" and not cuda and self.meta_step.count == 1 and asked in ("auto", "replay"):
+            if self.wanted_map == "threads" or (workers > 1 and self.meta_batch > 1):
+                yield "replay threads", partial(self.threaded, workers)
+            if self.wanted_map == "threads":
+                return
+        if asked in ("auto", "replay", "compile", "cudagraph"):
+            kept: list[Recording] = []
+
+            def recorded(example: Tree) -> Recording:
+                if not kept:
+                    kept.append(Recording(self.eager(), example))
+                return kept[0]
+
+            self.recorded = recorded
+            if asked in ("auto", "replay") and not (cuda and asked == "auto"):
+                yield "replay", recorded
+            if asked == "cudagraph" or (cuda and asked == "auto"):
+                yield "cudagraph", lambda example: Captured(recorded(example), example)
+            if asked == "compile" or (asked == "auto" and not cuda):
+                yield "compile", lambda example: recorded(example).compiled(example)
+
+    def threaded(self, workers: int, example: Tree) -> Step:
+        """A recording of one task's gradient, run by a pool of threads."""
+        gradient = Recording(self.meta_step.gradient, parts_of(example, 1)[0])
+        pool = ThreadPoolExecutor(workers, "metarun", torch.set_num_threads, (1,))
+        run = accumulated(gradient, self.meta_step.update, 1, pool)
+
+        def step(given: Tree) -> Tree:
+            with one_thread_each(workers):
+                return run(given)
+
+        return step
+
+    def not_worth(self, name: str, best: Candidate, given: Tree) -> str:
+        """Why ``auto`` should not even make an engine: it would cost more than it can save, or ''."""
+        left, eager = self.remaining, statistics.median(self.watched[1:])
+        small = work_of(self.experiment, given) < SMALL_WORK
+        if name == "compile":
+            if best.name != "replay" or not small:
+                return "compile would gain nothing on work of this size"
+            recording = self.recorded(given)
+            known = "warm" if recording.marker().exists() else "cold"
+            cost = COMPILE_SECONDS_AN_OPERATION[known] * recording.operations
+            saves = left * best.seconds * (1 - COMPILED_SHARE)
+            return "" if saves > 1.5 * cost else f"compile would save {saves:.0f} s and cost about {cost:.0f} s"
+        if name == "replay" and not small:
+            return "replay would gain nothing on work of this size"
+        # Small steps lose half of their time by replaying, others a quarter by threads: each has to pay for recording.
+        gain, budget = (0.4, 1.0) if small else (0.2, 0.05 / 0.2)
+        cost = EAGER_STEPS_TO_RECORD * eager if small else min(EAGER_STEPS_TO_RECORD * eager, 5.0 + 2 * eager)
+        if name == "replay threads" and small:
+            return "threads would gain nothing on work of this size"
+        saves = gain * left * eager
+        return "" if budget * saves > cost else f"{name} would save {saves:.1f} s and cost about {cost:.1f} s"

@@ -1,0 +1,205 @@
+"""One meta-step as a pure function of tensors, for one replica or many.
+
+Everything that a step reads is in one tree, every leaf ``[replicas, ...]``:
+
+- ``state``: the learned numbers in one vector (``weights``), what the optimizer remembers (``moments``), what an
+  algorithm replaces by itself (``carried``);
+- ``tasks``: ``support`` and ``query`` of a batch of tasks;
+- ``rates``: the learning rate of this step (``lr``), and the values of every hyperparameter in which replicas differ.
+
+One vector, because an optimizer's arithmetic on thirty small tensors costs thirty times that on one.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.overrides import TorchFunctionMode
+
+from metarun.assemble import Experiment
+from metarun.engine import meta_gradient
+from metarun.errors import UserError, first_line
+from metarun.outer import clipped, initial_moments, outer_step
+from metarun.tree import learned, leaves, like, size, tree_map
+from metarun.types import Task, Tree
+
+Step = Callable[[Tree], Tree]
+
+
+class Layout:
+    """How the learned leaves of theta lie in one vector."""
+
+    def __init__(self, theta: Tree) -> None:
+        """Take the shapes of ``theta``.
+
+        Raises:
+            UserError: its leaves are of more than one type.
+        """
+        self.template = learned(theta)
+        self.shapes = [leaf.shape for leaf in leaves(self.template)]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.size = size(self.template)
+        types = {leaf.dtype for leaf in leaves(self.template)}
+        if len(types) > 1:
+            raise UserError(f"Learned parameters must all be of one type, and the model has {sorted(map(str, types))}.")
+
+    def vector(self, theta: Tree) -> Tensor:
+        """The learned leaves one after the other ``[numbers]``."""
+        parts = [leaf.flatten() for leaf in leaves(learned(theta))]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def theta(self, state: Tree) -> dict[str, Any]:
+        """The tree that an algorithm knows, of the state of one replica."""
+        parts = state["weights"].split(self.sizes) if self.sizes else []
+        tree = like(self.template, (part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)))
+        return {**tree, "carried": state["carried"]} if "carried" in state else tree
+
+
+class Substitute(TorchFunctionMode):
+    """Inside, every call of torch gets another tensor in place of each that is named.
+
+    An algorithm closes over its hyperparameters when it is made. This is how a replica's own value reaches it.
+    """
+
+    def __init__(self, others: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.others = {id(named): other for named, other in others}
+
+    def exchanged(self, value: Any) -> Any:
+        """``value`` with the named tensors exchanged, in lists and tuples too."""
+        if isinstance(value, Tensor):
+            return self.others.get(id(value), value)
+        return type(value)(map(self.exchanged, value)) if type(value) in (list, tuple) else value
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = {name: self.exchanged(value) for name, value in (kwargs or {}).items()}
+        return function(*map(self.exchanged, args), **named)
+
+
+def replica(tree: Tree, index: int) -> dict[str, Any]:
+    """One replica of a tree whose leaves have a leading axis of them."""
+    return tree_map(lambda leaf: leaf[index], tree)
+
+
+def stacked(trees: list[Tree]) -> dict[str, Any]:
+    """Trees of one structure as one, with a leading axis."""
+    return tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+class MetaStep:
+    """The functions that a meta-step of an experiment is made of."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.count = len(experiment.replicas)
+        self.thetas = experiment.initial_thetas()
+        self.layout = Layout(self.thetas[0])
+        train = experiment.config.train
+        self.optimizer: str = train.optimizer.name
+        self.clip: float | None = train.clip
+        self.weight_decay = float(train.weight_decay)
+        self.narrow = train.precision.name == "bfloat16"
+        self.device_type = torch.device(experiment.device).type
+
+    def initial_state(self) -> Tree:
+        """The state of all replicas before the first step."""
+
+        def one(theta: Tree) -> Tree:
+            weights = self.layout.vector(theta)
+            state = {
+                "weights": weights,
+                "moments": initial_moments(weights, self.optimizer),
+            }
+            return {**state, "carried": theta["carried"]} if "carried" in theta else state
+
+        return stacked([one(theta) for theta in self.thetas])
+
+    def over_replicas(self, function: Step) -> Step:
+        """``function`` of one replica, for all of them."""
+        if self.count > 1:
+            return vmap(function)
+        return lambda given: tree_map(lambda leaf: leaf[None], function(replica(given, 0)))
+
+    def gradient(self, given: Tree) -> Tree:
+        """``state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and score) and what is ``carried``."""
+        experiment = self.experiment
+
+        def one(given: Tree) -> Tree:
+            state, tasks = given["state"], given["tasks"]
+            others = [(named, given["rates"][key]) for key, named in experiment.placeholders.items()]
+            with (
+                Substitute(others) if others else nullcontext(),
+                torch.autocast(self.device_type, torch.bfloat16, enabled=self.narrow, cache_enabled=False),
+            ):
+                found = meta_gradient(
+                    experiment.algorithm,
+                    self.layout.theta(state),
+                    Task(tasks["support"], tasks["query"]),
+                    experiment.family.loss,
+                    transformed=self.count > 1,
+                )
+            out = {"gradient": self.layout.vector(found.grads), "result": torch.stack([found.loss, found.score])}
+            return {**out, "carried": found.carried} if "carried" in state else out
+
+        return self.over_replicas(one)(given)
+
+    def update(self, given: Tree) -> Tree:
+        """``state``, ``rates`` and what ``gradient`` gives → ``state`` and ``result``."""
+
+        def one(given: Tree) -> Tree:
+            state, rates, gradient = given["state"], given["rates"], given["gradient"]
+            largest = rates.get("train.clip", self.clip)
+            if largest is not None:
+                gradient = clipped(gradient, largest)
+            decay = rates.get("train.weight_decay", self.weight_decay)
+            weights, moments = outer_step(
+                self.optimizer, state["weights"], gradient, state["moments"], rates["lr"], decay
+            )
+            new = {"weights": weights, "moments": moments}
+            return {"state": {**new, "carried": given["carried"]} if "carried" in state else new}
+
+        return {**self.over_replicas(one)(given), "result": given["result"]}
+
+    def whole(self, given: Tree) -> Tree:
+        """``state``, ``tasks`` and ``rates`` → the next ``state`` and ``result``, all tasks at once."""
+        return self.update({**given, **self.gradient(given)})
+
+
+def parts_of(given: Tree, chunk: int) -> list[Tree]:
+    """``given`` with ``chunk`` of its tasks each, whose number ``chunk`` divides."""
+    count = next(leaves(given["tasks"])).shape[1]
+
+    def part(first: int) -> Tree:
+        return {**given, "tasks": tree_map(lambda leaf: leaf[:, first : first + chunk], given["tasks"])}
+
+    return [part(first) for first in range(0, count, chunk)]
+
+
+def accumulated(gradient: Step, update: Step, chunk: int, pool: ThreadPoolExecutor | None = None) -> Step:
+    """A meta-step whose gradient is the mean of those of ``chunk`` tasks at a time, each computed in ``pool`` if given.
+
+    The sum is in the order of the tasks, whoever is ready first, so that a run repeats to the bit.
+    """
+
+    def run(given: Tree) -> Tree:
+        parts = parts_of(given, chunk)
+        found = list(pool.map(gradient, parts)) if pool else None
+        total = found[0] if found else gradient(parts[0])
+        for index in range(1, len(parts)):
+            total = tree_map(torch.add, total, found[index] if found else gradient(parts[index]))
+        mean = tree_map(lambda leaf: leaf / len(parts), total)
+        return update({**given, **mean})
+
+    return run
+
+
+def refuse_out_of_memory(error: BaseException, meta_batch: int) -> UserError:
+    """What to do when a GPU has no room for a step."""
+    return UserError(
+        f"The GPU has too little memory for a meta-step of {meta_batch} tasks ({first_line(error)}); lower "
+        "train.task_chunk (tasks computed at a time, with the same gradient), train.meta_batch or task.train_queries."
+    )
