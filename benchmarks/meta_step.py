@@ -1,99 +1,255 @@
-"""Milliseconds a meta-step of second-order MAML on the sinusoid: ``python -m benchmarks.meta_step``.
+"""Milliseconds a meta-step beside other libraries: ``python -m benchmarks.meta_step [PROBLEM ...]``.
 
-The setting of the MAML paper: MLP 40-40, 25 tasks, 10 + 10 points, outer Adam, one thread. Beside metarun runs a
-plain Python loop over tasks with ``torch.autograd.grad``, on the same tasks from the same weights. The
-meta-gradients are compared before anything is timed; rounds are interleaved, the figures are medians.
+Every contestant solves the same problem (same weights, same tasks, outer Adam) in a process of its own, pinned to as
+many cores as the problem names. First all give their meta-gradient, which must agree; then they are timed in
+interleaved rounds, one contestant at a time while the others wait. The figures are medians over rounds. A library that
+is missing or fails is listed with the reason. Writes a CSV, a table and a picture into ``--out``.
+
+learn2learn: its package does not install on Python 3.11 or newer as it is published. Where its Cython files are built
+by hand it is measured, otherwise listed as missing.
 """
 
 import argparse
+import csv
+import platform
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+import numpy as np
 
-from metarun.algos.agnostic.maml import maml
-from metarun.engine import meta_gradient
-from metarun.models.mlp import MLP
-from metarun.tasks.sinusoid import Sinusoid
-from metarun.tree import leaves
-from metarun.types import Task
+from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.worker import CONTESTANTS
+from metarun.files import atomic_write
 
-INNER_LR = 0.01
-Gradient = Callable[[nn.Module, Task], list[Tensor]]
-
-
-def mse(prediction: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error."""
-    return (prediction - y).square().mean()
-
-
-def with_metarun(family: Sinusoid, inner_steps: int) -> Gradient:
-    """Ours: the task mapped by vmap."""
-
-    def gradient(model: nn.Module, tasks: Task) -> list[Tensor]:
-        algorithm = maml(model, family.spec, INNER_LR, inner_steps)
-        theta = {"weights": dict(model.named_parameters())}
-        return list(leaves(meta_gradient(algorithm, theta, tasks, family.loss).grads))
-
-    return gradient
+IMAGE_MAML = ("omniglot_maml", "omniglot_fomaml")
+ONLY_FOR = {"metarun replay, threads": IMAGE_MAML, "metarun compile, threads": IMAGE_MAML}
+NOT_FOR = {
+    "metarun compile": IMAGE_MAML,
+    "learn2learn": ("protonet",),
+    "higher": ("protonet",),
+    "TorchOpt": ("protonet", "omniglot_fomaml"),
+}
+"""What a contestant has no method for. Convolutions with weights of each task's own gain by compiling in threads alone
+(docs/performance.md)."""
 
 
-def with_python_loop(inner_steps: int) -> Gradient:
-    """Plain torch: a loop over tasks, ``autograd.grad`` inside."""
-
-    def gradient(model: nn.Module, tasks: Task) -> list[Tensor]:
-        weights: dict[str, Tensor] = dict(model.named_parameters())
-        total = torch.zeros(())
-        for t in range(len(tasks.support["x"])):
-            fast: dict[str, Tensor] = dict(weights)
-            for _ in range(inner_steps):
-                loss = mse(functional_call(model, fast, (tasks.support["x"][t],)), tasks.support["y"][t])
-                grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-                fast = {n: w - INNER_LR * g for (n, w), g in zip(fast.items(), grads, strict=True)}
-            total = total + mse(functional_call(model, fast, (tasks.query["x"][t],)), tasks.query["y"][t])
-        return list(torch.autograd.grad(total / len(tasks.support["x"]), list(weights.values())))
-
-    return gradient
+class Absent(Exception):
+    """The contestant cannot take part; the text says why."""
 
 
-def measure(inner_steps: int, rounds: int) -> None:
-    """Compare gradients, then time steps in interleaved rounds, and print medians."""
-    family = Sinusoid(shots=10)
-    contestants = {"metarun": with_metarun(family, inner_steps), "python loop": with_python_loop(inner_steps)}
-    torch.manual_seed(0)
-    model = MLP(family.spec)
-    tasks = family.sample("train", 25, torch.Generator().manual_seed(0))
-    reference = contestants["metarun"](model, tasks)
-    for name, gradient in contestants.items():
-        torch.testing.assert_close(gradient(model, tasks), reference, rtol=1e-3, atol=1e-5, msg=f"{name} differs")
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds):
-        for name, gradient in contestants.items():
-            tasks = family.sample("train", 25, torch.Generator().manual_seed(number))
-            began = time.perf_counter()
-            for parameter, g in zip(model.parameters(), gradient(model, tasks), strict=True):
-                parameter.grad = g
-            optimizer.step()
-            times[name].append(1000 * (time.perf_counter() - began))
-    ours = statistics.median(times["metarun"])
-    print(f"{inner_steps} inner step{'s' * (inner_steps != 1)}, torch {torch.__version__}, one thread")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"  {name:<12} {median:8.2f} ms a meta-step   {median / ours:5.1f} × metarun")
+@dataclass
+class Contestant:
+    """A worker process and what it was measured to take."""
+
+    name: str
+    process: "subprocess.Popen[str]"
+    start_seconds: float = 0.0
+    milliseconds: float = float("nan")
+
+    def ask(self, question: str) -> str:
+        """Send a line, wait for the answer.
+
+        Raises:
+            Absent: the process has ended.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise Absent("its process ended") from error
+        return self.answer()
+
+    def answer(self) -> str:
+        """The next line of the worker."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line or line.startswith("no "):
+            raise Absent(line.removeprefix("no ") or "its process ended")
+        return line
+
+
+@contextmanager
+def contestant(name: str, problem: Problem) -> Iterator[Contestant]:
+    """Start a worker, and end it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker", name, problem.name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        yield Contestant(name, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def agree(ours: Any, other: Any) -> float:
+    """Relative difference of two meta-gradients."""
+    return float(np.linalg.norm(ours - other) / np.linalg.norm(ours))
+
+
+def measure(problem: Problem, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Rows of the table for one problem: start all, compare gradients, time in interleaved rounds."""
+    names = [
+        name
+        for name in CONTESTANTS
+        if problem.name not in NOT_FOR.get(name, ()) and problem.name in ONLY_FOR.get(name, (problem.name,))
+    ]
+    from contextlib import ExitStack
+
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        present: list[Contestant] = []
+        reference = None
+        for name in names:
+            one = stack.enter_context(contestant(name, problem))
+            path = Path(folder) / f"{len(rows)}.npy"
+            row: dict[str, Any] = {"problem": problem.name, "contestant": name}
+            rows.append(row)
+            try:
+                row["start_seconds"] = float(one.answer().split()[1])
+                one.ask(f"gradient {path}")
+                found = np.load(path)
+                reference = found if reference is None else reference
+                row["gradient_difference"] = agree(reference, found)
+                if row["gradient_difference"] > 3e-3:
+                    raise Absent(f"its meta-gradient differs by {row['gradient_difference']:.1e}")
+                # The second of two steps: the first may still compile.
+                one.ask("step 1")
+                once = float(one.ask("step 1"))
+                row["steps"] = max(int(seconds / rounds / max(once, 1e-5)), 1)
+                present.append(one)
+            except Absent as error:
+                row["note"] = str(error)
+        by_name = {row["contestant"]: row for row in rows}
+        times: dict[str, list[float]] = {one.name: [] for one in present}
+        for _ in range(rounds):
+            for one in present:
+                steps = by_name[one.name]["steps"]
+                times[one.name].append(1000 * float(one.ask(f"step {steps}")) / steps)
+        for name, values in times.items():
+            by_name[name]["milliseconds"] = statistics.median(values)
+            by_name[name]["spread"] = max(values) - min(values)
+    return rows
+
+
+def table(problem: Problem, rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, fastest first, with ratios to metarun's fastest engine."""
+    measured = sorted((r for r in rows if "milliseconds" in r), key=lambda r: float(r["milliseconds"]))
+    ours = next((r["milliseconds"] for r in measured if r["contestant"].startswith("metarun")), float("nan"))
+    lines = [f"**{problem.title}**, {problem.cores} core{'s' * (problem.cores > 1)}", ""]
+    lines += ["| contestant | ms a meta-step | × metarun's fastest | gradient differs by |", "|---|---|---|---|"]
+    for row in measured:
+        ms, difference = row["milliseconds"], row["gradient_difference"]
+        lines.append(f"| {row['contestant']} | {ms:.3g} | {ms / ours:.2f} | {difference:.0e} |")
+    lines += [f"| {r['contestant']} | – | – | {r['note']} |" for r in rows if "note" in r]
+    if (bound := arithmetic_bound(problem)) is not None:
+        lines += ["", f"Arithmetic alone, at the rate that is measured for products of this size: {bound:.3g} ms."]
+    return "\n".join(lines)
+
+
+def arithmetic_bound(problem: Problem) -> float | None:
+    """Milliseconds that the products of a step take at the rate of one such product alone."""
+    import time
+
+    import torch
+
+    torch.set_num_threads(problem.cores)
+    if problem.model == "mlp":
+        a, b = torch.randn(problem.tasks, 10, 40), torch.randn(problem.tasks, 40, 40)
+        work, operations = (lambda: torch.bmm(a, b)), 2 * a.numel() * 40
+    else:
+        side = 14 if problem.max_pool else 7
+        x, w = torch.randn(300, 64, side, side), torch.randn(64, 64, 3, 3)
+        work, operations = (lambda: torch.conv2d(x, w, padding=1)), 2 * 9 * 64 * x.numel()
+    taken = []
+    for _ in range(200 if problem.model == "mlp" else 20):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return 1000 * problem.multiplications() * statistics.median(taken) / operations
+
+
+def picture(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
+    """A panel a problem: bars on a logarithmic axis, ours in colour."""
+    from matplotlib.figure import Figure
+
+    from metarun.results.plots import AGNOSTIC
+
+    heights = [1.0 + 0.28 * sum("milliseconds" in r for r in rows) for rows in results.values()]
+    figure = Figure(figsize=(7.0, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (name, rows) in zip(axes, results.items(), strict=True):
+        measured = sorted((r for r in rows if "milliseconds" in r), key=lambda r: float(r["milliseconds"]))
+        names = [r["contestant"] for r in measured]
+        values = [r["milliseconds"] for r in measured]
+        colours = [AGNOSTIC if n.startswith("metarun") else "#999999" for n in names]
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlim(min(values) / 2, max(values) * 2)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(PROBLEMS[name].title, fontsize=10, loc="left")
+    axes[-1].set_xlabel("milliseconds a meta-step")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def versions() -> str:
+    """The machine and what was measured, in a line."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for package in ("torch", "jax", "learn2learn", "higher", "torchopt"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    model = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        model = next((line.partition(": ")[2] for line in info.read_text().splitlines() if "model name" in line), model)
+    return f"{model}, Python {platform.python_version()}, {', '.join(found)}"
+
+
+COLUMNS = ("problem", "contestant", "milliseconds", "spread", "steps", "gradient_difference", "start_seconds", "note")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.meta_step", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=200)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    for inner_steps in (1, 5):
-        measure(inner_steps, rounds)
+    parser.add_argument("problems", nargs="*", metavar="PROBLEM", help=", ".join(PROBLEMS))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each contestant and problem, over all rounds")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/meta_step"))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.problems) - set(PROBLEMS):
+        parser.error(f"there is no problem {unknown.pop()}; choose among {', '.join(PROBLEMS)}")
+    results, texts = {}, [versions(), ""]
+    print(texts[0], flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.problems or list(PROBLEMS):
+        results[name] = measure(PROBLEMS[name], arguments.rounds, arguments.seconds)
+        texts += [table(PROBLEMS[name], results[name]), ""]
+        print("\n" + texts[-2], flush=True)
+    with (arguments.out / "meta_step.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for rows in results.values() for row in rows)
+    (arguments.out / "meta_step.md").write_text("\n".join(texts))
+    picture(arguments.out / "meta_step.png", results)
+    print(f"\nfiles: {arguments.out}/meta_step.csv, meta_step.md, meta_step.png")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 - ``compile``: the recording in one compiled graph.
 - ``cudagraph``: the recording as one launch on a GPU.
 
-Tasks are mapped by ``vmap``, or by ``threads``: a recording of one task's gradient run by as many Python threads as
-torch has been given, each with one of torch's own. For convolutions with weights of each task's own that can be faster
-on a CPU than one grouped convolution.
+Tasks are mapped by ``vmap``, or by ``threads``: a recording of one task's gradient, replayed or compiled, is run by as
+many Python threads as torch has been given, each with one of torch's own. On a CPU that is faster for convolutions with
+weights of each task's own than one grouped convolution.
 
 ``auto`` measures the first eager steps, and goes on to whatever saves more time over the steps that remain than it
 costs. Every other engine is compared with eager on tasks that it has not seen before it is used.
@@ -18,9 +18,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -41,13 +40,13 @@ TOLERANCE = 5e-3
 """Largest relative difference of an engine's step from eager's in float32; convolutions differ by 3e-4 in second
 order, which Adam's first steps can enlarge."""
 EAGER_STEPS_TO_RECORD = 130
-RECORD_SECONDS_AN_OPERATION = 0.0011
-COMPILE_SECONDS_AN_OPERATION = {"cold": 0.07, "warm": 0.015}
-COMPILED_SHARE = 0.35
-"""What recording and compiling cost, and what share of a replayed small step is left; measured, docs/performance.md."""
+COMPILE_SECONDS = {"cold": (12.0, 0.012), "warm": (1.5, 0.004)}
+COMPILED_SHARE = 0.25
+"""What recording costs in eager steps, what compiling costs in seconds (once, and for each operation; with and without
+the compiler's cache), and what share of a replayed small step is left: docs/performance.md."""
 
 
-def work_of(experiment: Experiment, given: Tree) -> float:
+def work_of(given: Tree) -> float:
     """Examples times parameters of one meta-step: its arithmetic in rough terms."""
     examples = 0
     for part in given["tasks"].values():
@@ -57,12 +56,12 @@ def work_of(experiment: Experiment, given: Tree) -> float:
     return float(examples * given["state"]["weights"].shape[1])
 
 
-def choose_threads(experiment: Experiment, given: Tree) -> None:
-    """One thread for tiny steps, where two only add variance; else as many as torch has."""
+def choose_threads(experiment: Experiment, small: bool) -> None:
+    """One thread for small steps, where two only add variance; else as many as torch has."""
     chosen = experiment.config.engine.threads
     if chosen is not None:
         torch.set_num_threads(chosen)
-    elif experiment.device == "cpu" and work_of(experiment, given) < SMALL_WORK:
+    elif experiment.device == "cpu" and small:
         torch.set_num_threads(1)
 
 
@@ -115,8 +114,8 @@ class Stepper:
             raise UserError(
                 "engine.task_map=threads is for one replica on the CPU; choose engine.task_map=auto or vmap."
             )
-        if self.wanted_map == "threads" and self.mode in ("eager", "compile"):
-            raise UserError("engine.task_map=threads runs recordings; choose engine=auto or engine=replay with it.")
+        if self.wanted_map == "threads" and self.mode in ("eager", "cudagraph"):
+            raise UserError("engine.task_map=threads runs recordings; choose engine=auto, replay or compile with it.")
         self.meta_batch: int = experiment.config.train.meta_batch
         self.chunk = experiment.config.train.task_chunk or self.meta_batch
         if self.meta_batch % self.chunk:
@@ -124,6 +123,9 @@ class Stepper:
                 f"train.task_chunk must divide train.meta_batch={self.meta_batch}, and {self.chunk} does not."
             )
         self.engine, self.task_map, self.compile_seconds = "eager", "vmap", 0.0
+        self.small, self.workers = False, 1
+        self.pool: ThreadPoolExecutor | None = None
+        self.recordings: dict[str, Recording] = {}
         self.run: Step = self.eager()
         self.choosing = self.mode != "eager"
         self.watched: list[float] = []
@@ -138,7 +140,9 @@ class Stepper:
     def __call__(self, given: Tree) -> Tree:
         """One meta-step; see `metarun.stepping` for what is given and returned."""
         if self.before is None:
-            choose_threads(self.experiment, given)
+            self.small = work_of(given) < SMALL_WORK
+            choose_threads(self.experiment, self.small)
+            self.workers = torch.get_num_threads()
         began = time.perf_counter()
         out = self.run_or_halve(given)
         self.remaining -= 1
@@ -193,7 +197,7 @@ class Stepper:
         best = Candidate("eager", self.run, seconds)
         for name, make in self.ways():
             try:
-                if self.mode == "auto" and (refusal := self.not_worth(name, best, given)):
+                if self.mode == "auto" and (refusal := self.not_worth(name, best, before)):
                     reasons.append(refusal)
                     continue
                 run = make(before)
@@ -215,58 +219,85 @@ class Stepper:
     def ways(self) -> Iterator[tuple[str, Callable[[Tree], Step]]]:
         """Names of engines to try, the cheaper ones first, and how to make each from an example."""
         cuda, asked = self.experiment.device != "cpu", self.mode
-        workers = torch.get_num_threads()
-        if self.wanted_map != "vmap" and not cuda and self.meta_step.count == 1 and asked in ("auto", "replay"):
-            if self.wanted_map == "threads" or (workers > 1 and self.meta_batch > 1):
-                yield "replay threads", partial(self.threaded, workers)
+        if self.wanted_map == "threads" or (self.threads_possible() and self.wanted_map == "auto"):
+            if asked in ("auto", "replay"):
+                yield "replay threads", lambda example: self.threaded(self.recorded_task(example))
+            if asked in ("auto", "compile"):
+                yield "compile threads", lambda example: self.threaded(self.compiled_task(example))
             if self.wanted_map == "threads":
                 return
-        if asked in ("auto", "replay", "compile", "cudagraph"):
-            kept: list[Recording] = []
+        if asked == "replay" or (asked == "auto" and not cuda):
+            yield "replay", self.recorded_step
+        if asked == "compile" or (asked == "auto" and not cuda):
+            yield "compile", lambda example: self.recorded_step(example).compiled(example)
+        if asked == "cudagraph" or (asked == "auto" and cuda):
+            yield "cudagraph", lambda example: Captured(self.recorded_step(example), example)
 
-            def recorded(example: Tree) -> Recording:
-                if not kept:
-                    kept.append(Recording(self.eager(), example))
-                return kept[0]
+    def threads_possible(self) -> bool:
+        """Whether there are tasks to share out among threads of a CPU, and reason to: work that fills a thread."""
+        return (
+            self.experiment.device == "cpu"
+            and self.meta_step.count == 1
+            and self.workers > 1
+            and self.meta_batch > 1
+            and self.chunk == self.meta_batch
+            and not self.small
+        )
 
-            self.recorded = recorded
-            if asked in ("auto", "replay") and not (cuda and asked == "auto"):
-                yield "replay", recorded
-            if asked == "cudagraph" or (cuda and asked == "auto"):
-                yield "cudagraph", lambda example: Captured(recorded(example), example)
-            if asked == "compile" or (asked == "auto" and not cuda):
-                yield "compile", lambda example: recorded(example).compiled(example)
+    def recorded_step(self, example: Tree) -> Recording:
+        """The whole step, recorded once."""
+        if "step" not in self.recordings:
+            self.recordings["step"] = Recording(self.eager(), example)
+        return self.recordings["step"]
 
-    def threaded(self, workers: int, example: Tree) -> Step:
-        """A recording of one task's gradient, run by a pool of threads."""
-        gradient = Recording(self.meta_step.gradient, parts_of(example, 1)[0])
-        pool = ThreadPoolExecutor(workers, "metarun", torch.set_num_threads, (1,))
-        run = accumulated(gradient, self.meta_step.update, 1, pool)
+    def recorded_task(self, example: Tree) -> Recording:
+        """The gradient of a single task, recorded once."""
+        if "task" not in self.recordings:
+            self.recordings["task"] = Recording(self.meta_step.gradient, parts_of(example, 1)[0])
+        return self.recordings["task"]
+
+    def compiled_task(self, example: Tree) -> Recording:
+        """The gradient of a single task in one graph, whose kernels keep to one thread."""
+        with one_thread_each(self.workers):
+            return self.recorded_task(example).compiled(parts_of(example, 1)[0])
+
+    def threaded(self, gradient: Recording) -> Step:
+        """The gradients of single tasks shared out among threads."""
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(self.workers, "metarun", torch.set_num_threads, (1,))
+        run = accumulated(gradient, self.meta_step.update, 1, self.pool)
 
         def step(given: Tree) -> Tree:
-            with one_thread_each(workers):
+            with one_thread_each(self.workers):
                 return run(given)
 
         return step
 
-    def not_worth(self, name: str, best: Candidate, given: Tree) -> str:
-        """Why ``auto`` should not even make an engine: it would cost more than it can save, or ''."""
+    def not_worth(self, name: str, best: Candidate, example: Tree) -> str:
+        """Why ``auto`` should not even make an engine: it would cost more than it can save; '' if it should.
+
+        Small steps lose half of their time by replaying and more by compiling; of others threads and compiling can
+        save a third, and what is spent on trying must stay below a twentieth of the whole.
+        """
         left, eager = self.remaining, statistics.median(self.watched[1:])
-        small = work_of(self.experiment, given) < SMALL_WORK
-        if name == "compile":
-            if best.name != "replay" or not small:
-                return "compile would gain nothing on work of this size"
-            recording = self.recorded(given)
-            known = "warm" if recording.marker().exists() else "cold"
-            cost = COMPILE_SECONDS_AN_OPERATION[known] * recording.operations
-            saves = left * best.seconds * (1 - COMPILED_SHARE)
-            return "" if saves > 1.5 * cost else f"compile would save {saves:.0f} s and cost about {cost:.0f} s"
-        if name == "replay" and not small:
-            return "replay would gain nothing on work of this size"
-        # Small steps lose half of their time by replaying, others a quarter by threads: each has to pay for recording.
-        gain, budget = (0.4, 1.0) if small else (0.2, 0.05 / 0.2)
-        cost = EAGER_STEPS_TO_RECORD * eager if small else min(EAGER_STEPS_TO_RECORD * eager, 5.0 + 2 * eager)
-        if name == "replay threads" and small:
-            return "threads would gain nothing on work of this size"
-        saves = gain * left * eager
-        return "" if budget * saves > cost else f"{name} would save {saves:.1f} s and cost about {cost:.1f} s"
+        engine, _, threads = name.partition(" ")
+        if engine == "replay":
+            if not self.small and not threads:
+                return "replay would gain nothing on work of this size"
+            gain = 0.4 if self.small else 0.2
+            cost = EAGER_STEPS_TO_RECORD * eager if self.small else min(EAGER_STEPS_TO_RECORD * eager, 5 + 2 * eager)
+        elif engine == "compile":
+            if not threads and self.threads_possible():
+                return "compile is left to threads"
+            try:
+                with one_thread_each(self.workers) if threads else nullcontext():
+                    recording = self.recorded_task(example) if threads else self.recorded_step(example)
+                    once, an_operation = COMPILE_SECONDS["warm" if recording.marker().exists() else "cold"]
+            except CannotRecord as error:
+                return f"no {name}: {error}"
+            gain, cost = 1 - COMPILED_SHARE if self.small else 0.3, once + an_operation * recording.operations
+        else:
+            gain, cost = 0.3, EAGER_STEPS_TO_RECORD * eager
+        saves = gain * left * best.seconds
+        affordable = saves > 1.5 * cost and (self.small or cost < 0.05 * left * eager)
+        return "" if affordable else f"{name} would save {saves:.1f} s and cost about {cost:.1f} s"

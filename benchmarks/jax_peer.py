@@ -1,0 +1,110 @@
+"""The contestant in JAX: the whole meta-step under ``jit``, tasks mapped by ``vmap``."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.problems import Problem
+
+
+def patches(x: Any, stride: int) -> Any:
+    """3×3 windows of padded images ``[n, channels, side, side]`` as ``[n, side, side, channels * 9]``.
+
+    A product with these is a convolution. XLA's own takes tens of seconds once ``vmap`` gives it weights of each task.
+    """
+    side = -(-x.shape[2] // stride)
+    x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    span = stride * (side - 1) + 1
+    shifted = [x[:, :, i : i + span : stride, j : j + span : stride] for i in range(3) for j in range(3)]
+    return jnp.stack(shifted, 2).reshape(len(x), -1, side, side).transpose(0, 2, 3, 1)
+
+
+def convolution(problem: Problem, w: Any, x: Any) -> Any:
+    """3×3, padded by one; XLA's own where all tasks share the weights."""
+    stride = 1 if problem.max_pool else 2
+    if problem.method == "protonet":
+        return jax.lax.conv_general_dilated(x, w, (stride, stride), "SAME")
+    return (patches(x, stride) @ w.reshape(len(w), -1).T).transpose(0, 3, 1, 2)
+
+
+def features(problem: Problem, weights: Any, x: Any) -> Any:
+    """The trunk of the convolutional network."""
+    for i in range(4):
+        w, scale, shift = weights[3 * i : 3 * i + 3]
+        x = convolution(problem, w, x)
+        x = (x - x.mean((0, 2, 3), keepdims=True)) * jax.lax.rsqrt(x.var((0, 2, 3), keepdims=True) + 1e-5)
+        x = jax.nn.relu(x * scale[:, None, None] + shift[:, None, None])
+        if problem.max_pool:
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+    return x
+
+
+def predict(problem: Problem, weights: Any, x: Any) -> Any:
+    """The whole network."""
+    if problem.model == "mlp":
+        for w, b in ((weights[0], weights[1]), (weights[2], weights[3])):
+            x = jax.nn.relu(x @ w.T + b)
+    else:
+        x = features(problem, weights, x).mean((2, 3))
+    return x @ weights[-2].T + weights[-1]
+
+
+def task_loss(problem: Problem, weights: Any, x: Any, y: Any) -> Any:
+    """The loss of one task."""
+    out = predict(problem, weights, x)
+    return ((out - y) ** 2).mean() if problem.model == "mlp" else -(y * jax.nn.log_softmax(out)).sum(1).mean()
+
+
+def meta_loss(problem: Problem, weights: Any, batch: Any) -> Any:
+    """Mean query loss after adaptation."""
+
+    def one(sx: Any, sy: Any, qx: Any, qy: Any) -> Any:
+        if problem.method == "protonet":
+            z = features(problem, weights, jnp.concatenate([sx, qx])).reshape(len(sx) + len(qx), -1)
+            centres = (sy.T @ z[: len(sx)]) / problem.shots
+            distance = ((z[len(sx) :, None] - centres[None]) ** 2).sum(-1)
+            return -(qy * jax.nn.log_softmax(-distance)).sum(1).mean()
+        fast = weights
+        for _ in range(problem.inner_steps):
+            grads = jax.grad(lambda w: task_loss(problem, w, sx, sy))(fast)
+            if problem.method == "fomaml":
+                grads = jax.lax.stop_gradient(grads)
+            fast = [w - problem.inner_lr * g for w, g in zip(fast, grads, strict=True)]
+        return task_loss(problem, fast, qx, qy)
+
+    if problem.method == "protonet":
+        return one(*(batch[name][0] for name in ("sx", "sy", "qx", "qy")))
+    return jax.vmap(one)(batch["sx"], batch["sy"], batch["qx"], batch["qy"]).mean()
+
+
+class JaxContestant:
+    """One jitted call a meta-step, Adam included; its buffers are given up for the results."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.weights = [jnp.asarray(w) for w in problem.weights()]
+        self.moments = [jnp.zeros_like(w) for w in self.weights], [jnp.zeros_like(w) for w in self.weights]
+        self.count = jnp.zeros(())
+        self.batches = [{n: jnp.asarray(v) for n, v in problem.batch(i).items()} for i in range(4)]
+        self.grad = jax.grad(lambda weights, batch: meta_loss(problem, weights, batch))
+
+        def step(weights: Any, moments: Any, count: Any, batch: Any) -> Any:
+            grads, count = self.grad(weights, batch), count + 1
+            mean = [0.9 * m + 0.1 * g for m, g in zip(moments[0], grads, strict=True)]
+            square = [0.999 * v + 0.001 * g * g for v, g in zip(moments[1], grads, strict=True)]
+            size, root = 1e-3 / (1 - 0.9**count), jnp.sqrt(1 - 0.999**count)
+            new = [w - size * m / (jnp.sqrt(v) / root + 1e-8) for w, m, v in zip(weights, mean, square, strict=True)]
+            return new, (mean, square), count
+
+        self.jitted = jax.jit(step, donate_argnums=(0, 1))
+
+    def gradient(self) -> np.ndarray[Any, Any]:
+        """The first meta-gradient in one vector."""
+        return np.concatenate([np.asarray(g).ravel() for g in jax.jit(self.grad)(self.weights, self.batches[0])])
+
+    def step(self, number: int) -> None:
+        """One meta-step."""
+        out = self.jitted(self.weights, self.moments, self.count, self.batches[number % 4])
+        self.weights, self.moments, self.count = out
+        self.count.block_until_ready()

@@ -1,0 +1,81 @@
+"""metarun's own engines as contestants."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from benchmarks.problems import Problem
+from metarun.assemble import Experiment, assemble
+from metarun.config import register_schema
+from metarun.run import keep_freed_memory
+from metarun.stepper import Stepper
+from metarun.stepping import MetaStep
+from metarun.tree import like
+from metarun.types import Tree
+
+
+def experiment_of(*overrides: str) -> Experiment:
+    """What ``metarun OVERRIDES`` would run."""
+    register_schema()
+    with initialize_config_module("metarun.conf", version_base="1.3"):
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    names = {group: str(config.hydra.runtime.choices[group]) for group in ("algo", "task", "model")}
+    return assemble(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), names)
+
+
+def overrides_of(problem: Problem) -> list[str]:
+    """The problem as metarun's configuration."""
+    found = [f"algo={problem.method}", f"train.meta_batch={problem.tasks}", "train.lr=0.001", "train.clip=null"]
+    found += ["train.schedule=constant", "train.steps=1000000"]
+    if problem.model == "mlp":
+        found += ["task=sinusoid", f"task.shots={problem.shots}"]
+    else:
+        found += ["task=omniglot", "task.dataset=procedural", f"task.ways={problem.ways}", "task.train_ways=null"]
+        found += [f"task.shots={problem.shots}", f"task.train_queries={problem.queries}", "task.queries=1"]
+        found += [f"model.downsample={'max_pool' if problem.max_pool else 'stride'}"]
+        found += [f"model.readout={'flatten' if problem.method == 'protonet' else 'mean'}"]
+    if problem.method != "protonet":
+        found += [f"algo.inner_lr={problem.inner_lr}", f"algo.inner_steps={problem.inner_steps}"]
+    return found
+
+
+class Own:
+    """One of metarun's engines, with the memory setting that every run makes."""
+
+    def __init__(self, problem: Problem, engine: str, task_map: str = "vmap") -> None:
+        keep_freed_memory()
+        extra = [f"engine={engine}", f"engine.task_map={task_map}", f"engine.threads={torch.get_num_threads()}"]
+        self.experiment = experiment_of(*overrides_of(problem), *extra)
+        self.meta_step = MetaStep(self.experiment)
+        template = self.meta_step.layout.template
+        order = [torch.from_numpy(w) for w in problem.weights()]
+        theta = like(template, iter(order))
+        self.state = self.meta_step.initial_state()
+        self.state["weights"] = self.meta_step.layout.vector(theta)[None]
+        self.batches = [self.tasks(problem.batch(i)) for i in range(4)]
+        self.stepper = Stepper(self.experiment, self.meta_step, 1_000_000)
+        for number in range(2):
+            self.stepper(self.given(number))
+        if self.stepper.engine != engine or self.stepper.task_map != task_map:
+            raise RuntimeError(f"{engine} with {task_map} did not come about")
+
+    def tasks(self, batch: dict[str, Any]) -> Tree:
+        """A batch as metarun holds it."""
+        b = {name: torch.from_numpy(value)[None] for name, value in batch.items()}
+        return {"support": {"x": b["sx"], "y": b["sy"]}, "query": {"x": b["qx"], "y": b["qy"]}}
+
+    def given(self, number: int) -> Tree:
+        """What a step is given."""
+        return {"state": self.state, "tasks": self.batches[number % 4], "rates": {"lr": torch.tensor([1e-3])}}
+
+    def gradient(self) -> np.ndarray[Any, Any]:
+        """The first meta-gradient in one vector, out of the first moment of the engine's own step."""
+        moment = self.stepper.run(self.given(0))["state"]["moments"]["mean"][0]
+        return (moment / 0.1).numpy()
+
+    def step(self, number: int) -> None:
+        """One meta-step."""
+        self.state = self.stepper.run(self.given(number))["state"]
