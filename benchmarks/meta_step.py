@@ -168,11 +168,18 @@ def arithmetic_bound(problem: Problem) -> float | None:
     torch.set_num_threads(problem.cores)
     if problem.model == "mlp":
         a, b = torch.randn(problem.tasks, 10, 40), torch.randn(problem.tasks, 40, 40)
-        work, operations = (lambda: torch.bmm(a, b)), 2 * a.numel() * 40
+        operations = 2 * a.numel() * 40
+
+        def work() -> object:
+            return torch.bmm(a, b)
     else:
         side = 14 if problem.max_pool else 7
         x, w = torch.randn(300, 64, side, side), torch.randn(64, 64, 3, 3)
-        work, operations = (lambda: torch.conv2d(x, w, padding=1)), 2 * 9 * 64 * x.numel()
+        operations = 2 * 9 * 64 * x.numel()
+
+        def work() -> object:
+            return torch.conv2d(x, w, padding=1)
+
     taken = []
     for _ in range(200 if problem.model == "mlp" else 20):
         began = time.perf_counter()

@@ -23,7 +23,7 @@ def experiment_of(*overrides: str) -> Experiment:
     with initialize_config_module("metarun.conf", version_base="1.3"):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)
     names = {group: str(config.hydra.runtime.choices[group]) for group in ("algo", "task", "model")}
-    return assemble(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), names)
+    return assemble(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), names)
 
 
 def overrides_of(problem: Problem) -> list[str]:
@@ -53,8 +53,8 @@ class Own:
         template = self.meta_step.layout.template
         order = [torch.from_numpy(w) for w in problem.weights()]
         theta = like(template, iter(order))
-        self.state = self.meta_step.initial_state()
-        self.state["weights"] = self.meta_step.layout.vector(theta)[None]
+        weights = self.meta_step.layout.vector(theta)[None]
+        self.state: Tree = {**self.meta_step.initial_state(), "weights": weights}
         self.batches = [self.tasks(problem.batch(i)) for i in range(4)]
         self.stepper = Stepper(self.experiment, self.meta_step, 1_000_000)
         for number in range(2):
@@ -73,8 +73,9 @@ class Own:
 
     def gradient(self) -> np.ndarray[Any, Any]:
         """The first meta-gradient in one vector, out of the first moment of the engine's own step."""
-        moment = self.stepper.run(self.given(0))["state"]["moments"]["mean"][0]
-        return (moment / 0.1).numpy()
+        moment: torch.Tensor = self.stepper.run(self.given(0))["state"]["moments"]["mean"][0]
+        vector: np.ndarray[Any, Any] = (moment / 0.1).numpy()
+        return vector
 
     def step(self, number: int) -> None:
         """One meta-step."""

@@ -77,7 +77,7 @@ def plain_torch(problem: Problem) -> TorchContestant:
 
     def maml(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
         for sx, sy, qx, qy in parts(batch):
-            fast = dict(model.named_parameters())
+            fast: dict[str, Tensor] = dict(model.named_parameters())
             for _ in range(problem.inner_steps):
                 loss = task_loss(problem, torch.func.functional_call(model, fast, (sx,)), sy)
                 second = problem.method == "maml"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ class Recording:
 
         other: Recording = object.__new__(Recording)
         other.__dict__.update(self.__dict__)
-        began, values = time.perf_counter(), list(leaves(given))
+        began = time.perf_counter()
+        values: list[Any] = list(leaves(given))
         for options in (ON_CPU, {}) if values[0].device.type == "cpu" else ({},):
             try:
                 with torch.no_grad():

@@ -20,8 +20,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from metarun.assemble import Experiment
 from metarun.errors import UserError
@@ -34,34 +37,26 @@ log = logging.getLogger(__name__)
 
 WATCHED = 10
 """Eager steps that ``auto`` times, after the first."""
-SMALL_WORK = 2e7
-"""Examples times parameters of a step below which calling operations costs more than computing them."""
+SMALL_WORK = 5e8
+"""Floating-point operations of a step in products and convolutions below which calling costs more than computing."""
 TOLERANCE = 5e-3
 """Largest relative difference of an engine's step from eager's in float32; convolutions differ by 3e-4 in second
 order, which Adam's first steps can enlarge."""
-EAGER_STEPS_TO_RECORD = 130
+ONE_THREAD_WORK = 1e8
+"""The same, below which a second thread only adds variance."""
+RECORD_SECONDS = 0.0012
 COMPILE_SECONDS = {"cold": (12.0, 0.012), "warm": (1.5, 0.004)}
 COMPILED_SHARE = 0.25
-"""What recording costs in eager steps, what compiling costs in seconds (once, and for each operation; with and without
-the compiler's cache), and what share of a replayed small step is left: docs/performance.md."""
+"""Seconds that it costs to record an operation, to compile (once, and for each operation; with and without what the
+compiler has cached), and the share of a replayed small step that is left: docs/performance.md."""
 
 
-def work_of(given: Tree) -> float:
-    """Examples times parameters of one meta-step: its arithmetic in rough terms."""
-    examples = 0
-    for part in given["tasks"].values():
-        first = part["x"] if "x" in part else part["noise"]
-        # A policy sees every moment of every episode.
-        examples += first.shape[: 3 if "x" in part else 4].numel()
-    return float(examples * given["state"]["weights"].shape[1])
-
-
-def choose_threads(experiment: Experiment, small: bool) -> None:
-    """One thread for small steps, where two only add variance; else as many as torch has."""
+def choose_threads(experiment: Experiment, work: float) -> None:
+    """One thread for little work, else as many as torch has; or what the configuration says."""
     chosen = experiment.config.engine.threads
     if chosen is not None:
         torch.set_num_threads(chosen)
-    elif experiment.device == "cpu" and small:
+    elif experiment.device == "cpu" and work < ONE_THREAD_WORK:
         torch.set_num_threads(1)
 
 
@@ -81,6 +76,21 @@ def agrees(found: Tree, expected: Tree, tolerance: float) -> bool:
         if not (a - b).double().norm() <= tolerance * b.double().norm() + 1e-7 * b.numel() ** 0.5:
             return False
     return True
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that reach the kernels, and the arithmetic of products and convolutions among them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations, self.work = 0, 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.operations += 1
+        if function.overloadpacket in flop_registry:
+            self.work += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @dataclass
@@ -125,6 +135,7 @@ class Stepper:
         self.engine, self.task_map, self.compile_seconds = "eager", "vmap", 0.0
         self.small, self.workers = False, 1
         self.pool: ThreadPoolExecutor | None = None
+        self.operations = 0
         self.recordings: dict[str, Recording] = {}
         self.run: Step = self.eager()
         self.choosing = self.mode != "eager"
@@ -139,12 +150,15 @@ class Stepper:
 
     def __call__(self, given: Tree) -> Tree:
         """One meta-step; see `metarun.stepping` for what is given and returned."""
-        if self.before is None:
-            self.small = work_of(given) < SMALL_WORK
-            choose_threads(self.experiment, self.small)
-            self.workers = torch.get_num_threads()
         began = time.perf_counter()
-        out = self.run_or_halve(given)
+        if self.before is None:
+            with Counted() as counted:
+                out = self.run_or_halve(given)
+            self.operations, self.small = counted.operations, counted.work < SMALL_WORK
+            choose_threads(self.experiment, counted.work)
+            self.workers = torch.get_num_threads()
+        else:
+            out = self.run_or_halve(given)
         self.remaining -= 1
         if self.choosing:
             self.synchronize()
@@ -281,23 +295,28 @@ class Stepper:
         """
         left, eager = self.remaining, statistics.median(self.watched[1:])
         engine, _, threads = name.partition(" ")
-        if engine == "replay":
-            if not self.small and not threads:
-                return "replay would gain nothing on work of this size"
-            gain = 0.4 if self.small else 0.2
-            cost = EAGER_STEPS_TO_RECORD * eager if self.small else min(EAGER_STEPS_TO_RECORD * eager, 5 + 2 * eager)
-        elif engine == "compile":
-            if not threads and self.threads_possible():
-                return "compile is left to threads"
-            try:
-                with one_thread_each(self.workers) if threads else nullcontext():
-                    recording = self.recorded_task(example) if threads else self.recorded_step(example)
-                    once, an_operation = COMPILE_SECONDS["warm" if recording.marker().exists() else "cold"]
-            except CannotRecord as error:
-                return f"no {name}: {error}"
-            gain, cost = 1 - COMPILED_SHARE if self.small else 0.3, once + an_operation * recording.operations
-        else:
-            gain, cost = 0.3, EAGER_STEPS_TO_RECORD * eager
+        if engine == "replay" and not self.small and not threads:
+            return "replay would gain nothing on work of this size"
+        if engine == "compile" and not threads and self.threads_possible():
+            return "compile is left to threads"
+        affordable = left * eager * (0.5 if self.small else 0.05)
+        record = 0.0 if ("task" if threads else "step") in self.recordings else RECORD_SECONDS * self.operations
+        cost, gain = record, 0.4 if self.small else 0.2
+        if engine == "compile":
+            # Whether the compiler's cache has this graph shows only once it is recorded.
+            warm = self.is_warm(bool(threads), example) if record < affordable / 2 else False
+            once, an_operation = COMPILE_SECONDS["warm" if warm else "cold"]
+            cost = record + once + an_operation * self.operations
+            gain = 1 - COMPILED_SHARE if self.small else 0.3
         saves = gain * left * best.seconds
-        affordable = saves > 1.5 * cost and (self.small or cost < 0.05 * left * eager)
-        return "" if affordable else f"{name} would save {saves:.1f} s and cost about {cost:.1f} s"
+        if saves > 1.3 * cost and cost < affordable:
+            return ""
+        return f"{name} would save {saves:.1f} s and cost about {cost:.1f} s"
+
+    def is_warm(self, one_task: bool, example: Tree) -> bool:
+        """Whether the step, or one task's gradient, has been compiled on this machine before."""
+        try:
+            with one_thread_each(self.workers) if one_task else nullcontext():
+                return (self.recorded_task(example) if one_task else self.recorded_step(example)).marker().exists()
+        except CannotRecord:
+            return False
