@@ -5,7 +5,7 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -58,7 +58,7 @@ class ReplicasConfig:
     """Runs that are trained side by side in one process."""
 
     count: int = MISSING
-    over: dict[str, Any] = field(default_factory=dict)
+    over: Any = None
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Config:
     train: TrainConfig = MISSING
     eval: EvalConfig = MISSING
     engine: EngineConfig = MISSING
-    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    replicas: ReplicasConfig = MISSING
     task: Any = MISSING
     model: Any = MISSING
     algo: Any = MISSING

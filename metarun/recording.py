@@ -2,7 +2,7 @@
 
 ``torch.func`` derives a meta-gradient anew at every call: nested transforms, a Python loop over inner steps, modules.
 What reaches the kernels is the same list of operations every time, since nothing in a meta-step depends on values.
-Recording keeps that list. It can be replayed as it is, with the same numbers to the bit; handed to the compiler, which
+Recording keeps that list. It can be replayed as it is; handed to the compiler, which
 then has nothing of Python left to understand; or captured as a CUDA graph.
 
 A recording has the shapes of its examples, and constants where the function left torch and came back, so whoever uses

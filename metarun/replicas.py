@@ -18,7 +18,12 @@ def varied_keys(config: DictConfig) -> dict[str, list[float]]:
     Raises:
         UserError: a key that cannot differ within one process, or values that are no numbers.
     """
-    over: Any = OmegaConf.to_container(config.replicas.over, resolve=True)
+    over: Any = config.replicas.over
+    if over is None:
+        return {}
+    if not isinstance(over, DictConfig):
+        raise UserError("replicas.over maps keys to lists of numbers, such as '{algo.inner_lr: [0.1, 0.03]}'.")
+    over = OmegaConf.to_container(over, resolve=True)
     for key, values in over.items():
         group, _, name = str(key).partition(".")
         if key not in OF_THE_OUTER_STEP and (group != "algo" or not name.isidentifier()):
@@ -49,7 +54,7 @@ def replica_configs(config: DictConfig) -> list[tuple[DictConfig, dict[str, floa
                 OmegaConf.update(own, key, value)
             if count > 1:
                 own.seed = differs["seed"] = config.seed + offset
-            own.replicas.count, own.replicas.over = 1, {}
+            own.replicas.count, own.replicas.over = 1, None
             found.append((own, differs))
     return found
 

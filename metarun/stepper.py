@@ -152,6 +152,8 @@ class Stepper:
         """One meta-step; see `metarun.stepping` for what is given and returned."""
         began = time.perf_counter()
         if self.before is None:
+            if self.experiment.placeholders:
+                self.meta_step.check_replicas(given)
             with Counted() as counted:
                 out = self.run_or_halve(given)
             self.operations, self.small = counted.operations, counted.work < SMALL_WORK

@@ -147,6 +147,32 @@ class MetaStep:
 
         return self.over_replicas(one)(given)
 
+    def check_replicas(self, given: Tree) -> None:
+        """Compare each replica's gradient with that of its own algorithm, made from its own numbers.
+
+        Raises:
+            UserError: a hyperparameter that differs does not reach every place where it counts.
+        """
+        experiment = self.experiment
+        refusal = UserError(
+            f"replicas.over: {experiment.names['algo']} decides by {' and '.join(experiment.placeholders)} what it "
+            f"computes, so the values cannot share a process; sweep them with metarun -m "
+            f"{next(iter(experiment.placeholders), '')}=..."
+        )
+        try:
+            found = self.gradient(given)["gradient"]
+        except RuntimeError as error:
+            if "vmap" in str(error):
+                raise refusal from error
+            raise
+        for index, one in enumerate(experiment.replicas):
+            own = replica(given, index)
+            tasks = Task(own["tasks"]["support"], own["tasks"]["query"])
+            theta = self.layout.theta(own["state"])
+            expected = self.layout.vector(meta_gradient(one.algorithm, theta, tasks, experiment.family.loss).grads)
+            if (found[index] - expected).norm() > 1e-2 * expected.norm() + 1e-7:
+                raise refusal
+
     def update(self, given: Tree) -> Tree:
         """``state``, ``rates`` and what ``gradient`` gives → ``state`` and ``result``."""
 

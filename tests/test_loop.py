@@ -18,6 +18,8 @@ from metarun.tree import leaves, tree_map
 
 TINY = ("train.steps=40", "train.eval_every=10", "train.log_every=4", "train.val_episodes=8", "eval.episodes=60")
 TIMING = {"train_seconds", "test_seconds", "tasks_per_second", "adapt_ms_per_task", "peak_memory_mb", "run"}
+TIMING |= {"compile_seconds", "engine", "task_map"}
+"""What ``auto`` may choose in runs as short as these equals eager to the bit."""
 
 
 def rows(path: Path):
@@ -41,9 +43,16 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(("kill", "algo"), [(signal.SIGKILL, "maml"), (signal.SIGINT, "reptile")])
-def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, kill, algo):
-    overrides = [f"algo={algo}", "train.steps=600", "train.eval_every=100", "train.log_every=30", "eval.episodes=60"]
+@pytest.mark.parametrize(("kill", "algo", "count"), [(signal.SIGKILL, "maml", 1), (signal.SIGINT, "reptile", 2)])
+def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, kill, algo, count):
+    overrides = [
+        f"algo={algo}",
+        f"replicas.count={count}",
+        "train.steps=600",
+        "train.eval_every=100",
+        "train.log_every=30",
+        "eval.episodes=60",
+    ]
     overrides += ["train.schedule=cosine", "train.clip=5"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped = here"
     subprocess.run(command(*overrides, f"hydra.run.dir={whole}"), check=True, env=environment())
@@ -92,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         loop.meta_train(experiment, tmp_path, resume=False)
     kept = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     assert kept["step"] == 20
-    assert all(leaf.isfinite().all() for leaf in leaves(kept["theta"]))
+    assert all(leaf.isfinite().all() for leaf in leaves(kept["state"]))
 
 
 def test_the_best_by_validation_is_what_is_kept(tmp_path):
@@ -101,7 +110,7 @@ def test_the_best_by_validation_is_what_is_kept(tmp_path):
     seen = {}
     scores = iter([3.0, math.nan, 1.0, 2.0])
 
-    def fake(experiment, theta, tasks):
+    def fake(experiment, replica, theta, tasks):
         score = next(scores)
         seen[score] = tree_map(torch.clone, theta)
         return theta, score, score
@@ -109,8 +118,9 @@ def test_the_best_by_validation_is_what_is_kept(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "validate", fake)
         training = loop.meta_train(experiment, tmp_path, resume=False)
-    assert (training.best.step, training.best.val_score) == (30, 1.0)
-    torch.testing.assert_close(training.best.theta, seen[1.0], rtol=0, atol=0)
+    best = training.best[0]
+    assert (best.step, best.val_score) == (30, 1.0)
+    torch.testing.assert_close(best.theta, seen[1.0], rtol=0, atol=0)
     saved = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
     torch.testing.assert_close(saved["theta"], seen[1.0], rtol=0, atol=0)
 
@@ -132,29 +142,3 @@ def test_streams_differ_by_purpose_seed_and_step():
     keys = [(s, n, i) for s in range(3) for n in ("weights", "train", "val", "test") for i in range(20)]
     draws = {tuple(torch.randint(1 << 30, (2,), generator=stream(*key)).tolist()) for key in keys}
     assert len(draws) == len(keys)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", lambda t: 0.1),
-        ("linear", lambda t: 0.1 * (1 - 0.9 * t / 40)),
-        ("cosine", lambda t: 0.01 + 0.045 * (1 + math.cos(math.pi * t / 40))),
-        ("step", lambda t: 0.1 * 0.5 ** (t // 15)),
-    ],
-)
-def test_schedules_of_the_outer_learning_rate(schedule, expected):
-    overrides = (f"train.schedule={schedule}", "train.lr=0.1", "train.final=0.1", "train.decay_every=15")
-    training = loop.start(experiment := experiment_of(*TINY, *overrides, "train.meta_batch=1"))
-    for t in range(40):
-        assert training.optimizer.param_groups[0]["lr"] == pytest.approx(expected(t))
-        loop.meta_step(experiment, training)
-
-
-def test_sgd_with_clipping_moves_by_the_clipped_gradient():
-    experiment = experiment_of(*TINY, "train.optimizer=sgd", "train.lr=0.5", "train.clip=0.001")
-    training = loop.start(experiment)
-    before = tree_map(torch.clone, training.theta)
-    loop.meta_step(experiment, training)
-    moved = torch.cat([(a - b).flatten() for a, b in zip(leaves(training.theta), leaves(before), strict=True)])
-    assert moved.norm().item() == pytest.approx(0.5 * 0.001, rel=1e-3)

@@ -163,7 +163,7 @@ def test_the_last_adaptation_step_is_compared(runs):
     root, *_ = runs
     with (root / "a" / "episodes.csv").open() as file:
         last = [float(row["score"]) for row in csv.DictReader(file) if row["adapt_step"] == "1"]
-    np.testing.assert_allclose(episode_scores([str(root / "a")]), last)
+    np.testing.assert_allclose(episode_scores([(str(root / "a"), 0)]), last)
 
 
 def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):

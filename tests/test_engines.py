@@ -1,0 +1,373 @@
+"""Every engine, map over tasks and number of replicas gives what the plain step gives."""
+
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import composed, experiment_of
+from torch import nn
+
+from metarun import stepper as module
+from metarun.algos.agnostic.maml import maml
+from metarun.assemble import Replica, assemble
+from metarun.engine import meta_gradient
+from metarun.errors import UserError
+from metarun.loop import rates_of, training_tasks
+from metarun.recording import CannotRecord, Captured, Recording, with_wide_products
+from metarun.run import run
+from metarun.stepper import Stepper
+from metarun.stepping import MetaStep, accumulated, parts_of
+from metarun.tree import leaves, tree_map
+
+TINY = ("train.steps=50", "train.meta_batch=4", "train.clip=0.5", "train.weight_decay=0.01", "train.schedule=cosine")
+IMAGES = ("task=omniglot", "task.dataset=procedural", "task.image_size=16", "model.filters=4", "task.train_ways=null")
+SETTINGS = {
+    "maml": ("algo.inner_steps=2",),
+    "reptile": (),
+    "metasgd": (),
+    "imaml": ("algo.inner_steps=3",),
+    "adaptive": (),
+    "cnp": ("algo.width=8",),
+    "maml_images": ("algo=maml", *IMAGES, "algo.inner_steps=2"),
+    "protonet": IMAGES,
+    "transfer": IMAGES,
+    "maml_navigation": ("algo=maml", "task=navigation", "task.horizon=5", "task.shots=3", "task.queries=3"),
+    "rl2": ("task=bandit", "task.pulls=4", "task.queries=3", "task.shots=2"),
+    "protonet_text": ("algo=protonet", "task=text", "task.dataset=toy", "task.buckets=64", "task.train_ways=5"),
+}
+
+
+def setting(name, *more):
+    return experiment_of(f"algo={name}", *SETTINGS[name], *TINY, *more)
+
+
+def given(experiment, meta_step, step, state=None):
+    seeds = [one.config.seed for one in experiment.replicas]
+    tasks = training_tasks(experiment, seeds, experiment.config.train.meta_batch, step)
+    return {"state": state or meta_step.initial_state(), "tasks": tasks, "rates": rates_of(experiment)[step]}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_recording_and_chunks_of_tasks_give_what_the_step_gives(name):
+    """On tasks and weights that the recording has not seen."""
+    experiment = setting(name)
+    meta_step = MetaStep(experiment)
+    first = given(experiment, meta_step, 0)
+    recording = Recording(meta_step.whole, first)
+    second = given(experiment, meta_step, 1, meta_step.whole(first)["state"])
+    kept = tree_map(torch.clone, second)
+    expected = meta_step.whole(second)
+    torch.testing.assert_close(recording(second), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(second, kept, rtol=0, atol=0)
+    in_chunks = accumulated(meta_step.gradient, meta_step.update, 2)
+    torch.testing.assert_close(in_chunks(second), expected, rtol=1e-9, atol=1e-12)
+    task = Recording(meta_step.gradient, parts_of(first, 1)[0])
+    with ThreadPoolExecutor(2) as pool:
+        in_threads = accumulated(task, meta_step.update, 1, pool)(second)
+    torch.testing.assert_close(in_threads, expected, rtol=1e-9, atol=1e-12)
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.usefixtures("float64")
+def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    experiment = setting("maml")
+    meta_step = MetaStep(experiment)
+    first = given(experiment, meta_step, 0)
+    recording = Recording(meta_step.whole, first)
+    assert not recording.marker().exists()
+    compiled = recording.compiled(first)
+    assert recording.marker().exists()
+    state = first["state"]
+    for step in range(3):
+        now = given(experiment, meta_step, step, state)
+        expected = meta_step.whole(now)
+        torch.testing.assert_close(compiled(now), expected, rtol=1e-9, atol=1e-11)
+        state = expected["state"]
+
+
+def test_wide_products_are_the_same_products():
+    def products(tree):
+        a, b = tree["a"], tree["b"]
+        return {"narrow": a @ b, "transposed": (a @ b).transpose(1, 2) * 2, "wide": b.transpose(1, 2) @ a}
+
+    values = {"a": torch.randn(3, 20, 20), "b": torch.randn(3, 20, 4)}
+    recording = Recording(products, values)
+    rewritten = with_wide_products(recording.graph)
+    shapes = [n.meta.get("tensor_meta") for n in rewritten.graph.nodes if n.target is torch.ops.aten.bmm.default]
+    assert len(shapes) == 3
+    assert sum(shape is None for shape in shapes) == 2  # those that were put in place of narrow ones
+    expected = list(leaves(products(values)))
+    torch.testing.assert_close(list(rewritten(*leaves(values))), expected)
+
+
+def steps_of(experiment, count=3):
+    meta_step = MetaStep(experiment)
+    stepper, state = Stepper(experiment, meta_step, count), meta_step.initial_state()
+    for step in range(count):
+        out = stepper(given(experiment, meta_step, step, state))
+        state = out["state"]
+    return stepper, out
+
+
+def through_numpy(x):
+    return torch.from_numpy(x.detach().numpy() * 1.0)
+
+
+class Detour(nn.Module):
+    """A model that leaves torch on its way: what it gives there is a constant to a recording."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.w + Leave.apply(x)
+
+
+class Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return through_numpy(x)
+
+    @staticmethod
+    def setup_context(context, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(context, gradient):
+        return torch.zeros_like(gradient)
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return through_numpy(x), in_dims[0]
+
+
+def reading(algorithm):
+    """The algorithm with a meta-gradient that reads a value, as a line search would."""
+
+    def meta_grad(theta, tasks, loss):
+        found = meta_gradient(algorithm, theta, tasks, loss)
+        return found if found.loss.item() < 1e9 else found._replace(loss=found.loss * 0)
+
+    return algorithm._replace(meta_grad=meta_grad)
+
+
+@pytest.mark.parametrize(("kind", "why"), [("detour", "does not give what eager gives"), ("reading", "no replay: ")])
+def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, why, caplog):
+    experiment = experiment_of("engine=replay", *TINY)
+    first, spec = experiment.replicas[0], experiment.family.spec
+    model = Detour(spec) if kind == "detour" else first.model
+    algorithm = maml(model, spec) if kind == "detour" else reading(first.algorithm)
+    replicas = [Replica(first.config, first.differs, model, algorithm)]
+    experiment = replace(experiment, replicas=replicas, algorithm=algorithm)
+    with caplog.at_level(logging.INFO):
+        stepper, _ = steps_of(experiment)
+    assert stepper.engine == "eager"
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("engine: ")]
+    assert len(lines) == 1
+    assert why in lines[0]
+
+
+def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/no-compiler",))
+    with caplog.at_level(logging.INFO):
+        stepper, _ = steps_of(experiment_of("engine=compile", "train.meta_batch=3", "model.widths=[7]", *TINY))
+    assert stepper.engine == "eager"
+    assert "no compile: " in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "engine"), [(30, "eager"), (1_000_000, "replay")])
+def test_auto_records_only_what_pays(steps, engine, monkeypatch, caplog):
+    """With times that are given: eager takes 4 ms, anything else 1 ms, compiling never pays."""
+    monkeypatch.setattr(module, "COMPILE_SECONDS", {"cold": (1e9, 0.0), "warm": (1e9, 0.0)})
+    monkeypatch.setattr(Stepper, "timed", lambda self, run, tasks: 0.001)
+    experiment = experiment_of(*TINY)
+    meta_step = MetaStep(experiment)
+    stepper, state = Stepper(experiment, meta_step, steps), meta_step.initial_state()
+    with caplog.at_level(logging.INFO):
+        for step in range(module.WATCHED + 1):
+            stepper.watched = [0.004] * len(stepper.watched)
+            state = stepper(given(experiment, meta_step, step, state))["state"]
+    assert stepper.engine == engine
+    assert caplog.text.count("engine: ") == 1
+    assert "would save" in caplog.text
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_gpu_that_is_too_small_takes_fewer_tasks_at_a_time_or_says_what_to_lower(chunk, monkeypatch):
+    experiment = experiment_of("engine=eager", *TINY, f"train.task_chunk={chunk or 'null'}")
+    meta_step = MetaStep(experiment)
+    whole = meta_step.whole
+
+    def too_much(tree):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(meta_step, "whole", too_much)
+    stepper = Stepper(experiment, meta_step, 5)
+    now = given(experiment, meta_step, 0)
+    if chunk:
+        with pytest.raises(UserError, match=r"train.task_chunk.*train.meta_batch"):
+            stepper(now)
+    else:
+        torch.testing.assert_close(stepper(now)["result"], whole(now)["result"])
+        assert stepper.chunk == 2
+
+
+OVER = {
+    "algo.inner_lr": ("maml", (), [0.01, 0.3]),
+    "train.lr": ("maml", (), [0.01, 0.0001]),
+    "train.clip": ("reptile", ("train.optimizer=sgd", "algo.inner_optimizer=sgd"), [0.01, 1.0]),
+    "algo.strength": ("imaml", ("algo.inner_steps=3",), [0.5, 2.0]),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("key", OVER)
+def test_replicas_that_differ_in_a_number_equal_separate_runs(key):
+    algo, more, values = OVER[key]
+    together = experiment_of(f"algo={algo}", *TINY, *more, f"replicas.over={{{key}: {values}}}", "replicas.count=2")
+    assert [one.differs for one in together.replicas] == [
+        {key: value, "seed": seed} for value in values for seed in (0, 1)
+    ]
+    meta_step, states = MetaStep(together), None
+    alone = [experiment_of(f"algo={algo}", *TINY, *more, f"{key}={v}", f"seed={s}") for v in values for s in (0, 1)]
+    own = [MetaStep(one) for one in alone]
+    own_states = [None] * len(alone)
+    for step in range(3):
+        out = meta_step.whole(given(together, meta_step, step, states))
+        states = out["state"]
+        for index, (experiment, steps) in enumerate(zip(alone, own, strict=True)):
+            single = steps.whole(given(experiment, steps, step, own_states[index]))
+            own_states[index] = single["state"]
+            mine = tree_map(lambda leaf, i=index: leaf[i : i + 1], out)
+            torch.testing.assert_close(mine, single, rtol=1e-7, atol=1e-10)
+    # The values make a difference, or this would show nothing.
+    assert (states["weights"][0] - states["weights"][2]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ("{task.shots: [1, 5]}", "sweep it with metarun -m task.shots"),
+        ("{algo.inner_steps: [1, 2]}", "must be a number with a point"),
+        ("{algo.inner_lr: 0.1}", "needs a list of different numbers"),
+        ("{algo.inner_lr: [0.1, 0.1]}", "needs a list of different numbers"),
+        ("{algo.inner_lr: [0.1, -1.0]}", "inner_lr must be above 0"),
+        ("{train.lr: [0.1, 0.0]}", "train.lr must be a finite number above 0"),
+    ],
+)
+def test_replicas_that_cannot_be_are_refused(over, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        assemble(*composed(f"replicas.over={over}"))
+
+
+def deaf(model, spec, inner_lr: float = 0.1):
+    """MAML that makes a plain number of its step size, so that a replica's own cannot reach it."""
+    return maml(model, spec, float(inner_lr))
+
+
+def branching(model, spec, inner_lr: float = 0.1):
+    """MAML whose loss depends on whether its step size is large."""
+    found = maml(model, spec, inner_lr)
+
+    def predict(theta, state, x):
+        return found.predict(theta, state, x) * (2 if inner_lr > 0.05 else 1)
+
+    return found._replace(predict=predict)
+
+
+@pytest.mark.parametrize("target", ["deaf", "branching"])
+def test_a_hyperparameter_that_one_process_cannot_vary_is_refused(target, tmp_path):
+    config, names = composed("replicas.over={algo.inner_lr: [0.1, 0.01]}", "train.steps=2")
+    config.algo = {"_target_": f"test_engines.{target}", "inner_lr": 0.1}
+    with pytest.raises(UserError, match=r"sweep them with metarun -m algo.inner_lr"):
+        run(config, names, tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
+def test_precision_is_named_in_the_row_and_changes_little(precision, tmp_path):
+    import pandas as pd
+
+    scores = {}
+    for name in ("float32", precision):
+        quick = ("train.steps=30", "train.eval_every=30", "train.val_episodes=20", "eval.episodes=20")
+        run(*composed(f"train.precision={name}", *quick), tmp_path / name)
+        row = pd.read_csv(tmp_path / name / "result.csv").iloc[0]
+        assert row["precision"] == name
+        scores[name] = row["score"]
+    assert scores[precision] == pytest.approx(scores["float32"], rel=0.1)
+    if precision == "bfloat16":
+        assert scores[precision] != scores["float32"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("engine=cudagraph", "device=cpu"), "needs a CUDA device"),
+        (("engine=eager", "engine.task_map=threads"), "runs recordings"),
+        (("engine.task_map=threads", "replicas.count=2"), "one replica"),
+        (("train.task_chunk=2", "train.meta_batch=3"), "must divide train.meta_batch=3"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(overrides, words):
+    experiment = experiment_of(*overrides)
+    with pytest.raises(UserError, match=words):
+        Stepper(experiment, MetaStep(experiment), 10)
+
+
+gpu = pytest.mark.gpu
+
+
+@gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", ["maml", "maml_images", "protonet", "rl2"])
+def test_a_captured_step_gives_what_the_step_gives(name):
+    experiment = setting(name, "device=cuda")
+    meta_step = MetaStep(experiment)
+    first = given(experiment, meta_step, 0)
+    captured = Captured(Recording(meta_step.whole, first), first)
+    second = given(experiment, meta_step, 1, meta_step.whole(first)["state"])
+    expected = meta_step.whole(second)
+    for leaf, other in zip(leaves(captured(second)), leaves(expected), strict=True):
+        assert (leaf - other).norm() <= 5e-3 * other.norm() + 1e-6
+
+
+def test_a_capture_that_fails_is_a_reason_and_not_an_error(monkeypatch):
+    """Without a GPU the CUDA path is exercised up to the first call of CUDA."""
+
+    def refuse(*arguments):
+        raise RuntimeError("no stream here")
+
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    values = {"x": torch.ones(2)}
+    with pytest.raises(CannotRecord, match="no stream here"):
+        Captured(Recording(lambda tree: {"y": tree["x"] * 2}, values), values)
+
+
+def test_an_engine_that_is_asked_for_stands_in_the_row(tmp_path):
+    import pandas as pd
+
+    quick = ("train.steps=6", "train.eval_every=6", "train.val_episodes=4", "eval.episodes=6", "replicas.count=2")
+    run(*composed("engine=replay", *quick), tmp_path)
+    table = pd.read_csv(tmp_path / "result.csv")
+    assert list(table["engine"]) == ["replay"] * 2
+    assert (table["compile_seconds"] > 0).all()
+    assert list(table["varied"]) == ["seed=0", "seed=1"]
+    alone, names = composed("seed=1", *quick, "replicas.count=1")
+    run(alone, names, tmp_path / "alone")
+    single = pd.read_csv(tmp_path / "alone" / "result.csv").iloc[0]
+    assert single["config_hash"] == table["config_hash"][1]
+    assert single["score"] == pytest.approx(table["score"][1], rel=1e-4)
+    assert SimpleNamespace(**single).episodes_hash == table["episodes_hash"][1]
