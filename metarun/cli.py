@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from metarun.config import register_schema
+from metarun.config import check_ranges, register_schema
 from metarun.errors import UserError
 from metarun.help import help_text
 
@@ -43,6 +43,14 @@ def fail(sentence: str) -> None:
 
 def job(config: DictConfig) -> float:
     """One run inside Hydra; returns the validation score, or NaN for a run that failed."""
+    try:
+        # Here too, because whoever mistyped a number should not wait for torch.
+        check_ranges(config)
+    except UserError as error:
+        if wants_traceback():
+            raise
+        fail(str(error))
+        return float("nan")
     from metarun.loop import Interrupted
     from metarun.run import run
 
