@@ -33,7 +33,7 @@ ONLY_FOR = {"metarun replay, threads": IMAGE_MAML, "metarun compile, threads": I
 NOT_FOR = {
     "metarun compile": IMAGE_MAML,
     "learn2learn": ("protonet",),
-    "higher": ("protonet",),
+    "higher": ("protonet", "omniglot_fomaml"),
     "TorchOpt": ("protonet", "omniglot_fomaml"),
 }
 """What a contestant has no method for. Convolutions with weights of each task's own gain by compiling in threads alone

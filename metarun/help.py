@@ -23,6 +23,13 @@ Keys
   train.meta_batch         tasks a meta-step
   train.lr                 learning rate of the outer optimizer
   train.eval_every         meta-steps between validations; the best is tested
+  train.task_chunk         tasks computed at a time, with the same gradient, where memory is short
+  train.precision          float32, tf32 or bfloat16
+  replicas.count           seeds trained side by side in one process, a row each
+  replicas.over            or values: replicas.over='{algo.inner_lr: [0.1, 0.03]}'
+  engine                   what runs the meta-steps; auto measures and says what it chose
+  engine.task_map          auto, vmap or threads
+  engine.threads           of torch on the CPU
   eval.episodes            test tasks, the same for every algorithm and seed
   eval.adapt_steps         adaptation steps in validation and test
   eval.seed                of validation and test tasks
@@ -40,6 +47,7 @@ Examples
   metarun algo=maml task=text task.dataset=toy
   metarun algo=thompson task=bandit task.arms=10 task.pulls=100
   metarun -m algo=maml,reptile,shared_params,scratch task=sinusoid seed=0,1
+  metarun algo=maml task=sinusoid replicas.count=5
   metarun resume=outputs/2026-01-31/12-00-00-000000_maml_sinusoid
   metarun-compare outputs
 
@@ -70,6 +78,7 @@ def help_text(config_dirs: list[str]) -> str:
         "algo": "algorithms",
         "task": "task families",
         "model": "models; each task names a default",
+        "engine": "what runs the meta-steps",
         "experiment": "settings of a paper",
     }.items():
         found: dict[str, str] = {}

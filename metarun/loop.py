@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,12 +19,13 @@ from metarun import engine
 from metarun.assemble import Experiment, Replica, stream
 from metarun.errors import UserError
 from metarun.outer import learning_rates
+from metarun.recording import release_gpu_memory
 from metarun.results.tables import write_metrics
 from metarun.stepper import Stepper
 from metarun.stepping import MetaStep, replica, stacked
 from metarun.training import Best, Training, restore, save, save_best, start
-from metarun.tree import tree_map
-from metarun.types import Algorithm, Split, Task, Tree
+from metarun.tree import leaves, size, tree_map
+from metarun.types import Split, Task, Tree
 
 log = logging.getLogger(__name__)
 
@@ -108,19 +109,9 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
         yield block
 
 
-BLOCK_NUMBERS = 4_000_000
-"""Blocks are evaluated together on a CPU while their adapted parameters are no more than this: beyond, calls cost less
-than cache misses."""
-
-
-def joined(experiment: Experiment, algorithm: Algorithm, theta: Tree, blocks: Iterable[Task]) -> Iterator[Task]:
-    """Blocks of tasks put together, as many as fit."""
-    at_once = max(BLOCK_NUMBERS // (EPISODE_BLOCK * max(engine.adapted_parameters(algorithm, theta), 1)), 1)
-    if experiment.family.spec.control is not None or experiment.device != "cpu":
-        at_once = 1
-    rest = iter(blocks)
-    while group := list(islice(rest, at_once)):
-        yield Task(*(tree_map(lambda *leaves: torch.cat(leaves), *parts) for parts in zip(*group, strict=True)))
+NUMBERS_AT_ONCE = {"cpu": 4_000_000, "cuda": 64_000_000}
+"""Blocks are evaluated together while their adapted parameters, and what a model makes of their inputs, are no more
+than this: beyond, a CPU misses its cache; a GPU has room for more, and takes less where it has not."""
 
 
 def evaluate(
@@ -130,15 +121,39 @@ def evaluate(
     tasks: Iterable[Task],
     second: bool = False,
 ) -> engine.Evaluated:
-    """Losses and scores along adaptation, over blocks of tasks; second scores too if asked and if there are any."""
+    """Losses and scores along adaptation, over blocks of tasks; second scores too if asked and if there are any.
+
+    Raises:
+        UserError: a GPU has no room for a single block.
+    """
     algorithm, family, steps = replica.algorithm, experiment.family, experiment.config.eval.adapt_steps
     second_score = family.second_score if second and family.spec.second_metric else None
-    blocks = [
-        engine.evaluate(algorithm, theta, block, family.loss, steps, second_score)
-        for block in joined(experiment, algorithm, theta, tasks)
-    ]
-    columns = zip(*(block[1:] for block in blocks), strict=True)
-    return engine.Evaluated(blocks[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))
+    rest = iter(tasks)
+    first = next(rest)
+    # Models make some dozen numbers of each number that they are given.
+    inputs = 16 * sum(size(part) for part in first) // len(next(leaves(first.query)))
+    numbers = EPISODE_BLOCK * max(engine.adapted_parameters(algorithm, theta), inputs, 1)
+    at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // numbers, 1)
+    if family.spec.control is not None:
+        # An episode is many steps long: a block of them is large already.
+        at_once = 1
+    held, results = [first, *islice(rest, at_once - 1)], list[engine.Evaluated]()
+    while held or (held := list(islice(rest, at_once))):
+        group = zip(*held[:at_once], strict=True)
+        try:
+            together = Task(*(tree_map(lambda *leaves: torch.cat(leaves), *parts) for parts in group))
+            results.append(engine.evaluate(algorithm, theta, together, family.loss, steps, second_score))
+            held = held[at_once:]
+        except torch.cuda.OutOfMemoryError as error:
+            if at_once == 1:
+                raise UserError(
+                    f"The GPU has too little memory to evaluate {EPISODE_BLOCK} tasks at once; lower task.queries or "
+                    "take a smaller model."
+                ) from error
+            at_once //= 2
+            release_gpu_memory()
+    columns = zip(*(result[1:] for result in results), strict=True)
+    return engine.Evaluated(results[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))
 
 
 def better(experiment: Experiment, score: float, than: float) -> bool:
@@ -240,6 +255,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
 
     clock = [time.perf_counter()]
     with (
+        closing(stepper),
         stop_on_signal() as stopped,
         tqdm(total=steps, initial=training.step, disable=None, unit="step") as progress,
     ):

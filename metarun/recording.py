@@ -155,7 +155,12 @@ class Captured:
         Raises:
             CannotRecord: an operation that cannot be captured, one that waits for the host.
         """
+        constants = [value for value in vars(recording.graph).values() if isinstance(value, Tensor)]
+        constants += list(recording.graph.buffers())
+        if any(not value.is_cuda for value in constants if value.numel() > 1):
+            raise CannotRecord("it holds values that were computed outside of the GPU")
         self.inputs = tree_map(lambda leaf: leaf.contiguous().clone(), given)
+        before = torch.cuda.current_stream()
         try:
             # A capture must not be the first use of a library, so a stream of its own runs the operations before.
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -168,6 +173,8 @@ class Captured:
             with torch.cuda.graph(self.graph):
                 self.outputs = recording(self.inputs)
         except RuntimeError as error:
+            # Leaving a capture by an exception leaves its stream current.
+            torch.cuda.set_stream(before)
             raise CannotRecord(first_line(error)) from error
 
     def __call__(self, given: Tree) -> Tree:
@@ -176,3 +183,12 @@ class Captured:
             own.copy_(new, non_blocking=True)
         self.graph.replay()
         return tree_map(torch.clone, self.outputs)
+
+
+def release_gpu_memory() -> None:
+    """Give back what torch keeps of a GPU's memory, if it can: after a capture that failed some versions refuse."""
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            log.debug("The GPU's memory stays with this process: %s", first_line(error))

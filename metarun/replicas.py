@@ -61,4 +61,4 @@ def replica_configs(config: DictConfig) -> list[tuple[DictConfig, dict[str, floa
 
 def label(differs: dict[str, float]) -> str:
     """The keys and values of a replica, as overrides on the command line would be written."""
-    return " ".join(f"{key}={value:g}" for key, value in differs.items())
+    return " ".join(f"{key}={value!r}" for key, value in differs.items())

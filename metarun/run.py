@@ -22,8 +22,10 @@ import metarun
 from metarun import engine
 from metarun.assemble import Experiment, Replica, assemble
 from metarun.config import config_hash
+from metarun.errors import UserError
 from metarun.loop import Tested, meta_test, meta_train
 from metarun.models.norm import BatchStatistics
+from metarun.recording import release_gpu_memory
 from metarun.replicas import label
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.tables import format_score, format_score_ci, write_episodes, write_results
@@ -236,18 +238,20 @@ def settings_of(config: DictConfig) -> Iterator[None]:
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     if config.engine.keep_memory:
         keep_freed_memory()
-    if config.train.precision.name == "tf32":
-        torch.set_float32_matmul_precision("high")
+    rounded, rounded_before = config.train.precision.name == "tf32", torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    # Torch's default rounds convolutions, unlike products.
+    torch.backends.cudnn.allow_tf32 = rounded
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = rounded_before
         # Compiled graphs of one job are of no use to the next.
         if (dynamo := sys.modules.get("torch._dynamo")) is not None:
             dynamo.reset()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_gpu_memory()
 
 
 def write_pictures(
@@ -282,18 +286,23 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
     """
     with settings_of(config):
         experiment = assemble(config, names)
+        if ":" in experiment.device:
+            torch.cuda.set_device(experiment.device)
         reset_peak_memory(experiment.device)
         rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
         finished: list[tuple[dict[str, Any], Tested]] = []
         try:
             training = meta_train(experiment, directory, resume=config.resume is not None)
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
-                if best is None or not math.isfinite(best.val_score):
+                diverged = not bool(training.state["weights"][row["replica"]].isfinite().all())
+                if best is None or diverged or not math.isfinite(best.val_score):
                     row["status"] = "failed"
                     continue
                 tested = meta_test(experiment, replica, best.theta)
                 row |= measured_columns(experiment, replica, training, best, tested)
                 finished.append((row, tested))
+            if not finished:
+                raise UserError("Every replica diverged; lower train.lr or algo.inner_lr, or set train.clip=1.")
         except BaseException as error:
             if not (directory / "result.csv").exists():
                 stopped = type(error).__name__ in ("Interrupted", "KeyboardInterrupt")
@@ -307,7 +316,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
             report(experiment, row, tested)
         for row in rows:
             if row["status"] == "failed":
-                log.warning("  %s diverged and has no score; lower its step size", row["varied"])
+                log.warning("  %s diverged and has no score; lower its step size, or set train.clip=1", row["varied"])
         log.info("  files: %s", directory)
         scores: list[float] = [row["val_score"] for row, _ in finished]
         return max(scores) if experiment.family.spec.higher_is_better else min(scores)

@@ -124,8 +124,11 @@ class MetaStep:
             return vmap(function)
         return lambda given: tree_map(lambda leaf: leaf[None], function(replica(given, 0)))
 
-    def gradient(self, given: Tree) -> Tree:
-        """``state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and score) and what is ``carried``."""
+    def gradient(self, given: Tree, narrow: bool | None = None) -> Tree:
+        """``state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and score) and what is ``carried``.
+
+        ``narrow`` says whether products are of bfloat16; by default as the configuration has it.
+        """
         experiment = self.experiment
 
         def one(given: Tree) -> Tree:
@@ -133,7 +136,12 @@ class MetaStep:
             others = [(named, given["rates"][key]) for key, named in experiment.placeholders.items()]
             with (
                 Substitute(others) if others else nullcontext(),
-                torch.autocast(self.device_type, torch.bfloat16, enabled=self.narrow, cache_enabled=False),
+                torch.autocast(
+                    self.device_type,
+                    torch.bfloat16,
+                    enabled=self.narrow if narrow is None else narrow,
+                    cache_enabled=False,
+                ),
             ):
                 found = meta_gradient(
                     experiment.algorithm,
@@ -160,7 +168,7 @@ class MetaStep:
             f"{next(iter(experiment.placeholders), '')}=..."
         )
         try:
-            found = self.gradient(given)["gradient"]
+            found = self.gradient(given, narrow=False)["gradient"]
         except RuntimeError as error:
             if "vmap" in str(error):
                 raise refusal from error

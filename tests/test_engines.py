@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import composed, experiment_of
@@ -19,7 +20,7 @@ from metarun.errors import UserError
 from metarun.loop import rates_of, training_tasks
 from metarun.recording import CannotRecord, Captured, Recording, with_wide_products
 from metarun.run import run
-from metarun.stepper import Stepper
+from metarun.stepper import Stepper, agrees
 from metarun.stepping import MetaStep, accumulated, parts_of
 from metarun.tree import leaves, tree_map
 
@@ -296,10 +297,30 @@ def test_a_hyperparameter_that_one_process_cannot_vary_is_refused(target, tmp_pa
         run(config, names, tmp_path)
 
 
+def test_a_replica_that_diverges_is_failed_and_the_others_are_not(tmp_path):
+    quick = ("train.optimizer=sgd", "train.steps=40", "train.eval_every=5", "train.val_episodes=4", "eval.episodes=6")
+    value = run(*composed(*quick, "replicas.over={train.lr: [0.001, 1.0]}"), tmp_path)
+    table = pd.read_csv(tmp_path / "result.csv")
+    assert list(table["status"]) == ["completed", "failed"]
+    assert list(table["varied"]) == ["train.lr=0.001", "train.lr=1.0"]
+    assert value == table["val_score"][0]
+    assert set(pd.read_csv(tmp_path / "episodes.csv")["replica"]) == {0}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_step_against_the_gradient_does_not_agree_with_eager(optimizer):
+    experiment = experiment_of(*TINY, f"train.optimizer={optimizer}", "train.lr=0.001")
+    meta_step = MetaStep(experiment)
+    now = given(experiment, meta_step, 0)
+    found = meta_step.gradient(now)
+    expected = meta_step.update({**now, **found})
+    assert agrees(meta_step.whole(now), expected, now)
+    wrong = meta_step.update({**now, **found, "gradient": -found["gradient"]})
+    assert not agrees(wrong, expected, now)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
 def test_precision_is_named_in_the_row_and_changes_little(precision, tmp_path):
-    import pandas as pd
-
     scores = {}
     for name in ("float32", precision):
         quick = ("train.steps=30", "train.eval_every=30", "train.val_episodes=20", "eval.episodes=20")
@@ -318,6 +339,7 @@ def test_precision_is_named_in_the_row_and_changes_little(precision, tmp_path):
         (("engine=cudagraph", "device=cpu"), "needs a CUDA device"),
         (("engine=eager", "engine.task_map=threads"), "runs recordings"),
         (("engine.task_map=threads", "replicas.count=2"), "one replica"),
+        (("train.precision=bfloat16", "task=bandit"), "too coarse"),
         (("train.task_chunk=2", "train.meta_batch=3"), "must divide train.meta_batch=3"),
     ],
 )
@@ -357,8 +379,6 @@ def test_a_capture_that_fails_is_a_reason_and_not_an_error(monkeypatch):
 
 
 def test_an_engine_that_is_asked_for_stands_in_the_row(tmp_path):
-    import pandas as pd
-
     quick = ("train.steps=6", "train.eval_every=6", "train.val_episodes=4", "eval.episodes=6", "replicas.count=2")
     run(*composed("engine=replay", *quick), tmp_path)
     table = pd.read_csv(tmp_path / "result.csv")

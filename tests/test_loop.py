@@ -142,3 +142,25 @@ def test_streams_differ_by_purpose_seed_and_step():
     keys = [(s, n, i) for s in range(3) for n in ("weights", "train", "val", "test") for i in range(20)]
     draws = {tuple(torch.randint(1 << 30, (2,), generator=stream(*key)).tolist()) for key in keys}
     assert len(draws) == len(keys)
+
+
+def test_blocks_are_evaluated_together_or_in_smaller_groups_with_the_same_scores(monkeypatch):
+    experiment = experiment_of("eval.adapt_steps=2")
+    first, theta = experiment.replicas[0], experiment.initial_thetas()[0]
+    blocks = list(loop.episodes(experiment, "test", 170))
+    plain, sizes = loop.engine.evaluate, []
+
+    def small_gpu(algorithm, theta, tasks, *rest):
+        sizes.append(len(tasks.query["x"]))
+        if sizes[-1] > 60:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return plain(algorithm, theta, tasks, *rest)
+
+    together = loop.evaluate(experiment, first, theta, blocks)
+    monkeypatch.setattr(loop.engine, "evaluate", small_gpu)
+    apart = loop.evaluate(experiment, first, theta, iter(blocks))
+    assert sizes == [170, 100, 50, 50, 50, 20]
+    torch.testing.assert_close(apart, together)
+    monkeypatch.setattr(loop, "EPISODE_BLOCK", 10**9)
+    with pytest.raises(UserError, match=r"lower task\.queries"):
+        loop.evaluate(experiment, first, theta, list(loop.episodes(experiment, "test", 70)))

@@ -142,7 +142,7 @@ class Attention(nn.Module):
         """``[sentences, words, width]`` → the same shape; nothing attends to padding."""
         normed = self.before_attention(x)
         logits = self.query(normed) @ self.key(normed).transpose(1, 2) / math.sqrt(x.shape[2])
-        logits = logits.masked_fill(~there.transpose(1, 2), torch.finfo(x.dtype).min)
+        logits = logits.masked_fill(~there.transpose(1, 2), torch.finfo(logits.dtype).min)
         x = x + logits.softmax(-1) @ self.value(normed)
         out: Tensor = x + self.layers(self.before_layers(x))
         return out

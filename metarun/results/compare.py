@@ -80,10 +80,12 @@ def overrides_of(directory: Path) -> frozenset[str]:
     return frozenset(o for o in overrides if o.partition("=")[0].lstrip("+~") not in NOT_A_VARIANT)
 
 
-def varied_overrides(varied: Any) -> frozenset[str]:
-    """The keys in which a replica differs from others of its run, as overrides."""
-    words = varied.split() if isinstance(varied, str) else []
-    return frozenset(word for word in words if word.partition("=")[0] not in NOT_A_VARIANT)
+def with_varied(given: frozenset[str], varied: Any) -> frozenset[str]:
+    """The overrides of a run with those of a replica, ``varied``, in place of the ones for the same keys."""
+    own = varied.split() if isinstance(varied, str) else []
+    keys = {word.partition("=")[0] for word in own}
+    kept = {override for override in given if override.partition("=")[0] not in keys}
+    return frozenset(kept | {word for word in own if word.partition("=")[0] not in NOT_A_VARIANT})
 
 
 def read_results(files: Sequence[Path]) -> pd.DataFrame:
@@ -103,11 +105,12 @@ def read_results(files: Sequence[Path]) -> pd.DataFrame:
             raise UserError(f"{path} is not a result table of metarun: it lacks the column {missing[0]}.")
         table["directory"] = str(path.parent)
         given = overrides_of(path.parent)
-        table["overrides"] = [given | varied_overrides(varied) for varied in table["varied"]]
+        table["overrides"] = [with_varied(given, varied) for varied in table["varied"]]
+        table["asked"] = " ".join(sorted(override for override in given if override.startswith("engine")))
         table["modified"] = path.stat().st_mtime
         tables.append(table.dropna(axis=1, how="all"))
     every = pd.concat(tables, ignore_index=True)
-    return every.reindex(columns=[*RESULT_COLUMNS, "directory", "overrides", "modified"])
+    return every.reindex(columns=[*RESULT_COLUMNS, "directory", "overrides", "modified", "asked"])
 
 
 def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -117,7 +120,7 @@ def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     for _, row in results[results["status"] != "completed"].iterrows():
         notes.append(f"left out: {row['directory']} ({row['status']})")
     newest = finished.sort_values("modified", kind="stable").drop_duplicates(
-        ["config_hash", "engine", *SETTING], keep="last"
+        ["config_hash", "asked", *SETTING], keep="last"
     )
     if len(newest) < len(finished):
         notes.append(f"{len(finished) - len(newest)} older runs of the same configuration are left out")
