@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.worker import CONTESTANTS
 from metarun.files import atomic_write
+from metarun.run import keep_freed_memory
 
 IMAGE_MAML = ("omniglot_maml", "omniglot_fomaml")
 ONLY_FOR = {"metarun replay, threads": IMAGE_MAML, "metarun compile, threads": IMAGE_MAML}
@@ -152,7 +153,7 @@ def table(problem: Problem, rows: list[dict[str, Any]]) -> str:
     lines += ["| contestant | ms a meta-step | × metarun's fastest | gradient differs by |", "|---|---|---|---|"]
     for row in measured:
         ms, difference = row["milliseconds"], row["gradient_difference"]
-        lines.append(f"| {row['contestant']} | {ms:.3g} | {ms / ours:.2f} | {difference:.0e} |")
+        lines.append(f"| {row['contestant']} | {readable(ms)} | {ms / ours:.2f} | {difference:.0e} |")
     lines += [f"| {r['contestant']} | – | – | {r['note']} |" for r in rows if "note" in r]
     if (bound := arithmetic_bound(problem)) is not None:
         lines += ["", f"Arithmetic alone, at the rate that is measured for products of this size: {bound:.3g} ms."]
@@ -166,6 +167,7 @@ def arithmetic_bound(problem: Problem) -> float | None:
     import torch
 
     torch.set_num_threads(problem.cores)
+    keep_freed_memory()
     if problem.model == "mlp":
         a, b = torch.randn(problem.tasks, 10, 40), torch.randn(problem.tasks, 40, 40)
         operations = 2 * a.numel() * 40
@@ -188,6 +190,11 @@ def arithmetic_bound(problem: Problem) -> float | None:
     return 1000 * problem.multiplications() * statistics.median(taken) / operations
 
 
+def readable(milliseconds: float) -> str:
+    """Three digits."""
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
 def picture(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
     """A panel a problem: bars on a logarithmic axis, ours in colour."""
     from matplotlib.figure import Figure
@@ -203,8 +210,9 @@ def picture(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
         values = [r["milliseconds"] for r in measured]
         colours = [AGNOSTIC if n.startswith("metarun") else "#999999" for n in names]
         bars = axis.barh(names, values, color=colours)
-        axis.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8)
+        axis.bar_label(bars, [readable(v) for v in values], padding=3, fontsize=8)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter("")
         axis.set_xlim(min(values) / 2, max(values) * 2)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)

@@ -145,12 +145,12 @@ def evaluate(
             results.append(engine.evaluate(algorithm, theta, together, family.loss, steps, second_score))
             held = held[at_once:]
         except torch.cuda.OutOfMemoryError as error:
-            if at_once == 1:
+            if min(at_once, len(held)) == 1:
                 raise UserError(
                     f"The GPU has too little memory to evaluate {EPISODE_BLOCK} tasks at once; lower task.queries or "
                     "take a smaller model."
                 ) from error
-            at_once //= 2
+            at_once = min(at_once, len(held)) // 2
             release_gpu_memory()
     columns = zip(*(result[1:] for result in results), strict=True)
     return engine.Evaluated(results[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))

@@ -373,9 +373,16 @@ def test_a_capture_that_fails_is_a_reason_and_not_an_error(monkeypatch):
         raise RuntimeError("no stream here")
 
     monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
     values = {"x": torch.ones(2)}
     with pytest.raises(CannotRecord, match="no stream here"):
         Captured(Recording(lambda tree: {"y": tree["x"] * 2}, values), values)
+    assert current == ["the stream"]
+    elsewhere = torch.arange(2.0)
+    with pytest.raises(CannotRecord, match="outside of the GPU"):
+        Captured(Recording(lambda tree: {"y": tree["x"] * elsewhere}, values), values)
 
 
 def test_an_engine_that_is_asked_for_stands_in_the_row(tmp_path):
