@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 
 from metarun.functional import parameters_of
 from metarun.models.policy import GRUPolicy, Policy
-from metarun.run import keep_freed_memory
+from metarun.process import keep_freed_memory
 from metarun.tasks import control
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.meta_step import versions
-from metarun.run import CLEAR_REFS, STATUS, peak_memory_mb
+from metarun.process import CLEAR_REFS, STATUS, peak_memory_mb
 
 IMAGES = "task=omniglot task.dataset=procedural task.train_queries=15 train.meta_batch=4"
 CASES = {

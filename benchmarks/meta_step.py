@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.worker import CONTESTANTS
 from metarun.files import atomic_write
-from metarun.run import keep_freed_memory
+from metarun.process import keep_freed_memory
 
 IMAGE_MAML = ("omniglot_maml", "omniglot_fomaml")
 ONLY_FOR = {"metarun replay, threads": IMAGE_MAML, "metarun compile, threads": IMAGE_MAML}

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from benchmarks.problems import Problem
 from metarun.assemble import Experiment, assemble
 from metarun.config import register_schema
-from metarun.run import keep_freed_memory
+from metarun.process import keep_freed_memory
 from metarun.stepper import Stepper
 from metarun.stepping import MetaStep
 from metarun.tree import like

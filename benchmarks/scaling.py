@@ -26,11 +26,12 @@ from torch.func import functional_call
 from benchmarks.meta_step import versions
 from benchmarks.own import experiment_of
 from metarun import engine
+from metarun.evaluation import episodes
 from metarun.files import atomic_write
 from metarun.functional import parameters_of
-from metarun.loop import episodes, rates_of, training_tasks
+from metarun.loop import rates_of, training_tasks
+from metarun.process import keep_freed_memory
 from metarun.recording import Recording
-from metarun.run import keep_freed_memory
 from metarun.stepper import Counted
 from metarun.stepping import MetaStep
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import experiment_of
 
-from metarun import loop
+from metarun import evaluation, loop
 from metarun.assemble import stream
 from metarun.errors import UserError
 from metarun.tree import leaves, tree_map
@@ -127,14 +127,14 @@ def test_the_best_by_validation_is_what_is_kept(tmp_path):
 
 def test_test_episodes_depend_on_eval_seed_alone():
     def test_tasks(*overrides):
-        return list(loop.episodes(experiment_of(*overrides), "test", 70))
+        return list(evaluation.episodes(experiment_of(*overrides), "test", 70))
 
     reference = test_tasks("algo=maml", "seed=0")
     assert [len(block.query["x"]) for block in reference] == [50, 20]
     torch.testing.assert_close(test_tasks("algo=reptile", "seed=3", "train.steps=7"), reference, rtol=0, atol=0)
     assert not torch.equal(test_tasks("eval.seed=5")[0].query["x"], reference[0].query["x"])
     # Asking for fewer gives the first ones.
-    fewer = next(loop.episodes(experiment_of("algo=maml"), "test", 10))
+    fewer = next(evaluation.episodes(experiment_of("algo=maml"), "test", 10))
     torch.testing.assert_close(fewer.query["x"], reference[0].query["x"][:10], rtol=0, atol=0)
 
 
@@ -147,8 +147,8 @@ def test_streams_differ_by_purpose_seed_and_step():
 def test_blocks_are_evaluated_together_or_in_smaller_groups_with_the_same_scores(monkeypatch):
     experiment = experiment_of("eval.adapt_steps=2")
     first, theta = experiment.replicas[0], experiment.initial_thetas()[0]
-    blocks = list(loop.episodes(experiment, "test", 170))
-    plain, sizes = loop.engine.evaluate, []
+    blocks = list(evaluation.episodes(experiment, "test", 170))
+    plain, sizes = evaluation.engine.evaluate, []
 
     def small_gpu(algorithm, theta, tasks, *rest):
         sizes.append(len(tasks.query["x"]))
@@ -156,15 +156,15 @@ def test_blocks_are_evaluated_together_or_in_smaller_groups_with_the_same_scores
             raise torch.cuda.OutOfMemoryError("out of memory")
         return plain(algorithm, theta, tasks, *rest)
 
-    together = loop.evaluate(experiment, first, theta, blocks)
-    monkeypatch.setattr(loop.engine, "evaluate", small_gpu)
-    apart = loop.evaluate(experiment, first, theta, iter(blocks))
+    together = evaluation.evaluate(experiment, first, theta, blocks)
+    monkeypatch.setattr(evaluation.engine, "evaluate", small_gpu)
+    apart = evaluation.evaluate(experiment, first, theta, iter(blocks))
     assert sizes == [170, 100, 50, 50, 50, 20]
     torch.testing.assert_close(apart, together, equal_nan=True)
 
     def tiny_gpu(*arguments):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(loop.engine, "evaluate", tiny_gpu)
+    monkeypatch.setattr(evaluation.engine, "evaluate", tiny_gpu)
     with pytest.raises(UserError, match=r"lower task\.queries"):
-        loop.evaluate(experiment, first, theta, blocks)
+        evaluation.evaluate(experiment, first, theta, blocks)

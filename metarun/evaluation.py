@@ -1,0 +1,119 @@
+"""Validation and test: the episodes, the scores along adaptation, and what validation selects."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from metarun import engine
+from metarun.assemble import Experiment, Replica, stream
+from metarun.errors import UserError
+from metarun.recording import release_gpu_memory
+from metarun.tree import leaves, size, tree_map
+from metarun.types import Split, Task, Tree
+
+EPISODE_BLOCK = 50
+"""Validation and test episodes come in blocks of this many, each from its own generator: an episode does not
+depend on how many are asked for."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Meta-test of the selected theta."""
+
+    scored: engine.Evaluated
+    seconds: float
+    adapt_ms_per_task: float
+
+
+def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]:
+    """The first ``count`` validation or test episodes in blocks, by ``eval.seed`` alone."""
+    for index, first in enumerate(range(0, count, EPISODE_BLOCK)):
+        block = experiment.family.sample(split, EPISODE_BLOCK, stream(experiment.config.eval.seed, split, index))
+        rest = count - first
+        if rest < EPISODE_BLOCK:
+            block = Task(*(tree_map(lambda leaf: leaf[:rest], part) for part in block))  # noqa: B023
+        yield block
+
+
+NUMBERS_AT_ONCE = {"cpu": 4_000_000, "cuda": 64_000_000}
+"""Blocks are evaluated together while their adapted parameters, and what a model makes of their inputs, are no more
+than this: beyond, a CPU misses its cache; a GPU has room for more, and takes less where it has not."""
+
+
+def evaluate(
+    experiment: Experiment,
+    replica: Replica,
+    theta: Tree,
+    tasks: Iterable[Task],
+    second: bool = False,
+) -> engine.Evaluated:
+    """Losses and scores along adaptation, over blocks of tasks; second scores too if asked and if there are any.
+
+    Raises:
+        UserError: a GPU has no room for a single block.
+    """
+    algorithm, family, steps = replica.algorithm, experiment.family, experiment.config.eval.adapt_steps
+    second_score = family.second_score if second and family.spec.second_metric else None
+    rest = iter(tasks)
+    first = next(rest)
+    # Models make some dozen numbers of each number that they are given.
+    inputs = 16 * sum(size(part) for part in first) // len(next(leaves(first.query)))
+    numbers = EPISODE_BLOCK * max(engine.adapted_parameters(algorithm, theta), inputs, 1)
+    at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // numbers, 1)
+    if family.spec.control is not None:
+        # An episode is many steps long: a block of them is large already.
+        at_once = 1
+    held, results = [first, *islice(rest, at_once - 1)], list[engine.Evaluated]()
+    while held or (held := list(islice(rest, at_once))):
+        group = zip(*held[:at_once], strict=True)
+        try:
+            together = Task(*(tree_map(lambda *leaves: torch.cat(leaves), *parts) for parts in group))
+            results.append(engine.evaluate(algorithm, theta, together, family.loss, steps, second_score))
+            held = held[at_once:]
+        except torch.cuda.OutOfMemoryError as error:
+            if min(at_once, len(held)) == 1:
+                raise UserError(
+                    f"The GPU has too little memory to evaluate {EPISODE_BLOCK} tasks at once; lower task.queries or "
+                    "take a smaller model."
+                ) from error
+            at_once = min(at_once, len(held)) // 2
+            release_gpu_memory()
+    columns = zip(*(result[1:] for result in results), strict=True)
+    return engine.Evaluated(results[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))
+
+
+def better(experiment: Experiment, score: float, than: float) -> bool:
+    """Whether a validation score beats another; NaN beats nothing."""
+    if math.isnan(than):
+        return not math.isnan(score)
+    return score > than if experiment.family.spec.higher_is_better else score < than
+
+
+def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[Task]) -> tuple[Tree, float, float]:
+    """The best of the algorithm's candidates for ``theta``, with its validation loss and score."""
+    chosen, loss, score = theta, math.nan, math.nan
+    for candidate in replica.algorithm.candidates(theta):
+        scored = evaluate(experiment, replica, candidate, tasks)
+        candidate_loss, candidate_score = scored.losses[:, -1].mean().item(), scored.scores[:, -1].mean().item()
+        if better(experiment, candidate_score, score):
+            chosen, loss, score = candidate, candidate_loss, candidate_score
+    return chosen, loss, score
+
+
+def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
+    """Score ``theta`` on the test episodes along adaptation."""
+    config, began = experiment.config, time.perf_counter()
+    blocks = episodes(experiment, "test", config.eval.episodes)
+    scored = evaluate(experiment, replica, theta, blocks, second=True)
+    seconds = time.perf_counter() - began
+    block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
+    began = time.perf_counter()
+    timed = engine.adapt_and_score(replica.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps)
+    if experiment.device != "cpu":
+        torch.cuda.synchronize(experiment.device)
+    milliseconds = 1000 * (time.perf_counter() - began) / len(timed)
+    return Tested(scored, seconds, milliseconds)

@@ -1,0 +1,83 @@
+"""What a run asks of its process, and what the process says of itself."""
+
+import ctypes
+import logging
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from metarun.recording import release_gpu_memory
+
+log = logging.getLogger(__name__)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's ``malloc.h``."""
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+"""Linux's own account of this process."""
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to hand large freed blocks back to the system, only to fault them in again each step.
+
+    Up to twice as fast for convolutions on a CPU; without effect where the C library has no such switch.
+    """
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):
+            return
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def reset_peak_memory(device: str) -> None:
+    """Start a new high-water mark, where the system allows it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        try:
+            # What an earlier job of a sweep has freed goes back first.
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)
+            CLEAR_REFS.write_text("5")
+        except OSError:
+            log.debug("The peak of memory cannot be reset, so it is that of the whole process.")
+
+
+def peak_memory_mb(device: str) -> float:
+    """High-water mark in MB: of the GPU's allocations, else of the process's resident memory."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if STATUS.exists():
+        lines = STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+    # macOS counts bytes, the other systems kilobytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e6
+
+
+@contextmanager
+def settings_of(config: DictConfig) -> Iterator[None]:
+    """What a run asks of the process, undone behind it: jobs of a sweep share one."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    if config.engine.keep_memory:
+        keep_freed_memory()
+    rounded, rounded_before = config.train.precision.name == "tf32", torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    # Torch's default rounds convolutions, unlike products.
+    torch.backends.cudnn.allow_tf32 = rounded
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = rounded_before
+        # Compiled graphs of one job are of no use to the next.
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            dynamo.reset()
+        release_gpu_memory()

@@ -1,0 +1,23 @@
+"""What the benchmarks compare is the same problem."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.own import Own
+from benchmarks.problems import PROBLEMS
+from benchmarks.torch_peers import plain_torch
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_metarun_and_plain_torch_have_the_same_meta_gradient(name):
+    problem = PROBLEMS[name]
+    expected = plain_torch(problem).gradient()
+    assert np.linalg.norm(Own(problem, "eager").gradient() - expected) < 1e-3 * np.linalg.norm(expected)
