@@ -91,10 +91,18 @@ def keep_support(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None
     yield support
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Images ``[n, channels, height, width]`` with channels innermost in memory, under ``torch.func.vmap`` too, where
+    torch's own way is not supported."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings of the support examples and of ``x``, made in one batch, whose statistics they share."""
-    n = len(support["x"])
-    z = embed(weights, torch.cat([support["x"], x]))
+    n, both = len(support["x"]), torch.cat([support["x"], x])
+    # The weights are the same for all tasks, so these are plain convolutions, which a GPU wants so; a CPU does not
+    # (docs/performance.md).
+    z = embed(weights, channels_last(both) if both.is_cuda and both.ndim == 4 else both)
     return z[:n], z[n:]
 
 

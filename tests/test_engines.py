@@ -15,14 +15,17 @@ from torch import nn
 from metarun import stepper as module
 from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
+from metarun.config import build
 from metarun.engine import meta_gradient
 from metarun.errors import UserError
+from metarun.functional import channels_last
 from metarun.loop import rates_of, training_tasks
 from metarun.recording import CannotRecord, Captured, Recording, with_wide_products
 from metarun.run import run
 from metarun.stepper import Stepper, agrees
 from metarun.stepping import MetaStep, accumulated, parts_of
 from metarun.tree import leaves, tree_map
+from metarun.types import Task
 
 TINY = ("train.steps=50", "train.meta_batch=4", "train.clip=0.5", "train.weight_decay=0.01", "train.schedule=cosine")
 IMAGES = ("task=omniglot", "task.dataset=procedural", "task.image_size=16", "model.filters=4", "task.train_ways=null")
@@ -347,6 +350,27 @@ def test_engines_that_cannot_be_are_refused(overrides, words):
     experiment = experiment_of(*overrides)
     with pytest.raises(UserError, match=words):
         Stepper(experiment, MetaStep(experiment), 10)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_meta_gradient_reads_no_value_and_mixes_no_devices(name):
+    """On torch's device without values, where both would raise: what a GPU needs that never waits for the host."""
+    experiment = setting(name)
+    model, family = experiment.model.to("meta"), experiment.family
+    algorithm = build(experiment.config, "algo", model, family.spec)
+    theta = algorithm.init(model, torch.Generator())
+    tasks = family.sample("train", 2, torch.Generator())
+    there = Task(*(tree_map(lambda leaf: leaf.to("meta"), part) for part in tasks))
+    found = meta_gradient(algorithm, tree_map(lambda leaf: leaf.to("meta"), theta), there, family.loss)
+    assert {leaf.device.type for leaf in (*leaves(found.grads), found.loss, found.score)} == {"meta"}
+
+
+def test_channels_last_changes_the_layout_alone():
+    x, w = torch.randn(3, 5, 4, 6, 6), torch.randn(2, 4, 3, 3)
+    assert torch.equal(channels_last(x[0]), x[0])
+    assert channels_last(x[0]).is_contiguous(memory_format=torch.channels_last)
+    convolved = torch.func.vmap(lambda images: torch.conv2d(channels_last(images), w))(x)
+    torch.testing.assert_close(convolved, torch.stack([torch.conv2d(images, w) for images in x]))
 
 
 gpu = pytest.mark.gpu
