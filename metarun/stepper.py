@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 WATCHED = 10
 """Eager steps that ``auto`` times, after the first."""
 SMALL_WORK = 5e8
-"""Floating-point operations of a step in products and convolutions below which calling costs more than computing."""
+"""Floating-point operations of a step and replica in products and convolutions, below which calling costs more than
+computing."""
 TOLERANCE = 5e-3
 """Largest relative difference of an engine's step from eager's in float32; convolutions differ by 3e-4 in second
 order, which Adam's first steps can enlarge."""
@@ -167,7 +168,7 @@ class Stepper:
                 self.meta_step.check_replicas(parts_of(given, 1)[0])
             with Counted() as counted:
                 out = self.run_or_halve(given)
-            self.operations, self.small = counted.operations, counted.work < SMALL_WORK
+            self.operations, self.small = counted.operations, counted.work / self.meta_step.count < SMALL_WORK
             choose_threads(self.experiment, counted.work)
             self.workers = torch.get_num_threads()
         else:
