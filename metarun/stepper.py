@@ -323,7 +323,7 @@ class Stepper:
         """Why ``auto`` should not even make an engine: it would cost more than it can save; '' if it should.
 
         Small steps lose half of their time by replaying and more by compiling; of others threads and compiling can
-        save a third, and what is spent on trying must stay below a twentieth of the whole.
+        save a third, and what is spent on trying must stay below a twentieth of the whole (for threads a tenth).
         """
         left, eager = self.remaining, statistics.median(self.watched[1:])
         engine, _, threads = name.partition(" ")
@@ -333,7 +333,8 @@ class Stepper:
             return "replay would gain nothing on work of this size"
         if engine == "compile" and not threads and self.threads_possible():
             return "compile is left to threads"
-        affordable = left * eager * (0.5 if self.small else 0.05)
+        # Compiled threads have never gained less than a third; half of a tenth gained back keeps the promise.
+        affordable = left * eager * (0.5 if self.small else 0.1 if threads else 0.05)
         record = 0.0 if ("task" if threads else "step") in self.recordings else RECORD_SECONDS * self.operations
         cost, gain = record, 0.4 if self.small else 0.2
         if engine == "compile":
