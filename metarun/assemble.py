@@ -86,7 +86,7 @@ def build_model(config: DictConfig, family: Family) -> nn.Module:
     if found := next((type(module).__name__ for module in model.modules() if isinstance(module, wrong)), None):
         raise UserError(
             f"model: {config.model._target_} holds torch's own {found}, whose second-order gradient is wrong under "
-            "torch.func; take BatchStatistics or LayerStatistics of metarun.models.norm."
+            "torch.func; take BatchStatistics or LayerStatistics of metarun.norm."
         )
     return model
 
@@ -99,7 +99,7 @@ def _algorithms_that_fit(config: DictConfig, family: Family, model: nn.Module) -
             try:
                 # An algorithm that names its own model is judged with that one.
                 for default in algo.pop("defaults", []):
-                    if default != "_self_":
+                    if isinstance(default, DictConfig):
                         own = OmegaConf.create((conf / "model" / f"{next(iter(default.values()))}.yaml").read_text())
                         judged = build(OmegaConf.create({"model": own}), "model", family.spec)
                 algorithm = build(OmegaConf.create({"algo": algo}), "algo", judged, family.spec)
@@ -122,6 +122,12 @@ def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: 
     if not algo.any_ways and spec.train_ways != spec.ways:
         raise UserError(
             f"algo={names['algo']} needs as many ways in training as in test: set task.train_ways={spec.ways}."
+        )
+    if algo.max_steps is not None and config.eval.adapt_steps > algo.max_steps:
+        raise UserError(
+            f"algo={names['algo']} has learned {algo.max_steps} steps of adaptation and cannot take "
+            f"eval.adapt_steps={config.eval.adapt_steps}: set eval.adapt_steps={algo.max_steps}, or train more steps "
+            "with algo.inner_steps."
         )
 
 

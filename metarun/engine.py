@@ -14,15 +14,18 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from metarun.tree import learned, leaves, like, size, tree_map
+from metarun.tree import mean as mean_over_tasks
 from metarun.types import Algorithm, Loss, MetaGradient, Predict, Task, Tree
 
 
-def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Meta-loss of one task: the algorithm's own, or query loss and score after ``train_steps``."""
+def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
+    """Meta-loss of one task, its score and what is carried on: the algorithm's own, or those after ``train_steps``."""
+    if algorithm.carrying_loss is not None:
+        return algorithm.carrying_loss(theta, task, loss)
     if algorithm.meta_loss is not None:
-        return algorithm.meta_loss(theta, task, loss)
+        return *algorithm.meta_loss(theta, task, loss), {}
     state = adapted(algorithm, theta, task.support, loss, algorithm.train_steps)
-    return loss(partial(algorithm.predict, theta, state), task.query)
+    return *loss(partial(algorithm.predict, theta, state), task.query), {}
 
 
 def adapted(algorithm: Algorithm, theta: Tree, support: Tree, loss: Loss, steps: int) -> Any:
@@ -45,20 +48,22 @@ def meta_gradient(
     if algorithm.meta_grad is not None:
         return algorithm.meta_grad(theta, tasks, loss)
 
-    def mean_loss(variables: Tree) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        losses, scores = vmap(lambda task: query_loss(algorithm, {**theta, **variables}, task, loss))(tasks)
-        return losses.mean(), (losses.mean(), scores.mean())
+    def mean_loss(variables: Tree) -> tuple[Tensor, tuple[Tensor, Tensor, Tree]]:
+        one_task = partial(query_loss, algorithm, {**theta, **variables}, loss=loss)
+        losses, scores, renewed = vmap(one_task)(tasks)
+        return losses.mean(), (losses.mean(), scores.mean(), mean_over_tasks(renewed))
 
     if transformed:
-        gradients, (mean, score) = grad(mean_loss, has_aux=True)(learned(theta))
+        gradients, (mean, score, renewed) = grad(mean_loss, has_aux=True)(learned(theta))
     else:
         variables = tree_map(lambda leaf: leaf.detach().requires_grad_(), learned(theta))
         with torch.enable_grad():
-            mean, (_, score) = mean_loss(variables)
+            mean, (_, score, renewed) = mean_loss(variables)
         # A leaf that the meta-loss does not use (a head that only fine-tuning touches) has a gradient of zero.
         found = torch.autograd.grad(mean, list(leaves(variables)), materialize_grads=True)
         gradients = like(variables, iter(found))
-    return MetaGradient(gradients, mean.detach(), score.detach(), theta.get("carried", {}))
+    carried = tree_map(torch.detach, renewed) or theta.get("carried", {})
+    return MetaGradient(gradients, mean.detach(), score.detach(), carried)
 
 
 class Evaluated(NamedTuple):

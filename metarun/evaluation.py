@@ -12,6 +12,7 @@ from metarun import engine
 from metarun.assemble import Experiment, Replica, stream
 from metarun.errors import UserError
 from metarun.recording import release_gpu_memory
+from metarun.results.observations import Observed
 from metarun.tree import leaves, size, tree_map
 from metarun.types import Split, Task, Tree
 
@@ -102,6 +103,23 @@ def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[
         if better(experiment, candidate_score, score):
             chosen, loss, score = candidate, candidate_loss, candidate_score
     return chosen, loss, score
+
+
+def observe(experiment: Experiment, index: int, theta: Tree) -> Observed | None:
+    """What the algorithm of a replica shows of the test episodes, if it shows anything."""
+    replica, family, eval_config = experiment.replicas[index], experiment.family, experiment.config.eval
+    observation = replica.algorithm.observation
+    if observation is None:
+        return None
+    numbers, groups = [], list[str]()
+    for block in episodes(experiment, "test", eval_config.episodes):
+        measured = torch.func.vmap(
+            lambda support: observation.measure(theta, support, family.loss, eval_config.adapt_steps)
+        )(block.support)
+        numbers.append(measured.cpu())
+        names = family.spec.groups
+        groups += [names[i] for i in block.support["group"][:, 0].tolist()] if names else [""] * len(measured)
+    return Observed(index, observation.axes, observation.value, torch.cat(numbers).numpy(), groups)
 
 
 def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:

@@ -1,11 +1,13 @@
 """Files that are either whole or not there."""
 
+import csv
+import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -31,3 +33,14 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a header; values that are None or missing are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        missing = {key for key, value in row.items() if value is None}
+        writer.writerow({key: "" if key in missing else value for key, value in row.items()})
+    write_text(path, text.getvalue())

@@ -121,6 +121,16 @@ def trunk_and_head(model: nn.Module, spec: Spec, algorithm: str) -> tuple[nn.Mod
     return trunk, head
 
 
+def head_names(model: nn.Module, algorithm: str) -> set[str]:
+    """Names of the parameters of ``model.head``; a model that has none, or nothing else, is refused."""
+    names = {name for name, _ in model.named_parameters()}
+    heads = {name for name in names if name.startswith("head.")}
+    kind = type(model).__name__
+    require(len(heads) > 0, f"{algorithm} needs a model with a part 'head'; {kind} has none, choose another")
+    require(heads != names, f"{algorithm} needs a model with a body before its head; {kind} has none, choose another")
+    return heads
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """``x [n, d]`` with rows of length one; a row of zeros stays one, with derivatives of zero."""
     return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()

@@ -17,15 +17,17 @@ from metarun import engine
 from metarun.assemble import Experiment, Replica, assemble
 from metarun.config import config_hash
 from metarun.errors import UserError
-from metarun.evaluation import Tested, meta_test
+from metarun.evaluation import Tested, meta_test, observe
 from metarun.loop import meta_train
-from metarun.models.norm import BatchStatistics
+from metarun.norm import BatchStatistics
 from metarun.process import peak_memory_mb, reset_peak_memory, settings_of
 from metarun.replicas import label
+from metarun.results.observations import Observed, described, plot_observed, write_observed
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.tables import format_score, format_score_ci, write_episodes, write_results
 from metarun.training import Best, Training
 from metarun.tree import learned, leaves, size
+from metarun.types import Algorithm
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +50,10 @@ def episodes_hash(experiment: Experiment) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def transductive(model: nn.Module) -> bool:
-    """Whether queries see each other: through batch statistics, or because the model says so."""
+def transductive(algorithm: Algorithm, model: nn.Module) -> bool:
+    """Whether queries see each other: because algorithm or model say so, or through batch statistics."""
+    if algorithm.transductive is not None:
+        return algorithm.transductive
     by_batch = any(isinstance(module, BatchStatistics) for module in model.modules())
     return by_batch or bool(getattr(model, "transductive", False))
 
@@ -71,7 +75,7 @@ def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, 
         "queries": spec.queries,
         "metric": spec.metric,
         "meta_batch": config.train.meta_batch,
-        "transductive": transductive(replica.model),
+        "transductive": transductive(replica.algorithm, replica.model),
         "device": torch.cuda.get_device_name(experiment.device) if experiment.device != "cpu" else "cpu",
         "torch_version": torch.__version__,
         "metarun_version": metarun.__version__,
@@ -203,6 +207,17 @@ def write_pictures(
     plot_adaptation(directory / "adaptation.png", title, first["metric"], steps, lines)
 
 
+def write_observations(experiment: Experiment, observed: list[Observed], directory: Path) -> None:
+    """What the algorithm shows beside its scores: a table of all replicas, a picture and lines of the first."""
+    observation = experiment.algorithm.observation
+    assert observation is not None
+    write_observed(directory / f"{observation.name}.csv", observed)
+    title = f"{experiment.names['algo']} on {experiment.names['task']}"
+    plot_observed(directory / f"{observation.name}.png", title, observed[0])
+    for line in described(observed[0]):
+        log.info("  %s", line)
+
+
 def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
     """Meta-train, select, meta-test; write tables and pictures into ``directory``.
 
@@ -221,6 +236,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
         reset_peak_memory(experiment.device)
         rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
         finished: list[tuple[dict[str, Any], Tested]] = []
+        observed: list[Observed] = []
         try:
             training = meta_train(experiment, directory, resume=config.resume is not None)
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
@@ -231,6 +247,8 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
                 tested = meta_test(experiment, replica, best.theta)
                 row |= measured_columns(experiment, replica, training, best, tested)
                 finished.append((row, tested))
+                if (shown := observe(experiment, row["replica"], best.theta)) is not None:
+                    observed.append(shown)
             if not finished:
                 raise UserError("Every replica diverged; lower train.lr or algo.inner_lr, or set train.clip=1.")
         except BaseException as error:
@@ -244,6 +262,8 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
         write_pictures(experiment, training, finished, directory)
         for row, tested in finished:
             report(experiment, row, tested)
+        if observed:
+            write_observations(experiment, observed, directory)
         for row in rows:
             if row["status"] == "failed":
                 log.warning("  %s diverged and has no score; lower its step size, or set train.clip=1", row["varied"])

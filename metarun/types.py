@@ -116,6 +116,10 @@ class Spec:
     """Set where inputs are rows of token ids."""
     control: Control | None = field(default=None, compare=False, repr=False)
     """Set where the kind is control."""
+    truth: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
+    """Features in which every task's target is linear, where the family knows them: ``[examples, numbers]``."""
+    groups: tuple[str, ...] | None = None
+    """Names of the kinds of task in the family, if there are several; the data carry ``group [examples]``."""
     second_metric: str | None = field(default=None, compare=False)
     """What ``Family.second_score`` gives, if anything."""
 
@@ -154,6 +158,18 @@ def only(theta: Tree) -> list[Tree]:
     return [theta]
 
 
+class Observation(NamedTuple):
+    """What an algorithm shows of a test task beside its score; a run writes it to ``NAME.csv`` and ``NAME.png``."""
+
+    name: str
+    axes: dict[str, tuple[str, ...]]
+    """The names along each axis of what is measured, one axis or two."""
+    value: str
+    """What a number means."""
+    measure: Callable[[Tree, Tree, Loss, int], Tensor]
+    """(theta, support, loss, adaptation steps) → numbers of one task, shaped as ``axes``."""
+
+
 class Algorithm(NamedTuple):
     """A meta-learner as pure functions, written for one task; its factory closes over hyperparameters.
 
@@ -178,6 +194,8 @@ class Algorithm(NamedTuple):
     """How many adaptation steps the default meta-loss takes."""
     meta_loss: Callable[[Tree, Task, Loss], tuple[Tensor, Tensor]] | None = None
     """(theta, task, loss) → (loss, score); by default those of the query set after ``train_steps``."""
+    carrying_loss: Callable[[Tree, Task, Loss], tuple[Tensor, Tensor, Tree]] | None = None
+    """A meta-loss with a third result, the new value of ``theta["carried"]``, which is averaged over tasks."""
     meta_grad: Callable[[Tree, Task, Loss], MetaGradient] | None = None
     """(theta, batch of tasks, loss) → gradient; by default autodiff of the mean meta-loss."""
     candidates: Callable[[Tree], list[Tree]] = only
@@ -186,5 +204,10 @@ class Algorithm(NamedTuple):
     """False for a baseline that leaves ``theta`` as it was drawn."""
     any_ways: bool = False
     """Whether it can train on more ways than it is tested on."""
+    max_steps: int | None = None
+    """The most steps that it can adapt, where steps are learned one by one; None: as many as one likes."""
+    observation: Observation | None = None
+    transductive: bool | None = None
+    """Whether test queries see each other; None: if the model says so."""
     adapted_parameters: Callable[[Tree], int] | None = None
     """theta → how many numbers adaptation sets for one task; by default all leaves outside ``carried``."""

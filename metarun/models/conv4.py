@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.models.norm import BatchStatistics
+from metarun.norm import BatchStatistics
 from metarun.types import Spec
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from metarun.data.tokens import term_frequencies
 from metarun.errors import require
 from metarun.functional import unit_rows
-from metarun.models.norm import LayerStatistics
+from metarun.norm import LayerStatistics
 from metarun.types import Spec, Tokens
 
 

@@ -1,13 +1,11 @@
 """The tables that a run writes: ``metrics.csv``, ``episodes.csv``, ``result.csv``."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from metarun.files import write_text
+from metarun.files import write_csv
 
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds", "replica")
 EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "second_score", "replica")
@@ -46,20 +44,10 @@ RESULT_COLUMNS = (
 episodes are."""
 
 
-def _write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        missing = {key for key, value in row.items() if value is None}
-        writer.writerow({key: "" if key in missing else value for key, value in row.items()})
-    write_text(path, text.getvalue())
-
-
 def write_metrics(directory: Path, rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
     """``metrics.csv``: a row a logging step and replica; validation columns are empty where there was none."""
     numbered = [{**row, "replica": index} for index, own in enumerate(rows) for row in own]
-    _write(directory / "metrics.csv", METRICS_COLUMNS, numbered)
+    write_csv(directory / "metrics.csv", METRICS_COLUMNS, numbered)
 
 
 class Scored(Protocol):
@@ -94,12 +82,12 @@ def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], has_
             for i, step in enumerate(scored.adapt_steps):
                 values = (episode, step, losses[i], scores[i], second[i] if has_second else None, replica)
                 rows.append(dict(zip(EPISODES_COLUMNS, values, strict=True)))
-    _write(directory / "episodes.csv", EPISODES_COLUMNS, rows)
+    write_csv(directory / "episodes.csv", EPISODES_COLUMNS, rows)
 
 
 def write_results(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """``result.csv``: the run's rows, one for each replica."""
-    _write(directory / "result.csv", RESULT_COLUMNS, rows)
+    write_csv(directory / "result.csv", RESULT_COLUMNS, rows)
 
 
 def format_score(value: float | None, metric: str) -> str:

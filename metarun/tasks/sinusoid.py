@@ -17,6 +17,11 @@ from metarun.types import Predict, Spec, Split, Task, Tree
 PAPER = {"amplitude": (0.1, 5.0), "phase": (0.0, math.pi), "inputs": (-5.0, 5.0)}
 
 
+def waves(x: Tensor) -> Tensor:
+    """A sin(x − φ) is linear in these: A cos φ · sin x − A sin φ · cos x."""
+    return torch.cat([torch.sin(x), torch.cos(x)], -1)
+
+
 class Sinusoid:
     """Sine waves of random amplitude and phase; ``x`` and ``y`` have shape ``[points, 1]``.
 
@@ -69,6 +74,7 @@ class Sinusoid:
             higher_is_better=False,
             shots=shots,
             queries=queries,
+            truth=waves,
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:

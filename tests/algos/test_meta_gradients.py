@@ -17,7 +17,7 @@ from metarun.algos.dependent.shared_params import shared_params
 from metarun.engine import meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
-from metarun.models.norm import BatchStatistics
+from metarun.norm import BatchStatistics
 from metarun.tasks.sinusoid import Sinusoid
 
 pytestmark = pytest.mark.usefixtures("float64")

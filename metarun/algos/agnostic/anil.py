@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, part_descent
+from metarun.functional import forward_of, head_names, parameters_of, part_descent
 from metarun.tree import size
 from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
@@ -44,10 +44,8 @@ def anil(
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
     require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
     forward = forward_of(model)
-    heads = {name for name, _ in model.named_parameters() if name.startswith("head.")}
+    heads = head_names(model, "anil")
     names = heads if adapts == "head" else {name for name, _ in model.named_parameters()} - heads
-    require(len(heads) > 0, f"anil needs a model with a part 'head'; {type(model).__name__} has none, choose another")
-    require(len(names) > 0, f"anil needs a model with a body before its head; {type(model).__name__} has none")
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(model)}

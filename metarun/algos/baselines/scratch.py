@@ -20,6 +20,11 @@ from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 STEP_SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
+def check_step_sizes(step_sizes: Sequence[float]) -> None:
+    """Refuse an empty list, and sizes that are not above 0."""
+    require(len(step_sizes) > 0 and min(step_sizes) > 0, f"step_sizes must all be above 0, not {list(step_sizes)}")
+
+
 def with_step_size(theta: Tree, step_size: float) -> Tree:
     """``theta`` with the step size of adaptation replaced."""
     return {**theta, "carried": {"step_size": torch.full_like(theta["carried"]["step_size"], step_size)}}
@@ -33,7 +38,7 @@ def scratch(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SIZ
         spec: the task family's; nothing is asked of it.
         step_sizes: the candidates, each above 0.
     """
-    require(len(step_sizes) > 0 and min(step_sizes) > 0, f"step_sizes must all be above 0, not {step_sizes}")
+    check_step_sizes(step_sizes)
     forward = forward_of(model)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:

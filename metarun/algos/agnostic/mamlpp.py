@@ -1,0 +1,239 @@
+"""MAML++.
+
+Antoniou, Edwards, Storkey 2019, "How to train your MAML", https://arxiv.org/abs/1810.09502. MAML with (§4):
+
+    learned steps      w_{k+1} = w_k − α_{l,k} ∇ L_support(w_k) for each tensor l of weights, step k     (LSLR)
+    multi-step loss    meta-loss = Σ_k v_k L_query(w_k), k = 1 … S; the weights v_k move to the last step        (MSL)
+    derivative order   first order for the first epochs, second order afterwards                                 (DA)
+    per-step norm      scale and shift of batch normalisation for each step, outside of the inner loop      (BNWB)
+                       and running statistics for each step                                                 (BNRS)
+
+The cosine schedule of the outer learning rate (CA) is ``train.schedule=cosine``. v starts at 1/S; in each epoch every v
+but the last falls by 1/(S·E), not below 0.03/S, and the last takes what they lose; after E epochs it is 1 and the
+others are 0, as in the authors' code (https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch). With all
+switches off this is MAML.
+
+Normalisation of ``batch_norm``:
+- ``shared``: the model's own, adapted like all weights, by the statistics of the batch;
+- ``per_step``: scale and shift of each step, by the statistics of the batch, so queries see each other;
+- ``per_step_running``: training normalises by the batch and averages its statistics for each step, test uses these
+  averages, and queries do not see each other. The authors' code keeps such averages and never uses them.
+
+Where we deviate: the weights after k steps have normalisation number k for support and query alike, S + 1 in all; the
+authors' code has S. The weights of MSL and the order of derivatives change without a change of the computation: a
+step costs the same in all epochs.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad
+
+from metarun.errors import require
+from metarun.functional import Forward, forward_of, parameters_of
+from metarun.norm import BatchStatistics
+from metarun.tree import size, tree_map
+from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
+
+MOMENTUM = 0.1
+"""Of running statistics, as torch has it."""
+
+
+class GivenStatistics(BatchStatistics):
+    """Batch normalisation by statistics that are given."""
+
+    def __init__(self, norm: BatchStatistics) -> None:
+        super().__init__(len(norm.weight), norm.epsilon)
+        self.register_buffer("mean", torch.zeros_like(norm.weight))
+        self.register_buffer("variance", torch.ones_like(norm.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, channels, height, width]`` → the same shape."""
+        return self.normalised(x - cast(Tensor, self.mean)[:, None, None], cast(Tensor, self.variance))
+
+
+class KeptStatistics(BatchStatistics):
+    """Batch normalisation by the batch, whose statistics can be read behind each pass."""
+
+    def __init__(self, norm: BatchStatistics) -> None:
+        super().__init__(len(norm.weight), norm.epsilon)
+        self.seen: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, channels, height, width]`` → the same shape."""
+        mean = x.mean((0, 2, 3))
+        centred = x - mean[:, None, None]
+        variance = (centred * centred).mean((0, 2, 3))
+        self.seen = {"mean": mean, "variance": variance}
+        return self.normalised(centred, variance)
+
+
+def with_norms(model: nn.Module, kind: type[GivenStatistics] | type[KeptStatistics]) -> nn.Module:
+    """A copy of ``model`` whose batch normalisations are of another kind."""
+    model = deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BatchStatistics):
+            place, _, last = name.rpartition(".")
+            setattr(model.get_submodule(place), last, kind(module).to(module.weight))
+    return model
+
+
+class State(NamedTuple):
+    """The weights of one task after ``step`` steps."""
+
+    weights: Weights
+    step: int
+
+
+def step_weights(epoch: Tensor, steps: int, epochs: int) -> Tensor:
+    """The weights v of the query losses after 1, …, ``steps`` steps, in ``epoch`` of an annealing over ``epochs``."""
+    early = (1 / steps - epoch / (steps * epochs)).clamp(min=0.03 / steps)
+    early = torch.where(epoch < epochs, early, 0.0)
+    return torch.stack([*[early] * (steps - 1), 1 - (steps - 1) * early])
+
+
+def mamlpp(
+    model: nn.Module,
+    spec: Spec,
+    inner_lr: float = 0.1,
+    inner_steps: int = 5,
+    learned_rates: bool = True,
+    multi_step_epochs: int = 10,
+    first_order_epochs: int | None = 0,
+    batch_norm: Literal["shared", "per_step", "per_step_running"] = "per_step",
+    epoch: int = 500,
+) -> Algorithm:
+    """MAML++, each of its parts with a switch of its own.
+
+    Args:
+        model: any differentiable module.
+        spec: the task family's; nothing is asked of it.
+        inner_lr: initial α, above 0, for mean losses.
+        inner_steps: S, at least 1.
+        learned_rates: whether α is learned for each tensor of weights and each step.
+        multi_step_epochs: E, over which the multi-step loss is annealed, at least 0; 0: the last step's loss alone.
+        first_order_epochs: epochs without second derivatives, at least 0; null: all.
+        batch_norm: how, where the model has any.
+        epoch: meta-steps of an epoch, at least 1.
+    """
+    require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
+    require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
+    require(multi_step_epochs >= 0, f"multi_step_epochs must be at least 0, not {multi_step_epochs}")
+    require(
+        first_order_epochs is None or first_order_epochs >= 0,
+        f"first_order_epochs must be at least 0, not {first_order_epochs}",
+    )
+    require(epoch >= 1, f"epoch must be at least 1, not {epoch}")
+    norms = [name for name, module in model.named_modules() if isinstance(module, BatchStatistics)]
+    if batch_norm == "shared":
+        norms = []
+    of_norms = {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
+    running = batch_norm == "per_step_running" and bool(norms)
+    keeping = with_norms(model, KeptStatistics) if running else model
+    in_training = forward_of(keeping)
+    in_test = forward_of(with_norms(model, GivenStatistics)) if running else in_training
+    by_step = learned_rates or bool(norms)
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        parameters = parameters_of(model)
+        weights = {name: w for name, w in parameters.items() if name not in of_norms}
+        first = next(iter(weights.values()))
+        theta: dict[str, Any] = {"weights": weights, "carried": {"meta_step": first.new_zeros(())}}
+        if learned_rates:
+            theta["rates"] = {name: first.new_full((inner_steps,), inner_lr) for name in weights}
+        if norms:
+            theta["norms"] = {n: parameters[n].expand(inner_steps + 1, -1).clone() for n in sorted(of_norms)}
+        if running:
+            shapes = {norm: (inner_steps + 1, len(parameters[f"{norm}.weight"])) for norm in norms}
+            theta["carried"]["mean"] = {norm: first.new_zeros(shape) for norm, shape in shapes.items()}
+            theta["carried"]["variance"] = {norm: first.new_ones(shape) for norm, shape in shapes.items()}
+        return theta
+
+    def at_step(theta: Tree, step: int, forward: Forward) -> Forward:
+        """The forward pass with what belongs to ``step`` in place."""
+        own = {name: values[step] for name, values in theta.get("norms", {}).items()}
+        if running and forward is in_test:
+            for part in ("mean", "variance"):
+                own |= {f"{norm}.{part}": values[step] for norm, values in theta["carried"][part].items()}
+        return lambda weights, x: forward({**weights, **own}, x)
+
+    def kept() -> Tree:
+        modules = {norm: keeping.get_submodule(norm) for norm in norms} if running else {}
+        return {p: {norm: cast(KeptStatistics, m).seen[p] for norm, m in modules.items()} for p in ("mean", "variance")}
+
+    def descend(
+        theta: Tree, support: Tree, loss: Loss, forward: Forward, second_order: Tensor | bool
+    ) -> Iterator[tuple[State, Tree]]:
+        """States, each with the statistics of the support set that led to it (none for the first)."""
+        weights, seen = theta["weights"], cast(Tree, {})
+        step = 0
+        while True:
+            yield State(weights, step), seen
+            if by_step and step == inner_steps:
+                return
+            here = at_step(theta, step, forward)
+
+            def support_loss(weights: Weights, here: Forward = here) -> tuple[Tensor, Tree]:
+                value, _ = loss(partial(here, weights), support)
+                return value, (kept() if forward is in_training else {})
+
+            start = {n: w.detach() for n, w in weights.items()} if second_order is False else weights
+            gradient, seen = grad(support_loss, has_aux=True)(start)
+            if isinstance(second_order, Tensor):
+                gradient = {n: g.detach() + second_order * (g - g.detach()) for n, g in gradient.items()}
+            rates = (
+                {n: r[step] for n, r in theta["rates"].items()} if learned_rates else dict.fromkeys(weights, inner_lr)
+            )
+            weights = {n: w - rates[n] * gradient[n] for n, w in weights.items()}
+            step += 1
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
+        return (state for state, _ in descend(theta, support, loss, in_test, False))
+
+    def predict(theta: Tree, state: State, x: Any) -> Tensor:
+        return at_step(theta, state.step if by_step else 0, in_test)(state.weights, x)
+
+    def carrying_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
+        carried = theta["carried"]
+        now = torch.floor(carried["meta_step"] / epoch)
+        second_order: Tensor | bool = first_order_epochs == 0
+        if first_order_epochs:
+            second_order = (now >= first_order_epochs).to(now.dtype)
+        losses, statistics = [], []
+        for state, seen in descend(theta, task.support, loss, in_training, second_order):
+            statistics.append(seen)
+            last = state.step == inner_steps
+            if last or (multi_step_epochs and state.step):
+                value, score = loss(
+                    partial(at_step(theta, state.step if by_step else 0, in_training), state.weights), task.query
+                )
+                losses.append(value)
+            if last:
+                break
+        renewed: dict[str, Any] = {"meta_step": carried["meta_step"] + 1}
+        if running:
+            by_steps = [*statistics[1:], kept()]
+            for part in ("mean", "variance"):
+                new = {norm: torch.stack([seen[part][norm].detach() for seen in by_steps]) for norm in norms}
+                renewed[part] = tree_map(lambda old, n: old + MOMENTUM * (n - old), carried[part], new)
+        if not multi_step_epochs:
+            return losses[-1], score, renewed
+        return step_weights(now, inner_steps, multi_step_epochs) @ torch.stack(losses), score, renewed
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="agnostic",
+        kinds=("regression", "classification", "sequence", "control"),
+        paper="https://arxiv.org/abs/1810.09502",
+        train_steps=inner_steps,
+        carrying_loss=carrying_loss,
+        max_steps=inner_steps if by_step else None,
+        transductive=False if running else None,
+        adapted_parameters=lambda theta: size(theta["weights"]),
+    )

@@ -1,0 +1,146 @@
+"""MetaNAS: the architecture adapts to a task together with the weights.
+
+Elsken, Staffler, Metzen, Hutter 2020, "Meta-Learning of Neural Architectures for Few-Shot Learning",
+https://arxiv.org/abs/1911.11090. The model's layers mix operations by softmax(a / T).
+
+    inner step    w ← w − α_w ∇_w L_support,   a ← a − α_a ∇_a L_support                 (algorithm 2, task learner)
+    temperature   from 1 before the first step to ``final_temperature`` behind the last, by a constant factor (§4.2)
+    meta-loss     L_query behind the last step, over initial w and a
+
+As T falls, mixtures harden on the way; behind the last step a test task has the operation of largest weight in each
+layer and no mixture any more (``discrete``), as the paper's soft pruning has. For the first ``warm_up`` meta-steps, all
+operations weigh alike and the weights are trained alone. Gradients are those of MAML, of second order; the paper's meta
+learner is Reptile. `architectures.csv` and `architectures.png` tell the weights that test tasks arrive at.
+
+Some texts call this family of methods MANN, "model-agnostic neural architecture search"; `mann` here is the
+memory-augmented neural network.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import count, islice
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.functional import forward_of, one_hot, parameters_of, support_gradient
+from metarun.tree import size
+from metarun.types import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
+
+
+class State(NamedTuple):
+    """The weights and architecture weights of one task after ``step`` steps."""
+
+    weights: Weights
+    architecture: Weights
+    step: int
+
+
+def metanas(
+    model: nn.Module,
+    spec: Spec,
+    inner_lr: float = 0.01,
+    architecture_lr: float = 1.0,
+    inner_steps: int = 5,
+    final_temperature: float = 0.05,
+    discrete: bool = True,
+    warm_up: int = 0,
+    first_order: bool = False,
+) -> Algorithm:
+    """MAML over weights and architecture.
+
+    Args:
+        model: a module with layers that mix ``operations`` by a parameter ``architecture`` each.
+        spec: the task family's; nothing is asked of it.
+        inner_lr: step size of weights, above 0, for mean losses.
+        architecture_lr: step size of architecture weights, at least 0; 0 leaves them to meta-learning.
+        inner_steps: over which the temperature falls and which the meta-loss sees, at least 1.
+        final_temperature: above 0, at most 1.
+        discrete: whether test tasks choose one operation a layer behind the last of these steps.
+        warm_up: meta-steps during which operations weigh alike, at least 0.
+        first_order: whether the inner gradient counts as a constant.
+    """
+    require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
+    require(architecture_lr >= 0, f"architecture_lr must be at least 0, not {architecture_lr}")
+    require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
+    require(0 < final_temperature <= 1, f"final_temperature must be above 0 and at most 1, not {final_temperature}")
+    require(warm_up >= 0, f"warm_up must be at least 0, not {warm_up}")
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "architecture")}
+    require(
+        len(layers) > 0,
+        f"metanas needs a model with layers that mix operations, and {type(model).__name__} has none; choose "
+        "model=supernet_mlp or model=supernet_conv",
+    )
+    operations = [cast(tuple[str, ...], module.operations) for module in layers.values()]
+    require(len(set(operations)) == 1, "metanas needs a model with the same operations in all layers; choose another")
+    names = [f"{layer}.architecture" for layer in layers]
+    forward = forward_of(model)
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        parameters = parameters_of(model)
+        return {
+            "weights": {name: w for name, w in parameters.items() if name not in names},
+            "architecture": {name: parameters[name] for name in names},
+            "carried": {"meta_step": parameters[names[0]].new_zeros(())},
+        }
+
+    def tempered(theta: Tree, architecture: Weights, step: int) -> Weights:
+        """Logits of the operations' weights after ``step`` steps: all alike while the weights warm up."""
+        temperature = final_temperature ** (min(step, inner_steps) / inner_steps)
+        if warm_up:
+            begun = (theta["carried"]["meta_step"] >= warm_up).to(next(iter(architecture.values())).dtype)
+            return {name: begun * a / temperature for name, a in architecture.items()}
+        return {name: a / temperature for name, a in architecture.items()}
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
+        weights, architecture = theta["weights"], theta["architecture"]
+        for step in count():
+            yield State(weights, architecture, step)
+
+            def tempered_forward(variables: Weights, x: Any, step: int = step) -> Tensor:
+                hot = tempered(theta, {name: variables[name] for name in names}, step)
+                return forward({**variables, **hot}, x)
+
+            here = {**weights, **architecture}
+            start = {name: v.detach() for name, v in here.items()} if first_order else here
+            gradient = support_gradient(tempered_forward, start, support, loss)
+            weights = {name: w - inner_lr * gradient[name] for name, w in weights.items()}
+            architecture = {name: a - architecture_lr * gradient[name] for name, a in architecture.items()}
+
+    def chosen(theta: Tree, state: State) -> Weights:
+        """Logits that leave one operation a layer; the mixture as it is while it is still to harden."""
+        hot = tempered(theta, state.architecture, state.step)
+        if not discrete or state.step < inner_steps:
+            return hot
+        return {name: one_hot(a.argmax(-1), len(a), a).log() for name, a in hot.items()}
+
+    def predict(theta: Tree, state: State, x: Any) -> Tensor:
+        return forward({**state.weights, **chosen(theta, state)}, x)
+
+    def carrying_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
+        state = next(islice(adapt(theta, task.support, loss), inner_steps, None))
+        weights = {**state.weights, **tempered(theta, state.architecture, inner_steps)}
+        value, score = loss(partial(forward, weights), task.query)
+        return value, score, {"meta_step": theta["carried"]["meta_step"] + 1}
+
+    def architectures(theta: Tree, support: Tree, loss: Loss, steps: int) -> Tensor:
+        """Weights of the operations ``[layers, operations]``, before one is chosen."""
+        state = next(islice(adapt(theta, support, loss), steps, None))
+        hot = tempered(theta, state.architecture, steps)
+        return torch.stack([hot[name].softmax(-1) for name in names])
+
+    axes = {"layer": tuple(layers), "operation": operations[0]}
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="agnostic",
+        kinds=("regression", "classification", "sequence"),
+        paper="https://arxiv.org/abs/1911.11090",
+        train_steps=inner_steps,
+        carrying_loss=carrying_loss,
+        observation=Observation("architectures", axes, "weight", architectures),
+        adapted_parameters=lambda theta: size(theta["weights"]) + size(theta["architecture"]),
+    )

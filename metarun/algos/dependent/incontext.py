@@ -1,0 +1,92 @@
+"""In-context learning: a transformer that reads the support set and answers queries.
+
+Müller, Hollmann, Pineda Arango, Grabocka, Hutter 2022, "Transformers Can Do Bayesian Inference",
+https://arxiv.org/abs/2112.10510 (§4 and figure 2): support examples attend to each other, queries to the support set
+alone, and no example has a position, so the answer does not depend on the order of the support set, nor on which
+other queries are asked. Trained on many tasks it approximates the mean of the posterior predictive distribution.
+
+    token      linear map of the features of x beside y, for a query beside zeros
+    layer      x ← x + attention(norm x, norm support),  x ← x + MLP(norm x)            (pre-norm)
+
+Inputs are the features of the model's trunk. Where we deviate: targets of regression are answered by their mean under
+the family's loss, in place of a histogram of their density.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algos.dependent.snail import Sequences, reader
+from metarun.errors import require
+from metarun.types import Algorithm, Spec
+
+
+class Layer(nn.Module):
+    """Attention to the support set, then a perceptron; each beside its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        # Root-mean-square normalisation: right under any number of derivatives, unlike torch's layer norm.
+        self.before, self.behind = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query, self.key, self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def by_head(self, z: Tensor) -> Tensor:
+        """``[n, width]`` → ``[heads, n, width / heads]``."""
+        return z.view(len(z), self.heads, -1).movedim(1, 0)
+
+    def forward(self, given: Sequences) -> Sequences:
+        """Shapes stay."""
+        support, _ = given
+        read = self.before(support)
+        keys, values = self.by_head(self.key(read)), self.by_head(self.value(read))
+
+        def layer(x: Tensor) -> Tensor:
+            queries = self.by_head(self.query(self.before(x)))
+            weights = (queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])).softmax(-1)
+            x = x + self.mix((weights @ values).movedim(0, 1).flatten(1))
+            out: Tensor = x + self.perceptron(self.behind(x))
+            return out
+
+        together = layer(torch.cat(given))
+        return together[: len(support)], together[len(support) :]
+
+
+class Transformer(nn.Module):
+    """``([support, token], [queries, token])`` → ``[queries, outputs]``."""
+
+    def __init__(self, token: int, outputs: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(token, width)
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
+        self.out = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, outputs))
+
+    def forward(self, given: Sequences) -> Tensor:
+        """One answer for each query."""
+        support, query = given
+        out: Tensor = self.out(self.layers((self.embed(support), self.embed(query)))[1])
+        return out
+
+
+def incontext(model: nn.Module, spec: Spec, width: int = 64, layers: int = 3, heads: int = 4) -> Algorithm:
+    """A transformer over the support set.
+
+    Args:
+        model: a module with ``trunk`` and ``head``; of the head only its width is used.
+        spec: of a regression or classification task.
+        width: of a token, a multiple of ``heads``.
+        layers: at least 1.
+        heads: of attention, at least 1.
+    """
+    require(layers >= 1, f"layers must be at least 1, not {layers}")
+    require(heads >= 1, f"heads must be at least 1, not {heads}")
+    require(width >= 1 and width % heads == 0, f"width must be a multiple of heads={heads}, not {width}")
+    return reader(
+        model,
+        spec,
+        "incontext",
+        lambda token: Transformer(token, spec.outputs, width, layers, heads),
+        "https://arxiv.org/abs/2112.10510",
+    )

@@ -1,0 +1,123 @@
+"""One model for all tasks, each with parameters of its own, which a hypernetwork writes.
+
+Ha, Dai, Le 2017, "HyperNetworks", https://arxiv.org/abs/1609.09106, conditioned on the support set as in Zhmoginov,
+Sandler, Vladymyrov 2022, "HyperTransformer: Model Generation for Supervised and Semi-Supervised Few-Shot Learning",
+https://arxiv.org/abs/2201.04182.
+
+    code of a task       c = mean over the support set of e(f(x), y), for classes over class means of e(f(x))
+    matrix of a layer    W = W_0 + U diag(S c) V                                       rank r, for any shape [out, …]
+    vector of a layer    b = b_0 + B c
+    rows of a classifier w_k, b_k = G(class mean of e(f(x)), c), one for each class    (§3.2 of HyperTransformer)
+
+f is a copy of the model's trunk with weights of its own, e and G are perceptrons. What they write are the parameters
+of exactly the configured model, no more and no less; the answer to a query is the model's. U, V and B are shared by all
+tasks, so that conv4 costs r·(out + in·9) numbers a layer in place of a code's length times all of its weights. Classes
+are written alike, so relabelling a task relabels its answers.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.functional import forward_of, parameters_of, seeded, trunk_and_head
+from metarun.tree import size
+from metarun.types import Algorithm, Loss, Spec, Tree, Weights
+
+
+def perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Two linear layers."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
+
+
+def blank_writer(w: Tensor, code: int, rank: int, generator: torch.Generator) -> Tree:
+    """How a parameter depends on the code: not at all at first, and through ``left`` and ``right`` in low rank."""
+    if w.ndim < 2:
+        return {"shift": w.new_zeros(w.numel(), code)}
+    rows, columns = len(w), w[0].numel()
+    r = min(rank, rows, columns)
+
+    def normal(*shape: int) -> Tensor:
+        drawn: Tensor = torch.randn(*shape, generator=generator) / shape[1] ** 0.5
+        return drawn.to(w)
+
+    # Of the three factors one begins at zero: the first task sees the shared weights, and every factor gets a gradient
+    # after the first step.
+    return {"left": normal(rows, r), "scale": w.new_zeros(r, code), "right": normal(r, columns)}
+
+
+def written(shared: Tensor, writer: Tree, code: Tensor) -> Tensor:
+    """A task's own parameter."""
+    if "shift" in writer:
+        return cast(Tensor, shared + (writer["shift"] @ code).view(shared.shape))
+    change: Tensor = (writer["left"] * (writer["scale"] @ code)) @ writer["right"]
+    return shared + change.view(shared.shape)
+
+
+def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, width: int = 128) -> Algorithm:
+    """A hypernetwork that writes the parameters of one model.
+
+    Args:
+        model: a module with ``trunk`` and a linear ``head``.
+        spec: of a regression or classification task.
+        code: length of a task's code, at least 1.
+        rank: of a matrix's change, at least 1.
+        width: of the hypernetwork's perceptrons, at least 1.
+    """
+    for name, value in {"code": code, "rank": rank, "width": width}.items():
+        require(value >= 1, f"{name} must be at least 1, not {value}")
+    trunk, head = trunk_and_head(model, spec, "shared_model")
+    forward, embed, features = forward_of(model), forward_of(trunk), head.in_features
+    classes = spec.kind == "classification"
+
+    def encoder() -> nn.Module:
+        return perceptron(features if classes else features + spec.outputs, width, code)
+
+    def class_writer() -> nn.Module:
+        return perceptron(features + code, width, features + 1)
+
+    with torch.random.fork_rng(devices=[]):
+        encode, write_class = forward_of(encoder()), forward_of(class_writer())
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        weights = parameters_of(model)
+        like = next(iter(weights.values()))
+        if classes:
+            # Rows of the head are the class writer's alone.
+            weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
+        writers = {name: blank_writer(w, code, rank, generator) for name, w in weights.items()}
+        with seeded(generator):
+            theta = {
+                "weights": weights,
+                "reader": parameters_of(trunk_and_head(model, spec, "shared_model")[0]),
+                "encoder": parameters_of(encoder().to(like)),
+                "writers": writers,
+            }
+            return {**theta, "class_writer": parameters_of(class_writer().to(like))} if classes else theta
+
+    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights | None]:
+        yield None
+        z, y = embed(theta["reader"], support["x"]), support["y"]
+        examples = (y.T @ z) / y.sum(0)[:, None] if classes else torch.cat([z, y], -1)
+        of_task = encode(theta["encoder"], examples).mean(0)
+        weights = {name: written(w, theta["writers"][name], of_task) for name, w in theta["weights"].items()}
+        if classes:
+            rows = write_class(theta["class_writer"], torch.cat([examples, of_task.expand(len(examples), -1)], -1))
+            weights |= {"head.weight": rows[:, :-1], "head.bias": rows[:, -1]}
+        yield weights
+
+    def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
+        return forward(state, x)
+
+    return Algorithm(
+        init,
+        adapt,
+        predict,
+        family="dependent",
+        kinds=("regression", "classification"),
+        paper="https://arxiv.org/abs/1609.09106",
+        any_ways=classes,
+        adapted_parameters=lambda theta: size(parameters_of(model)),
+    )

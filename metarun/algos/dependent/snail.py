@@ -1,0 +1,173 @@
+"""SNAIL: temporal convolutions and attention over the support set in its order, the query last.
+
+Mishra, Rohaninejad, Chen, Abbeel 2018, "A Simple Neural Attentive Meta-Learner", https://arxiv.org/abs/1707.03141.
+
+    token            features of x_t beside y_t, for the query beside zeros                        (§2.2)
+    dense block      [x_t, tanh(F · (x_t−d, x_t)) ⊙ σ(G · (x_t−d, x_t))]                           (§2.1)
+    TC block         dense blocks with d = 1, 2, 4, … until all of the sequence is in reach
+    attention        [x_t, softmax(q_t · k_s / √K over s ≤ t) v_s]
+    network          attention, TC, attention, TC, attention, linear                               (appendix A)
+
+Every layer looks back only, so the support set's activations are the same for all queries and are computed once; a
+query joins them at the last place and sees no other query. The answer depends on the order of the support set,
+which tasks draw at random.
+
+Inputs are the features of the model's trunk. Where we deviate: support and query examples are embedded in one batch.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.functional import embed_together, forward_of, keep_support, parameters_of, seeded, trunk_and_head
+from metarun.types import Algorithm, Spec, Tree
+
+Sequences = tuple[Tensor, Tensor]
+"""Activations of the support set ``[examples, channels]``, and of each query at the place behind it."""
+
+
+class Dense(nn.Module):
+    """A gated causal convolution of width 2 beside its input."""
+
+    def __init__(self, channels: int, filters: int, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.now, self.before = nn.Linear(channels, 2 * filters), nn.Linear(channels, 2 * filters, bias=False)
+
+    def forward(self, given: Sequences) -> Sequences:
+        """Channels grow by ``filters``."""
+        support, query = given
+        # Row n of this is what stands ``dilation`` places before place n; the last row is for the query.
+        before = torch.cat([support.new_zeros(self.dilation, support.shape[1]), support])[: len(support) + 1]
+        early = self.before(before)
+
+        def joined(x: Tensor, early: Tensor) -> Tensor:
+            value, gate = (self.now(x) + early).chunk(2, -1)
+            return torch.cat([x, value.tanh() * gate.sigmoid()], -1)
+
+        return joined(support, early[: len(support)]), joined(query, early[len(support)])
+
+
+class Attend(nn.Module):
+    """Causal attention with one head beside its input."""
+
+    def __init__(self, channels: int, keys: int, values: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(channels, keys), nn.Linear(channels, keys)
+        self.value = nn.Linear(channels, values)
+
+    def forward(self, given: Sequences) -> Sequences:
+        """Channels grow by ``values``."""
+        support, query = given
+        n, root = len(support), math.sqrt(self.key.out_features)
+        keys, values = self.key(support), self.value(support)
+        later = torch.ones(n, n, dtype=torch.bool, device=support.device).triu(1)
+        among = (self.query(support) @ keys.T / root).masked_fill(later, -math.inf).softmax(-1)
+        asked = self.query(query)
+        own = (asked * self.key(query)).sum(-1, keepdim=True)
+        weights = (torch.cat([asked @ keys.T, own], -1) / root).softmax(-1)
+        read = weights[:, :n] @ values + weights[:, n:] * self.value(query)
+        return torch.cat([support, among @ values], -1), torch.cat([query, read], -1)
+
+
+class Snail(nn.Module):
+    """The network on tokens: ``([support, token], [queries, token])`` → ``[queries, outputs]``."""
+
+    def __init__(self, token: int, outputs: int, length: int, width: int) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        channels = token
+
+        def attend(keys: int, values: int) -> None:
+            nonlocal channels
+            blocks.append(Attend(channels, keys, values))
+            channels += values
+
+        def convolve() -> None:
+            nonlocal channels
+            for power in range(math.ceil(math.log2(length))):
+                blocks.append(Dense(channels, width, 2**power))
+                channels += width
+
+        attend(width // 2, width // 4)
+        convolve()
+        attend(2 * width, width)
+        convolve()
+        attend(4 * width, 2 * width)
+        self.blocks = nn.Sequential(*blocks)
+        self.out = nn.Linear(channels, outputs)
+
+    def forward(self, given: Sequences) -> Tensor:
+        """One answer for each query."""
+        out: Tensor = self.out(self.blocks(given)[1])
+        return out
+
+
+def labelled(z: Tensor, y: Tensor) -> Tensor:
+    """Features ``z [n, features]`` beside their targets ``y [n, outputs]``."""
+    return torch.cat([z, y], -1)
+
+
+def unlabelled(z: Tensor, like: Tensor) -> Tensor:
+    """Features ``z [n, features]`` beside zeros as wide as the targets ``like``."""
+    return torch.cat([z, z.new_zeros(len(z), like.shape[1])], -1)
+
+
+def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) -> Algorithm:
+    """A network that reads features and targets of the support set and answers queries about theirs.
+
+    Args:
+        model: a module with ``trunk`` and ``head``; of the head only its width is used.
+        spec: of a regression or classification task.
+        name: of the algorithm.
+        network: width of a token → the network on (support tokens, query tokens).
+        paper: its source.
+    """
+    trunk, head = trunk_and_head(model, spec, name)
+    embed = forward_of(trunk)
+    with torch.random.fork_rng(devices=[]):
+        read = forward_of(network(head.in_features + spec.outputs))
+
+    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk_and_head(model, spec, name)[0])
+        with seeded(generator):
+            return {
+                "weights": weights,
+                "reader": parameters_of(network(head.in_features + spec.outputs).to(next(model.parameters()))),
+            }
+
+    def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
+        z, queries = embed_together(embed, theta["weights"], state, x)
+        return read(theta["reader"], (labelled(z, state["y"]), unlabelled(queries, state["y"])))
+
+    return Algorithm(
+        init,
+        keep_support,
+        predict,
+        family="dependent",
+        kinds=("regression", "classification"),
+        paper=paper,
+        adapted_parameters=lambda theta: 0,
+    )
+
+
+def snail(model: nn.Module, spec: Spec, width: int = 128) -> Algorithm:
+    """SNAIL.
+
+    Args:
+        model: a module with ``trunk`` and ``head``; of the head only its width is used.
+        spec: of a regression or classification task.
+        width: filters of a dense block, at least 4; attention has a quarter to four times as many channels.
+    """
+    require(width >= 4, f"width must be at least 4, not {width}")
+    length = spec.shots * (spec.ways or 1) + 1
+    return reader(
+        model,
+        spec,
+        "snail",
+        lambda token: Snail(token, spec.outputs, length, width),
+        "https://arxiv.org/abs/1707.03141",
+    )

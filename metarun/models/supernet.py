@@ -1,0 +1,156 @@
+"""Models whose layers are mixtures of operations, so that the architecture can be learned and adapted.
+
+As in DARTS (Liu, Simonyan, Yang 2019, https://arxiv.org/abs/1806.09055, equation 2) a layer is Σ_o softmax(a)_o · o(x)
+over its operations o; its architecture weights a are parameters like all others. A module with a parameter
+``architecture`` names its ``operations`` too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import require
+from metarun.norm import BatchStatistics
+from metarun.types import Spec
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sine": torch.sin,
+    "identity": lambda x: x,
+}
+
+
+class MixedActivation(nn.Module):
+    """A linear layer under a mixture of activations."""
+
+    def __init__(self, inputs: int, outputs: int, operations: Sequence[str]) -> None:
+        super().__init__()
+        self.operations = tuple(operations)
+        self.linear = nn.Linear(inputs, outputs)
+        self.architecture = nn.Parameter(torch.zeros(len(self.operations)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[examples, inputs]`` → ``[examples, outputs]``."""
+        h = self.linear(x)
+        results = torch.stack([ACTIVATIONS[name](h) for name in self.operations], -1)
+        return results @ self.architecture.softmax(-1)
+
+
+class SupernetMLP(nn.Module):
+    """A multi-layer perceptron, each of whose layers chooses its activation.
+
+    Args:
+        spec: sizes of input and output.
+        widths: of each hidden layer.
+        operations: that a layer mixes; with one alone the architecture is fixed.
+    """
+
+    def __init__(
+        self, spec: Spec, widths: Sequence[int] = (40,), operations: Sequence[str] = ("relu", "tanh", "sine")
+    ) -> None:
+        super().__init__()
+        require(
+            spec.tokens is None and spec.control is None,
+            "supernet_mlp mixes operations on numbers, and this task has none; choose another algorithm or model",
+        )
+        require(len(widths) > 0 and min(widths) > 0, f"widths must be positive, not {list(widths)}")
+        check_operations(operations, ACTIVATIONS)
+        sizes = pairwise([prod(spec.input_shape), *widths])
+        layers = [MixedActivation(n_in, n_out, operations) for n_in, n_out in sizes]
+        self.trunk = nn.Sequential(*([nn.Flatten()] if len(spec.input_shape) > 1 else []), *layers)
+        self.head = nn.Linear(widths[-1], spec.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[examples, *input]`` → ``[examples, outputs]``."""
+        out: Tensor = self.head(self.trunk(x))
+        return out
+
+
+def check_operations(operations: Sequence[str], known: Mapping[str, object]) -> None:
+    """Refuse an empty list, and names that are not known."""
+    unknown = [name for name in operations if name not in known]
+    require(len(operations) > 0, "operations must name at least one")
+    require(not unknown, f"operations must be some of {', '.join(known)}, not {', '.join(unknown)}")
+
+
+def convolution(size: int) -> Callable[[int, int], nn.Module]:
+    """A convolution that halves an image."""
+    return lambda inputs, outputs: nn.Conv2d(inputs, outputs, size, 2, padding=size // 2, bias=False)
+
+
+def separable(inputs: int, outputs: int) -> nn.Module:
+    """A 3×3 convolution of each channel, then a mixture of the channels."""
+    each = nn.Conv2d(inputs, inputs, 3, 2, padding=1, groups=inputs, bias=False)
+    return nn.Sequential(each, nn.Conv2d(inputs, outputs, 1, bias=False))
+
+
+def pooled(inputs: int, outputs: int) -> nn.Module:
+    """The mean of windows, then a mixture of the channels."""
+    return nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(inputs, outputs, 1, bias=False))
+
+
+CONVOLUTIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "conv3": convolution(3),
+    "conv5": convolution(5),
+    "separable": separable,
+    "pool": pooled,
+}
+
+
+class MixedConvolution(nn.Module):
+    """A mixture of ways to halve an image, each normalised by itself."""
+
+    def __init__(self, inputs: int, outputs: int, operations: Sequence[str]) -> None:
+        super().__init__()
+        self.operations = tuple(operations)
+        self.paths = nn.ModuleList(
+            nn.Sequential(CONVOLUTIONS[name](inputs, outputs), BatchStatistics(outputs)) for name in self.operations
+        )
+        self.architecture = nn.Parameter(torch.zeros(len(self.operations)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[examples, inputs, height, width]`` → ``[examples, outputs, height / 2, width / 2]``."""
+        results = torch.stack([path(x) for path in self.paths], -1)
+        return results @ self.architecture.softmax(-1)
+
+
+class SupernetConv(nn.Module):
+    """Four blocks, each of which chooses its convolution, with ReLU behind; then a linear head on the spatial mean.
+
+    Args:
+        spec: input ``(channels, height, width)`` of any size from 16×16, and the number of outputs.
+        filters: channels of each block, at least 1.
+        operations: that a block mixes; with one alone the architecture is fixed.
+    """
+
+    def __init__(
+        self, spec: Spec, filters: int = 32, operations: Sequence[str] = ("conv3", "separable", "pool")
+    ) -> None:
+        super().__init__()
+        require(filters >= 1, f"filters must be at least 1, not {filters}")
+        require(
+            len(spec.input_shape) == 3 and min(spec.input_shape[1:]) >= 16,
+            f"supernet_conv needs images of at least 16×16, and this task's input has shape {spec.input_shape}; "
+            "choose another model",
+        )
+        check_operations(operations, CONVOLUTIONS)
+        channels = [spec.input_shape[0], *[filters] * 4]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(channels):
+            layers += [MixedConvolution(inputs, outputs, operations), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(filters, spec.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[examples, channels, height, width]`` → ``[examples, outputs]``."""
+        out: Tensor = self.head(self.trunk(x))
+        return out
+
+
+def supernet(spec: Spec) -> nn.Module:
+    """``SupernetConv`` where inputs are images, else ``SupernetMLP``; each with its own defaults."""
+    return SupernetConv(spec) if len(spec.input_shape) == 3 else SupernetMLP(spec)

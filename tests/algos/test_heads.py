@@ -1,0 +1,158 @@
+"""Learners that fit or write a part of the model for each task: optimality, closed forms and symmetries."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from scenarios import TinyImages, generator
+
+from metarun.algos.baselines.baselinepp import baselinepp
+from metarun.algos.baselines.multitask import multitask
+from metarun.algos.baselines.oracle import oracle
+from metarun.algos.dependent.metaoptnet import metaoptnet, support_vectors
+from metarun.algos.dependent.shared_model import shared_model
+from metarun.engine import evaluate, meta_gradient
+from metarun.models.conv4 import Conv4
+from metarun.models.mlp import MLP
+from metarun.tasks.sinusoid import Sinusoid
+from metarun.tree import tree_map
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def images(model_of=lambda spec: MLP(spec, (8,))):
+    torch.manual_seed(0)
+    family = TinyImages()
+    return family, model_of(family.spec), family.sample("train", 3, generator(1))
+
+
+def machine(n, ways, reach):
+    torch.manual_seed(n)
+    z = torch.randn(n, 30) * 0.7
+    return z @ z.T + torch.eye(n), torch.eye(ways)[torch.randperm(n) % ways], reach
+
+
+@pytest.mark.parametrize(("n", "ways", "reach"), [(5, 5, 0.1), (25, 5, 0.1), (25, 5, 3.0), (40, 20, 0.1), (12, 2, 1.0)])
+def test_support_vectors_satisfy_the_optimality_conditions(n, ways, reach):
+    """Feasible; and where a dual variable is off its bound, no feasible direction lowers the objective."""
+    gram, y, reach = machine(n, ways, reach)
+    alpha = support_vectors(gram, y, reach, 200)
+    assert alpha.sum(1).abs().max() < 1e-10
+    assert (alpha - reach * y).max() < 1e-10
+    gradient = gram @ alpha - y
+    beta = y - alpha / reach
+    # Moving weight from a free class to another must not pay: free ones have the largest gradient of their row.
+    slack = (gradient.amax(1, keepdim=True) - gradient) * beta
+    assert slack.abs().max() < 1e-10
+    assert beta.min() > -1e-10
+
+
+def test_support_vectors_differentiate_to_finite_differences():
+    gram, y, reach = machine(12, 3, 0.5)
+    weights = torch.randn(12, 3)
+
+    def value(g):
+        return (support_vectors((g + g.T) / 2, y, reach, 200) * weights).sum()
+
+    assert torch.autograd.gradcheck(value, gram.clone().requires_grad_(), eps=1e-6, atol=1e-6)
+
+
+def test_a_support_vector_machine_of_two_classes_is_the_binary_one():
+    """Two examples, one a class: the binary machine's margin problem has a closed form."""
+    gram = torch.tensor([[2.0, 0.5], [0.5, 3.0]])
+    alpha = support_vectors(gram, torch.eye(2), 10.0, 200)
+    # min ½ tr(αᵀGα) − α_11 − α_22 with rows (a, −a), (−b, b): a² G11 + b² G22 − 2ab G12 − a − b.
+    a, b = torch.linalg.solve(torch.tensor([[4.0, -1.0], [-1.0, 6.0]]), torch.ones(2))
+    torch.testing.assert_close(alpha, torch.stack([torch.stack([a, -a]), torch.stack([-b, b])]))
+
+
+def test_a_ridge_head_solves_the_normal_equations():
+    family, model, tasks = images()
+    algorithm = metaoptnet(model, family.spec, "ridge", strength=2.0, scale=3.0)
+    theta = algorithm.init(model, generator())
+    support = {name: value[0] for name, value in tasks.support.items()}
+    z, q = (F.relu(model.trunk[1](x.flatten(1))) for x in (support["x"], tasks.query["x"][0]))
+    w = torch.linalg.inv(z.T @ z + 2.0 * torch.eye(z.shape[1])) @ z.T @ support["y"]
+    torch.testing.assert_close(algorithm.predict(theta, support, tasks.query["x"][0]), 3.0 * q @ w)
+
+
+def test_multitask_gradient_takes_the_heads_as_they_are():
+    family, model, tasks = images()
+    algorithm = multitask(model, family.spec, 0.3, 4)
+    theta = algorithm.init(model, generator())
+    trunk = {name: w.clone().requires_grad_() for name, w in theta["weights"].items()}
+    total = 0
+    for sx, sy, qx, qy in reference.split(tasks):
+        z, y = reference.mlp_features(trunk, torch.cat([sx, qx])), torch.cat([sy, qy]).argmax(1)
+        weight, bias = torch.zeros(3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
+        for _ in range(4):
+            loss = F.cross_entropy(F.linear(z.detach(), weight, bias), y)
+            found = torch.autograd.grad(loss, [weight, bias])
+            weight, bias = ((p - 0.3 * g).detach().requires_grad_() for p, g in zip((weight, bias), found, strict=True))
+        total = total + F.cross_entropy(F.linear(z, weight.detach(), bias.detach()), y) / 3
+    expected = torch.autograd.grad(total, list(trunk.values()))
+    found = meta_gradient(algorithm, theta, tasks, family.loss).grads["weights"]
+    for ours, theirs in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_baselinepp_begins_at_the_class_means_and_steps_by_plain_gradient_descent():
+    family, model, tasks = images()
+    algorithm = baselinepp(model, family.spec, 30.0, 5.0, (0.7,))
+    theta = algorithm.init(model, generator())
+    sx, sy, qx, _ = next(reference.split(tasks))
+    z, q = (F.normalize(F.relu(model.trunk[1](x.flatten(1))), eps=1e-6) for x in (sx, qx))
+    states = [
+        state for _, state in zip(range(2), algorithm.adapt(theta, {"x": sx, "y": sy}, family.loss), strict=False)
+    ]
+    means = torch.stack([z[sy[:, k] == 1].mean(0) for k in range(3)])
+    start = (5.0 * q @ F.normalize(means).T).detach()
+    torch.testing.assert_close(algorithm.predict(theta, states[0], qx), start)
+    w = F.normalize(means).detach().requires_grad_()
+    gradient = torch.autograd.grad(F.cross_entropy(5.0 * z @ F.normalize(w).T, sy.argmax(1)), w)[0]
+    after = 5.0 * q @ F.normalize(w - 0.7 * gradient).T
+    torch.testing.assert_close(algorithm.predict(theta, states[1], qx), after)
+
+
+def test_oracle_finds_sine_waves_and_does_not_pretend_with_one_point():
+    family = Sinusoid(shots=3)
+    algorithm = oracle(MLP(family.spec), family.spec)
+    theta = algorithm.init(MLP(family.spec), generator())
+    scored = evaluate(algorithm, theta, family.sample("test", 20, generator()), family.loss, 1)
+    assert scored.scores.max() < 1e-20
+    one = Sinusoid(shots=1)
+    assert evaluate(algorithm, theta, one.sample("test", 20, generator()), one.loss, 1).scores.mean() > 0.1
+
+
+def stirred(theta):
+    """Weights that were zero at the start take part."""
+    return tree_map(lambda leaf: leaf + 0.1 * torch.randn(leaf.shape, generator=generator(5)), theta)
+
+
+def test_shared_model_writes_the_configured_model_and_nothing_else():
+    family, model, tasks = images(lambda spec: Conv4(spec, filters=4))
+    algorithm = shared_model(model, family.spec)
+    theta = algorithm.init(model, generator())
+    support = {name: value[0] for name, value in tasks.support.items()}
+    assert algorithm.any_ways
+    for some in (theta, stirred(theta)):
+        _, weights = algorithm.adapt(some, support, family.loss)
+        assert {n: w.shape for n, w in weights.items()} == {n: p.shape for n, p in model.named_parameters()}
+        x = tasks.query["x"][0]
+        expected = torch.func.functional_call(model, weights, (x,))
+        torch.testing.assert_close(algorithm.predict(some, weights, x), expected)
+    changed = weights["trunk.3.weight"] - stirred(theta)["weights"]["trunk.3.weight"]
+    assert 0 < torch.linalg.matrix_rank(changed.flatten(1)) <= 8
+
+
+def test_shared_model_relabels_its_answers_with_the_task():
+    family, model, tasks = images()
+    algorithm = shared_model(model, family.spec)
+    theta = stirred(algorithm.init(model, generator()))
+    support = {name: value[0] for name, value in tasks.support.items()}
+    x = tasks.query["x"][0]
+    answers = []
+    for y in (support["y"], support["y"][:, [2, 0, 1]]):
+        _, weights = algorithm.adapt(theta, {**support, "y": y}, family.loss)
+        answers.append(algorithm.predict(theta, weights, x))
+    torch.testing.assert_close(answers[0][:, [2, 0, 1]], answers[1])
