@@ -91,22 +91,36 @@ def build_model(config: DictConfig, family: Family) -> nn.Module:
     return model
 
 
-def _algorithms_that_fit(config: DictConfig, family: Family, model: nn.Module) -> list[str]:
-    names, conf = [], files("metarun.conf")
-    for path in sorted((conf / "algo").iterdir(), key=lambda path: path.name):
-        if path.name.endswith(".yaml"):
-            algo, judged = cast(DictConfig, OmegaConf.create(path.read_text())), model
-            try:
-                # An algorithm that names its own model is judged with that one.
-                for default in algo.pop("defaults", []):
-                    if isinstance(default, DictConfig):
-                        own = OmegaConf.create((conf / "model" / f"{next(iter(default.values()))}.yaml").read_text())
-                        judged = build(OmegaConf.create({"model": own}), "model", family.spec)
-                algorithm = build(OmegaConf.create({"algo": algo}), "algo", judged, family.spec)
-            except UserError:
-                continue
-            if family.spec.kind in algorithm.kinds:
-                names.append(path.name.removesuffix(".yaml"))
+def algorithm_names() -> list[str]:
+    """The members of the group ``algo``."""
+    paths = (files("metarun.conf") / "algo").iterdir()
+    return sorted(path.name.removesuffix(".yaml") for path in paths if path.name.endswith(".yaml"))
+
+
+def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algorithm, nn.Module]:
+    """A member of the group ``algo`` as it is without further keys, and its model: ``model``, or the one it names.
+
+    Raises:
+        UserError: it does not fit the model or the family.
+    """
+    conf = files("metarun.conf")
+    algo = cast(DictConfig, OmegaConf.create((conf / "algo" / f"{name}.yaml").read_text()))
+    for default in algo.pop("defaults", []):
+        if isinstance(default, DictConfig):
+            own = OmegaConf.create((conf / "model" / f"{next(iter(default.values()))}.yaml").read_text())
+            model = build(OmegaConf.create({"model": own}), "model", family.spec)
+    return build(OmegaConf.create({"algo": algo}), "algo", model, family.spec), model
+
+
+def _algorithms_that_fit(family: Family, model: nn.Module) -> list[str]:
+    names = []
+    for name in algorithm_names():
+        try:
+            algorithm, _ = default_algorithm(name, family, model)
+        except UserError:
+            continue
+        if family.spec.kind in algorithm.kinds:
+            names.append(name)
     return names
 
 
@@ -114,7 +128,7 @@ def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: 
     """Refuse an algorithm that does not fit the task, naming what does."""
     spec = family.spec
     if spec.kind not in algo.kinds:
-        fitting = ", ".join(_algorithms_that_fit(config, family, model))
+        fitting = ", ".join(_algorithms_that_fit(family, model))
         raise UserError(
             f"algo={names['algo']} serves {' and '.join(algo.kinds)} tasks, and task={names['task']} is "
             f"{spec.kind}; algorithms that fit it: {fitting}."

@@ -141,6 +141,17 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] - b[None]).square().sum(-1)
 
 
+def lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM (Hochreiter and Schmidhuber 1997): hidden state and cell ``[..., width]``.
+
+    ``gates [..., 4 width]`` are linear in input and hidden state. Written out, so that it maps and differentiates.
+    """
+    enter, keep, leave, new = gates.chunk(4, -1)
+    # Kept rather than forgotten before anything is learned (Gers et al. 2000).
+    cell = (keep + 1).sigmoid() * cell + enter.sigmoid() * new.tanh()
+    return leave.sigmoid() * cell.tanh(), cell
+
+
 def one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
     """``index [...]`` as ``[..., size]`` in the dtype of ``like``; torch's own fails under ``grad`` inside ``vmap``."""
     return (index[..., None] == torch.arange(size, device=index.device)).to(like.dtype)

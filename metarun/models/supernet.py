@@ -55,7 +55,7 @@ class SupernetMLP(nn.Module):
         super().__init__()
         require(
             spec.tokens is None and spec.control is None,
-            "supernet_mlp mixes operations on numbers, and this task has none; choose another algorithm or model",
+            "supernet_mlp needs numbers, and this task has words or actions; choose another algorithm or model",
         )
         require(len(widths) > 0 and min(widths) > 0, f"widths must be positive, not {list(widths)}")
         check_operations(operations, ACTIVATIONS)

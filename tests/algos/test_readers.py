@@ -9,6 +9,7 @@ from scenarios import TinyImages, generator
 
 from metarun.algos.dependent.incontext import incontext
 from metarun.algos.dependent.mann import instance_of, mann
+from metarun.algos.dependent.matching import FullContext
 from metarun.algos.dependent.snail import Attend, Dense, Snail, snail
 from metarun.models.mlp import MLP
 from metarun.types import Task
@@ -136,3 +137,39 @@ def test_instances_are_counted_along_the_sequence():
     by_instance = algorithm.observation.measure(theta, support, None, 1)
     assert by_instance.shape == (2,)
     assert all(value in torch.tensor([0, 1 / 3, 2 / 3, 1]) for value in by_instance)
+
+
+def test_full_context_embeddings_equal_torchs_lstms():
+    """Support embeddings by a bidirectional nn.LSTM, queries by nn.LSTMCell and attention as the paper writes them."""
+    torch.manual_seed(0)
+    width, reads = 4, 3
+    module, z, queries = FullContext(width, reads), torch.randn(5, width), torch.randn(6, width)
+
+    def like_torchs(weight, bias):
+        """Torch orders gates as input, forget, new, output; ours adds one to the forget gate."""
+        i, f, o, g = weight.chunk(4)
+        bi, bf, bo, bg = bias.chunk(4)
+        return torch.cat([i, f, g, o]), torch.cat([bi, bf + 1, bg, bo])
+
+    bidirectional = torch.nn.LSTM(width, width, bidirectional=True)
+    cell = torch.nn.LSTMCell(2 * width, width)
+    with torch.no_grad():
+        for suffix, layer in (("l0", module.forwards), ("l0_reverse", module.backwards)):
+            weight, bias = like_torchs(layer.weight, layer.bias)
+            getattr(bidirectional, f"weight_ih_{suffix}").copy_(weight[:, :width])
+            getattr(bidirectional, f"weight_hh_{suffix}").copy_(weight[:, width:])
+            getattr(bidirectional, f"bias_ih_{suffix}").copy_(bias)
+            getattr(bidirectional, f"bias_hh_{suffix}").zero_()
+        weight, bias = like_torchs(module.reading.weight, module.reading.bias)
+        cell.weight_ih.copy_(torch.cat([weight[:, :width], weight[:, 2 * width :]], 1))
+        cell.weight_hh.copy_(weight[:, width : 2 * width])
+        cell.bias_ih.copy_(bias)
+        cell.bias_hh.zero_()
+    both = bidirectional(z)[0]
+    support = z + both[:, :width] + both[:, width:]
+    h, c, r = queries, torch.zeros_like(queries), torch.zeros_like(queries)
+    for _ in range(reads):
+        h, c = cell(torch.cat([queries, r], 1), (h, c))
+        h = h + queries
+        r = torch.softmax(h @ support.T, 1) @ support
+    torch.testing.assert_close(module((z, queries)), (support, h))

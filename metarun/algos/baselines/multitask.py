@@ -12,7 +12,7 @@ derivative of the inner loop are worth.
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from metarun.algos.baselines.transfer import both
 from metarun.errors import require
-from metarun.functional import forward_of, head_names, parameters_of, part_descent
-from metarun.tree import size
+from metarun.functional import forward_of, gradient_descent, parameters_of, trunk_and_head
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
 
@@ -29,44 +28,46 @@ def multitask(model: nn.Module, spec: Spec, head_lr: float = 0.1, head_steps: in
     """Joint training of a trunk under heads of each task's own.
 
     Args:
-        model: a module with a part ``head``.
-        spec: the task family's; nothing is asked of it.
+        model: a module with ``trunk`` and ``head``.
+        spec: of a regression or classification task.
         head_lr: step size of fitting heads, above 0, for mean losses.
         head_steps: K, at least 1.
     """
     require(head_lr > 0, f"head_lr must be above 0, not {head_lr}")
     require(head_steps >= 1, f"head_steps must be at least 1, not {head_steps}")
-    forward = forward_of(model)
-    heads = head_names(model, "multitask")
+    trunk, head = trunk_and_head(model, spec, "multitask")
+    embed, read_out = forward_of(trunk), forward_of(head)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(model)
-        return {"weights": {name: w for name, w in weights.items() if name not in heads}}
+        return {"weights": parameters_of(trunk_and_head(model, spec, "multitask")[0])}
 
-    def start(theta: Tree) -> Weights:
-        like = next(iter(theta["weights"].values()))
-        shapes = {name: p.shape for name, p in model.named_parameters() if name in heads}
-        return {name: like.new_zeros(shape) for name, shape in shapes.items()}
+    def fit(z: Tensor, data: Tree, loss: Loss) -> Iterator[Weights]:
+        """Heads on the features ``z`` of ``data``."""
+        outputs = data["y"].shape[-1]
+        start = {name: z.new_zeros(outputs, *p.shape[1:]) for name, p in head.named_parameters()}
+        return gradient_descent(lambda w, x: read_out(w, z), start, data, loss, repeat(head_lr))
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        return part_descent(forward, theta["weights"], start(theta), support, loss, head_lr, first_order=True)
+        return fit(embed(theta["weights"], support["x"]), support, loss)
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
-        return forward({**theta["weights"], **state}, x)
+        return read_out(state, embed(theta["weights"], x))
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
         data = both(task)
-        *_, head = islice(adapt(theta, data, loss), head_steps + 1)
-        return loss(lambda x: predict(theta, {name: w.detach() for name, w in head.items()}, x), data)
+        z = embed(theta["weights"], data["x"])
+        fitted = next(islice(fit(z.detach(), data, loss), head_steps, None))
+        return loss(lambda x: read_out({name: w.detach() for name, w in fitted.items()}, z), data)
 
     return Algorithm(
         init,
         adapt,
         predict,
         family="baseline",
-        kinds=("regression", "classification", "sequence", "control"),
+        kinds=("regression", "classification"),
         paper="https://arxiv.org/abs/2106.09017",
         train_steps=head_steps,
         meta_loss=meta_loss,
-        adapted_parameters=lambda theta: size(start(theta)),
+        any_ways=True,
+        adapted_parameters=lambda theta: sum(p.numel() for p in head.parameters()),
     )

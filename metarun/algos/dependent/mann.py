@@ -32,6 +32,7 @@ from metarun.functional import (
     embed_together,
     forward_of,
     keep_support,
+    lstm,
     one_hot,
     parameters_of,
     seeded,
@@ -86,9 +87,7 @@ class Mann(nn.Module):
         """``token [numbers]`` → ``[outputs]``."""
         memory, token = given
         _, slots, width, heads = self.sizes
-        i, f, o, new = self.gates(torch.cat([token, memory.read, memory.hidden])).chunk(4)
-        cell = (f + 1).sigmoid() * memory.cell + i.sigmoid() * new.tanh()
-        hidden = o.sigmoid() * cell.tanh()
+        hidden, cell = lstm(self.gates(torch.cat([token, memory.read, memory.hidden])), memory.cell)
         keys, alpha = self.keys(hidden).tanh().view(heads, width), self.alpha(hidden).sigmoid()[:, None]
         least = one_hot((-memory.usage).topk(heads).indices, slots, memory.usage).sum(0)
         write = alpha * memory.attention + (1 - alpha) * least

@@ -3,10 +3,18 @@
 Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra 2016, "Matching Networks for One Shot Learning",
 https://arxiv.org/abs/1606.04080.
 
-    P(y | x) = Σ_i a(x, x_i) y_i,   a = softmax over the support set of c(f(x), f(x_i))       (equations 1 and 2)
+    P(y | x) = Σ_i a(x, x_i) y_i,   a = softmax over the support set of c(f(x), g(x_i))       (equations 1 and 2)
 
-c is the cosine, as in the paper, or minus the squared distance, which independent re-implementations prefer. There is
-no full context embedding (§2.1.2): support and query examples are embedded each by itself, but for batch statistics.
+c is the cosine, as in the paper, or minus the squared distance, which independent re-implementations prefer.
+
+Without full context embeddings f and g are the trunk: examples are embedded each by itself, but for batch statistics.
+With them (``full_context``, §2.1.2 and appendix A), from the trunk's features f' and g':
+
+    g(x_i) = g'(x_i) + →h_i + ←h_i                      an LSTM in each direction over the support set in its order
+    f(x) = h_K:   ĥ_k, c_k = LSTM(f'(x), [h_(k−1), r_(k−1)], c_(k−1)),   h_k = ĥ_k + f'(x)
+                  r_k = Σ_i softmax_i(h_k · g(x_i)) g(x_i)               K steps of reading the support set
+
+The paper's (5) has the attention of step k − 1 on h_(k−1); so does this.
 """
 
 from typing import Any, Literal
@@ -14,11 +22,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.errors import require
 from metarun.functional import (
     embed_together,
     forward_of,
     keep_support,
+    lstm,
     parameters_of,
+    seeded,
     squared_distances,
     trunk_and_head,
     unit_rows,
@@ -29,22 +40,73 @@ LEAST_CHANCE = 1e-6
 """Added to each chance: a class to which no attention goes at all still has a logarithm."""
 
 
-def matching(model: nn.Module, spec: Spec, distance: Literal["cosine", "euclidean"] = "cosine") -> Algorithm:
-    """Matching networks without full context embeddings.
+class FullContext(nn.Module):
+    """Embeddings of support examples and queries that depend on the whole support set."""
+
+    def __init__(self, width: int, reads: int) -> None:
+        super().__init__()
+        self.reads = reads
+        self.forwards, self.backwards = (nn.Linear(2 * width, 4 * width) for _ in range(2))
+        self.reading = nn.Linear(3 * width, 4 * width)
+
+    def along(self, gates: nn.Module, z: Tensor) -> Tensor:
+        """Hidden states of an LSTM over the rows of ``z [examples, width]``."""
+        hidden = cell = torch.zeros_like(z[0])
+        states = []
+        for row in z:
+            hidden, cell = lstm(gates(torch.cat([row, hidden])), cell)
+            states.append(hidden)
+        return torch.stack(states)
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Features of support set and queries → their embeddings, of the same shapes."""
+        z, queries = given
+        support = z + self.along(self.forwards, z) + self.along(self.backwards, z.flip(0)).flip(0)
+        hidden, cell, read = queries, torch.zeros_like(queries), torch.zeros_like(queries)
+        for step in range(self.reads):
+            read = (hidden @ support.T).softmax(-1) @ support if step else read
+            hidden, cell = lstm(self.reading(torch.cat([queries, hidden, read], -1)), cell)
+            hidden = hidden + queries
+        return support, hidden
+
+
+def matching(
+    model: nn.Module,
+    spec: Spec,
+    distance: Literal["cosine", "euclidean"] = "cosine",
+    full_context: bool = False,
+    reads: int = 5,
+) -> Algorithm:
+    """Matching networks.
 
     Args:
-        model: a module with ``trunk`` and ``head``; the head is not used.
+        model: a module with ``trunk`` and ``head``; of the head only its width is used.
         spec: the task family's.
         distance: of a query from a support example.
+        full_context: whether embeddings depend on the whole support set.
+        reads: K, at least 1.
     """
-    trunk, _ = trunk_and_head(model, spec, "matching")
+    require(reads >= 1, f"reads must be at least 1, not {reads}")
+    trunk, head = trunk_and_head(model, spec, "matching")
     embed = forward_of(trunk)
 
+    def context_of() -> nn.Module:
+        return FullContext(head.in_features, reads)
+
+    with torch.random.fork_rng(devices=[]):
+        in_context: Any = forward_of(context_of())
+
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        return {"weights": parameters_of(trunk_and_head(model, spec, "matching")[0])}
+        weights = parameters_of(trunk_and_head(model, spec, "matching")[0])
+        if not full_context:
+            return {"weights": weights}
+        with seeded(generator):
+            return {"weights": weights, "context": parameters_of(context_of().to(next(model.parameters())))}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
+        if full_context:
+            z, queries = in_context(theta["context"], (z, queries))
         near = unit_rows(queries) @ unit_rows(z).T if distance == "cosine" else -squared_distances(queries, z)
         chances: Tensor = near.softmax(-1) @ state["y"] + LEAST_CHANCE
         return chances.log()

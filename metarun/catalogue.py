@@ -1,0 +1,121 @@
+"""``docs/algorithms.md``: what each algorithm learns and adapts, read off the algorithms themselves.
+
+python -m metarun.catalogue > docs/algorithms.md
+"""
+
+from functools import partial
+from importlib.resources import files
+from typing import cast
+
+import torch
+from torch import nn
+
+from metarun.assemble import algorithm_names, default_algorithm, stream
+from metarun.engine import adapted, adapted_parameters
+from metarun.errors import UserError
+from metarun.functional import seeded
+from metarun.help import description
+from metarun.models.conv4 import Conv4
+from metarun.models.mlp import MLP
+from metarun.models.policy import FastWeightsPolicy
+from metarun.stepper import Counted
+from metarun.tasks.bandit import Bandit
+from metarun.tasks.mdp import MDP
+from metarun.tasks.omniglot import Omniglot
+from metarun.tasks.sinusoid import Sinusoid
+from metarun.tree import learned, size, tree_map
+from metarun.types import Algorithm, Family, Tree
+
+HEAD = """# Algorithms
+
+Written by `python -m metarun.catalogue > docs/algorithms.md` from the algorithms themselves; a test compares.
+
+- *tasks*: the kinds that it serves. Text and images are classification.
+- *meta-learned*: the parts that the outer optimizer changes, and how many numbers they are.
+- *adapted*: numbers set for each task; 0 where the support set is read, and nothing is fitted.
+- *cost*: the products and convolutions of adapting to a task by the steps that training takes and answering one query,
+  in forward passes of the model on the same examples. Gradients of meta-training come on top.
+
+Numbers are of 5-way 1-shot images of 28×28 with conv4, of ten points of a sine wave with the mlp where images are not
+served, and of a bandit of five arms (`psrl`: a table) with a policy with a memory where neither is; all with the
+algorithm's own defaults.
+"""
+FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baselines"}
+
+
+Reference = tuple[Family, nn.Module]
+
+
+def references() -> list[Reference]:
+    """Families with models, in the order in which an algorithm is tried on them."""
+    images = Omniglot(dataset="procedural", queries=1)
+    waves, pulls, tables = Sinusoid(), Bandit(shots=5, queries=5), MDP(shots=5, queries=5)
+    with seeded(torch.Generator().manual_seed(0)):
+        return [
+            (cast(Family, images), Conv4(images.spec)),
+            (cast(Family, waves), MLP(waves.spec)),
+            (cast(Family, pulls), FastWeightsPolicy(pulls.spec)),
+            (cast(Family, tables), FastWeightsPolicy(tables.spec)),
+        ]
+
+
+def first_that_fits(name: str, tried: list[Reference]) -> tuple[Algorithm, nn.Module, Family]:
+    """An algorithm on the first reference that it serves, with the model that it takes there."""
+    for family, model in tried:
+        try:
+            algorithm, own = default_algorithm(name, family, model)
+        except UserError:
+            continue
+        if family.spec.kind in algorithm.kinds:
+            return algorithm, own, family
+    raise AssertionError(f"{name} fits none of the references")
+
+
+def cost(algorithm: Algorithm, model: nn.Module, family: Family, theta: Tree) -> str:
+    """Work of adapting to one task and answering a query, in forward passes of the model on the same examples."""
+    block = family.sample("test", 1, stream(0, "test"))
+    support, query = (tree_map(lambda leaf: leaf[0], part) for part in block)
+    query = tree_map(lambda leaf: leaf[:1], query)
+    with Counted() as forward:
+        family.loss(model, support)
+        family.loss(model, query)
+    with Counted() as adapting:
+        state = adapted(algorithm, theta, support, family.loss, algorithm.train_steps)
+        family.loss(partial(algorithm.predict, theta, state), query)
+    return f"{adapting.work / forward.work:.1f}"
+
+
+def row(name: str, tried: list[Reference]) -> tuple[str, str]:
+    """(family, line of the table) of an algorithm."""
+    algorithm, model, family = first_that_fits(name, tried)
+    theta = algorithm.init(model, stream(0, "algorithm"))
+    parts = ", ".join(learned(theta)) if algorithm.meta_learns else ""
+    meta = f"{parts} ({size(learned(theta)):,})" if parts else "nothing"
+    paper = f"[paper]({algorithm.paper})" if algorithm.paper else ""
+    what = description((files("metarun.conf") / "algo" / f"{name}.yaml").read_text()).rpartition(" (")[0]
+    cells = [
+        f"`{name}`",
+        what,
+        ", ".join(algorithm.kinds),
+        meta,
+        f"{adapted_parameters(algorithm, theta):,}",
+        cost(algorithm, model, family, theta),
+        paper,
+    ]
+    return algorithm.family, "| " + " | ".join(cells) + " |"
+
+
+def catalogue() -> str:
+    """The whole page."""
+    tried = references()
+    rows = [row(name, tried) for name in algorithm_names()]
+    text = HEAD
+    for family, title in FAMILIES.items():
+        text += f"\n## {title.capitalize()}\n\n"
+        text += "| algorithm | | tasks | meta-learned | adapted | cost | paper |\n|---|---|---|---|---|---|---|\n"
+        text += "".join(f"{line}\n" for own, line in rows if own == family)
+    return text
+
+
+if __name__ == "__main__":
+    print(catalogue(), end="")

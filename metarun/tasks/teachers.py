@@ -1,0 +1,85 @@
+"""Functions that small networks compute: a family whose tasks need different operations.
+
+    y = Σ_j v_j g(2 (u_j · x + b_j))       v_j normal, of variance 1 / units;   x standard normal
+
+All tasks share the first layer (u, b), which is drawn once from a fixed seed; a task has read-out weights v and an
+operation g of its own: relu, tanh or sine. With the right operation a model of this size needs no more than to fit v;
+with one and the same for all tasks it has to hold features for the others too. All splits draw v and g from the same
+distribution, each from draws of its own. ``spec.groups`` names the operations, and the data carry each task's.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from metarun.errors import require
+from metarun.tasks.supervised import regression_loss
+from metarun.types import Predict, Spec, Split, Task, Tree
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "sine": torch.sin}
+TEACHER_SEED = 20201124
+"""Of the first layer that all tasks share."""
+
+
+class Teachers:
+    """Networks with one hidden layer; ``x [points, inputs]``, ``y [points, 1]``.
+
+    Args:
+        shots: support points, at least 1.
+        queries: points that score a validation or test task, at least 1.
+        inputs: dimensions of x, at least 1.
+        units: of the hidden layer, at least 1.
+        operations: of the tasks, equally likely: some of relu, tanh, sine.
+        device: where the tasks are put.
+        data_dir: not used; every family is given it.
+    """
+
+    def __init__(
+        self,
+        shots: int = 20,
+        queries: int = 100,
+        inputs: int = 2,
+        units: int = 8,
+        operations: Sequence[str] = tuple(OPERATIONS),
+        device: str = "cpu",
+        data_dir: str = "data",
+    ) -> None:
+        for name, size in {"shots": shots, "queries": queries, "inputs": inputs, "units": units}.items():
+            require(size >= 1, f"{name} must be at least 1, not {size}")
+        known = len(operations) > 0 and all(name in OPERATIONS for name in operations)
+        require(known, f"operations must be some of {', '.join(OPERATIONS)}, not {list(operations)}")
+        drawn = torch.randn(units, inputs + 1, generator=torch.Generator().manual_seed(TEACHER_SEED))
+        self.first, self.bias = drawn[:, :inputs], drawn[:, inputs]
+        self.operations = [OPERATIONS[name] for name in operations]
+        self.device = device
+        self.dataset = f"teachers:{inputs}-{units}:{'+'.join(operations)}"
+        self.spec = Spec(
+            kind="regression",
+            input_shape=(inputs,),
+            outputs=1,
+            metric="mse",
+            higher_is_better=False,
+            shots=shots,
+            queries=queries,
+            groups=tuple(operations),
+        )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """``count`` tasks: ``x [count, points, inputs]``, ``y [count, points, 1]`` and ``group [count, points]``."""
+        shots, (units, inputs) = self.spec.shots, self.first.shape
+        points = shots + (shots if split == "train" else self.spec.queries)
+        group = torch.randint(len(self.operations), (count, 1), generator=generator)
+        read_out = torch.randn(count, units, 1, generator=generator) / units**0.5
+        x = torch.randn(count, points, inputs, generator=generator)
+        hidden = 2 * (x @ self.first.T + self.bias)
+        of_operation = torch.stack([operation(hidden) for operation in self.operations])
+        y = of_operation[group[:, 0], torch.arange(count)] @ read_out
+        data = {"x": x, "y": y, "group": group.expand(count, points)}
+        data = {name: value.to(self.device) for name, value in data.items()}
+        support = {name: value[:, :shots] for name, value in data.items()}
+        return Task(support, {name: value[:, shots:] for name, value in data.items()})
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Mean squared error of one task."""
+        return regression_loss(predict, data)

@@ -1,0 +1,10 @@
+"""The page of algorithms says what the algorithms are."""
+
+from pathlib import Path
+
+from metarun.catalogue import catalogue
+
+
+def test_the_page_of_algorithms_is_up_to_date():
+    page = Path(__file__).parents[1] / "docs" / "algorithms.md"
+    assert page.read_text() == catalogue(), "run: python -m metarun.catalogue > docs/algorithms.md"
