@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
-from typing import Any, cast
+from itertools import count, islice, repeat
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,28 @@ def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -
     # (docs/performance.md).
     z = embed(weights, channels_last(both) if both.is_cuda and both.ndim == 4 else both)
     return z[:n], z[n:]
+
+
+class Fit(NamedTuple):
+    """A head that ``step`` steps fit to a support set, once its features are known."""
+
+    support: Tree
+    loss: Loss
+    step: int
+
+
+def fits(theta: Tree, support: Tree, loss: Loss) -> Iterator[Fit]:
+    """``Algorithm.adapt`` of a learner that fits a head on features of support set and queries embedded together.
+
+    Where a model normalises by the batch, features of a small support set by itself are others than it was trained on.
+    """
+    return (Fit(support, loss, step) for step in count())
+
+
+def fitted_head(fit: Fit, read_out: Forward, start: Weights, z: Tensor, learning_rate: float | Tensor) -> Weights:
+    """The head after the steps of ``fit`` on features ``z`` of its support set, from ``start``."""
+    states = gradient_descent(lambda w, x: read_out(w, z), start, fit.support, fit.loss, repeat(learning_rate))
+    return next(islice(states, fit.step, None))
 
 
 def trunk_and_head(model: nn.Module, spec: Spec, algorithm: str) -> tuple[nn.Module, nn.Linear]:

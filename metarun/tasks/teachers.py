@@ -1,6 +1,6 @@
 """Functions that small networks compute: a family whose tasks need different operations.
 
-    y = Σ_j v_j g(2 (u_j · x + b_j))       v_j normal, of variance 1 / units;   x standard normal
+    y = Σ_j v_j g(s (u_j · x + b_j))       v_j normal, of variance 1 / units;   x standard normal
 
 All tasks share the first layer (u, b), which is drawn once from a fixed seed; a task has read-out weights v and an
 operation g of its own: relu, tanh or sine. With the right operation a model of this size needs no more than to fit v;
@@ -30,6 +30,7 @@ class Teachers:
         queries: points that score a validation or test task, at least 1.
         inputs: dimensions of x, at least 1.
         units: of the hidden layer, at least 1.
+        scale: s, above 0: how far units leave the range in which all operations are alike.
         operations: of the tasks, equally likely: some of relu, tanh, sine.
         device: where the tasks are put.
         data_dir: not used; every family is given it.
@@ -41,19 +42,22 @@ class Teachers:
         queries: int = 100,
         inputs: int = 2,
         units: int = 8,
+        scale: float = 1.0,
         operations: Sequence[str] = tuple(OPERATIONS),
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
         for name, size in {"shots": shots, "queries": queries, "inputs": inputs, "units": units}.items():
             require(size >= 1, f"{name} must be at least 1, not {size}")
+        require(scale > 0, f"scale must be above 0, not {scale}")
         known = len(operations) > 0 and all(name in OPERATIONS for name in operations)
         require(known, f"operations must be some of {', '.join(OPERATIONS)}, not {list(operations)}")
         drawn = torch.randn(units, inputs + 1, generator=torch.Generator().manual_seed(TEACHER_SEED))
+        self.scale = scale
         self.first, self.bias = drawn[:, :inputs], drawn[:, inputs]
         self.operations = [OPERATIONS[name] for name in operations]
         self.device = device
-        self.dataset = f"teachers:{inputs}-{units}:{'+'.join(operations)}"
+        self.dataset = f"teachers:{inputs}-{units}:{scale:g}:{'+'.join(operations)}"
         self.spec = Spec(
             kind="regression",
             input_shape=(inputs,),
@@ -72,7 +76,7 @@ class Teachers:
         group = torch.randint(len(self.operations), (count, 1), generator=generator)
         read_out = torch.randn(count, units, 1, generator=generator) / units**0.5
         x = torch.randn(count, points, inputs, generator=generator)
-        hidden = 2 * (x @ self.first.T + self.bias)
+        hidden = self.scale * (x @ self.first.T + self.bias)
         of_operation = torch.stack([operation(hidden) for operation in self.operations])
         y = of_operation[group[:, 0], torch.arange(count)] @ read_out
         data = {"x": x, "y": y, "group": group.expand(count, points)}

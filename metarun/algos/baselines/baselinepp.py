@@ -8,12 +8,11 @@ Chen, Liu, Kira, Wang, Huang 2019, "A Closer Look at Few-shot Classification", h
 
 As in the authors' code (https://github.com/wyharveychen/CloserLookFewShot) τ is larger for many classes than for a
 task's few, and constant. They fit w with 100 steps on random mini-batches of 4 from random w; here steps are on the
-whole support set, and from the direction of the class means, which a few steps suffice for. Support and query are
-embedded apart; validation tasks choose the step size.
+whole support set, and from the direction of the class means, which a few steps suffice for; validation tasks choose
+their size. Support and query examples are embedded in one batch.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,16 @@ from torch.nn.functional import cross_entropy
 from metarun.algos.baselines.scratch import check_step_sizes, with_step_size
 from metarun.algos.baselines.transfer import both
 from metarun.errors import require
-from metarun.functional import forward_of, gradient_descent, parameters_of, trunk_and_head, unit_rows
+from metarun.functional import (
+    Fit,
+    embed_together,
+    fits,
+    fitted_head,
+    forward_of,
+    parameters_of,
+    trunk_and_head,
+    unit_rows,
+)
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
 STEP_SIZES = (0.01, 0.1, 1.0, 10.0)
@@ -61,18 +69,13 @@ def baselinepp(
             "carried": {"step_size": first.new_tensor(step_sizes[0])},
         }
 
-    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        z, y = embed(theta["weights"], support["x"]), support["y"]
+    def cosines(weights: Weights, z: Tensor) -> Tensor:
+        return task_scale * unit_rows(z) @ unit_rows(weights["weight"]).T
 
-        def of_features(weights: Weights, x: Any) -> Tensor:
-            return task_scale * unit_rows(z) @ unit_rows(weights["weight"]).T
-
-        start = {"weight": unit_rows(y.T @ unit_rows(z))}
-        return gradient_descent(of_features, start, support, loss, repeat(theta["carried"]["step_size"]))
-
-    def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
-        queries = unit_rows(embed(theta["weights"], x))
-        return task_scale * queries @ unit_rows(state["weight"]).T
+    def predict(theta: Tree, state: Fit, x: Any) -> Tensor:
+        z, queries = embed_together(embed, theta["weights"], state.support, x)
+        start = {"weight": unit_rows(state.support["y"].T @ unit_rows(z))}
+        return cosines(fitted_head(state, cosines, start, z, theta["carried"]["step_size"]), queries)
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
         data = both(task)
@@ -82,7 +85,7 @@ def baselinepp(
 
     return Algorithm(
         init,
-        adapt,
+        fits,
         predict,
         family="baseline",
         kinds=("classification",),

@@ -7,12 +7,10 @@ what is left of ANIL when a task's head is fitted on all of its data and nothing
     joint loss        mean over tasks of L(trunk, h_τ; support and query), over the trunk alone, h_τ being constant
 
 At a head that has converged this is the gradient of min_h L (the envelope theorem). A new task gets a head fitted on
-its support set with the trunk as it is. Against `anil` it tells what the split into support and query and the
-derivative of the inner loop are worth.
+its support set with the trunk as it is, support and query examples being embedded in one batch. Against `anil` it tells
+what the split into support and query and the derivative of the inner loop are worth.
 """
 
-from collections.abc import Iterator
-from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from metarun.algos.baselines.transfer import both
 from metarun.errors import require
-from metarun.functional import forward_of, gradient_descent, parameters_of, trunk_and_head
+from metarun.functional import Fit, embed_together, fits, fitted_head, forward_of, parameters_of, trunk_and_head
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
 
@@ -41,27 +39,25 @@ def multitask(model: nn.Module, spec: Spec, head_lr: float = 0.1, head_steps: in
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(trunk_and_head(model, spec, "multitask")[0])}
 
-    def fit(z: Tensor, data: Tree, loss: Loss) -> Iterator[Weights]:
-        """Heads on the features ``z`` of ``data``."""
-        outputs = data["y"].shape[-1]
+    def fitted(fit: Fit, z: Tensor) -> Weights:
+        """The head of ``fit`` on features ``z``."""
+        outputs = fit.support["y"].shape[-1]
         start = {name: z.new_zeros(outputs, *p.shape[1:]) for name, p in head.named_parameters()}
-        return gradient_descent(lambda w, x: read_out(w, z), start, data, loss, repeat(head_lr))
+        return fitted_head(fit, read_out, start, z, head_lr)
 
-    def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        return fit(embed(theta["weights"], support["x"]), support, loss)
-
-    def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
-        return read_out(state, embed(theta["weights"], x))
+    def predict(theta: Tree, state: Fit, x: Any) -> Tensor:
+        z, queries = embed_together(embed, theta["weights"], state.support, x)
+        return read_out(fitted(state, z), queries)
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
         data = both(task)
         z = embed(theta["weights"], data["x"])
-        fitted = next(islice(fit(z.detach(), data, loss), head_steps, None))
-        return loss(lambda x: read_out({name: w.detach() for name, w in fitted.items()}, z), data)
+        own = {name: w.detach() for name, w in fitted(Fit(data, loss, head_steps), z.detach()).items()}
+        return loss(lambda x: read_out(own, z), data)
 
     return Algorithm(
         init,
-        adapt,
+        fits,
         predict,
         family="baseline",
         kinds=("regression", "classification"),
