@@ -37,7 +37,17 @@ SETTINGS = {
     "adaptive": (),
     "cnp": ("algo.width=8",),
     "maml_images": ("algo=maml", *IMAGES, "algo.inner_steps=2"),
+    "mamlpp": ("algo.inner_steps=2", "algo.first_order_epochs=1", "algo.multi_step_epochs=2", "algo.epoch=1"),
+    "mamlpp_images": ("algo=mamlpp", *IMAGES, "algo.inner_steps=2", "algo.batch_norm=per_step_running"),
+    "metanas": ("model.widths=[4,3]", "algo.inner_steps=2", "algo.warm_up=1"),
     "protonet": IMAGES,
+    "metaoptnet": (*IMAGES, "algo.solver_steps=10"),
+    "baselinepp": IMAGES,
+    "multitask": (),
+    "shared_model": IMAGES,
+    "snail": ("algo.width=8",),
+    "mann": ("algo.slots=6", "algo.width=3", "algo.controller=5", "algo.heads=2"),
+    "incontext": ("algo.width=8", "algo.layers=2"),
     "transfer": IMAGES,
     "maml_navigation": ("algo=maml", "task=navigation", "task.horizon=5", "task.shots=3", "task.queries=3"),
     "rl2": ("task=bandit", "task.pulls=4", "task.queries=3", "task.shots=2"),
@@ -46,7 +56,8 @@ SETTINGS = {
 
 
 def setting(name, *more):
-    return experiment_of(f"algo={name}", *SETTINGS[name], *TINY, *more)
+    own_model = () if name != "metanas" else ("model=supernet_mlp",)
+    return experiment_of(f"algo={name}", *own_model, *SETTINGS[name], *TINY, *more)
 
 
 def given(experiment, meta_step, step, state=None):
