@@ -25,18 +25,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MixedActivation(nn.Module):
-    """A linear layer under a mixture of activations."""
+    """A mixture of layers, each linear under an activation and with weights of its own."""
 
     def __init__(self, inputs: int, outputs: int, operations: Sequence[str]) -> None:
         super().__init__()
         self.operations = tuple(operations)
-        self.linear = nn.Linear(inputs, outputs)
+        self.paths = nn.ModuleList(nn.Linear(inputs, outputs) for _ in self.operations)
         self.architecture = nn.Parameter(torch.zeros(len(self.operations)))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, inputs]`` → ``[examples, outputs]``."""
-        h = self.linear(x)
-        results = torch.stack([ACTIVATIONS[name](h) for name in self.operations], -1)
+        paths = zip(self.operations, self.paths, strict=True)
+        results = torch.stack([ACTIVATIONS[name](path(x)) for name, path in paths], -1)
         return results @ self.architecture.softmax(-1)
 
 

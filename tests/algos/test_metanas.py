@@ -49,10 +49,10 @@ def test_meta_gradient(first_order, warm_up, meta_step):
 
     def output(w, a, x, temperature):
         for i in (0, 1):
-            h = x @ w[f"trunk.{i}.linear.weight"].T + w[f"trunk.{i}.linear.bias"]
+            h = [x @ w[f"trunk.{i}.paths.{o}.weight"].T + w[f"trunk.{i}.paths.{o}.bias"] for o in range(3)]
             share = (begun * a[f"trunk.{i}.architecture"] / temperature).exp()
             share = share / share.sum()
-            x = share[0] * h.clamp(min=0) + share[1] * h.tanh() + share[2] * h.sin()
+            x = share[0] * h[0].clamp(min=0) + share[1] * h[1].tanh() + share[2] * h[2].sin()
         return x @ w["head.weight"].T + w["head.bias"]
 
     total = 0
@@ -79,14 +79,12 @@ def test_a_test_task_ends_with_one_operation_in_each_layer():
     *_, state = (state for _, state in zip(range(3), algorithm.adapt(theta, support, family.loss), strict=False))
     weights = algorithm.observation.measure(theta, support, family.loss, 2)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2))
-    chosen = [("relu", "tanh", "sine")[i] for i in weights.argmax(-1)]
     x = tasks.query["x"][0]
     h = x
-    for i, name in enumerate(chosen):
-        w = state.weights
-        h = getattr(torch, {"sine": "sin"}.get(name, name))(
-            h @ w[f"trunk.{i}.linear.weight"].T + w[f"trunk.{i}.linear.bias"]
-        )
+    for i, chosen in enumerate(weights.argmax(-1).tolist()):
+        path = f"trunk.{i}.paths.{chosen}"
+        operation = (torch.relu, torch.tanh, torch.sin)[chosen]
+        h = operation(h @ state.weights[f"{path}.weight"].T + state.weights[f"{path}.bias"])
     expected = h @ state.weights["head.weight"].T + state.weights["head.bias"]
     torch.testing.assert_close(algorithm.predict(theta, state, x), expected)
 

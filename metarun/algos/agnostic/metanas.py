@@ -46,6 +46,7 @@ def metanas(
     inner_steps: int = 5,
     final_temperature: float = 0.05,
     discrete: bool = True,
+    learned_start: bool = True,
     warm_up: int = 0,
     first_order: bool = False,
 ) -> Algorithm:
@@ -59,6 +60,8 @@ def metanas(
         inner_steps: over which the temperature falls and which the meta-loss sees, at least 1.
         final_temperature: above 0, at most 1.
         discrete: whether test tasks choose one operation a layer behind the last of these steps.
+        learned_start: whether initial architecture weights are meta-learned; else operations weigh alike before the
+            first step, so that none can win over all tasks before the others have learned anything.
         warm_up: meta-steps during which operations weigh alike, at least 0.
         first_order: whether the inner gradient counts as a constant.
     """
@@ -80,11 +83,16 @@ def metanas(
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         parameters = parameters_of(model)
-        return {
+        theta: Tree = {
             "weights": {name: w for name, w in parameters.items() if name not in names},
-            "architecture": {name: parameters[name] for name in names},
             "carried": {"meta_step": parameters[names[0]].new_zeros(())},
         }
+        return {**theta, "architecture": {name: parameters[name] for name in names}} if learned_start else theta
+
+    def even(theta: Tree) -> Weights:
+        """Architecture weights that make all operations weigh alike."""
+        like = theta["carried"]["meta_step"]
+        return {name: like.new_zeros(len(operations[0])) for name in names}
 
     def tempered(theta: Tree, architecture: Weights, step: int) -> Weights:
         """Logits of the operations' weights after ``step`` steps: all alike while the weights warm up."""
@@ -95,7 +103,7 @@ def metanas(
         return {name: a / temperature for name, a in architecture.items()}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
-        weights, architecture = theta["weights"], theta["architecture"]
+        weights, architecture = theta["weights"], theta.get("architecture") or even(theta)
         for step in count():
             yield State(weights, architecture, step)
 
@@ -142,5 +150,5 @@ def metanas(
         train_steps=inner_steps,
         carrying_loss=carrying_loss,
         observation=Observation("architectures", axes, "weight", architectures),
-        adapted_parameters=lambda theta: size(theta["weights"]) + size(theta["architecture"]),
+        adapted_parameters=lambda theta: size(theta["weights"]) + size(even(theta)),
     )
