@@ -105,17 +105,15 @@ def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[
     return chosen, loss, score
 
 
-def observe(experiment: Experiment, index: int, theta: Tree) -> Observed | None:
-    """What the algorithm of a replica shows of the test episodes, if it shows anything."""
-    replica, family, eval_config = experiment.replicas[index], experiment.family, experiment.config.eval
-    observation = replica.algorithm.observation
-    if observation is None:
-        return None
+def observe(experiment: Experiment, replica: Replica, index: int, theta: Tree) -> Observed:
+    """What the algorithm of a replica, the ``index``-th, shows of the test episodes."""
+    family, eval_config, observation = experiment.family, experiment.config.eval, replica.algorithm.observation
+    assert observation is not None
     numbers, groups = [], list[str]()
     for block in episodes(experiment, "test", eval_config.episodes):
-        measured = torch.func.vmap(
-            lambda support: observation.measure(theta, support, family.loss, eval_config.adapt_steps)
-        )(block.support)
+        measured = torch.func.vmap(lambda task: observation.measure(theta, task, family.loss, eval_config.adapt_steps))(
+            block
+        )
         numbers.append(measured.cpu())
         names = family.spec.groups
         groups += [names[i] for i in block.support["group"][:, 0].tolist()] if names else [""] * len(measured)

@@ -112,6 +112,8 @@ class Fit(NamedTuple):
     support: Tree
     loss: Loss
     step: int
+    memo: dict[str, Any]
+    """What the fits of one support set share: features, and the heads that were found along the way."""
 
 
 def fits(theta: Tree, support: Tree, loss: Loss) -> Iterator[Fit]:
@@ -119,13 +121,32 @@ def fits(theta: Tree, support: Tree, loss: Loss) -> Iterator[Fit]:
 
     Where a model normalises by the batch, features of a small support set by itself are others than it was trained on.
     """
-    return (Fit(support, loss, step) for step in count())
+    memo: dict[str, Any] = {}
+    return (Fit(support, loss, step, memo) for step in count())
 
 
-def fitted_head(fit: Fit, read_out: Forward, start: Weights, z: Tensor, learning_rate: float | Tensor) -> Weights:
-    """The head after the steps of ``fit`` on features ``z`` of its support set, from ``start``."""
-    states = gradient_descent(lambda w, x: read_out(w, z), start, fit.support, fit.loss, repeat(learning_rate))
-    return next(islice(states, fit.step, None))
+def fit_head(
+    fit: Fit, read_out: Forward, start: Weights, z: Tensor, learning_rate: float | Tensor
+) -> Iterator[Weights]:
+    """Heads along gradient descent on features ``z`` of the support set of ``fit``, from ``start``."""
+    return gradient_descent(lambda w, x: read_out(w, z), start, fit.support, fit.loss, repeat(learning_rate))
+
+
+def answer(
+    fit: Fit,
+    embed: Forward,
+    weights: Weights,
+    x: Tensor,
+    heads: Callable[[Tensor], Iterator[Weights]],
+    read_out: Forward,
+) -> Tensor:
+    """Outputs for ``x`` of the head after the steps of ``fit``; ``heads``: features of the support set → heads."""
+    memo = fit.memo
+    if memo.get("x") is not x:
+        z, queries = embed_together(embed, weights, fit.support, x)
+        memo |= {"x": x, "queries": queries, "heads": heads(z), "found": []}
+    memo["found"] += islice(memo["heads"], max(fit.step + 1 - len(memo["found"]), 0))
+    return read_out(memo["found"][fit.step], memo["queries"])
 
 
 def trunk_and_head(model: nn.Module, spec: Spec, algorithm: str) -> tuple[nn.Module, nn.Linear]:
@@ -154,7 +175,7 @@ def head_names(model: nn.Module, algorithm: str) -> set[str]:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """``x [n, d]`` with rows of length one; a row of zeros stays one, with derivatives of zero."""
+    """``x [n, d]`` with rows of length one; a row of zeros stays one, with finite derivatives."""
     return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
 

@@ -22,12 +22,12 @@ from metarun.loop import meta_train
 from metarun.norm import BatchStatistics
 from metarun.process import peak_memory_mb, reset_peak_memory, settings_of
 from metarun.replicas import label
-from metarun.results.observations import Observed, described, plot_observed, write_observed
+from metarun.results.observations import described, plot_observed, write_observed
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.tables import format_score, format_score_ci, write_episodes, write_results
 from metarun.training import Best, Training
 from metarun.tree import learned, leaves, size
-from metarun.types import Algorithm
+from metarun.types import Algorithm, Tree
 
 log = logging.getLogger(__name__)
 
@@ -207,12 +207,18 @@ def write_pictures(
     plot_adaptation(directory / "adaptation.png", title, first["metric"], steps, lines)
 
 
-def write_observations(experiment: Experiment, observed: list[Observed], directory: Path) -> None:
-    """What the algorithm shows beside its scores: a table of all replicas, a picture and lines of the first."""
+def write_observations(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:
+    """What the algorithm shows beside its scores, if anything: a table of all replicas, a picture and lines of one."""
     observation = experiment.algorithm.observation
-    assert observation is not None
+    if observation is None:
+        return
+    observed = [observe(experiment, experiment.replicas[index], index, theta) for index, theta in thetas]
     write_observed(directory / f"{observation.name}.csv", observed)
     title = f"{experiment.names['algo']} on {experiment.names['task']}"
+    if len(observed) > 1:
+        first = label(experiment.replicas[observed[0].replica].differs)
+        title += f", {first}"
+        log.info("  of %s:", first)
     plot_observed(directory / f"{observation.name}.png", title, observed[0])
     for line in described(observed[0]):
         log.info("  %s", line)
@@ -236,7 +242,6 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
         reset_peak_memory(experiment.device)
         rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
         finished: list[tuple[dict[str, Any], Tested]] = []
-        observed: list[Observed] = []
         try:
             training = meta_train(experiment, directory, resume=config.resume is not None)
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
@@ -247,8 +252,6 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
                 tested = meta_test(experiment, replica, best.theta)
                 row |= measured_columns(experiment, replica, training, best, tested)
                 finished.append((row, tested))
-                if (shown := observe(experiment, row["replica"], best.theta)) is not None:
-                    observed.append(shown)
             if not finished:
                 raise UserError("Every replica diverged; lower train.lr or algo.inner_lr, or set train.clip=1.")
         except BaseException as error:
@@ -262,8 +265,8 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
         write_pictures(experiment, training, finished, directory)
         for row, tested in finished:
             report(experiment, row, tested)
-        if observed:
-            write_observations(experiment, observed, directory)
+        thetas = [(row["replica"], training.best[row["replica"]]) for row, _ in finished]
+        write_observations(experiment, [(index, best.theta) for index, best in thetas if best], directory)
         for row in rows:
             if row["status"] == "failed":
                 log.warning("  %s diverged and has no score; lower its step size, or set train.clip=1", row["varied"])

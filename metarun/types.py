@@ -166,8 +166,8 @@ class Observation(NamedTuple):
     """The names along each axis of what is measured, one axis or two."""
     value: str
     """What a number means."""
-    measure: Callable[[Tree, Tree, Loss, int], Tensor]
-    """(theta, support, loss, adaptation steps) → numbers of one task, shaped as ``axes``."""
+    measure: Callable[[Tree, "Task", Loss, int], Tensor]
+    """(theta, task, loss, adaptation steps) → numbers of one task, shaped as ``axes``."""
 
 
 class Algorithm(NamedTuple):

@@ -37,7 +37,7 @@ class MixedActivation(nn.Module):
         """``[examples, inputs]`` → ``[examples, outputs]``."""
         paths = zip(self.operations, self.paths, strict=True)
         results = torch.stack([ACTIVATIONS[name](path(x)) for name, path in paths], -1)
-        return results @ self.architecture.softmax(-1)
+        return (results * self.architecture.softmax(-1)).sum(-1)
 
 
 class SupernetMLP(nn.Module):
@@ -74,6 +74,7 @@ def check_operations(operations: Sequence[str], known: Mapping[str, object]) -> 
     """Refuse an empty list, and names that are not known."""
     unknown = [name for name in operations if name not in known]
     require(len(operations) > 0, "operations must name at least one")
+    require(len(set(operations)) == len(operations), f"operations must differ, unlike {list(operations)}")
     require(not unknown, f"operations must be some of {', '.join(known)}, not {', '.join(unknown)}")
 
 
@@ -115,7 +116,7 @@ class MixedConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, inputs, height, width]`` → ``[examples, outputs, height / 2, width / 2]``."""
         results = torch.stack([path(x) for path in self.paths], -1)
-        return results @ self.architecture.softmax(-1)
+        return (results * self.architecture.softmax(-1)).sum(-1)
 
 
 class SupernetConv(nn.Module):

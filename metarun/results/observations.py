@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,14 @@ def winners(observed: Observed) -> dict[str, dict[str, Counter[str]]]:
     """For each name along the first axis and each group: how often which name along the second has the most."""
     (_, rows), (_, columns) = observed.axes.items()
     best = observed.numbers.argmax(-1)
+    sound = np.isfinite(observed.numbers).all(-1)
     return {
         row: {
-            group: Counter(columns[best[e, i]] for e, own in enumerate(observed.groups) if own == group)
+            group: Counter(
+                columns[best[e, i]] if sound[e, i] else "diverged"
+                for e, own in enumerate(observed.groups)
+                if own == group
+            )
             for group in dict.fromkeys(sorted(observed.groups))
         }
         for i, row in enumerate(rows)
@@ -91,7 +97,7 @@ def plot_observed(path: Path, title: str, observed: Observed) -> None:
     for panel, row in zip(panels, rows, strict=True):
         labels = [group or "all tasks" for group in found[row]]
         below = np.zeros(len(labels))
-        for colour, name in zip(COLOURS, columns, strict=False):
+        for colour, name in zip(cycle(COLOURS), columns, strict=False):
             share = np.array([100 * counts[name] / max(counts.total(), 1) for counts in found[row].values()])
             panel.bar(labels, share, bottom=below, color=colour, label=name, width=0.7)
             below += share

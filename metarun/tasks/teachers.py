@@ -30,7 +30,7 @@ class Teachers:
         queries: points that score a validation or test task, at least 1.
         inputs: dimensions of x, at least 1.
         units: of the hidden layer, at least 1.
-        scale: s, above 0: how far units leave the range in which all operations are alike.
+        scale: s, above 0: of what units see; with a small one tanh and sine are alike.
         operations: of the tasks, equally likely: some of relu, tanh, sine.
         device: where the tasks are put.
         data_dir: not used; every family is given it.
@@ -50,8 +50,12 @@ class Teachers:
         for name, size in {"shots": shots, "queries": queries, "inputs": inputs, "units": units}.items():
             require(size >= 1, f"{name} must be at least 1, not {size}")
         require(scale > 0, f"scale must be above 0, not {scale}")
-        known = len(operations) > 0 and all(name in OPERATIONS for name in operations)
-        require(known, f"operations must be some of {', '.join(OPERATIONS)}, not {list(operations)}")
+        known = (
+            len(operations) > 0
+            and len(set(operations)) == len(operations)
+            and all(name in OPERATIONS for name in operations)
+        )
+        require(known, f"operations must be different ones of {', '.join(OPERATIONS)}, not {list(operations)}")
         drawn = torch.randn(units, inputs + 1, generator=torch.Generator().manual_seed(TEACHER_SEED))
         self.scale = scale
         self.first, self.bias = drawn[:, :inputs], drawn[:, inputs]

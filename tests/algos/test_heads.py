@@ -1,9 +1,12 @@
 """Learners that fit or write a part of the model for each task: optimality, closed forms and symmetries."""
 
+from importlib.resources import files
+
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from scenarios import TinyImages, generator
 
 from metarun.algos.baselines.baselinepp import baselinepp
@@ -33,10 +36,18 @@ def machine(n, ways, reach):
 
 
 @pytest.mark.parametrize(("n", "ways", "reach"), [(5, 5, 0.1), (25, 5, 0.1), (25, 5, 3.0), (40, 20, 0.1), (12, 2, 1.0)])
-def test_support_vectors_satisfy_the_optimality_conditions(n, ways, reach):
-    """Feasible; and where a dual variable is off its bound, no feasible direction lowers the objective."""
+@pytest.mark.parametrize("like_images", [False, True])
+def test_support_vectors_satisfy_the_optimality_conditions(n, ways, reach, like_images):
+    """Feasible; and where a dual variable is off its bound, no feasible direction lowers the objective.
+
+    Features of images are long, not negative and much alike, which makes the problem ill-conditioned.
+    """
     gram, y, reach = machine(n, ways, reach)
-    alpha = support_vectors(gram, y, reach, 200)
+    if like_images:
+        z = 2 * (1 + 0.5 * torch.randn(n, 32)).clamp(min=0)
+        gram = z @ z.T + torch.eye(n)
+    steps = OmegaConf.load(files("metarun.conf") / "algo" / "metaoptnet.yaml").solver_steps
+    alpha = support_vectors(gram, y, reach, steps)
     assert alpha.sum(1).abs().max() < 1e-10
     assert (alpha - reach * y).max() < 1e-10
     gradient = gram @ alpha - y

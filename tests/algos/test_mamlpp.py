@@ -56,6 +56,13 @@ def test_first_order_until_its_epoch_and_second_order_from_there_on():
         assert found.carried["meta_step"] == meta_step + 1
 
 
+def test_no_second_order_is_first_order_for_ever():
+    family, model = images()
+    never, late = (mamlpp(model, family.spec, 0.1, 2, first_order_epochs=epochs) for epochs in (None, 10**6))
+    found = [gradients(algorithm, model, family)[2].grads for algorithm in (never, late)]
+    torch.testing.assert_close(*found)
+
+
 def test_weights_of_the_steps_are_annealed():
     """By hand for two steps over ten epochs, floors and the end included."""
     expected = {0: (0.5, 0.5), 1: (0.45, 0.55), 9: (0.05, 0.95), 10: (0.0, 1.0), 99: (0.0, 1.0)}

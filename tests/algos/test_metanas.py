@@ -14,7 +14,7 @@ from metarun.models.supernet import SupernetConv, SupernetMLP
 from metarun.run import run
 from metarun.tasks.teachers import Teachers
 from metarun.tree import leaves, tree_map
-from metarun.types import Spec
+from metarun.types import Spec, Task
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -77,7 +77,7 @@ def test_a_test_task_ends_with_one_operation_in_each_layer():
     family, _, algorithm, theta, tasks = setting()
     support = {name: value[0] for name, value in tasks.support.items()}
     *_, state = (state for _, state in zip(range(3), algorithm.adapt(theta, support, family.loss), strict=False))
-    weights = algorithm.observation.measure(theta, support, family.loss, 2)
+    weights = algorithm.observation.measure(theta, Task(support, {}), family.loss, 2)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2))
     x = tasks.query["x"][0]
     h = x

@@ -133,8 +133,8 @@ def test_mann_predicts_an_example_before_it_sees_its_label():
 def test_instances_are_counted_along_the_sequence():
     y = torch.eye(3)[torch.tensor([2, 0, 2, 2, 1, 0])]
     assert instance_of(y).tolist() == [1, 1, 2, 3, 1, 2]
-    algorithm, theta, support, _ = task_of(mann)
-    by_instance = algorithm.observation.measure(theta, support, None, 1)
+    algorithm, theta, support, query = task_of(mann)
+    by_instance = algorithm.observation.measure(theta, Task(support, query), None, 1)
     assert by_instance.shape == (2,)
     assert all(value in torch.tensor([0, 1 / 3, 2 / 3, 1]) for value in by_instance)
 
@@ -167,9 +167,9 @@ def test_full_context_embeddings_equal_torchs_lstms():
         cell.bias_hh.zero_()
     both = bidirectional(z)[0]
     support = z + both[:, :width] + both[:, width:]
-    h, c, r = queries, torch.zeros_like(queries), torch.zeros_like(queries)
+    h, c = queries, torch.zeros_like(queries)
     for _ in range(reads):
+        r = torch.softmax(h @ support.T, 1) @ support
         h, c = cell(torch.cat([queries, r], 1), (h, c))
         h = h + queries
-        r = torch.softmax(h @ support.T, 1) @ support
     torch.testing.assert_close(module((z, queries)), (support, h))

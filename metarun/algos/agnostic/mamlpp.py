@@ -183,6 +183,8 @@ def mamlpp(
 
             start = {n: w.detach() for n, w in weights.items()} if second_order is False else weights
             gradient, seen = grad(support_loss, has_aux=True)(start)
+            if second_order is False:
+                gradient = {n: g.detach() for n, g in gradient.items()}
             if isinstance(second_order, Tensor):
                 gradient = {n: g.detach() + second_order * (g - g.detach()) for n, g in gradient.items()}
             rates = (
@@ -222,7 +224,7 @@ def mamlpp(
                 renewed[part] = tree_map(lambda old, n: old + MOMENTUM * (n - old), carried[part], new)
         if not multi_step_epochs:
             return losses[-1], score, renewed
-        return step_weights(now, inner_steps, multi_step_epochs) @ torch.stack(losses), score, renewed
+        return (step_weights(now, inner_steps, multi_step_epochs) * torch.stack(losses)).sum(), score, renewed
 
     return Algorithm(
         init,

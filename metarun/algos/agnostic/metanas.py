@@ -5,7 +5,7 @@ https://arxiv.org/abs/1911.11090. The model's layers mix operations by softmax(a
 
     inner step    w ← w − α_w ∇_w L_support,   a ← a − α_a ∇_a L_support                 (algorithm 2, task learner)
     temperature   from 1 before the first step to ``final_temperature`` behind the last, by a constant factor (§4.2)
-    meta-loss     L_query behind the last step, over initial w and a
+    meta-loss     L_query behind the last step, over initial w and (with ``learned_start``) initial a
 
 As T falls, mixtures harden on the way; behind the last step a test task has the operation of largest weight in each
 layer and no mixture any more (``discrete``), as the paper's soft pruning has. For the first ``warm_up`` meta-steps, all
@@ -70,6 +70,10 @@ def metanas(
     require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
     require(0 < final_temperature <= 1, f"final_temperature must be above 0 and at most 1, not {final_temperature}")
     require(warm_up >= 0, f"warm_up must be at least 0, not {warm_up}")
+    require(
+        learned_start or architecture_lr > 0,
+        "architecture_lr must be above 0 with learned_start=false: nothing would choose an operation",
+    )
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "architecture")}
     require(
         len(layers) > 0,
@@ -122,7 +126,9 @@ def metanas(
         hot = tempered(theta, state.architecture, state.step)
         if not discrete or state.step < inner_steps:
             return hot
-        return {name: one_hot(a.argmax(-1), len(a), a).log() for name, a in hot.items()}
+        one = {name: one_hot(a.argmax(-1), len(a), a).log() for name, a in hot.items()}
+        begun = theta["carried"]["meta_step"] >= warm_up
+        return {name: torch.where(begun, one[name], a) for name, a in hot.items()}
 
     def predict(theta: Tree, state: State, x: Any) -> Tensor:
         return forward({**state.weights, **chosen(theta, state)}, x)
@@ -133,9 +139,9 @@ def metanas(
         value, score = loss(partial(forward, weights), task.query)
         return value, score, {"meta_step": theta["carried"]["meta_step"] + 1}
 
-    def architectures(theta: Tree, support: Tree, loss: Loss, steps: int) -> Tensor:
+    def architectures(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
         """Weights of the operations ``[layers, operations]``, before one is chosen."""
-        state = next(islice(adapt(theta, support, loss), steps, None))
+        state = next(islice(adapt(theta, task.support, loss), steps, None))
         hot = tempered(theta, state.architecture, steps)
         return torch.stack([hot[name].softmax(-1) for name in names])
 

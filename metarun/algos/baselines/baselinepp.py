@@ -12,7 +12,7 @@ whole support set, and from the direction of the class means, which a few steps 
 their size. Support and query examples are embedded in one batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,7 @@ from torch.nn.functional import cross_entropy
 from metarun.algos.baselines.scratch import check_step_sizes, with_step_size
 from metarun.algos.baselines.transfer import both
 from metarun.errors import require
-from metarun.functional import (
-    Fit,
-    embed_together,
-    fits,
-    fitted_head,
-    forward_of,
-    parameters_of,
-    trunk_and_head,
-    unit_rows,
-)
+from metarun.functional import Fit, answer, fit_head, fits, forward_of, parameters_of, trunk_and_head, unit_rows
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
 STEP_SIZES = (0.01, 0.1, 1.0, 10.0)
@@ -57,12 +48,14 @@ def baselinepp(
     require(task_scale > 0, f"task_scale must be above 0, not {task_scale}")
     check_step_sizes(step_sizes)
     trunk, head = trunk_and_head(model, spec, "baselinepp")
-    embed, classes = forward_of(trunk), spec.training_classes or 0
+    embed, classes = forward_of(trunk), spec.training_classes
+    if spec.kind == "classification":
+        require(classes is not None, "baselinepp needs tasks that share classes; choose another, such as multitask")
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, "baselinepp")[0])
         first = next(iter(weights.values()))
-        joint = torch.randn(classes, head.in_features, generator=generator) / head.in_features**0.5
+        joint = torch.randn(classes or 0, head.in_features, generator=generator) / head.in_features**0.5
         return {
             "weights": weights,
             "joint_head": {"weight": joint.to(first)},
@@ -73,9 +66,11 @@ def baselinepp(
         return task_scale * unit_rows(z) @ unit_rows(weights["weight"]).T
 
     def predict(theta: Tree, state: Fit, x: Any) -> Tensor:
-        z, queries = embed_together(embed, theta["weights"], state.support, x)
-        start = {"weight": unit_rows(state.support["y"].T @ unit_rows(z))}
-        return cosines(fitted_head(state, cosines, start, z, theta["carried"]["step_size"]), queries)
+        def heads(z: Tensor) -> Iterator[Weights]:
+            start = {"weight": unit_rows(state.support["y"].T @ unit_rows(z))}
+            return fit_head(state, cosines, start, z, theta["carried"]["step_size"])
+
+        return answer(state, embed, theta["weights"], x, heads, cosines)
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
         data = both(task)

@@ -11,6 +11,9 @@ its support set with the trunk as it is, support and query examples being embedd
 what the split into support and query and the derivative of the inner loop are worth.
 """
 
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from metarun.algos.baselines.transfer import both
 from metarun.errors import require
-from metarun.functional import Fit, embed_together, fits, fitted_head, forward_of, parameters_of, trunk_and_head
+from metarun.functional import Fit, answer, fit_head, fits, forward_of, parameters_of, trunk_and_head
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
 
@@ -39,21 +42,20 @@ def multitask(model: nn.Module, spec: Spec, head_lr: float = 0.1, head_steps: in
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(trunk_and_head(model, spec, "multitask")[0])}
 
-    def fitted(fit: Fit, z: Tensor) -> Weights:
-        """The head of ``fit`` on features ``z``."""
+    def heads(fit: Fit, z: Tensor) -> Iterator[Weights]:
+        """Heads on features ``z``, from zero."""
         outputs = fit.support["y"].shape[-1]
         start = {name: z.new_zeros(outputs, *p.shape[1:]) for name, p in head.named_parameters()}
-        return fitted_head(fit, read_out, start, z, head_lr)
+        return fit_head(fit, read_out, start, z, head_lr)
 
     def predict(theta: Tree, state: Fit, x: Any) -> Tensor:
-        z, queries = embed_together(embed, theta["weights"], state.support, x)
-        return read_out(fitted(state, z), queries)
+        return answer(state, embed, theta["weights"], x, partial(heads, state), read_out)
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
         data = both(task)
         z = embed(theta["weights"], data["x"])
-        own = {name: w.detach() for name, w in fitted(Fit(data, loss, head_steps), z.detach()).items()}
-        return loss(lambda x: read_out(own, z), data)
+        fitted = next(islice(heads(next(fits(theta, data, loss)), z.detach()), head_steps, None))
+        return loss(lambda x: read_out({name: w.detach() for name, w in fitted.items()}, z), data)
 
     return Algorithm(
         init,

@@ -56,7 +56,7 @@ class Process(nn.Module):
 
         keys, queries, values = by_head(self.embed(x)), by_head(self.embed(query)), by_head(r)
         weights = (queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])).softmax(-1)
-        mixed: Tensor = self.mix((weights @ values).movedim(0, 1).flatten(1))
+        mixed: Tensor = self.mix(torch.cat((weights @ values).unbind(0), -1))
         return mixed
 
     def forward(self, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from metarun.algos.dependent.snail import Sequences, reader
 from metarun.errors import require
+from metarun.norm import LayerStatistics
 from metarun.types import Algorithm, Spec
 
 
@@ -28,8 +29,7 @@ class Layer(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        # Root-mean-square normalisation: right under any number of derivatives, unlike torch's layer norm.
-        self.before, self.behind = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.before, self.behind = LayerStatistics(width), LayerStatistics(width)
         self.query, self.key, self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -46,7 +46,7 @@ class Layer(nn.Module):
         def layer(x: Tensor) -> Tensor:
             queries = self.by_head(self.query(self.before(x)))
             weights = (queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])).softmax(-1)
-            x = x + self.mix((weights @ values).movedim(0, 1).flatten(1))
+            x = x + self.mix(torch.cat((weights @ values).unbind(0), -1))
             out: Tensor = x + self.perceptron(self.behind(x))
             return out
 
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed = nn.Linear(token, width)
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
-        self.out = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, outputs))
+        self.out = nn.Sequential(LayerStatistics(width), nn.Linear(width, outputs))
 
     def forward(self, given: Sequences) -> Tensor:
         """One answer for each query."""

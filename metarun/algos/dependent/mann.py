@@ -168,11 +168,11 @@ def mann(
         n, m = len(along), len(behind)
         return (n * before + m * after) / (n + m), score
 
-    def by_instance(theta: Tree, support: Tree, loss: Loss, steps: int) -> Tensor:
+    def by_instance(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
         """Accuracy on the first, second, … example of a class ``[shots]``, by what was seen before it."""
-        y = support["y"]
-        _, along = read(theta, embed(theta["weights"], support["x"]), y)
-        correct = (along.argmax(-1) == y.argmax(-1)).to(y.dtype)
+        y = task.support["y"]
+        along, _ = sequence(theta, task.support, task.query["x"])
+        correct = ((along.argmax(-1) == y.argmax(-1)) & along.isfinite().all(-1)).to(y.dtype)
         each = one_hot(instance_of(y).long() - 1, spec.shots, y)
         return cast(Tensor, correct @ each / each.sum(0))
 

@@ -12,9 +12,7 @@ With them (``full_context``, §2.1.2 and appendix A), from the trunk's features 
 
     g(x_i) = g'(x_i) + →h_i + ←h_i                      an LSTM in each direction over the support set in its order
     f(x) = h_K:   ĥ_k, c_k = LSTM(f'(x), [h_(k−1), r_(k−1)], c_(k−1)),   h_k = ĥ_k + f'(x)
-                  r_k = Σ_i softmax_i(h_k · g(x_i)) g(x_i)               K steps of reading the support set
-
-The paper's (5) has the attention of step k − 1 on h_(k−1); so does this.
+                  r_k = Σ_i softmax_i(h_k · g(x_i)) g(x_i)               K steps of reading, from h_0 = f'(x)
 """
 
 from typing import Any, Literal
@@ -62,9 +60,9 @@ class FullContext(nn.Module):
         """Features of support set and queries → their embeddings, of the same shapes."""
         z, queries = given
         support = z + self.along(self.forwards, z) + self.along(self.backwards, z.flip(0)).flip(0)
-        hidden, cell, read = queries, torch.zeros_like(queries), torch.zeros_like(queries)
-        for step in range(self.reads):
-            read = (hidden @ support.T).softmax(-1) @ support if step else read
+        hidden, cell = queries, torch.zeros_like(queries)
+        for _ in range(self.reads):
+            read = (hidden @ support.T).softmax(-1) @ support
             hidden, cell = lstm(self.reading(torch.cat([queries, hidden, read], -1)), cell)
             hidden = hidden + queries
         return support, hidden

@@ -4,10 +4,10 @@ Ha, Dai, Le 2017, "HyperNetworks", https://arxiv.org/abs/1609.09106, conditioned
 Sandler, Vladymyrov 2022, "HyperTransformer: Model Generation for Supervised and Semi-Supervised Few-Shot Learning",
 https://arxiv.org/abs/2201.04182.
 
-    code of a task       c = mean over the support set of e(f(x), y), for classes over class means of e(f(x))
+    code of a task       c = mean of e(f(x), y) over the support set, or of e(z_k) over its classes
     matrix of a layer    W = W_0 + U diag(S c) V                                       rank r, for any shape [out, …]
     vector of a layer    b = b_0 + B c
-    rows of a classifier w_k, b_k = G(class mean of e(f(x)), c), one for each class    (§3.2 of HyperTransformer)
+    rows of a classifier w_k, b_k = G(z_k, c)                     z_k: mean of f(x) over class k
 
 f is a copy of the model's trunk with weights of its own, e and G are perceptrons. What they write are the parameters
 of exactly the configured model, no more and no less; the answer to a query is the model's. U, V and B are shared by all
