@@ -39,10 +39,10 @@ def test_with_one_operation_it_is_maml():
 
 
 @pytest.mark.parametrize(("warm_up", "meta_step"), [(0, 0.0), (5, 4.0), (5, 5.0)])
-@pytest.mark.parametrize("first_order", [False, True])
-def test_meta_gradient(first_order, warm_up, meta_step):
-    """Temperatures 1, √0.1, 0.1 before, between and behind the two steps; during warm-up all operations weigh alike."""
-    family, _, algorithm, theta, tasks = setting(warm_up=warm_up, first_order=first_order)
+@pytest.mark.parametrize(("first_order", "harden_steps"), [(False, None), (True, None), (False, 1)])
+def test_meta_gradient(first_order, harden_steps, warm_up, meta_step):
+    """Temperatures 1, √0.1 or 0.1, and 0.1 around two steps; in warm-up all operations weigh alike."""
+    family, _, algorithm, theta, tasks = setting(warm_up=warm_up, first_order=first_order, harden_steps=harden_steps)
     theta["carried"]["meta_step"] = torch.tensor(meta_step)
     variables = tree_map(lambda leaf: leaf.clone().requires_grad_(), {n: theta[n] for n in ("weights", "architecture")})
     begun = 1.0 if meta_step >= warm_up else 0.0
@@ -58,7 +58,7 @@ def test_meta_gradient(first_order, warm_up, meta_step):
     total = 0
     for sx, sy, qx, qy in reference.split(tasks):
         w, a = dict(variables["weights"]), dict(variables["architecture"])
-        for temperature in (1.0, 0.1**0.5):
+        for temperature in (1.0, 0.1 if harden_steps else 0.1**0.5):
             loss = ((output(w, a, sx, temperature) - sy) ** 2).mean()
             found = torch.autograd.grad(loss, [*w.values(), *a.values()], create_graph=True)
             found = iter([g.detach() for g in found] if first_order else found)

@@ -4,7 +4,7 @@ Elsken, Staffler, Metzen, Hutter 2020, "Meta-Learning of Neural Architectures fo
 https://arxiv.org/abs/1911.11090. The model's layers mix operations by softmax(a / T).
 
     inner step    w ← w − α_w ∇_w L_support,   a ← a − α_a ∇_a L_support                 (algorithm 2, task learner)
-    temperature   from 1 before the first step to ``final_temperature`` behind the last, by a constant factor (§4.2)
+    temperature   from 1 before the first step down to ``final_temperature``, by a constant factor a step   (§4.2)
     meta-loss     L_query behind the last step, over initial w and (with ``learned_start``) initial a
 
 As T falls, mixtures harden on the way; behind the last step a test task has the operation of largest weight in each
@@ -45,6 +45,7 @@ def metanas(
     architecture_lr: float = 1.0,
     inner_steps: int = 5,
     final_temperature: float = 0.05,
+    harden_steps: int | None = None,
     discrete: bool = True,
     learned_start: bool = True,
     warm_up: int = 0,
@@ -57,8 +58,9 @@ def metanas(
         spec: the task family's; nothing is asked of it.
         inner_lr: step size of weights, above 0, for mean losses.
         architecture_lr: step size of architecture weights, at least 0; 0 leaves them to meta-learning.
-        inner_steps: over which the temperature falls and which the meta-loss sees, at least 1.
+        inner_steps: which the meta-loss sees, at least 1.
         final_temperature: above 0, at most 1.
+        harden_steps: over which the temperature falls, from 1 to ``inner_steps``; null: these.
         discrete: whether test tasks choose one operation a layer behind the last of these steps.
         learned_start: whether initial architecture weights are meta-learned; else operations weigh alike before the
             first step, so that none can win over all tasks before the others have learned anything.
@@ -69,6 +71,8 @@ def metanas(
     require(architecture_lr >= 0, f"architecture_lr must be at least 0, not {architecture_lr}")
     require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
     require(0 < final_temperature <= 1, f"final_temperature must be above 0 and at most 1, not {final_temperature}")
+    hardening = inner_steps if harden_steps is None else harden_steps
+    require(1 <= hardening <= inner_steps, f"harden_steps must be from 1 to {inner_steps}, not {harden_steps}")
     require(warm_up >= 0, f"warm_up must be at least 0, not {warm_up}")
     require(
         learned_start or architecture_lr > 0,
@@ -100,7 +104,7 @@ def metanas(
 
     def tempered(theta: Tree, architecture: Weights, step: int) -> Weights:
         """Logits of the operations' weights after ``step`` steps: all alike while the weights warm up."""
-        temperature = final_temperature ** (min(step, inner_steps) / inner_steps)
+        temperature = final_temperature ** (min(step, hardening) / hardening)
         if warm_up:
             begun = (theta["carried"]["meta_step"] >= warm_up).to(next(iter(architecture.values())).dtype)
             return {name: begun * a / temperature for name, a in architecture.items()}
