@@ -95,11 +95,14 @@ def test_multitask_gradient_takes_the_heads_as_they_are():
     total = 0
     for sx, sy, qx, qy in reference.split(tasks):
         z, y = reference.mlp_features(trunk, torch.cat([sx, qx])), torch.cat([sy, qy]).argmax(1)
-        weight, bias = torch.zeros(3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
+        weight, bias = (torch.zeros(shape, requires_grad=True) for shape in ((3, 8), (3,)))
+        rate = 0.3 / (1 + (z.detach() ** 2).sum(1).mean())
         for _ in range(4):
             loss = F.cross_entropy(F.linear(z.detach(), weight, bias), y)
             found = torch.autograd.grad(loss, [weight, bias])
-            weight, bias = ((p - 0.3 * g).detach().requires_grad_() for p, g in zip((weight, bias), found, strict=True))
+            weight, bias = (
+                (p - rate * g).detach().requires_grad_() for p, g in zip((weight, bias), found, strict=True)
+            )
         total = total + F.cross_entropy(F.linear(z, weight.detach(), bias.detach()), y) / 3
     expected = torch.autograd.grad(total, list(trunk.values()))
     found = meta_gradient(algorithm, theta, tasks, family.loss).grads["weights"]

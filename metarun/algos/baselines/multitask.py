@@ -6,6 +6,10 @@ what is left of ANIL when a task's head is fitted on all of its data and nothing
     head of a task    h_τ = K steps of gradient descent on L(trunk, h; support and query), from h = 0
     joint loss        mean over tasks of L(trunk, h_τ; support and query), over the trunk alone, h_τ being constant
 
+The step size is ``head_lr`` divided by the mean squared length of the features and their constant 1: no curvature of a
+mean squared error is above twice that, so descent with ``head_lr`` up to 1 cannot diverge whatever the trunk does (up
+to 4 for a cross-entropy, whose curvature is at most half of it).
+
 At a head that has converged this is the gradient of min_h L (the envelope theorem). A new task gets a head fitted on
 its support set with the trunk as it is, support and query examples being embedded in one batch. Against `anil` it tells
 what the split into support and query and the derivative of the inner loop are worth.
@@ -25,13 +29,13 @@ from metarun.functional import Fit, answer, fit_head, fits, forward_of, paramete
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
 
-def multitask(model: nn.Module, spec: Spec, head_lr: float = 0.1, head_steps: int = 10) -> Algorithm:
+def multitask(model: nn.Module, spec: Spec, head_lr: float = 1.0, head_steps: int = 10) -> Algorithm:
     """Joint training of a trunk under heads of each task's own.
 
     Args:
         model: a module with ``trunk`` and ``head``.
         spec: of a regression or classification task.
-        head_lr: step size of fitting heads, above 0, for mean losses.
+        head_lr: step size of fitting heads beside what their features admit, above 0, for mean losses.
         head_steps: K, at least 1.
     """
     require(head_lr > 0, f"head_lr must be above 0, not {head_lr}")
@@ -46,7 +50,7 @@ def multitask(model: nn.Module, spec: Spec, head_lr: float = 0.1, head_steps: in
         """Heads on features ``z``, from zero."""
         outputs = fit.support["y"].shape[-1]
         start = {name: z.new_zeros(outputs, *p.shape[1:]) for name, p in head.named_parameters()}
-        return fit_head(fit, read_out, start, z, head_lr)
+        return fit_head(fit, read_out, start, z, head_lr / (1 + z.square().sum(-1).mean()))
 
     def predict(theta: Tree, state: Fit, x: Any) -> Tensor:
         return answer(state, embed, theta["weights"], x, partial(heads, state), read_out)
