@@ -124,6 +124,9 @@ def with_wide_products(graph: GraphModule) -> GraphModule:
         node.meta.pop("val", None)
     product, transpose = torch.ops.aten.bmm.default, torch.ops.aten.transpose.int
     for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            # A product put in another's place lies otherwise in memory, where a view of it may not be had.
+            node.target = torch.ops.aten.reshape.default
         if node.target is product:
             (a, b), (_, rows, columns) = node.args, node.meta["tensor_meta"].shape
             if columns < NARROW <= rows and a.meta["tensor_meta"].shape[2] > 1:

@@ -112,14 +112,20 @@ def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
 def test_wide_products_are_the_same_products():
     def products(tree):
         a, b = tree["a"], tree["b"]
-        return {"narrow": a @ b, "transposed": (a @ b).transpose(1, 2) * 2, "wide": b.transpose(1, 2) @ a}
+        transposed = (a @ b).transpose(1, 2) * 2
+        return {
+            "narrow": a @ b,
+            "viewed": (a @ b).view(60, 4) + 1,
+            "transposed": transposed,
+            "wide": b.transpose(1, 2) @ a,
+        }
 
     values = {"a": torch.randn(3, 20, 20), "b": torch.randn(3, 20, 4)}
     recording = Recording(products, values)
     rewritten = with_wide_products(recording.graph)
     shapes = [n.meta.get("tensor_meta") for n in rewritten.graph.nodes if n.target is torch.ops.aten.bmm.default]
-    assert len(shapes) == 3
-    assert sum(shape is None for shape in shapes) == 2  # those that were put in place of narrow ones
+    assert len(shapes) == 4
+    assert sum(shape is None for shape in shapes) == 3  # those that were put in place of narrow ones
     expected = list(leaves(products(values)))
     torch.testing.assert_close(list(rewritten(*leaves(values))), expected)
 

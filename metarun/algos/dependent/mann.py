@@ -86,14 +86,14 @@ class Mann(nn.Module):
     def forward(self, given: tuple[Memory, Tensor]) -> tuple[Memory, Tensor]:
         """``token [numbers]`` → ``[outputs]``."""
         memory, token = given
-        _, slots, width, heads = self.sizes
+        _, slots, _, heads = self.sizes
         hidden, cell = lstm(self.gates(torch.cat([token, memory.read, memory.hidden])), memory.cell)
-        keys, alpha = self.keys(hidden).tanh().view(heads, width), self.alpha(hidden).sigmoid()[:, None]
+        keys, alpha = torch.stack(self.keys(hidden).tanh().chunk(heads)), self.alpha(hidden).sigmoid()[:, None]
         least = one_hot((-memory.usage).topk(heads).indices, slots, memory.usage).sum(0)
         write = alpha * memory.attention + (1 - alpha) * least
         rows = memory.rows * (1 - least[:, None]) + write.T @ keys
         attention = (unit_rows(keys) @ unit_rows(rows).T).softmax(-1)
-        read = (attention @ rows).flatten()
+        read = torch.cat((attention @ rows).unbind(0))
         usage = USAGE_DECAY * memory.usage + attention.sum(0) + write.sum(0)
         after = Memory(hidden, cell, read, rows, usage, attention)
         return after, self.out(torch.cat([hidden, read]))
