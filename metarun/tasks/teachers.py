@@ -3,8 +3,8 @@
     y = Σ_j v_j g(s (u_j · x + b_j))       v_j normal, of variance 1 / units;   x standard normal
 
 All tasks share the first layer (u, b), which is drawn once from a fixed seed; a task has read-out weights v and an
-operation g of its own: relu or sine (or tanh). With the right operation a model of this size needs no more than to fit v;
-with one and the same for all tasks it has to hold features for the others too. All splits draw v and g from the same
+operation g of its own: relu or sine (or tanh). With the right operation a model of this size needs no more than to fit
+v; with one and the same for all tasks it has to hold features for the others too. All splits draw v and g from the same
 distribution, each from draws of its own. ``spec.groups`` names the operations, and the data carry each task's.
 """
 
