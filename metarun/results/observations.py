@@ -90,7 +90,7 @@ def plot_observed(path: Path, title: str, observed: Observed) -> None:
         axis.set(title=title, xlabel=axis_name, ylabel=f"test {axis_label(observed.value)}")
         save_figure(figure, path)
         return
-    (row_axis, rows), (_, columns) = observed.axes.items()
+    (row_axis, rows), (column_axis, columns) = observed.axes.items()
     found = winners(observed)
     figure = Figure(figsize=(1.2 + 2.4 * max(len(rows), 2), 3.6), layout="constrained")
     panels = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
@@ -103,7 +103,8 @@ def plot_observed(path: Path, title: str, observed: Observed) -> None:
             below += share
         panel.set_title(f"{row_axis} {row}", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
+        panel.set_xlabel("kind of task" if any(observed.groups) else "")
     panels[0].set_ylabel("test tasks (%)")
-    panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    panels[-1].legend(title=column_axis, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
     save_figure(figure, path)
