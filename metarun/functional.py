@@ -1,7 +1,7 @@
 """Modules as functions of their parameters, and the inner step that gradient learners share."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count, islice, repeat
 from typing import Any, NamedTuple, cast
@@ -182,6 +182,14 @@ def unit_rows(x: Tensor) -> Tensor:
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distance of every row of ``a [n, d]`` to every row of ``b [m, d]``: ``[n, m]``."""
     return (a[:, None] - b[None]).square().sum(-1)
+
+
+@contextmanager
+def full_precision(like: Tensor) -> Iterator[None]:
+    """Inside, products on the device of ``like`` are not rounded by autocast."""
+    device = like.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        yield
 
 
 def lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

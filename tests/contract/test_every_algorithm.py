@@ -147,17 +147,11 @@ def test_evaluation_sees_queries_only_to_score_them(case):
     torch.testing.assert_close(states(task.query["y"][0]), states(-task.query["y"][0]), rtol=0, atol=0)
 
 
-def test_training_improves(learner):
-    """Sixty Adam steps lower the meta-loss of tasks that one model can solve, or raise the return of policies."""
-    algorithm, family, model = learner
-    if isinstance(family, TinyImages):
-        family = TinyImages(fixed_labels=True)
-    theta = tree_map(lambda x: x.detach().clone(), algorithm.init(model, generator()))
+def improves(algorithm, family, theta, tasks, rate):
+    """Whether sixty Adam steps lower the meta-loss by a tenth, or raise the return of policies by a fiftieth."""
+    theta = tree_map(lambda x: x.detach().clone(), theta)
     variables = list(leaves(learned(theta)))
-    optimizer = torch.optim.Adam(variables, 0.003 if isinstance(family, Navigation) else 0.01)
-    # Tasks whose labels or tables contradict each other have no common solution: then one task must do.
-    alike = isinstance(family, Sinusoid | TinyImages | Navigation)
-    tasks = family.sample("train", 8 if alike else 1, generator(1))
+    optimizer = torch.optim.Adam(variables, rate)
     results = []
     for _ in range(60):
         result = meta_gradient(algorithm, theta, tasks, family.loss)
@@ -166,10 +160,22 @@ def test_training_improves(learner):
         for variable, gradient in zip(variables, leaves(result.grads), strict=True):
             variable.grad = gradient.clone()
         optimizer.step()
+    first, last = results[0], results[-1]
     if family.spec.kind == "control":
-        assert results[-1].score > results[0].score + 0.02 * results[0].score.abs()
-    else:
-        assert results[-1].loss < 0.9 * results[0].loss
+        return last.score > first.score + 0.02 * first.score.abs()
+    return last.loss < 0.9 * first.loss
+
+
+def test_training_improves(learner):
+    """On tasks that one model can solve, with one of two step sizes: transformers and policies want the smaller."""
+    algorithm, family, model = learner
+    if isinstance(family, TinyImages):
+        family = TinyImages(fixed_labels=True)
+    theta = algorithm.init(model, generator())
+    # Tasks whose labels or tables contradict each other have no common solution: then one task must do.
+    alike = isinstance(family, Sinusoid | TinyImages | Navigation)
+    tasks = family.sample("train", 8 if alike else 1, generator(1))
+    assert any(improves(algorithm, family, theta, tasks, rate) for rate in (0.01, 0.003))
 
 
 def test_trees_keep_their_order(case):

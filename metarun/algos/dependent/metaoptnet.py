@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from metarun.algos.dependent.shared_params import ridge
 from metarun.errors import require
-from metarun.functional import embed_together, forward_of, keep_support, parameters_of, trunk_and_head
+from metarun.functional import embed_together, forward_of, full_precision, keep_support, parameters_of, trunk_and_head
 from metarun.types import Algorithm, Spec, Tree
 
 CORRECTIONS = 4
@@ -137,7 +137,7 @@ def metaoptnet(
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
         # Which dual variables are zero is not told by rounded products.
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             weights = classifier(z.to(theta["scale"].dtype), state["y"])
         return cast(Tensor, theta["scale"] * queries @ weights)
 
