@@ -14,7 +14,8 @@ of n read heads (§3.2):
 
 The meta-loss is the mean over all predictions of the sequence, the support set's own included; queries are asked one
 by one behind it, each from the same memory. `instances.csv` tells the accuracy on the k-th example of a class, before
-its label is seen, along the support set: the paper's table 1 (``experiment=mann_omniglot``).
+its label is seen, along the support set: the paper's table 1 (``experiment=mann_omniglot``). With five classes and
+five labels the first one can be guessed in 45.7 % of cases, from the labels that are still to come.
 
 Some texts call another method MANN: "model-agnostic neural architecture search" is `metanas` here.
 
