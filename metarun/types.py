@@ -118,7 +118,7 @@ class Spec:
     """Set where the kind is control."""
     truth: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
     """Features in which every task's target is linear, where the family knows them: ``[examples, numbers]``."""
-    groups: tuple[str, ...] | None = None
+    groups: tuple[str, ...] | None = field(default=None, compare=False)
     """Names of the kinds of task in the family, if there are several; the data carry ``group [examples]``."""
     second_metric: str | None = field(default=None, compare=False)
     """What ``Family.second_score`` gives, if anything."""
