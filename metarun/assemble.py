@@ -97,38 +97,29 @@ def algorithm_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in paths if path.name.endswith(".yaml"))
 
 
-def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algorithm, nn.Module]:
+def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algorithm, nn.Module] | None:
     """A member of the group ``algo`` as it is without further keys, and its model: ``model``, or the one it names.
 
-    Raises:
-        UserError: it does not fit the model or the family.
+    None if it does not fit the family or the model.
     """
     conf = files("metarun.conf")
     algo = cast(DictConfig, OmegaConf.create((conf / "algo" / f"{name}.yaml").read_text()))
-    for default in algo.pop("defaults", []):
-        if isinstance(default, DictConfig):
-            own = OmegaConf.create((conf / "model" / f"{next(iter(default.values()))}.yaml").read_text())
-            model = build(OmegaConf.create({"model": own}), "model", family.spec)
-    return build(OmegaConf.create({"algo": algo}), "algo", model, family.spec), model
-
-
-def _algorithms_that_fit(family: Family, model: nn.Module) -> list[str]:
-    names = []
-    for name in algorithm_names():
-        try:
-            algorithm, _ = default_algorithm(name, family, model)
-        except UserError:
-            continue
-        if family.spec.kind in algorithm.kinds:
-            names.append(name)
-    return names
+    try:
+        for default in algo.pop("defaults", []):
+            if isinstance(default, DictConfig):
+                own = OmegaConf.create((conf / "model" / f"{next(iter(default.values()))}.yaml").read_text())
+                model = build(OmegaConf.create({"model": own}), "model", family.spec)
+        algorithm: Algorithm = build(OmegaConf.create({"algo": algo}), "algo", model, family.spec)
+    except UserError:
+        return None
+    return (algorithm, model) if family.spec.kind in algorithm.kinds else None
 
 
 def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: nn.Module, algo: Algorithm) -> None:
     """Refuse an algorithm that does not fit the task, naming what does."""
     spec = family.spec
     if spec.kind not in algo.kinds:
-        fitting = ", ".join(_algorithms_that_fit(family, model))
+        fitting = ", ".join(name for name in algorithm_names() if default_algorithm(name, family, model))
         raise UserError(
             f"algo={names['algo']} serves {' and '.join(algo.kinds)} tasks, and task={names['task']} is "
             f"{spec.kind}; algorithms that fit it: {fitting}."

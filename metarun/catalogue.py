@@ -12,7 +12,6 @@ from torch import nn
 
 from metarun.assemble import algorithm_names, default_algorithm, stream
 from metarun.engine import adapted, adapted_parameters
-from metarun.errors import UserError
 from metarun.functional import seeded
 from metarun.help import description
 from metarun.models.conv4 import Conv4
@@ -62,12 +61,8 @@ def references() -> list[Reference]:
 def first_that_fits(name: str, tried: list[Reference]) -> tuple[Algorithm, nn.Module, Family]:
     """An algorithm on the first reference that it serves, with the model that it takes there."""
     for family, model in tried:
-        try:
-            algorithm, own = default_algorithm(name, family, model)
-        except UserError:
-            continue
-        if family.spec.kind in algorithm.kinds:
-            return algorithm, own, family
+        if found := default_algorithm(name, family, model):
+            return *found, family
     raise AssertionError(f"{name} fits none of the references")
 
 

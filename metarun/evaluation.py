@@ -105,9 +105,10 @@ def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[
     return chosen, loss, score
 
 
-def observe(experiment: Experiment, replica: Replica, index: int, theta: Tree) -> Observed:
-    """What the algorithm of a replica, the ``index``-th, shows of the test episodes."""
-    family, eval_config, observation = experiment.family, experiment.config.eval, replica.algorithm.observation
+def observe(experiment: Experiment, index: int, theta: Tree) -> Observed:
+    """What the algorithm of the ``index``-th replica shows of the test episodes."""
+    family, eval_config = experiment.family, experiment.config.eval
+    observation = experiment.replicas[index].algorithm.observation
     assert observation is not None
     numbers, groups = [], list[str]()
     for block in episodes(experiment, "test", eval_config.episodes):

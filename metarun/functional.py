@@ -1,5 +1,6 @@
 """Modules as functions of their parameters, and the inner step that gradient learners share."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -32,6 +33,23 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator.initial_seed())
         yield
+
+
+def own_network(
+    build: Callable[[], nn.Module],
+) -> tuple[Callable[[Weights, Any], Any], Callable[[nn.Module, torch.Generator], Weights]]:
+    """A network of an algorithm's own, beside the configured model: its forward pass, and freshly drawn weights.
+
+    Weights are drawn from the generator's seed, in dtype and on device of the model that is given.
+    """
+    with torch.random.fork_rng(devices=[]):
+        forward = forward_of(build())
+
+    def drawn(model: nn.Module, generator: torch.Generator) -> Weights:
+        with seeded(generator):
+            return parameters_of(build().to(next(model.parameters())))
+
+    return forward, drawn
 
 
 def parameters_of(module: nn.Module) -> Weights:
@@ -182,6 +200,20 @@ def unit_rows(x: Tensor) -> Tensor:
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distance of every row of ``a [n, d]`` to every row of ``b [m, d]``: ``[n, m]``."""
     return (a[:, None] - b[None]).square().sum(-1)
+
+
+def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """Values ``[n, width]`` weighed for every query ``[m, width]`` by scaled dot products, a share of the width a head.
+
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, §3.2: ``[m, width]``, not yet mixed.
+    """
+
+    def by_head(z: Tensor) -> Tensor:
+        return z.view(len(z), heads, -1).movedim(1, 0)
+
+    q, k, v = map(by_head, (queries, keys, values))
+    weights = (q @ k.transpose(1, 2) / math.sqrt(k.shape[-1])).softmax(-1)
+    return torch.cat((weights @ v).unbind(0), -1)
 
 
 @contextmanager

@@ -212,7 +212,7 @@ def write_observations(experiment: Experiment, thetas: list[tuple[int, Tree]], d
     observation = experiment.algorithm.observation
     if observation is None:
         return
-    observed = [observe(experiment, experiment.replicas[index], index, theta) for index, theta in thetas]
+    observed = [observe(experiment, index, theta) for index, theta in thetas]
     write_observed(directory / f"{observation.name}.csv", observed)
     title = f"{experiment.names['algo']} on {experiment.names['task']}"
     if len(observed) > 1:

@@ -197,7 +197,7 @@ def mamlpp(
         return (state for state, _ in descend(theta, support, loss, in_test, False))
 
     def predict(theta: Tree, state: State, x: Any) -> Tensor:
-        return at_step(theta, state.step if by_step else 0, in_test)(state.weights, x)
+        return at_step(theta, state.step, in_test)(state.weights, x)
 
     def carrying_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
         carried = theta["carried"]
@@ -210,9 +210,7 @@ def mamlpp(
             statistics.append(seen)
             last = state.step == inner_steps
             if last or (multi_step_epochs and state.step):
-                value, score = loss(
-                    partial(at_step(theta, state.step if by_step else 0, in_training), state.weights), task.query
-                )
+                value, score = loss(partial(at_step(theta, state.step, in_training), state.weights), task.query)
                 losses.append(value)
             if last:
                 break

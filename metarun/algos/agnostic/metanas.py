@@ -102,13 +102,14 @@ def metanas(
         like = theta["carried"]["meta_step"]
         return {name: like.new_zeros(len(operations[0])) for name in names}
 
+    def begun(theta: Tree) -> Tensor:
+        """Whether warming up is over."""
+        return cast(Tensor, theta["carried"]["meta_step"] >= warm_up)
+
     def tempered(theta: Tree, architecture: Weights, step: int) -> Weights:
         """Logits of the operations' weights after ``step`` steps: all alike while the weights warm up."""
         temperature = final_temperature ** (min(step, hardening) / hardening)
-        if warm_up:
-            begun = (theta["carried"]["meta_step"] >= warm_up).to(next(iter(architecture.values())).dtype)
-            return {name: begun * a / temperature for name, a in architecture.items()}
-        return {name: a / temperature for name, a in architecture.items()}
+        return {name: torch.where(begun(theta), a / temperature, 0.0) for name, a in architecture.items()}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
         weights, architecture = theta["weights"], theta.get("architecture") or even(theta)
@@ -130,9 +131,7 @@ def metanas(
         hot = tempered(theta, state.architecture, state.step)
         if not discrete or state.step < inner_steps:
             return hot
-        one = {name: one_hot(a.argmax(-1), len(a), a).log() for name, a in hot.items()}
-        begun = theta["carried"]["meta_step"] >= warm_up
-        return {name: torch.where(begun, one[name], a) for name, a in hot.items()}
+        return {n: torch.where(begun(theta), one_hot(a.argmax(-1), len(a), a).log(), a) for n, a in hot.items()}
 
     def predict(theta: Tree, state: State, x: Any) -> Tensor:
         return forward({**state.weights, **chosen(theta, state)}, x)

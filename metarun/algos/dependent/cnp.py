@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from metarun.errors import require
-from metarun.functional import forward_of, keep_support, parameters_of, seeded
+from metarun.functional import keep_support, multi_head, own_network
 from metarun.types import Algorithm, Loss, Spec, Task, Tree
 
 LEAST_STD = 0.1
@@ -50,13 +50,7 @@ class Process(nn.Module):
 
     def attend(self, x: Tensor, query: Tensor, r: Tensor) -> Tensor:
         """``r [support, width]`` weighed for every query ``[queries, width]``."""
-
-        def by_head(z: Tensor) -> Tensor:
-            return z.view(len(z), self.heads, -1).movedim(1, 0)
-
-        keys, queries, values = by_head(self.embed(x)), by_head(self.embed(query)), by_head(r)
-        weights = (queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])).softmax(-1)
-        mixed: Tensor = self.mix(torch.cat((weights @ values).unbind(0), -1))
+        mixed: Tensor = self.mix(multi_head(self.embed(query), self.embed(x), r, self.heads))
         return mixed
 
     def forward(self, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -86,13 +80,10 @@ def cnp(model: nn.Module, spec: Spec, attention: bool = False, width: int = 128,
     def build() -> Process:
         return Process(inputs, spec.outputs, width, heads if attention else 0)
 
-    with torch.random.fork_rng(devices=[]):
-        forward: Any = forward_of(build())
+    forward, drawn = own_network(build)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        like = next(model.parameters())
-        with seeded(generator):
-            return {"weights": parameters_of(build().to(like))}
+        return {"weights": drawn(model, generator)}
 
     def distribution(theta: Tree, state: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
         mean_and_std: tuple[Tensor, Tensor] = forward(

@@ -12,13 +12,12 @@ Inputs are the features of the model's trunk. Where we deviate: targets of regre
 the family's loss, in place of a histogram of their density.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from metarun.algos.dependent.snail import Sequences, reader
 from metarun.errors import require
+from metarun.functional import multi_head
 from metarun.norm import LayerStatistics
 from metarun.types import Algorithm, Spec
 
@@ -33,20 +32,14 @@ class Layer(nn.Module):
         self.query, self.key, self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def by_head(self, z: Tensor) -> Tensor:
-        """``[n, width]`` → ``[heads, n, width / heads]``."""
-        return z.view(len(z), self.heads, -1).movedim(1, 0)
-
     def forward(self, given: Sequences) -> Sequences:
         """Shapes stay."""
         support, _ = given
         read = self.before(support)
-        keys, values = self.by_head(self.key(read)), self.by_head(self.value(read))
+        keys, values = self.key(read), self.value(read)
 
         def layer(x: Tensor) -> Tensor:
-            queries = self.by_head(self.query(self.before(x)))
-            weights = (queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])).softmax(-1)
-            x = x + self.mix(torch.cat((weights @ values).unbind(0), -1))
+            x = x + self.mix(multi_head(self.query(self.before(x)), keys, values, self.heads))
             out: Tensor = x + self.perceptron(self.behind(x))
             return out
 

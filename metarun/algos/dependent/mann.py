@@ -35,8 +35,8 @@ from metarun.functional import (
     keep_support,
     lstm,
     one_hot,
+    own_network,
     parameters_of,
-    seeded,
     trunk_and_head,
     unit_rows,
 )
@@ -61,33 +61,26 @@ class Memory(NamedTuple):
     """Of the read heads ``[heads, slots]``."""
 
 
+def empty(like: Tensor, controller: int, slots: int, width: int, heads: int) -> Memory:
+    """The memory before the first step."""
+    zeros = like.new_zeros
+    state = zeros(controller), zeros(controller), zeros(heads * width)
+    return Memory(*state, zeros(slots, width), zeros(slots), zeros(heads, slots))
+
+
 class Mann(nn.Module):
     """One step: (memory, token) → (memory, output)."""
 
-    def __init__(self, token: int, outputs: int, controller: int, slots: int, width: int, heads: int) -> None:
+    def __init__(self, token: int, outputs: int, controller: int, width: int, heads: int) -> None:
         super().__init__()
-        self.sizes = controller, slots, width, heads
         self.gates = nn.Linear(token + heads * width + controller, 4 * controller)
         self.keys, self.alpha = nn.Linear(controller, heads * width), nn.Linear(controller, heads)
         self.out = nn.Linear(controller + heads * width, outputs)
 
-    def empty(self, like: Tensor) -> Memory:
-        """The memory before the first step."""
-        controller, slots, width, heads = self.sizes
-        zeros = like.new_zeros
-        return Memory(
-            zeros(controller),
-            zeros(controller),
-            zeros(heads * width),
-            zeros(slots, width),
-            zeros(slots),
-            zeros(heads, slots),
-        )
-
     def forward(self, given: tuple[Memory, Tensor]) -> tuple[Memory, Tensor]:
         """``token [numbers]`` → ``[outputs]``."""
         memory, token = given
-        _, slots, _, heads = self.sizes
+        heads, slots = memory.attention.shape
         hidden, cell = lstm(self.gates(torch.cat([token, memory.read, memory.hidden])), memory.cell)
         keys, alpha = torch.stack(self.keys(hidden).tanh().chunk(heads)), self.alpha(hidden).sigmoid()[:, None]
         least = one_hot((-memory.usage).topk(heads).indices, slots, memory.usage).sum(0)
@@ -129,21 +122,15 @@ def mann(
     trunk, head = trunk_and_head(model, spec, "mann")
     embed = forward_of(trunk)
 
-    def build() -> Mann:
-        return Mann(head.in_features + spec.outputs, spec.outputs, controller, slots, width, heads)
-
-    with torch.random.fork_rng(devices=[]):
-        network = build()
-    step: Any = forward_of(network)
+    step, drawn = own_network(lambda: Mann(head.in_features + spec.outputs, spec.outputs, controller, width, heads))
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, "mann")[0])
-        with seeded(generator):
-            return {"weights": weights, "memory": parameters_of(build().to(next(model.parameters())))}
+        return {"weights": weights, "memory": drawn(model, generator)}
 
     def read(theta: Tree, z: Tensor, y: Tensor) -> tuple[Memory, Tensor]:
         """The memory after features ``z`` with targets ``y``, and the predictions made on the way ``[n, outputs]``."""
-        memory, outputs = network.empty(z), []
+        memory, outputs = empty(z, controller, slots, width, heads), []
         for token in torch.cat([z, torch.cat([torch.zeros_like(y[:1]), y[:-1]])], -1):
             memory, output = step(theta["memory"], (memory, token))
             outputs.append(output)

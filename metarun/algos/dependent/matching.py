@@ -26,8 +26,8 @@ from metarun.functional import (
     forward_of,
     keep_support,
     lstm,
+    own_network,
     parameters_of,
-    seeded,
     squared_distances,
     trunk_and_head,
     unit_rows,
@@ -88,18 +88,11 @@ def matching(
     trunk, head = trunk_and_head(model, spec, "matching")
     embed = forward_of(trunk)
 
-    def context_of() -> nn.Module:
-        return FullContext(head.in_features, reads)
-
-    with torch.random.fork_rng(devices=[]):
-        in_context: Any = forward_of(context_of())
+    in_context, drawn = own_network(lambda: FullContext(head.in_features, reads))
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, "matching")[0])
-        if not full_context:
-            return {"weights": weights}
-        with seeded(generator):
-            return {"weights": weights, "context": parameters_of(context_of().to(next(model.parameters())))}
+        return {"weights": weights, "context": drawn(model, generator)} if full_context else {"weights": weights}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import embed_together, forward_of, keep_support, parameters_of, seeded, trunk_and_head
+from metarun.functional import embed_together, forward_of, keep_support, own_network, parameters_of, trunk_and_head
 from metarun.types import Algorithm, Loss, Spec, Task, Tree
 
 
@@ -35,19 +35,18 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
     def comparer() -> nn.Module:
         return nn.Sequential(nn.Linear(2 * head.in_features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
 
-    with torch.random.fork_rng(devices=[]):
-        compare = forward_of(comparer())
+    compare, drawn = own_network(comparer)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, "relation")[0])
-        with seeded(generator):
-            return {"weights": weights, "relation": parameters_of(comparer().to(next(iter(weights.values()))))}
+        return {"weights": weights, "relation": drawn(model, generator)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
         classes = state["y"].T @ z
         pairs = torch.cat([classes.expand(len(queries), -1, -1), queries[:, None].expand(-1, len(classes), -1)], -1)
-        return compare(theta["relation"], pairs)[..., 0]
+        relations: Tensor = compare(theta["relation"], pairs)[..., 0]
+        return relations
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
         relations = predict(theta, task.support, task.query["x"])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import embed_together, forward_of, keep_support, parameters_of, seeded, trunk_and_head
+from metarun.functional import embed_together, forward_of, keep_support, own_network, parameters_of, trunk_and_head
 from metarun.types import Algorithm, Spec, Tree
 
 Sequences = tuple[Tensor, Tensor]
@@ -128,20 +128,16 @@ def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) ->
     """
     trunk, head = trunk_and_head(model, spec, name)
     embed = forward_of(trunk)
-    with torch.random.fork_rng(devices=[]):
-        read = forward_of(network(head.in_features + spec.outputs))
+    read, drawn = own_network(lambda: network(head.in_features + spec.outputs))
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, name)[0])
-        with seeded(generator):
-            return {
-                "weights": weights,
-                "reader": parameters_of(network(head.in_features + spec.outputs).to(next(model.parameters()))),
-            }
+        return {"weights": weights, "reader": drawn(model, generator)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
-        return read(theta["reader"], (labelled(z, state["y"]), unlabelled(queries, state["y"])))
+        answers: Tensor = read(theta["reader"], (labelled(z, state["y"]), unlabelled(queries, state["y"])))
+        return answers
 
     return Algorithm(
         init,
