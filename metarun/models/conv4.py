@@ -25,13 +25,18 @@ class Conv4(nn.Module):
 
     With ``downsample="stride"`` each convolution has stride 2, as in MAML and Reptile on Omniglot
     (https://arxiv.org/abs/1703.03400, §5.2); with ``"max_pool"``, four times the work, each block ends in 2×2
-    max-pooling, as in Matching and Prototypical Networks. The features are the spatial mean of the last block,
-    as in MAML's code, or all of its values.
+    max-pooling, as in Matching and Prototypical Networks. With fewer ``halvings`` only the first blocks do so, and the
+    last maps stay large, as in Relation Networks. The features are the spatial mean of the last block, as in
+    MAML's code, or all of its values.
+
+    Attributes:
+        maps: shape ``(filters, height, width)`` of the features with ``readout="flatten"``, None otherwise.
 
     Args:
         spec: input ``(channels, height, width)`` of any size from 16×16, and the number of outputs.
         filters: channels of each block, at least 1.
-        downsample: how each block halves the image.
+        downsample: how a block halves the image.
+        halvings: blocks that do, from the first on, 0 to 4.
         readout: ``mean`` or ``flatten``.
         norm: ``batch`` (statistics of the current batch, hence transductive), ``group`` or ``none``.
     """
@@ -41,11 +46,13 @@ class Conv4(nn.Module):
         spec: Spec,
         filters: int = 64,
         downsample: Literal["stride", "max_pool"] = "stride",
+        halvings: int = 4,
         readout: Literal["mean", "flatten"] = "mean",
         norm: Literal["batch", "group", "none"] = "batch",
     ) -> None:
         super().__init__()
         require(filters >= 1, f"filters must be at least 1, not {filters}")
+        require(0 <= halvings <= 4, f"halvings must be 0 to 4, not {halvings}")
         require(
             len(spec.input_shape) == 3 and min(spec.input_shape[1:]) >= 16,
             f"conv4 needs images of at least 16×16, and this task's input has shape {spec.input_shape}; "
@@ -53,20 +60,21 @@ class Conv4(nn.Module):
         )
         layers: list[nn.Module] = []
         channels = spec.input_shape[0]
-        for _ in range(4):
-            stride = 2 if downsample == "stride" else 1
+        for block in range(4):
+            stride = 2 if downsample == "stride" and block < halvings else 1
             # A bias before a normalisation is cancelled by it.
             layers.append(nn.Conv2d(channels, filters, 3, stride, padding=1, bias=norm == "none"))
             layers += [_norm(norm, filters), nn.ReLU()]
-            if downsample == "max_pool":
+            if downsample == "max_pool" and block < halvings:
                 layers.append(nn.MaxPool2d(2))
             channels = filters
+        with torch.no_grad():
+            last = nn.Sequential(*layers)(torch.zeros(1, *spec.input_shape))[0]
+        self.maps = tuple(last.shape) if readout == "flatten" else None
         if readout == "mean":
             layers.append(nn.AdaptiveAvgPool2d(1))
         self.trunk = nn.Sequential(*layers, nn.Flatten())
-        with torch.no_grad():
-            features = self.trunk(torch.zeros(1, *spec.input_shape)).shape[1]
-        self.head = nn.Linear(features, spec.outputs)
+        self.head = nn.Linear(filters if readout == "mean" else last.numel(), spec.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, channels, height, width]`` → ``[examples, outputs]``."""

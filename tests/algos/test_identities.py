@@ -4,6 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scenarios import (
     QUADRATIC_SPEC,
     Quadratic,
@@ -22,9 +23,10 @@ from metarun.algos.baselines.scratch import scratch
 from metarun.algos.baselines.transfer import transfer
 from metarun.algos.dependent.matching import matching
 from metarun.algos.dependent.protonet import protonet, prototypes
-from metarun.algos.dependent.relation import relation
+from metarun.algos.dependent.relation import CompareMaps, relation
 from metarun.algos.dependent.shared_params import ridge, shared_params
 from metarun.engine import evaluate, meta_gradient
+from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.types import Task
@@ -202,7 +204,7 @@ def test_matching_with_one_shot_is_a_softmax_over_prototypes_and_sums_attention_
     torch.testing.assert_close(algorithm.predict(theta, single, query["x"]).exp(), logits.softmax(1), atol=2e-6, rtol=0)
     cosine = matching(model, family.spec)
     z, q = model.trunk(support["x"]), model.trunk(query["x"])
-    near = torch.nn.functional.cosine_similarity(q[:, None], z[None], dim=-1).softmax(1)
+    near = F.cosine_similarity(q[:, None], z[None], dim=-1).softmax(1)
     chances = torch.stack([near[:, support["y"].argmax(1) == k].sum(1) for k in range(3)], 1)
     torch.testing.assert_close(cosine.predict(theta, support, query["x"]).exp(), chances, atol=2e-6, rtol=0)
 
@@ -218,9 +220,36 @@ def test_relation_compares_each_query_with_each_class():
     for i, features in enumerate(q):
         for k in range(3):
             pair = torch.cat([z[support["y"].argmax(1) == k].sum(0), features])
-            hidden = (w["0.weight"] @ pair + w["0.bias"]).relu()
-            expected[i, k] = (w["2.weight"] @ hidden + w["2.bias"]).sigmoid()
+            hidden = (w["layers.0.weight"] @ pair + w["layers.0.bias"]).relu()
+            expected[i, k] = (w["layers.2.weight"] @ hidden + w["layers.2.bias"]).sigmoid()
     torch.testing.assert_close(algorithm.predict(theta, support, query["x"]), expected)
     loss, score = algorithm.meta_loss(theta, task, family.loss)
-    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(expected, query["y"]))
+    torch.testing.assert_close(loss, F.mse_loss(expected, query["y"]))
     torch.testing.assert_close(score, (expected.argmax(1) == query["y"].argmax(1)).double().mean())
+
+
+def test_relation_of_maps_convolves_both_maps_joined():
+    """Every pair joined along the channels, by torch's own convolution and batch normalisation."""
+    torch.manual_seed(0)
+    shape = (4, 5, 5)
+    compare, classes, queries = CompareMaps(shape, 6), torch.randn(3, 100), torch.randn(7, 100)
+    pairs = torch.stack([torch.cat([c.view(shape), q.view(shape)]) for q in queries for c in classes])
+    w = dict(compare.named_parameters())
+    x = F.conv2d(pairs, torch.cat([w["of_class.weight"], w["of_query.weight"]], 1), padding=1)
+    for norm in ("0", "4"):
+        if norm == "4":
+            x = F.conv2d(x, w["blocks.3.weight"], padding=1)
+        x = F.batch_norm(x, None, None, w[f"blocks.{norm}.weight"], w[f"blocks.{norm}.bias"], training=True)
+        x = F.max_pool2d(x.relu(), 2, ceil_mode=True)
+    hidden = F.linear(x.flatten(1), w["layers.0.weight"], w["layers.0.bias"]).relu()
+    expected = F.linear(hidden, w["layers.2.weight"], w["layers.2.bias"]).sigmoid().view(7, 3)
+    torch.testing.assert_close(compare((classes, queries)), expected)
+
+
+def test_relation_takes_features_for_maps_where_the_model_has_them():
+    spec = TinyImages().spec
+    assert Conv4(spec, 4).maps is None
+    model = Conv4(spec, 4, readout="flatten", halvings=2)
+    assert model.maps == (4, 4, 4)
+    theta = relation(model, spec).init(model, generator())
+    assert theta["relation"]["of_class.weight"].shape == (64, 4, 3, 3)

@@ -6,34 +6,85 @@ https://arxiv.org/abs/1711.06025.
     relation     r_ij = g([Σ f(x_i of class j), f(x)]) in (0, 1)                     (equation 1; sums, §3.2)
     meta-loss    mean squared error of r to 1 for the class of x, 0 for others        (equation 2)
 
-Where we deviate: g sees vectors of features and is a multi-layer perceptron; the paper's begins with two convolutions
-over maps of features.
+Where the model's features are maps (conv4 with ``readout=flatten``), g is the paper's: two blocks of 64 filters and
+2×2 max-pooling over both maps joined, then two linear layers. Where they are vectors, it is the linear layers alone.
+
+Where we deviate: the first convolution of joined maps is the sum of one of the class's and one of the query's, and is
+taken once for each class and query instead of once for each pair; only the time differs.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
 from metarun.functional import embed_together, forward_of, keep_support, own_network, parameters_of, trunk_and_head
+from metarun.norm import BatchStatistics
 from metarun.types import Algorithm, Loss, Spec, Task, Tree
+
+FILTERS = 64
+
+
+class CompareVectors(nn.Module):
+    """g of features ``classes [ways, d]`` and ``queries [m, d]``: relations ``[m, ways]``."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 * features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
+        """``[m, ways]``, each in (0, 1)."""
+        classes, queries = given
+        pairs = torch.cat([classes.expand(len(queries), -1, -1), queries[:, None].expand(-1, len(classes), -1)], -1)
+        return cast(Tensor, self.layers(pairs)[..., 0])
+
+
+class CompareMaps(nn.Module):
+    """g of features that are flattened maps of a shape ``(channels, height, width)``."""
+
+    def __init__(self, maps: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.maps = maps
+        self.of_class = nn.Conv2d(maps[0], FILTERS, 3, padding=1, bias=False)
+        self.of_query = nn.Conv2d(maps[0], FILTERS, 3, padding=1, bias=False)
+        # The halves of one convolution of twice the channels, and drawn like it.
+        for half in (self.of_class, self.of_query):
+            half.weight.data /= 2**0.5
+        # ceil_mode, so that small maps have something to pool and large ones keep their edges.
+        self.blocks = nn.Sequential(
+            *(BatchStatistics(FILTERS), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
+            nn.Conv2d(FILTERS, FILTERS, 3, padding=1, bias=False),
+            *(BatchStatistics(FILTERS), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()),
+        )
+        with torch.no_grad():
+            features = self.blocks(torch.zeros(1, FILTERS, *maps[1:])).shape[1]
+        self.layers = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
+        """``[m, ways]``, each in (0, 1)."""
+        classes, queries = (part.view(-1, *self.maps) for part in given)
+        joined = self.of_class(classes)[None] + self.of_query(queries)[:, None]
+        relations: Tensor = self.layers(self.blocks(joined.flatten(0, 1)))
+        return relations.view(joined.shape[:2])
 
 
 def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
     """Relation networks.
 
     Args:
-        model: a module with ``trunk`` and ``head``; of the head only its width is used.
+        model: a module with ``trunk`` and ``head``; of the head only its width is used. If it says in ``maps`` what
+            shape its features have, they are compared as maps.
         spec: the task family's.
-        width: of the hidden layer of g, at least 1.
+        width: of the hidden linear layer of g, at least 1 (8 in the paper).
     """
     require(width >= 1, f"width must be at least 1, not {width}")
     trunk, head = trunk_and_head(model, spec, "relation")
     embed = forward_of(trunk)
+    maps: tuple[int, int, int] | None = getattr(model, "maps", None)
 
     def comparer() -> nn.Module:
-        return nn.Sequential(nn.Linear(2 * head.in_features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
+        return CompareVectors(head.in_features, width) if maps is None else CompareMaps(maps, width)
 
     compare, drawn = own_network(comparer)
 
@@ -43,10 +94,7 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
-        classes = state["y"].T @ z
-        pairs = torch.cat([classes.expand(len(queries), -1, -1), queries[:, None].expand(-1, len(classes), -1)], -1)
-        relations: Tensor = compare(theta["relation"], pairs)[..., 0]
-        return relations
+        return cast(Tensor, compare(theta["relation"], (state["y"].T @ z, queries)))
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
         relations = predict(theta, task.support, task.query["x"])
