@@ -67,8 +67,8 @@ def test_incontext_does_not_care_about_the_order_of_the_support_set_and_snail_do
         assert torch.allclose(first, second) == same
 
 
-def memory_by_loops(w, tokens, controller, slots, width, heads):
-    """Santoro et al., equations 2 to 8, element by element."""
+def memory_by_loops(w, tokens, controller, slots, width, heads, key_strength):
+    """Santoro et al., equations 2 to 8, element by element, with a key strength, and read before written."""
     h, c, read = torch.zeros(controller), torch.zeros(controller), torch.zeros(heads * width)
     rows, usage = torch.zeros(slots, width), torch.zeros(slots)
     attention, outputs = torch.zeros(heads, slots), []
@@ -79,34 +79,36 @@ def memory_by_loops(w, tokens, controller, slots, width, heads):
         h = torch.sigmoid(o) * torch.tanh(c)
         keys = torch.tanh(w["keys.weight"] @ h + w["keys.bias"]).view(heads, width)
         alpha = torch.sigmoid(w["alpha.weight"] @ h + w["alpha.bias"])
+        before, similar = attention, torch.stack([F.cosine_similarity(key[None], rows, eps=1e-30) for key in keys])
+        attention = (key_strength * similar).exp() / (key_strength * similar).exp().sum(1, keepdim=True)
+        read = torch.cat([sum(attention[n, s] * rows[s] for s in range(slots)) for n in range(heads)])
         least = sorted(range(slots), key=lambda slot: usage[slot].item())[:heads]
         for slot in least:
             rows[slot] = 0
         written = torch.zeros(heads, slots)
         for n in range(heads):
             for slot in range(slots):
-                written[n, slot] = alpha[n] * attention[n, slot] + (1 - alpha[n]) * (slot in least)
+                written[n, slot] = alpha[n] * before[n, slot] + (1 - alpha[n]) * (slot in least)
         for slot in range(slots):
             rows[slot] += sum(written[n, slot] * keys[n] for n in range(heads))
-        similar = torch.stack([F.cosine_similarity(key[None], rows, eps=1e-30) for key in keys])
-        attention = similar.exp() / similar.exp().sum(1, keepdim=True)
-        read = torch.cat([sum(attention[n, s] * rows[s] for s in range(slots)) for n in range(heads)])
         usage = 0.99 * usage + attention.sum(0) + written.sum(0)
         outputs.append(w["out.weight"] @ torch.cat([h, read]) + w["out.bias"])
     return torch.stack(outputs)
 
 
 def test_mann_equals_its_equations():
-    sizes = {"controller": 6, "slots": 9, "width": 4, "heads": 2}
+    sizes = {"controller": 6, "slots": 9, "width": 4, "heads": 2, "key_strength": 3.0}
     algorithm, theta, support, query = task_of(mann, **sizes)
 
-    def features(x):
-        w = theta["weights"]
-        return F.relu(F.linear(x.flatten(1), *(w[name] for name in sorted(w, reverse=True))))
+    def inputs(x):
+        w, pixels = theta["weights"], x.flatten(1)
+        z = F.relu(F.linear(pixels, *(w[name] for name in sorted(w, reverse=True))))
+        centred = z - z.mean(1, keepdim=True)
+        return torch.cat([centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt(), pixels], 1)
 
     late = torch.cat([torch.zeros(1, 3), support["y"]])
     for i in (0, 5):
-        tokens = torch.cat([torch.cat([features(support["x"]), features(query["x"][i : i + 1])]), late], 1)
+        tokens = torch.cat([torch.cat([inputs(support["x"]), inputs(query["x"][i : i + 1])]), late], 1)
         expected = memory_by_loops(theta["memory"], tokens, **sizes)[-1]
         torch.testing.assert_close(algorithm.predict(theta, support, query["x"])[i], expected, rtol=1e-6, atol=1e-8)
 

@@ -7,8 +7,8 @@ The support set is a sequence, and each example comes with the label of the one 
 hold an example in memory until its label arrives. From the controller's state h_t, a key k and a gate α for each
 of n read heads (§3.2):
 
+    read       w^r = softmax of β cos(k, M_i),   r = w^r M                                                  (2 to 4)
     write      w^w = α w^r_(t−1) + (1 − α) w^lu_(t−1),   M ← M with the least used rows set to 0, + w^w k     (7, 8)
-    read       w^r = softmax of cos(k, M_i),   r = w^r M                                                    (2 to 4)
     usage      w^u ← γ w^u + w^r + w^w;   w^lu is 1 at the n least used rows                                  (5, 6)
     output     linear in (h, r);   r is also an input of the next step
 
@@ -19,14 +19,23 @@ five labels the first one can be guessed in 45.7 % of cases, from the labels tha
 
 Some texts call another method MANN: "model-agnostic neural architecture search" is `metanas` here.
 
-Inputs are the features of the model's trunk; the paper reads pixels.
+Three things differ from the paper, so that it learns in minutes (as printed, it still treated the labels as counters
+after 15,000 episodes):
+
+    key strength    β, as in Neural Turing Machines (Graves et al. 2014, equation 5). The paper has none, which is
+                    β = 1: then no row of 128 can have more than 6 % of the attention.
+    order           The memory is read before it is written, so that a head does not find the key just written.
+    input           The features of the model's trunk, layer-normalised, beside the example's own numbers. The paper
+                    reads pixels alone; an untrained trunk tells classes apart worse than they do.
 """
 
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.functional import layer_norm
 
 from metarun.errors import require
 from metarun.functional import (
@@ -40,7 +49,7 @@ from metarun.functional import (
     trunk_and_head,
     unit_rows,
 )
-from metarun.types import Algorithm, Loss, Observation, Spec, Task, Tree
+from metarun.types import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
 
 USAGE_DECAY = 0.99
 
@@ -68,29 +77,48 @@ def empty(like: Tensor, controller: int, slots: int, width: int, heads: int) -> 
     return Memory(*state, zeros(slots, width), zeros(slots), zeros(heads, slots))
 
 
-class Mann(nn.Module):
-    """One step: (memory, token) → (memory, output)."""
+class Look(NamedTuple):
+    """What a step makes of its token and the memory, before it writes."""
 
-    def __init__(self, token: int, outputs: int, controller: int, width: int, heads: int) -> None:
+    hidden: Tensor
+    cell: Tensor
+    read: Tensor
+    keys: Tensor
+    """``[heads, width]``."""
+    alpha: Tensor
+    """The gates ``[heads, 1]``."""
+    attention: Tensor
+    """``[heads, slots]``."""
+
+
+class Mann(nn.Module):
+    """The reading half of a step: (memory, token) → (what it saw, output)."""
+
+    def __init__(self, token: int, outputs: int, controller: int, width: int, heads: int, key_strength: float) -> None:
         super().__init__()
+        self.key_strength = key_strength
         self.gates = nn.Linear(token + heads * width + controller, 4 * controller)
         self.keys, self.alpha = nn.Linear(controller, heads * width), nn.Linear(controller, heads)
         self.out = nn.Linear(controller + heads * width, outputs)
 
-    def forward(self, given: tuple[Memory, Tensor]) -> tuple[Memory, Tensor]:
+    def forward(self, given: tuple[Memory, Tensor]) -> tuple[Look, Tensor]:
         """``token [numbers]`` → ``[outputs]``."""
         memory, token = given
-        heads, slots = memory.attention.shape
         hidden, cell = lstm(self.gates(torch.cat([token, memory.read, memory.hidden])), memory.cell)
-        keys, alpha = torch.stack(self.keys(hidden).tanh().chunk(heads)), self.alpha(hidden).sigmoid()[:, None]
-        least = one_hot((-memory.usage).topk(heads).indices, slots, memory.usage).sum(0)
-        write = alpha * memory.attention + (1 - alpha) * least
-        rows = memory.rows * (1 - least[:, None]) + write.T @ keys
-        attention = (unit_rows(keys) @ unit_rows(rows).T).softmax(-1)
-        read = torch.cat((attention @ rows).unbind(0))
-        usage = USAGE_DECAY * memory.usage + attention.sum(0) + write.sum(0)
-        after = Memory(hidden, cell, read, rows, usage, attention)
-        return after, self.out(torch.cat([hidden, read]))
+        keys, alpha = torch.stack(self.keys(hidden).tanh().chunk(len(memory.attention))), self.alpha(hidden).sigmoid()
+        attention = (self.key_strength * unit_rows(keys) @ unit_rows(memory.rows).T).softmax(-1)
+        read = torch.cat((attention @ memory.rows).unbind(0))
+        return Look(hidden, cell, read, keys, alpha[:, None], attention), self.out(torch.cat([hidden, read]))
+
+
+def written(memory: Memory, look: Look) -> Memory:
+    """The memory after the step that saw ``look``: its writing half."""
+    heads, slots = memory.attention.shape
+    least = one_hot((-memory.usage).topk(heads).indices, slots, memory.usage).sum(0)
+    write = look.alpha * memory.attention + (1 - look.alpha) * least
+    rows = memory.rows * (1 - least[:, None]) + write.T @ look.keys
+    usage = USAGE_DECAY * memory.usage + look.attention.sum(0) + write.sum(0)
+    return Memory(look.hidden, look.cell, look.read, rows, usage, look.attention)
 
 
 def instance_of(y: Tensor) -> Tensor:
@@ -105,6 +133,7 @@ def mann(
     slots: int = 128,
     width: int = 40,
     heads: int = 4,
+    key_strength: float = 10.0,
 ) -> Algorithm:
     """Memory-augmented neural network.
 
@@ -115,14 +144,21 @@ def mann(
         slots: rows of the memory, at least ``heads``.
         width: of a row, at least 1.
         heads: that read and write, at least 1.
+        key_strength: β, above 0; the paper's 1 makes the attention nearly uniform.
     """
     for name, value in {"controller": controller, "width": width, "heads": heads}.items():
         require(value >= 1, f"{name} must be at least 1, not {value}")
     require(slots >= heads, f"slots must be at least heads={heads}, not {slots}")
+    require(key_strength > 0, f"key_strength must be above 0, not {key_strength}")
     trunk, head = trunk_and_head(model, spec, "mann")
-    embed = forward_of(trunk)
+    features = forward_of(trunk)
+    numbers = 0 if spec.tokens else prod(spec.input_shape)
+    token = head.in_features + numbers + spec.outputs
+    look, drawn = own_network(lambda: Mann(token, spec.outputs, controller, width, heads, key_strength))
 
-    step, drawn = own_network(lambda: Mann(head.in_features + spec.outputs, spec.outputs, controller, width, heads))
+    def embed(weights: Weights, x: Tensor) -> Tensor:
+        z = features(weights, x)
+        return torch.cat([layer_norm(z, z.shape[-1:]), x.flatten(1)] if numbers else [layer_norm(z, z.shape[-1:])], -1)
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, "mann")[0])
@@ -132,13 +168,14 @@ def mann(
         """The memory after features ``z`` with targets ``y``, and the predictions made on the way ``[n, outputs]``."""
         memory, outputs = empty(z, controller, slots, width, heads), []
         for token in torch.cat([z, torch.cat([torch.zeros_like(y[:1]), y[:-1]])], -1):
-            memory, output = step(theta["memory"], (memory, token))
+            seen, output = look(theta["memory"], (memory, token))
+            memory = written(memory, seen)
             outputs.append(output)
         return memory, torch.stack(outputs)
 
     def answers(theta: Tree, memory: Memory, last: Tensor, queries: Tensor) -> Tensor:
         tokens = torch.cat([queries, last.expand(len(queries), -1)], -1)
-        return cast(Tensor, vmap(lambda token: step(theta["memory"], (memory, token))[1])(tokens))
+        return cast(Tensor, vmap(lambda token: look(theta["memory"], (memory, token))[1])(tokens))
 
     def sequence(theta: Tree, support: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions along the support set, and of queries behind it."""
