@@ -32,11 +32,19 @@ class BatchStatistics(nn.Module):
         return centred * scale[:, None, None] + self.bias[:, None, None]
 
 
-class LayerStatistics(nn.Module):
-    """Layer normalisation (Ba et al. 2016, https://arxiv.org/abs/1607.06450) over the last axis.
+def layer_normalised(x: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """``x [..., width]`` with mean 0 and variance 1 over its last axis (Ba et al. 2016,
+    https://arxiv.org/abs/1607.06450).
 
     Written out for the same reason: torch's own gives a wrong second-order gradient under ``torch.func.vmap``.
     """
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    return centred * torch.rsqrt(variance + epsilon)
+
+
+class LayerStatistics(nn.Module):
+    """Layer normalisation over the last axis, with a learned scale and shift of each number."""
 
     def __init__(self, width: int, epsilon: float = 1e-5) -> None:
         super().__init__()
@@ -46,6 +54,4 @@ class LayerStatistics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` → the same shape."""
-        centred = x - x.mean(-1, keepdim=True)
-        variance = (centred * centred).mean(-1, keepdim=True)
-        return centred * torch.rsqrt(variance + self.epsilon) * self.weight + self.bias
+        return layer_normalised(x, self.epsilon) * self.weight + self.bias

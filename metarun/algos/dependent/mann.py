@@ -19,8 +19,8 @@ five labels the first one can be guessed in 45.7 % of cases, from the labels tha
 
 Some texts call another method MANN: "model-agnostic neural architecture search" is `metanas` here.
 
-Three things differ from the paper, so that it learns in minutes (as printed, it still treated the labels as counters
-after 15,000 episodes):
+Three things differ from the paper, so that it learns in minutes (as printed, it only learned to count labels in
+14,000 episodes):
 
     key strength    β, as in Neural Turing Machines (Graves et al. 2014, equation 5). The paper has none, which is
                     β = 1: then no row of 128 can have more than 6 % of the attention.
@@ -35,7 +35,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.functional import layer_norm
 
 from metarun.errors import require
 from metarun.functional import (
@@ -49,6 +48,7 @@ from metarun.functional import (
     trunk_and_head,
     unit_rows,
 )
+from metarun.norm import layer_normalised
 from metarun.types import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
 
 USAGE_DECAY = 0.99
@@ -157,8 +157,8 @@ def mann(
     look, drawn = own_network(lambda: Mann(token, spec.outputs, controller, width, heads, key_strength))
 
     def embed(weights: Weights, x: Tensor) -> Tensor:
-        z = features(weights, x)
-        return torch.cat([layer_norm(z, z.shape[-1:]), x.flatten(1)] if numbers else [layer_norm(z, z.shape[-1:])], -1)
+        z = layer_normalised(features(weights, x))
+        return torch.cat([z, x.flatten(1)], -1) if numbers else z
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, "mann")[0])
