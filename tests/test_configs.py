@@ -4,6 +4,7 @@ from importlib.resources import files
 
 import pytest
 from conftest import composed, experiment_of
+from omegaconf import OmegaConf
 
 from metarun.errors import UserError
 from metarun.run import run
@@ -91,3 +92,13 @@ def test_an_experiment_wins_over_the_preset_and_the_command_line_over_both():
     assert config.task.shots == 5
     assert config.train.steps == 7
     assert experiment_of("algo=protonet", "task=omniglot", "task.dataset=procedural").config.task.train_ways == 60
+
+
+@pytest.mark.parametrize("preset", names("preset/by_model"))
+def test_what_a_preset_sets_of_a_model_is_set_of_that_model_alone(preset):
+    algo, task, model = preset.split("_", 2)
+    overrides = (f"algo={algo}", f"task={task}", "task.dataset=procedural")
+    own = OmegaConf.load(CONF / "preset" / "by_model" / f"{preset}.yaml").model
+    built = experiment_of(*overrides, f"model={model}").config.model
+    assert {key: built[key] for key in own} == own
+    assert not set(own) & set(experiment_of(*overrides, "model=mlp").config.model)
