@@ -74,7 +74,8 @@ def test_a_sentence_without_words_has_features_of_zero_and_n_grams_are_not_read(
 
 def test_a_gated_unit_equals_torchs_own_where_the_candidate_is_diagonal():
     """Torch resets behind the candidate's product and we before it, as the paper: alike if it mixes nothing."""
-    policy = shaken(GRUPolicy(Bandit(arms=3, pulls=4, shots=2, queries=2).spec, 6))
+    spec = Bandit(arms=3, pulls=4, shots=2, queries=2).spec
+    policy = shaken(GRUPolicy(spec, 6))
     with torch.no_grad():
         policy.candidate.weight.mul_(torch.eye(6))
     theirs = nn.GRU(6, 6)
@@ -86,7 +87,7 @@ def test_a_gated_unit_equals_torchs_own_where_the_candidate_is_diagonal():
             "bias_hh_l0": torch.zeros(18),
         }
     )
-    observation = torch.randn(4, 2, *policy_input(policy), generator=generator())
+    observation = torch.randn(4, 2, *spec.input_shape, generator=generator())
     action = nn.functional.one_hot(torch.randint(3, (4, 2), generator=generator(1)), 3).double()
     reward, done = (torch.randint(2, (4, 2, 1), generator=generator(n)).double() for n in (2, 3))
     seen = Seen(observation, action, reward, done, torch.zeros(4, 2, dtype=torch.long))
@@ -94,11 +95,6 @@ def test_a_gated_unit_equals_torchs_own_where_the_candidate_is_diagonal():
     output, carry = policy(seen)
     torch.testing.assert_close(output, policy.head(expected))
     torch.testing.assert_close(carry, last[0])
-
-
-def policy_input(policy):
-    """Shape of an observation: what the encoder reads beside actions, their products, reward and end."""
-    return (policy.encoder[0].in_features - 2 * 3 - 2,)
 
 
 def test_a_supernet_of_one_operation_is_the_four_blocks():
