@@ -121,3 +121,18 @@ def test_a_mixed_convolution_is_the_weighted_sum_of_its_operations():
     weights = mixed.paths[2][0][0].weight
     by_channel = [nn.functional.conv2d(x[:, c : c + 1], weights[c : c + 1], stride=2, padding=1) for c in range(3)]
     torch.testing.assert_close(mixed.paths[2][0][0](x), torch.cat(by_channel, 1))
+
+
+def test_from_a_head_of_zeros_the_first_gradient_is_a_sum_of_features_and_leaves_the_trunk_alone():
+    """Kao, Chiu, Chen 2022, section 2: the softmax is uniform, so that row c has Σ (1/ways − [label = c]) features."""
+    model = Conv4(IMAGE_SPEC, 4, zero_head=True)
+    images = torch.randn(6, *IMAGE_SPEC.input_shape, generator=generator())
+    labels = torch.arange(6) % IMAGE_SPEC.outputs
+    nn.functional.cross_entropy(model(images), labels, reduction="sum").backward()
+    features = model.trunk(images)
+    assert model.head.weight.grad is not None
+    assert model.head.weight.grad.any()
+    for row, gradient in enumerate(model.head.weight.grad):
+        own = features[labels == row].sum(0)
+        torch.testing.assert_close(gradient, features.sum(0) / IMAGE_SPEC.outputs - own)
+    assert all((weight.grad == 0).all() for weight in model.trunk.parameters())

@@ -39,6 +39,9 @@ class Conv4(nn.Module):
         halvings: blocks that do, from the first on, 0 to 4.
         readout: ``mean`` or ``flatten``.
         norm: ``batch`` (statistics of the current batch, hence transductive), ``group`` or ``none``.
+        zero_head: whether the head starts from zeros. Then the classes are alike before adaptation, and what one step
+            writes is a sum of support features (Kao, Chiu, Chen 2022, https://arxiv.org/abs/2106.15367). Gradients
+            taken after adaptation alone (first order, implicit) never correct a random head, and enlarge it.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Conv4(nn.Module):
         halvings: int = 4,
         readout: Literal["mean", "flatten"] = "mean",
         norm: Literal["batch", "group", "none"] = "batch",
+        zero_head: bool = False,
     ) -> None:
         super().__init__()
         require(filters >= 1, f"filters must be at least 1, not {filters}")
@@ -75,6 +79,9 @@ class Conv4(nn.Module):
             layers.append(nn.AdaptiveAvgPool2d(1))
         self.trunk = nn.Sequential(*layers, nn.Flatten())
         self.head = nn.Linear(filters if readout == "mean" else last.numel(), spec.outputs)
+        if zero_head:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, channels, height, width]`` → ``[examples, outputs]``."""
