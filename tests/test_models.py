@@ -124,7 +124,7 @@ def test_a_mixed_convolution_is_the_weighted_sum_of_its_operations():
 
 
 def test_from_a_head_of_zeros_the_first_gradient_is_a_sum_of_features_and_leaves_the_trunk_alone():
-    """Kao, Chiu, Chen 2022, section 2: the softmax is uniform, so that row c has Σ (1/ways − [label = c]) features."""
+    """The softmax is uniform, so that row c has Σ (1/ways − [label = c]) features (https://arxiv.org/abs/2106.15367)."""
     model = Conv4(IMAGE_SPEC, 4, zero_head=True)
     images = torch.randn(6, *IMAGE_SPEC.input_shape, generator=generator())
     labels = torch.arange(6) % IMAGE_SPEC.outputs

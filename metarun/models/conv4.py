@@ -39,9 +39,9 @@ class Conv4(nn.Module):
         halvings: blocks that do, from the first on, 0 to 4.
         readout: ``mean`` or ``flatten``.
         norm: ``batch`` (statistics of the current batch, hence transductive), ``group`` or ``none``.
-        zero_head: whether the head starts from zeros. Then the classes are alike before adaptation, and what one step
-            writes is a sum of support features (Kao, Chiu, Chen 2022, https://arxiv.org/abs/2106.15367). Gradients
-            taken after adaptation alone (first order, implicit) never correct a random head, and enlarge it.
+        zero_head: whether the head starts meta-training from zeros. Then the classes are alike before adaptation, and
+            what the first step writes is a sum of support features (Kao, Chiu, Chen 2022,
+            https://arxiv.org/abs/2106.15367, who also set it to zero again in each meta-step).
     """
 
     def __init__(
