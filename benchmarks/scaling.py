@@ -34,6 +34,8 @@ from metarun.process import keep_freed_memory
 from metarun.recording import Recording
 from metarun.stepper import Counted
 from metarun.stepping import MetaStep
+from metarun.tree import tree_map
+from metarun.types import Task
 
 Row = dict[str, Any]
 
@@ -117,9 +119,7 @@ def adaptation(rounds: int) -> list[Row]:
     model, algorithm, family = experiment.model, experiment.algorithm, experiment.family
     theta = experiment.initial_thetas()[0]
     blocks = list(episodes(experiment, "test", 600))
-    together = type(blocks[0])(
-        *({n: torch.cat([part[n] for part in parts]) for n in parts[0]} for parts in zip(*blocks, strict=True))
-    )
+    together = Task(**tree_map(lambda *leaves: torch.cat(leaves), *(block._asdict() for block in blocks)))
 
     def ours() -> object:
         return engine.evaluate(algorithm, theta, together, family.loss, 10)

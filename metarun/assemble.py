@@ -13,7 +13,7 @@ from metarun.config import build, check_ranges
 from metarun.errors import UserError
 from metarun.functional import seeded
 from metarun.replicas import replica_configs
-from metarun.types import Algorithm, Family, Tree
+from metarun.types import Algorithm, Family, Split, Task, Tree
 
 STREAMS = {"weights": 0, "algorithm": 1, "train": 2, "val": 3, "test": 4}
 
@@ -22,6 +22,14 @@ def stream(seed: int, name: str, index: int = 0) -> torch.Generator:
     """A CPU generator for one purpose: the same (seed, name, index) always gives the same numbers."""
     state = np.random.SeedSequence([seed, STREAMS[name], index]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
+
+
+def sample_tasks(experiment: "Experiment", split: Split, count: int, generator: torch.Generator) -> Task:
+    """Tasks of the family, each with a seed; the seeds are drawn after the tasks, which therefore do not change."""
+    tasks = experiment.family.sample(split, count, generator)
+    if tasks.seed is not None:
+        return tasks
+    return tasks._replace(seed=torch.randint(2**62, (count,), generator=generator).to(experiment.device))
 
 
 @dataclass(frozen=True)

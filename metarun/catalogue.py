@@ -22,6 +22,7 @@ from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.omniglot import Omniglot
 from metarun.tasks.sinusoid import Sinusoid
+from metarun.transforms import task_of
 from metarun.tree import learned, size, tree_map
 from metarun.types import Algorithm, Family, Tree
 
@@ -68,8 +69,7 @@ def first_that_fits(name: str, tried: list[Reference]) -> tuple[Algorithm, nn.Mo
 
 def cost(algorithm: Algorithm, model: nn.Module, family: Family, theta: Tree) -> str:
     """Work of adapting to one task and answering a query, in forward passes of the model on the same examples."""
-    block = family.sample("test", 1, stream(0, "test"))
-    support, query = (tree_map(lambda leaf: leaf[0], part) for part in block)
+    support, query, _ = task_of(family.sample("test", 1, stream(0, "test")), 0)
     query = tree_map(lambda leaf: leaf[:1], query)
     with Counted() as forward:
         family.loss(model, support)

@@ -1,7 +1,6 @@
 """One meta-step and one evaluation over many tasks.
 
-An algorithm is written for one task; this module maps it over the tasks of a batch with ``torch.func.vmap``
-and differentiates the mean.
+An algorithm is written for one task; this module maps it over the tasks of a batch and differentiates the mean.
 """
 
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
+from metarun.transforms import gradient, over_tasks
 from metarun.tree import learned, leaves, like, size, tree_map
 from metarun.tree import mean as mean_over_tasks
 from metarun.types import Algorithm, Loss, MetaGradient, Predict, Task, Tree
@@ -49,12 +48,14 @@ def meta_gradient(
         return algorithm.meta_grad(theta, tasks, loss)
 
     def mean_loss(variables: Tree) -> tuple[Tensor, tuple[Tensor, Tensor, Tree]]:
-        one_task = partial(query_loss, algorithm, {**theta, **variables}, loss=loss)
-        losses, scores, renewed = vmap(one_task)(tasks)
+        def one_task(task: Task) -> tuple[Tensor, Tensor, Tree]:
+            return query_loss(algorithm, {**theta, **variables}, task, loss)
+
+        losses, scores, renewed = over_tasks(one_task, tasks, training=True)
         return losses.mean(), (losses.mean(), scores.mean(), mean_over_tasks(renewed))
 
     if transformed:
-        gradients, (mean, score, renewed) = grad(mean_loss, has_aux=True)(learned(theta))
+        gradients, (mean, score, renewed) = gradient(mean_loss, learned(theta), has_aux=True)
     else:
         variables = tree_map(lambda leaf: leaf.detach().requires_grad_(), learned(theta))
         with torch.enable_grad():
@@ -103,7 +104,7 @@ def evaluate(
                 results.append((value, score, second))
         return tuple(torch.stack(column) for column in zip(*results, strict=True))
 
-    return Evaluated(reached, *vmap(one_task)(tasks))
+    return Evaluated(reached, *over_tasks(one_task, tasks, training=False))
 
 
 @torch.no_grad()
@@ -114,7 +115,8 @@ def adapt_and_score(algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss, 
         state = adapted(algorithm, theta, task.support, loss, steps)
         return loss(partial(algorithm.predict, theta, state), task.query)[0]
 
-    return vmap(one_task)(tasks)
+    scored: Tensor = over_tasks(one_task, tasks, training=False)
+    return scored
 
 
 def adapted_parameters(algorithm: Algorithm, theta: Tree) -> int:

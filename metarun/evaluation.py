@@ -9,10 +9,11 @@ from itertools import islice
 import torch
 
 from metarun import engine
-from metarun.assemble import Experiment, Replica, stream
+from metarun.assemble import Experiment, Replica, sample_tasks, stream
 from metarun.errors import UserError
 from metarun.recording import release_gpu_memory
 from metarun.results.observations import Observed
+from metarun.transforms import over_tasks
 from metarun.tree import leaves, size, tree_map
 from metarun.types import Split, Task, Tree
 
@@ -33,11 +34,8 @@ class Tested:
 def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]:
     """The first ``count`` validation or test episodes in blocks, by ``eval.seed`` alone."""
     for index, first in enumerate(range(0, count, EPISODE_BLOCK)):
-        block = experiment.family.sample(split, EPISODE_BLOCK, stream(experiment.config.eval.seed, split, index))
-        rest = count - first
-        if rest < EPISODE_BLOCK:
-            block = Task(*(tree_map(lambda leaf: leaf[:rest], part) for part in block))  # noqa: B023
-        yield block
+        block = sample_tasks(experiment, split, EPISODE_BLOCK, stream(experiment.config.eval.seed, split, index))
+        yield Task(**tree_map(lambda leaf: leaf[: count - first], block._asdict()))  # noqa: B023
 
 
 NUMBERS_AT_ONCE = {"cpu": 4_000_000, "cuda": 64_000_000}
@@ -62,7 +60,7 @@ def evaluate(
     rest = iter(tasks)
     first = next(rest)
     # Models make some dozen numbers of each number that they are given.
-    inputs = 16 * sum(size(part) for part in first) // len(next(leaves(first.query)))
+    inputs = 16 * (size(first.support) + size(first.query)) // len(next(leaves(first.query)))
     numbers = EPISODE_BLOCK * max(engine.adapted_parameters(algorithm, theta), inputs, 1)
     at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // numbers, 1)
     if family.spec.control is not None:
@@ -70,9 +68,9 @@ def evaluate(
         at_once = 1
     held, results = [first, *islice(rest, at_once - 1)], list[engine.Evaluated]()
     while held or (held := list(islice(rest, at_once))):
-        group = zip(*held[:at_once], strict=True)
         try:
-            together = Task(*(tree_map(lambda *leaves: torch.cat(leaves), *parts) for parts in group))
+            blocks = [block._asdict() for block in held[:at_once]]
+            together = Task(**tree_map(lambda *leaves: torch.cat(leaves), *blocks))
             results.append(engine.evaluate(algorithm, theta, together, family.loss, steps, second_score))
             held = held[at_once:]
         except torch.cuda.OutOfMemoryError as error:
@@ -112,8 +110,8 @@ def observe(experiment: Experiment, index: int, theta: Tree) -> Observed:
     assert observation is not None
     numbers, groups = [], list[str]()
     for block in episodes(experiment, "test", eval_config.episodes):
-        measured = torch.func.vmap(lambda task: observation.measure(theta, task, family.loss, eval_config.adapt_steps))(
-            block
+        measured = over_tasks(
+            lambda task: observation.measure(theta, task, family.loss, eval_config.adapt_steps), block, training=False
         )
         numbers.append(measured.cpu())
         names = family.spec.groups

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call
 
 from metarun.errors import require
+from metarun.transforms import gradient
 from metarun.types import Loss, Spec, Tree, Weights
 
 Forward = Callable[[Weights, Any], Tensor]
@@ -59,7 +60,7 @@ def parameters_of(module: nn.Module) -> Weights:
 
 def support_gradient(forward: Forward, weights: Weights, support: Tree, loss: Loss) -> Weights:
     """Gradient of the support loss of one task at ``weights``."""
-    return cast(Weights, grad(lambda w: loss(partial(forward, w), support)[0])(weights))
+    return cast(Weights, gradient(lambda w: loss(partial(forward, w), support)[0], weights))
 
 
 def gradient_descent(
@@ -80,9 +81,9 @@ def gradient_descent(
     for learning_rate in learning_rates:
         yield weights
         start = {name: w.detach() for name, w in weights.items()} if first_order else weights
-        gradient = support_gradient(forward, start, support, loss)
+        slope = support_gradient(forward, start, support, loss)
         rates = learning_rate if isinstance(learning_rate, dict) else dict.fromkeys(weights, learning_rate)
-        weights = {name: w - rates[name] * gradient[name] for name, w in weights.items()}
+        weights = {name: w - rates[name] * slope[name] for name, w in weights.items()}
 
 
 def part_descent(

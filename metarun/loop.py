@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metarun.assemble import Experiment, stream
+from metarun.assemble import Experiment, sample_tasks, stream
 from metarun.errors import UserError
 from metarun.evaluation import better, episodes, validate
 from metarun.outer import learning_rates
@@ -50,10 +50,10 @@ def stop_on_signal() -> Iterator[list[int]]:
 
 
 def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Tree:
-    """``support`` and ``query`` of ``count`` tasks for each of ``seeds``, leaves ``[replicas, tasks, ...]``."""
+    """Branches of ``count`` tasks for each of ``seeds``, as one tree with leaves ``[replicas, tasks, ...]``."""
 
     def drawn(seed: int) -> Tree:
-        return experiment.family.sample("train", count, stream(seed, "train", step))._asdict()
+        return sample_tasks(experiment, "train", count, stream(seed, "train", step))._asdict()
 
     if len(set(seeds)) == 1:
         return tree_map(lambda leaf: leaf.expand(len(seeds), *leaf.shape), drawn(seeds[0]))

@@ -1,4 +1,4 @@
-"""Planning in a known table, and random numbers for planners that draw the table."""
+"""Planning in a known table, and Gamma numbers for planners that draw the table."""
 
 import math
 
@@ -22,25 +22,6 @@ def action_values(transitions: Tensor, rewards: Tensor, horizon: int) -> Tensor:
         backwards.append(rewards + (transitions * values[..., None, None, :]).sum(-1))
         values = backwards[-1].amax(-1)
     return torch.stack(backwards[::-1], -3)
-
-
-def uniforms(seed: Tensor, count: int) -> Tensor:
-    """``count`` numbers inside (0, 1) for every integer of ``seed [...]``: ``[..., count]``, in the default dtype.
-
-    SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195) of the seed and a counter; plain
-    arithmetic, so that it works where a generator does not, under ``torch.func.vmap``.
-    """
-
-    def shifted(z: Tensor, bits: int) -> Tensor:
-        # Logical shift to the right: the sign's copies are masked away.
-        return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-    steps = torch.arange(1, count + 1, device=seed.device)
-    z = seed[..., None] + steps * -7046029254386353131
-    z = (z ^ shifted(z, 30)) * -4658895280553007687
-    z = (z ^ shifted(z, 27)) * -7723592293110705685
-    z = z ^ shifted(z, 31)
-    return (shifted(z, 41).to(torch.get_default_dtype()) + 0.5) / 2**23
 
 
 LARGEST_SUM = 8

@@ -4,7 +4,7 @@ Everything that a step reads is in one tree, every leaf ``[replicas, ...]``:
 
 - ``state``: the learned numbers in one vector (``weights``), what the optimizer remembers (``moments``), what an
   algorithm replaces by itself (``carried``);
-- ``tasks``: ``support`` and ``query`` of a batch of tasks;
+- ``tasks``: ``support``, ``query`` and ``seed`` of a batch of tasks;
 - ``rates``: the learning rate of this step (``lr``), and the values of every hyperparameter in which replicas differ.
 
 One vector, because an optimizer's arithmetic on thirty small tensors costs thirty times that on one.
@@ -146,7 +146,7 @@ class MetaStep:
                 found = meta_gradient(
                     experiment.algorithm,
                     self.layout.theta(state),
-                    Task(tasks["support"], tasks["query"]),
+                    Task(**tasks),
                     experiment.family.loss,
                     transformed=self.count > 1,
                 )
@@ -175,7 +175,7 @@ class MetaStep:
             raise
         for index, one in enumerate(experiment.replicas):
             own = replica(given, index)
-            tasks = Task(own["tasks"]["support"], own["tasks"]["query"])
+            tasks = Task(**own["tasks"])
             theta = self.layout.theta(own["state"])
             expected = self.layout.vector(meta_gradient(one.algorithm, theta, tasks, experiment.family.loss).grads)
             if (found[index] - expected).norm() > 1e-2 * expected.norm() + 1e-7:

@@ -36,6 +36,8 @@ class Task(NamedTuple):
     """What adaptation may see."""
     query: Tree
     """What scores it."""
+    seed: Tensor | None = None
+    """One integer per task, from which all other randomness of adapting and scoring comes; attached by the loop."""
 
 
 def flat(x: Tensor) -> Tensor:

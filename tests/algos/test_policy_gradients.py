@@ -140,7 +140,7 @@ def test_an_episode_that_reached_its_goal_counts_no_further():
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     tasks = family.sample("train", 2, generator(1))
     ahead = torch.tanh(weights["trunk.0.bias"]) @ weights["head.linear.weight"].T + weights["head.linear.bias"]
-    for part in tasks:
+    for part in tasks[:2]:
         part["goal"] = (0.3 * ahead).expand_as(part["goal"]).clone()
     episodes = walk(weights, tasks.support["goal"][0, 0], tasks.support["noise"][0])
     assert any(len(steps) < 12 for steps in episodes)
@@ -179,7 +179,7 @@ def test_every_model_is_right_in_second_order(tasks_for, model):
     leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
     total = 0
     for i in range(3):
-        support, query = ({name: leaf[i] for name, leaf in part.items()} for part in tasks)
+        support, query = ({name: leaf[i] for name, leaf in part.items()} for part in tasks[:2])
         fast = leaves
         for _ in range(2):
             loss, _ = family.loss(lambda x: functional_call(model, fast, (x,)), support)  # noqa: B023

@@ -14,7 +14,8 @@ from metarun.algos.baselines.ucb1 import ucb1
 from metarun.engine import evaluate
 from metarun.functional import forward_of, support_gradient
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
-from metarun.planning import LARGEST_SUM, action_values, gamma, uniforms
+from metarun.planning import LARGEST_SUM, action_values, gamma
+from metarun.random import uniform
 from metarun.tasks import control
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
@@ -202,7 +203,7 @@ def test_backward_induction_equals_enumerating_every_policy():
 
 def test_numbers_from_seeds_are_uniform_and_gamma():
     seeds = torch.randint(2**62, (500,), generator=generator())
-    u = uniforms(seeds, 400)
+    u = uniform(seeds, (400,))
     assert u.min() > 0
     assert u.max() < 1
     assert u.mean().item() == pytest.approx(0.5, abs=0.002)

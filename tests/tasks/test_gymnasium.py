@@ -77,7 +77,7 @@ def test_meta_gradient_of_many_tasks_is_the_mean_of_single_ones():
         meta_gradient(
             algorithm,
             theta,
-            type(tasks)(*({name: leaf[i : i + 1] for name, leaf in part.items()} for part in tasks)),
+            type(tasks)(*({name: leaf[i : i + 1] for name, leaf in part.items()} for part in tasks[:2])),
             family.loss,
         )
         for i in range(3)
@@ -115,7 +115,7 @@ def test_scores_do_not_depend_on_how_many_tasks_run_together():
     policy = Policy(family.spec, (4,))
     algorithm = maml(policy, family.spec, 0.1)
     theta, tasks = algorithm.init(policy, generator()), family.sample("test", 3, generator())
-    first = type(tasks)(*({name: leaf[:1] for name, leaf in part.items()} for part in tasks))
+    first = type(tasks)(*({name: leaf[:1] for name, leaf in part.items()} for part in tasks[:2]))
     whole, alone = (evaluate(algorithm, theta, part, family.loss, 1).scores for part in (tasks, first))
     torch.testing.assert_close(whole[:1], alone)
 

@@ -22,7 +22,7 @@ def procedural():
 
 def test_a_batch_is_balanced_shuffled_and_support_and_query_share_no_drawing(procedural):
     tasks = procedural.sample("train", 40, generator())
-    for part, shots in zip(tasks, (2, 3), strict=True):
+    for part, shots in zip(tasks[:2], (2, 3), strict=True):
         assert part["x"].shape == (40, 5 * shots, 1, 28, 28)
         assert 0 <= part["x"].min() < part["x"].max() <= 1
         assert (part["y"].sum(1) == shots).all()
@@ -32,7 +32,7 @@ def test_a_batch_is_balanced_shuffled_and_support_and_query_share_no_drawing(pro
     assert 0.1 < (rank == label).double().mean() < 0.3
     assert 0.1 < (label == torch.arange(10) // 2).double().mean() < 0.3
     # Every image of a task is another one, and the same class has the same label in both parts.
-    images = torch.cat([part["x"].flatten(2) for part in tasks], 1)
+    images = torch.cat([part["x"].flatten(2) for part in tasks[:2]], 1)
     assert (torch.cdist(images, images) + 99 * torch.eye(25) > 0.5).all()
     for i in range(40):
         known = dict(zip(identity[i].tolist(), label[i].tolist(), strict=True))

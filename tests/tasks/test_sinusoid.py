@@ -12,7 +12,7 @@ def test_points_lie_on_one_sine_wave_within_the_ranges_of_the_paper(split, suppo
     tasks = Sinusoid(shots=5, queries=40).sample(split, 500, generator())
     assert tasks.support["x"].shape == (500, support, 1)
     assert tasks.query["y"].shape == (500, query, 1)
-    x, y = (torch.cat([part[n] for part in tasks], 1).squeeze(-1).double() for n in ("x", "y"))
+    x, y = (torch.cat([part[n] for part in tasks[:2]], 1).squeeze(-1).double() for n in ("x", "y"))
     assert -5 <= x.min() < -4.9
     assert 4.9 < x.max() <= 5
     # A sin(x − φ) = a sin x + b cos x: two unknowns explain every point of a task, and give A and φ back.

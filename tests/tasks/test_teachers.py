@@ -15,7 +15,7 @@ def test_a_task_is_linear_in_the_units_of_its_own_operation_and_of_no_other():
     operations = {"relu": lambda h: h.clamp(min=0), "tanh": torch.tanh, "sine": torch.sin}
     assert family.spec.groups == tuple(operations)
     for i in range(60):
-        x, y = (torch.cat([part[name][i] for part in tasks]) for name in ("x", "y"))
+        x, y = (torch.cat([part[name][i] for part in tasks[:2]]) for name in ("x", "y"))
         hidden = 1.5 * (x @ family.first.to(x).T + family.bias.to(x))
         left = {}
         for name, operation in operations.items():

@@ -66,7 +66,7 @@ def toy():
 
 def test_a_batch_is_balanced_and_support_and_query_share_no_sentence(toy):
     tasks = toy.sample("train", 40, generator())
-    for part, shots in zip(tasks, (2, 3), strict=True):
+    for part, shots in zip(tasks[:2], (2, 3), strict=True):
         assert part["x"].shape == (40, 5 * shots, *toy.spec.input_shape)
         assert (part["y"].sum(1) == shots).all()
     labels = tasks.support["y"].argmax(-1)
@@ -75,7 +75,7 @@ def test_a_batch_is_balanced_and_support_and_query_share_no_sentence(toy):
         known = dict(zip(tasks.support["class"][i].tolist(), labels[i].tolist(), strict=True))
         query = zip(tasks.query["class"][i].tolist(), tasks.query["y"][i].argmax(-1).tolist(), strict=True)
         assert all(known[c] == y for c, y in query)
-        rows = {tuple(row.tolist()) for part in tasks for row in part["x"][i]}
+        rows = {tuple(row.tolist()) for part in tasks[:2] for row in part["x"][i]}
         assert len(rows) >= 24  # two sentences of a class may happen to be the same
 
 
@@ -127,7 +127,7 @@ def test_tasks_of_the_parallel_corpus_stay_inside_one_language():
     language_of = torch.arange(len(pool.size)).repeat_interleave(pool.size.sum(1))
     tasks = family.sample("test", 20, generator())
     for i in range(20):
-        rows = torch.cat([part["x"][i] for part in tasks]).int()
+        rows = torch.cat([part["x"][i] for part in tasks[:2]]).int()
         found = [(pool.rows == row).all(1).nonzero()[:, 0] for row in rows]
         common = set.intersection(*({language_of[j].item() for j in hits} for hits in found))
         assert len(common) >= 1
@@ -228,7 +228,7 @@ def test_a_sentence_without_words_leaves_gradients_finite():
     family = text(ways=2, shots=2, queries=2, dataset="toy", buckets=16)
     model = TextEmbedding(family.spec, 4)
     tasks = family.sample("train", 2, generator())
-    for part in tasks:
+    for part in tasks[:2]:
         part["x"][:, 0] = 0
     for algorithm in (maml(model, family.spec, 0.5, 2), protonet(model, family.spec, "cosine")):
         grads = meta_gradient(algorithm, algorithm.init(model, generator()), tasks, family.loss).grads

@@ -20,10 +20,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 
 from metarun.errors import require
 from metarun.functional import forward_of, parameters_of, support_gradient
+from metarun.transforms import gradient, over_tasks
 from metarun.tree import dot, mean
 from metarun.types import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
 
@@ -91,8 +91,8 @@ def imaml(
         start = weights = theta["weights"]
         while True:
             yield weights
-            gradient = support_gradient(forward, weights, support, loss)
-            weights = {n: w - inner_lr * (gradient[n] + strength * (w - start[n])) for n, w in weights.items()}
+            slope = support_gradient(forward, weights, support, loss)
+            weights = {n: w - inner_lr * (slope[n] + strength * (w - start[n])) for n, w in weights.items()}
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
         return forward(state, x)
@@ -105,21 +105,21 @@ def imaml(
                 value, score = loss(partial(forward, weights), task.query)
                 return value, (value, score)
 
-            gradient, (value, score) = grad(query_loss, has_aux=True)(solved)
+            slope, (value, score) = gradient(query_loss, solved, has_aux=True)
             if cg_steps == 0:
-                return gradient, value, score
+                return slope, value, score
 
             def product(v: Weights) -> Weights:
                 def along(weights: Weights) -> Tensor:
                     return dot(support_gradient(forward, weights, task.support, loss), v)
 
-                hessian_v = cast(Weights, grad(along)(solved))
+                hessian_v = cast(Weights, gradient(along, solved))
                 return {name: (1 + damping) * v[name] + hessian_v[name] / strength for name in v}
 
-            return conjugate_gradients(product, gradient, cg_steps), value, score
+            return conjugate_gradients(product, slope, cg_steps), value, score
 
         with torch.no_grad():
-            grads, losses, scores = vmap(one_task)(tasks)
+            grads, losses, scores = over_tasks(one_task, tasks, training=True)
             return MetaGradient({"weights": mean(grads)}, losses.mean(), scores.mean(), {})
 
     return Algorithm(

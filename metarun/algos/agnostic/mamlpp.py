@@ -31,11 +31,11 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad
 
 from metarun.errors import require
 from metarun.functional import Forward, forward_of, parameters_of
 from metarun.norm import BatchStatistics
+from metarun.transforms import gradient
 from metarun.tree import size, tree_map
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
@@ -182,15 +182,15 @@ def mamlpp(
                 return value, (kept() if forward is in_training else {})
 
             start = {n: w.detach() for n, w in weights.items()} if second_order is False else weights
-            gradient, seen = grad(support_loss, has_aux=True)(start)
+            slope, seen = gradient(support_loss, start, has_aux=True)
             if second_order is False:
-                gradient = {n: g.detach() for n, g in gradient.items()}
+                slope = {n: g.detach() for n, g in slope.items()}
             if isinstance(second_order, Tensor):
-                gradient = {n: g.detach() + second_order * (g - g.detach()) for n, g in gradient.items()}
+                slope = {n: g.detach() + second_order * (g - g.detach()) for n, g in slope.items()}
             rates = (
                 {n: r[step] for n, r in theta["rates"].items()} if learned_rates else dict.fromkeys(weights, inner_lr)
             )
-            weights = {n: w - rates[n] * gradient[n] for n, w in weights.items()}
+            weights = {n: w - rates[n] * slope[n] for n, w in weights.items()}
             step += 1
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:

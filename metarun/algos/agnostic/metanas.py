@@ -122,9 +122,9 @@ def metanas(
 
             here = {**weights, **architecture}
             start = {name: v.detach() for name, v in here.items()} if first_order else here
-            gradient = support_gradient(tempered_forward, start, support, loss)
-            weights = {name: w - inner_lr * gradient[name] for name, w in weights.items()}
-            architecture = {name: a - architecture_lr * gradient[name] for name, a in architecture.items()}
+            slope = support_gradient(tempered_forward, start, support, loss)
+            weights = {name: w - inner_lr * slope[name] for name, w in weights.items()}
+            architecture = {name: a - architecture_lr * slope[name] for name, a in architecture.items()}
 
     def chosen(theta: Tree, state: State) -> Weights:
         """Logits that leave one operation a layer; the mixture as it is while it is still to harden."""

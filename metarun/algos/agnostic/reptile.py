@@ -25,10 +25,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from metarun.errors import require
 from metarun.functional import forward_of, parameters_of, support_gradient
+from metarun.transforms import over_tasks
 from metarun.tree import mean, subtract, tree_map
 from metarun.types import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
 
@@ -118,8 +118,8 @@ def reptile(
             )
 
         with torch.no_grad():
-            # The step count is the same for all tasks, but vmap may only return what it has mapped.
-            adapted, carried, losses, scores = vmap(one_task)(tasks)
+            # The step count is the same for all tasks, but mapping may only return what it has mapped.
+            adapted, carried, losses, scores = over_tasks(one_task, tasks, training=True)
             grads = {"weights": subtract(theta["weights"], mean(adapted))}
             return MetaGradient(grads, losses.mean(), scores.mean(), mean(carried))
 

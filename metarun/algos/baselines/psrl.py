@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.functional import one_hot
-from metarun.planning import LARGEST_SUM, action_values, gamma, uniforms
+from metarun.planning import LARGEST_SUM, action_values, gamma
+from metarun.random import uniform
 from metarun.types import Algorithm, Seen, Spec
 
 
@@ -42,9 +43,9 @@ def draw_table(memory: Memory, seed: Tensor, prior_mean: float) -> tuple[Tensor,
     """Transitions and mean rewards from the posterior, by one integer a trial."""
     trials, states, actions = memory.visits.shape
     needed = states * actions * states * LARGEST_SUM
-    uniform = uniforms(seed, needed + 2 * states * actions)
-    weights = gamma(1 + memory.moves, uniform[:, :needed].view(*memory.moves.shape, LARGEST_SUM))
-    radius, angle = uniform[:, needed:].view(trials, 2, states, actions).unbind(1)
+    numbers = uniform(seed, (needed + 2 * states * actions,))
+    weights = gamma(1 + memory.moves, numbers[:, :needed].view(*memory.moves.shape, LARGEST_SUM))
+    radius, angle = numbers[:, needed:].view(trials, 2, states, actions).unbind(1)
     normal = (-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()
     precision = 1 + memory.visits
     return weights / weights.sum(-1, keepdim=True), (prior_mean + memory.paid) / precision + normal / precision.sqrt()

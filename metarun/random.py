@@ -1,0 +1,105 @@
+"""Random numbers from an integer seed, as plain arithmetic.
+
+A generator keeps a state and works neither under ``torch.func.vmap`` nor in a recorded or compiled step. Here a number
+is a function of a seed and a counter: SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195).
+The same seed gives the same numbers, whatever runs the step, and in a resumed run too.
+
+Whatever belongs to one task (dropout, samples of a latent variable) is drawn from the task's own seed: ``drawing``
+makes it the source of ``fresh_seed``, which counts the draws in the order in which the program makes them.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metarun.errors import UserError
+
+GOLDEN = -7046029254386353131
+"""2⁶⁴ divided by the golden ratio, the increment of SplitMix64, as a signed integer."""
+
+
+def mixed(z: Tensor) -> Tensor:
+    """The output function of SplitMix64: integers of 64 bits → well-mixed integers of 64 bits."""
+
+    def shifted(z: Tensor, bits: int) -> Tensor:
+        # Logical shift to the right: the sign's copies are masked away.
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+    z = (z ^ shifted(z, 30)) * -4658895280553007687
+    z = (z ^ shifted(z, 27)) * -7723592293110705685
+    return z ^ shifted(z, 31)
+
+
+def fold(seed: Tensor, index: int | Tensor) -> Tensor:
+    """The seed of the ``index``-th independent stream of each ``seed [...]``: integers ``[...]``."""
+    # Mixed twice, so that the streams of a seed share nothing with the numbers drawn from the seed itself.
+    return mixed(mixed(seed) + (torch.as_tensor(index, device=seed.device) + 1) * GOLDEN)
+
+
+def uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Numbers inside (0, 1) for every integer of ``seed [...]``: ``[..., *shape]``, in the default dtype."""
+    counter = torch.arange(1, math.prod(shape) + 1, device=seed.device)
+    z = mixed(seed[..., None] + counter * GOLDEN)
+    bits = (z >> 41) & ((1 << 23) - 1)
+    numbers = (bits.to(torch.get_default_dtype()) + 0.5) / 2**23
+    return numbers.reshape(*seed.shape, *shape)
+
+
+def normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers for every integer of ``seed [...]``: ``[..., *shape]``, in the default dtype.
+
+    Box and Muller 1958, https://doi.org/10.1214/aoms/1177706645.
+    """
+    u = uniform(seed, (2, *shape))
+    axis = u.ndim - len(shape) - 1
+    radius, angle = u.unbind(axis)
+    return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+
+
+@dataclass
+class Draws:
+    """Where the random numbers of one task come from while it is adapted and scored."""
+
+    seed: Tensor | None
+    """An integer, or None where the caller has no seed to give."""
+    training: bool
+    """Whether this is meta-training, where dropout is on."""
+    count: int = 0
+    """How many seeds have been handed out."""
+
+
+current: ContextVar[Draws | None] = ContextVar("draws", default=None)
+
+
+@contextmanager
+def drawing(seed: Tensor | None, training: bool) -> Iterator[None]:
+    """Inside, ``fresh_seed`` draws from ``seed``, and ``in_training`` says ``training``."""
+    token = current.set(Draws(seed, training))
+    try:
+        yield
+    finally:
+        current.reset(token)
+
+
+def in_training() -> bool:
+    """Whether a task of meta-training is being computed; False in validation, in test and outside of any task."""
+    draws = current.get()
+    return draws is not None and draws.training
+
+
+def fresh_seed() -> Tensor:
+    """An integer that no other call for the same task has been given.
+
+    Raises:
+        UserError: there is no task with a seed to draw from.
+    """
+    draws = current.get()
+    if draws is None or draws.seed is None:
+        raise UserError("Random numbers are drawn from a task's seed, and the tasks here have none: set Task.seed.")
+    draws.count += 1
+    return fold(draws.seed, draws.count)

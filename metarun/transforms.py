@@ -1,0 +1,84 @@
+"""Mapping a function over tasks and differentiating it: by ``torch.func``, or by plain autograd to check that.
+
+Algorithms map and differentiate with ``over_tasks`` and ``gradient`` alone. Inside ``plainly`` both do without any
+transform of ``torch.func``: a loop over tasks, and ``torch.autograd.grad`` on a graph. The results must be the same.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from metarun.random import drawing
+from metarun.tree import leaves, like, tree_map
+from metarun.types import Task, Tree
+
+plain: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, ``over_tasks`` loops and ``gradient`` is plain autograd's."""
+    token = plain.set(True)
+    try:
+        yield
+    finally:
+        plain.reset(token)
+
+
+def gradient(function: Callable[..., Any], at: Tree, has_aux: bool = False) -> Any:
+    """Derivative of ``function``, a tree → a scalar, at a tree: one of the same structure.
+
+    The derivative can be differentiated again. With ``has_aux`` the function returns a pair (scalar, anything), and the
+    result is a pair (derivative, anything).
+    """
+    if not plain.get():
+        return grad(function, has_aux=has_aux)(at)
+    with torch.enable_grad():
+        # A view, so that only what depends on the argument counts, and not what the function knows otherwise.
+        variables = tree_map(lambda w: w.view_as(w) if w.requires_grad else w.detach().requires_grad_(), at)
+        out = function(variables)
+        value, aux = out if has_aux else (out, None)
+        found = torch.autograd.grad(value, list(leaves(variables)), create_graph=True, materialize_grads=True)
+    derivative = like(at, iter(found))
+    return (derivative, aux) if has_aux else derivative
+
+
+def stacked(results: list[Any]) -> Any:
+    """Results of one structure (tensors in tuples and dictionaries) as one, with a leading axis."""
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.stack(results)
+    if isinstance(first, dict):
+        return {key: stacked([result[key] for result in results]) for key in first}
+    columns = [stacked(list(column)) for column in zip(*results, strict=True)]
+    return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
+
+
+def over_tasks(function: Callable[[Task], Any], tasks: Task, training: bool) -> Any:
+    """``function`` of one task for each of ``tasks`` (leaves ``[tasks, ...]``): its results with a leading axis.
+
+    Inside, random numbers are drawn from each task's own seed (`metarun.random`); ``training`` says whether this is
+    meta-training.
+    """
+
+    def one(task: Task) -> Any:
+        with drawing(task.seed, training):
+            return function(task)
+
+    if plain.get():
+        count = len(next(leaves(tasks.support)))
+        return stacked([one(task_of(tasks, index)) for index in range(count)])
+    if tasks.seed is None:
+        return vmap(lambda support, query: one(Task(support, query)))(tasks.support, tasks.query)
+    return vmap(one)(tasks)
+
+
+def task_of(tasks: Task, index: int) -> Task:
+    """The ``index``-th of ``tasks``."""
+    support, query = (tree_map(lambda leaf: leaf[index], part) for part in (tasks.support, tasks.query))
+    return Task(support, query, None if tasks.seed is None else tasks.seed[index])
