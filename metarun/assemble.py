@@ -89,14 +89,12 @@ def build_model(config: DictConfig, family: Family) -> nn.Module:
         model = build(config, "model", family.spec)
     if not isinstance(model, nn.Module):
         raise UserError(f"model: {config.model._target_} must build a torch.nn.Module.")
-    # Of torch's normalisations these three are wrong; group and root-mean-square normalisation are right.
-    wrong = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
-    if found := next((type(module).__name__ for module in model.modules() if isinstance(module, wrong)), None):
-        raise UserError(
-            f"model: {config.model._target_} holds torch's own {found}, whose second-order gradient is wrong under "
-            "torch.func; take BatchStatistics or LayerStatistics of metarun.norm."
-        )
     return model
+
+
+def constants(model: nn.Module) -> list[Tensor]:
+    """What a model holds and does not learn: buffers and frozen parameters."""
+    return [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
 
 
 def algorithm_names() -> list[str]:
@@ -163,8 +161,11 @@ def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
     first = replicas[0]
     check_fit(config, names, family, first.model, first.algorithm)
     for other in replicas[1:]:
-        if any(not torch.equal(a, b) for a, b in zip(first.model.buffers(), other.model.buffers(), strict=True)):
-            raise UserError(f"model: {config.model._target_} draws buffers by the seed, so replicas cannot share it.")
+        if any(not torch.equal(a, b) for a, b in zip(constants(first.model), constants(other.model), strict=True)):
+            raise UserError(
+                f"model: {config.model._target_} draws buffers or frozen parameters by the seed, so replicas cannot "
+                "share it; sweep the seeds with metarun -m seed=0,1,2."
+            )
     placeholders = {
         key: torch.tensor(value, device=device) for key, value in first.differs.items() if key.startswith("algo.")
     }

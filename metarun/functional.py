@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metarun.errors import require
+from metarun.nn.substitutes import SafeForward
 from metarun.transforms import gradient
 from metarun.types import Loss, Spec, Tree, Weights
 
@@ -20,12 +20,11 @@ Forward = Callable[[Weights, Any], Tensor]
 
 
 def forward_of(module: nn.Module) -> Forward:
-    """The forward pass of ``module`` as a function of its parameters."""
+    """The forward pass of ``module`` as a function of its parameters; what they leave out stays as the module has it.
 
-    def forward(weights: Weights, x: Any) -> Tensor:
-        return cast(Tensor, functional_call(module, weights, (x,)))
-
-    return forward
+    Torch's own layers are right inside (`metarun.nn.substitutes`).
+    """
+    return SafeForward(module)
 
 
 @contextmanager
@@ -54,8 +53,8 @@ def own_network(
 
 
 def parameters_of(module: nn.Module) -> Weights:
-    """A copy of the parameters of ``module`` by name."""
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    """A copy of the parameters of ``module`` by name; frozen ones (``requires_grad=False``) are constants instead."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def support_gradient(forward: Forward, weights: Weights, support: Tree, loss: Loss) -> Weights:

@@ -1,0 +1,1 @@
+"""Torch's own layers, right inside ``torch.func`` transforms."""

@@ -1,0 +1,63 @@
+"""Tables of rows and bilinear products by plain formulas."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metarun.errors import UserError
+
+
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Arguments of ``F.bilinear``."""
+    out = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return out if bias is None else out + bias
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of ``weight``; arguments of ``F.embedding``. The row of padding gets no gradient."""
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise UserError(
+            "nn.Embedding with max_norm, scale_grad_by_freq or sparse is not supported here, since its gradient is not "
+            "that of its output; leave them out."
+        )
+    out = F.embedding(input, weight)
+    if padding_idx is None:
+        return out
+    return torch.where((input == padding_idx % len(weight))[..., None], out.detach(), out)
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Sums, means or maxima of rows of ``weight``; arguments of ``F.embedding_bag`` for bags of one size."""
+    if offsets is not None:
+        raise UserError("nn.EmbeddingBag with offsets is not supported here: give it bags of one size, padded.")
+    rows = embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    counts = torch.ones_like(input, dtype=rows.dtype)
+    if padding_idx is not None:
+        counts = (input != padding_idx % len(weight)).to(rows.dtype)
+    if mode == "max":
+        rows = rows.masked_fill(counts[..., None] == 0, -torch.inf)
+        # A bag of padding alone is zero.
+        return rows.amax(-2).masked_fill((counts.sum(-1) == 0)[..., None], 0.0)
+    factors = counts if per_sample_weights is None else counts * per_sample_weights
+    total = (rows * factors[..., None]).sum(-2)
+    return total if mode == "sum" else total / counts.sum(-1, keepdim=True).clamp(min=1)

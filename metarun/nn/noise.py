@@ -1,0 +1,115 @@
+"""Dropout and other random numbers of a forward pass, drawn from the task's seed (`metarun.random`).
+
+Dropout is on in meta-training alone; in validation and test it is off, as if ``eval()`` had been called.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarun import random
+from metarun.errors import UserError
+
+
+def kept(input: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
+    """1 with probability 1 − ``p`` and else 0, in ``shape``, drawn from the task's seed."""
+    return (random.uniform(random.fresh_seed(), shape).to(input.device) >= p).to(input.dtype)
+
+
+def changed(input: Tensor, scale: Tensor, shift: Tensor | float, inplace: bool) -> Tensor:
+    """``input · scale + shift``, written over ``input`` if asked."""
+    return input.mul_(scale).add_(shift) if inplace else input * scale + shift
+
+
+def dropped(input: Tensor, p: float, training: bool, inplace: bool, shape: tuple[int, ...], alpha: bool) -> Tensor:
+    """Dropout with one decision for each number of ``shape``, which broadcasts over ``input``.
+
+    Srivastava et al. 2014; with ``alpha`` as Klambauer et al. 2017 (https://arxiv.org/abs/1706.02515, §5), which keeps
+    mean 0 and variance 1.
+    """
+    if not 0 <= p <= 1:
+        raise UserError(f"The probability of dropout must be from 0 to 1, not {p}.")
+    if not (training and random.in_training()) or p == 0:
+        return input
+    if p == 1:
+        return changed(input, torch.zeros_like(input), 0.0, inplace)
+    mask = kept(input, p, shape)
+    if not alpha:
+        return changed(input, mask / (1 - p), 0.0, inplace)
+    low = -1.7580993408473766
+    scale = (1 - p + p * (1 - p) * low**2) ** -0.5
+    return changed(input, scale * mask, scale * low * (1 - mask) - p * scale * low, inplace)
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Arguments of ``F.dropout``."""
+    return dropped(input, p, training, inplace, tuple(input.shape), False)
+
+
+def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
+    """Arguments of ``F.alpha_dropout``."""
+    return dropped(input, p, training, inplace, tuple(input.shape), True)
+
+
+def of_features(input: Tensor, spatial: int | None) -> tuple[int, ...]:
+    """The shape with one number for each channel of each example; a missing batch axis is recognised by ``spatial``."""
+    leading = 1 if spatial is not None and input.ndim == spatial + 1 else 2
+    return (*input.shape[:leading], *[1] * (input.ndim - leading))
+
+
+def dropout_of_features(spatial: int | None, alpha: bool) -> Callable[..., Tensor]:
+    """``F.dropout1d`` and its siblings for inputs with ``spatial`` axes after the channels."""
+
+    def drop(input: Tensor, p: float = 0.5, training: bool = not alpha, inplace: bool = False) -> Tensor:
+        return dropped(input, p, training, inplace, of_features(input, spatial), alpha)
+
+    return drop
+
+
+def rrelu(
+    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    """Randomised leaky ReLU (Xu et al. 2015, https://arxiv.org/abs/1505.00853); arguments of ``F.rrelu``."""
+    slope: Tensor | float = (lower + upper) / 2
+    if training and random.in_training():
+        slope = lower + (upper - lower) * random.uniform(random.fresh_seed(), tuple(input.shape)).to(input)
+    out = torch.where(input >= 0, input, slope * input)
+    return input.copy_(out) if inplace else out
+
+
+def like_options(input: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """Type and device for numbers like ``input``."""
+    return {"dtype": options.get("dtype") or input.dtype, "device": options.get("device") or input.device}
+
+
+def drawn(numbers: Callable[[Tensor, tuple[int, ...]], Tensor], size: tuple[Any, ...], **options: Any) -> Tensor:
+    """Random numbers of the task's seed for a call such as ``torch.rand(2, 3)`` or ``torch.rand((2, 3))``."""
+    shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+    return numbers(random.fresh_seed(), shape).to(dtype=options.get("dtype"), device=options.get("device"))
+
+
+def rand(*size: Any, **options: Any) -> Tensor:
+    """``torch.rand`` from the task's seed."""
+    return drawn(random.uniform, size, **options)
+
+
+def randn(*size: Any, **options: Any) -> Tensor:
+    """``torch.randn`` from the task's seed."""
+    return drawn(random.normal, size, **options)
+
+
+def rand_like(input: Tensor, **options: Any) -> Tensor:
+    """``torch.rand_like`` from the task's seed."""
+    return drawn(random.uniform, tuple(input.shape), **like_options(input, options))
+
+
+def randn_like(input: Tensor, **options: Any) -> Tensor:
+    """``torch.randn_like`` from the task's seed."""
+    return drawn(random.normal, tuple(input.shape), **like_options(input, options))
+
+
+def bernoulli(input: Tensor, **options: Any) -> Tensor:
+    """``torch.bernoulli`` from the task's seed; ``input`` holds probabilities."""
+    return (random.uniform(random.fresh_seed(), tuple(input.shape)).to(input) < input).to(input.dtype)

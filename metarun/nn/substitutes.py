@@ -1,0 +1,260 @@
+"""What stands in for torch's own functions whose derivatives are wrong or missing under ``torch.func``.
+
+Models are ordinary modules. Under ``torch.func.vmap`` some of torch's functions give a wrong second derivative in
+silence (batch, layer and instance normalisation), others none at all (fused recurrent layers and attention), and
+dropout has no generator to draw from. ``Substituted`` is a mode: inside it these functions, and the modules that call
+them, are computed by their plain formulas. What cannot be made right is refused by name.
+
+A module's ``train()`` and ``eval()`` mean what they mean in torch: batch statistics and dropout, or running statistics
+and none. Three things differ, because a task may not leave anything behind for the next one:
+
+- running statistics are read, never written;
+- dropout is on in meta-training alone; in validation and test it is off, as if ``eval()`` had been called;
+- a normalisation whose parameters are all frozen (``requires_grad=False``) uses its running statistics.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from metarun.errors import UserError
+from metarun.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
+from metarun.nn.lookup import bilinear, embedding, embedding_bag
+from metarun.nn.noise import (
+    alpha_dropout,
+    bernoulli,
+    dropout,
+    dropout_of_features,
+    rand,
+    rand_like,
+    randn,
+    randn_like,
+    rrelu,
+)
+from metarun.nn.normalisation import all_frozen, batch_norm, instance_norm, layer_norm, weight_norm
+from metarun.nn.recurrent import gru_cell, lstm_cell, plain_cell, recurrent, single_step
+from metarun.transforms import plain
+
+Formula = Callable[..., Any]
+
+
+FORMULAS: dict[Any, Formula] = {
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+    F.layer_norm: layer_norm,
+    torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: layer_norm(
+        input, shape, weight, bias, eps
+    ),
+    torch.batch_norm: lambda input, weight, bias, mean, variance, training, momentum, eps, cudnn: batch_norm(
+        input, mean, variance, weight, bias, training, momentum, eps
+    ),
+    torch.instance_norm: lambda input, weight, bias, mean, variance, by_input, momentum, eps, cudnn: instance_norm(
+        input, mean, variance, weight, bias, by_input, momentum, eps
+    ),
+    F.dropout: dropout,
+    torch.dropout: lambda input, p, train: dropout(input, p, train),
+    torch.dropout_: lambda input, p, train: dropout(input, p, train, True),
+    F.alpha_dropout: alpha_dropout,
+    torch.alpha_dropout: lambda input, p, train: alpha_dropout(input, p, train),
+    F.dropout1d: dropout_of_features(1, False),
+    F.dropout2d: dropout_of_features(None, False),
+    F.dropout3d: dropout_of_features(3, False),
+    torch.feature_dropout: lambda input, p, train: dropout_of_features(None, False)(input, p, train),
+    F.feature_alpha_dropout: dropout_of_features(None, True),
+    torch.feature_alpha_dropout: lambda input, p, train: dropout_of_features(None, True)(input, p, train),
+    F.rrelu: rrelu,
+    torch.rrelu: rrelu,
+    torch.rand: rand,
+    torch.randn: randn,
+    torch.rand_like: rand_like,
+    torch.randn_like: randn_like,
+    torch.bernoulli: bernoulli,
+    Tensor.bernoulli: bernoulli,
+    torch.lstm: recurrent("lstm", lstm_cell),
+    torch.gru: recurrent("gru", gru_cell),
+    torch.rnn_tanh: recurrent("rnn_tanh", plain_cell(torch.tanh)),
+    torch.rnn_relu: recurrent("rnn_relu", plain_cell(torch.relu)),
+    torch.lstm_cell: single_step(lstm_cell),
+    torch.gru_cell: single_step(gru_cell),
+    torch.rnn_tanh_cell: single_step(plain_cell(torch.tanh)),
+    torch.rnn_relu_cell: single_step(plain_cell(torch.relu)),
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention_forward,
+    torch._weight_norm: weight_norm,
+    F.bilinear: bilinear,
+    torch.bilinear: bilinear,
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+}
+
+
+DRAWING = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu),
+    *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+    *(torch.rrelu, torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli),
+}
+"""Those of them that draw random numbers."""
+
+
+REFUSED: dict[Any, str] = {
+    torch._pack_padded_sequence: "pad the sequences, and mask what is padding",
+    **dict.fromkeys(
+        [torch.native_layer_norm, torch.native_batch_norm], "take torch.nn.functional's normalisation of the same name"
+    ),
+    **dict.fromkeys(
+        [
+            F.gumbel_softmax,
+            F.fractional_max_pool2d_with_indices,
+            F.fractional_max_pool3d_with_indices,
+            torch.randint,
+            torch.randint_like,
+            torch.randperm,
+            torch.multinomial,
+            torch.normal,
+            torch.poisson,
+            torch.binomial,
+            Tensor.multinomial,
+            Tensor.bernoulli_,
+            Tensor.cauchy_,
+            Tensor.exponential_,
+            Tensor.geometric_,
+            Tensor.log_normal_,
+            Tensor.normal_,
+            Tensor.random_,
+            Tensor.uniform_,
+        ],
+        "its random numbers would not come from the task's seed; take torch.rand, torch.randn or torch.bernoulli",
+    ),
+}
+
+
+def norm_by_torch(function: Any) -> Formula:
+    """Torch's own normalisation, which leaves running statistics alone and takes frozen ones as they are."""
+
+    def norm(
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        by_input: bool = function is F.instance_norm,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        **named: bool,
+    ) -> Tensor:
+        by_input = named.get("training", named.get("use_input_stats", by_input))
+        by_input = by_input and (running_mean is None or not all_frozen(weight, bias))
+        mean, variance = (None if s is None else s.clone() for s in (running_mean, running_var))
+        out: Tensor = function(input, mean, variance, weight, bias, by_input, momentum, eps)
+        return out
+
+    return norm
+
+
+def attention_by_torch(function: Any) -> Formula:
+    """Torch's own attention in its plain implementation, the one that can be differentiated twice."""
+
+    def attend(*args: Any, **named: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return function(*args, **named)
+
+    return attend
+
+
+BY_TORCH: dict[Any, Formula] = {
+    F.batch_norm: norm_by_torch(F.batch_norm),
+    F.instance_norm: norm_by_torch(F.instance_norm),
+    F.scaled_dot_product_attention: attention_by_torch(F.scaled_dot_product_attention),
+    F.multi_head_attention_forward: attention_by_torch(F.multi_head_attention_forward),
+    # Torch's own second derivatives are wrong (torch.autograd.gradgradcheck fails), or missing.
+    torch._weight_norm: weight_norm,
+    F.embedding_bag: embedding_bag,
+}
+"""What plain autograd, which checks the formulas, has in place of them."""
+
+
+def draws_nothing(function: Any, args: Any, named: dict[str, Any]) -> bool:
+    """Whether torch's own function draws no random numbers in this call, so that it can stand in for the formula."""
+    if function in (F.multi_head_attention_forward, F.scaled_dot_product_attention):
+        place = 10 if function is F.multi_head_attention_forward else 4
+        return not (args[place] if len(args) > place else named.get("dropout_p", 0.0))
+    if function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+        return not args[5]
+    return function not in DRAWING
+
+
+class Substituted(TorchFunctionMode):
+    """Inside, torch's functions that ``FORMULAS`` names are computed by its formulas, for one module's forward pass.
+
+    Where gradients are plain autograd's (`metarun.transforms.plainly`), only what draws random numbers is.
+    """
+
+    def __init__(self, buffers: dict[int, str], of: str) -> None:
+        """``buffers`` are the names of the module's buffers by identity, ``of`` the name of its class."""
+        super().__init__()
+        self.buffers, self.of = buffers, of
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if self.buffers and (written := self.written(function, args, named)):
+            if written.rpartition(".")[2] == "num_batches_tracked":
+                return args[0]
+            raise UserError(refusal_of_writing(self.of, written))
+        formula = FORMULAS.get(function)
+        if formula is not None and plain.get() and draws_nothing(function, args, named):
+            formula = BY_TORCH.get(function, function)
+        if formula is not None:
+            return formula(*args, **named)
+        if function in REFUSED:
+            raise UserError(
+                f"model: {self.of} calls {function.__name__}, which does not work here: {REFUSED[function]}."
+            )
+        return function(*args, **named)
+
+    def written(self, function: Any, args: Any, named: dict[str, Any]) -> str | None:
+        """The name of the buffer that a call would write to, if any."""
+        name = getattr(function, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
+        target = named.get("out", args[0] if in_place and args else None)
+        return self.buffers.get(id(target))
+
+
+def refusal_of_writing(of: str, buffer: str) -> str:
+    """Why a forward pass may not write to a buffer, in one sentence."""
+    return (
+        f"model: the forward pass of {of} writes to its buffer {buffer}, which all tasks would share; call eval() on "
+        "the module that does, or make the buffer a parameter."
+    )
+
+
+class SafeForward:
+    """The forward pass of a module, by substitutes, and with its buffers guarded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.of = module, type(module).__name__
+        for part in module.modules():
+            if isinstance(part, nn.RNNBase):
+                # It would look for the memory of weights that have none inside a transform.
+                part.flatten_parameters = lambda: None  # type: ignore[method-assign]
+        self.owners = [(name, part) for name, part in module.named_modules() if part._buffers]
+
+    def __call__(self, weights: Any, x: Any) -> Any:
+        """The output for ``x`` with ``weights`` in place of the parameters of the same names."""
+        held = [
+            (f"{name}.{key}" if name else key, part, key, buffer, buffer._version)
+            for name, part in self.owners
+            for key, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        with Substituted({id(buffer): name for name, _, _, buffer, _ in held}, self.of):
+            out = torch.func.functional_call(self.module, weights, (x,))
+        for name, part, key, buffer, version in held:
+            if part._buffers.get(key) is not buffer or buffer._version != version:
+                part._buffers[key] = buffer
+                raise UserError(refusal_of_writing(self.of, name))
+        return out

@@ -1,0 +1,249 @@
+"""What a user's module says counts: dropout, frozen parameters, running statistics; what cannot work is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import experiment_of
+from scenarios import generator
+from test_torch_modules import WAYS, First, Model, found
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from metarun.algos.agnostic.maml import maml
+from metarun.engine import evaluate, meta_gradient
+from metarun.errors import UserError
+from metarun.functional import forward_of
+from metarun.loop import meta_train
+from metarun.random import drawing, fold, uniform
+from metarun.tasks.supervised import classification_loss
+from metarun.transforms import plainly
+from metarun.tree import leaves, tree_map
+from metarun.types import Spec, Task
+
+SPEC = Spec("classification", (6,), WAYS, "accuracy", True, 2, 2, WAYS, WAYS)
+FLAT, SEQUENCE = (6,), (5, 6)
+
+
+@pytest.fixture(autouse=True)
+def _float64(float64):
+    torch.manual_seed(0)
+
+
+def tasks_of(shape, count=3):
+    draw = generator(1)
+
+    def part():
+        y = F.one_hot(torch.arange(WAYS).repeat_interleave(2), WAYS).double().expand(count, -1, -1)
+        return {"x": torch.randn(count, 2 * WAYS, *shape, generator=draw), "y": y}
+
+    return Task(part(), part(), torch.randint(2**62, (count,), generator=draw))
+
+
+RANDOM = {
+    "Dropout": (FLAT, lambda: nn.Dropout(0.4)),
+    "Dropout in place": (FLAT, lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.4, inplace=True))),
+    "Dropout1d": (SEQUENCE, lambda: nn.Dropout1d(0.4)),
+    "AlphaDropout": (FLAT, lambda: nn.AlphaDropout(0.4)),
+    "FeatureAlphaDropout": (SEQUENCE, lambda: nn.FeatureAlphaDropout(0.4)),
+    "RReLU": (FLAT, nn.RReLU),
+    "LSTM": (SEQUENCE, lambda: First(nn.LSTM(6, 3, 2, dropout=0.4, batch_first=True))),
+    "MultiheadAttention": (SEQUENCE, lambda: First(nn.MultiheadAttention(6, 2, dropout=0.4, batch_first=True), 3)),
+    "TransformerEncoderLayer": (SEQUENCE, lambda: nn.TransformerEncoderLayer(6, 2, 8, 0.4, batch_first=True)),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_layers_are_the_same_under_every_engine_and_off_in_test(name):
+    shape, make = RANDOM[name]
+    model, tasks = Model(shape, make()).train(), tasks_of(shape)
+    algorithm = maml(model, SPEC, inner_lr=0.1, inner_steps=2)
+    theta = algorithm.init(model, generator())
+    eager, *others = (
+        list(leaves(found(engine, algorithm, theta, tasks))) for engine in ("eager", "replay", "replicas")
+    )
+    with plainly():
+        others.append(list(leaves(meta_gradient(algorithm, theta, tasks, classification_loss).grads)))
+    for other in others:
+        torch.testing.assert_close(other, eager, rtol=1e-9, atol=1e-11)
+    again = list(leaves(found("eager", algorithm, theta, tasks._replace(seed=tasks.seed + 1))))
+    assert not torch.allclose(again[0], eager[0])
+    trained = evaluate(algorithm, theta, tasks, classification_loss, 2).losses
+    model.eval()
+    torch.testing.assert_close(trained, evaluate(algorithm, theta, tasks, classification_loss, 2).losses)
+
+
+def test_dropout_equals_masks_from_the_task_s_seed():
+    """The meta-gradient of one step against autograd with masks that are written out."""
+    model, tasks = Model(FLAT, nn.Dropout(0.4)).train(), tasks_of(FLAT)
+    algorithm = maml(model, SPEC, inner_lr=0.1)
+    theta = algorithm.init(model, generator())
+    weights = {n: w.clone().requires_grad_() for n, w in theta["weights"].items()}
+
+    def loss(weights, data, mask):
+        hidden = F.linear(data["x"], weights["trunk.0.weight"], weights["trunk.0.bias"]) * mask / 0.6
+        return F.cross_entropy(F.linear(hidden, weights["head.weight"], weights["head.bias"]), data["y"].argmax(1))
+
+    total = 0
+    for index, seed in enumerate(tasks.seed):
+        support, query = (tree_map(lambda leaf: leaf[index], part) for part in tasks[:2])  # noqa: B023
+        first, second = (uniform(fold(seed, draw), (6, 6)) >= 0.4 for draw in (1, 2))
+        slope = torch.autograd.grad(loss(weights, support, first), list(weights.values()), create_graph=True)
+        fast = {n: w - 0.1 * g for (n, w), g in zip(weights.items(), slope, strict=True)}
+        total = total + loss(fast, query, second) / 3
+    expected = torch.autograd.grad(total, list(weights.values()))
+    grads = meta_gradient(algorithm, theta, tasks, classification_loss).grads["weights"]
+    torch.testing.assert_close(tuple(grads[n] for n in weights), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_keeps_the_mean_and_alpha_dropout_the_variance_too():
+    x = torch.randn(1000, 200, generator=generator())
+    for layer, mean, variance in ((nn.Dropout(0.3), 0.0, 1 / 0.7), (nn.AlphaDropout(0.3), 0.0, 1.0)):
+        with drawing(torch.tensor(5), training=True):
+            out = forward_of(layer)({}, x)
+        assert out.mean().item() == pytest.approx(mean, abs=0.01)
+        assert out.var().item() == pytest.approx(variance, rel=0.01)
+    with drawing(torch.tensor(5), training=True):
+        kept = forward_of(nn.Dropout2d(0.3))({}, torch.ones(50, 40, 3, 3)).unique(dim=-1)
+    assert kept.shape[-1] == 1, "channels are dropped as a whole"
+
+
+class HalfFrozen(nn.Module):
+    """80 constant numbers and 41 that learn."""
+
+    def __init__(self, spec, **of_another_model):
+        super().__init__()
+        self.trunk = nn.Linear(*spec.input_shape, 40).requires_grad_(False)
+        self.head = nn.Linear(40, 1)
+
+    def forward(self, x):
+        return self.head(self.trunk(x).relu())
+
+
+@pytest.mark.parametrize("algo", ["maml", "reptile", "metasgd", "imaml", "mamlpp", "transfer"])
+def test_frozen_parameters_are_constants(algo, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    model = f"{HalfFrozen.__module__}.{HalfFrozen.__name__}"
+    experiment = experiment_of(
+        f"algo={algo}",
+        "task=sinusoid",
+        f"model._target_={model}",
+        *("train.steps=4", "train.meta_batch=2", "train.eval_every=4", "train.val_episodes=2"),
+        "train.weight_decay=0.1",
+    )
+    before = [p.clone() for p in experiment.model.trunk.parameters()]
+    training = meta_train(experiment, tmp_path, resume=False)
+    learned = training.best[0].theta["weights"]
+    assert {name.partition(".")[0] for name in learned} == {"head"}
+    assert sum(w.numel() for w in learned.values()) == 41
+    assert all(torch.equal(a, b) for a, b in zip(experiment.model.trunk.parameters(), before, strict=True))
+
+
+class Writes(nn.Module):
+    """A module that changes its buffer in one way or another."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(6))
+        self.linear, self.how = nn.Linear(6, WAYS), how
+
+    def forward(self, x):
+        if self.how == "in place":
+            self.seen.add_(x.detach().mean(0))
+        elif self.how == "by index":
+            self.seen[0] = 1.0
+        elif self.how == "as output":
+            torch.mul(self.seen, 2, out=self.seen)
+        else:
+            self.seen = self.seen + x.detach().mean(0)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "by index", "as output", "by a new one"])
+def test_a_buffer_that_is_written_is_refused(how):
+    model = Writes(how)
+    before = model.seen
+    with pytest.raises(UserError, match="writes to its buffer seen"):
+        meta_gradient(*prepared(model), tasks_of(FLAT), classification_loss)
+    assert model.seen is before
+
+
+def prepared(model):
+    algorithm = maml(model, SPEC, inner_lr=0.1)
+    return algorithm, algorithm.init(model, generator())
+
+
+class Applied(nn.Module):
+    """A linear layer behind any function of the input."""
+
+    def __init__(self, function, *parts):
+        super().__init__()
+        self.function, self.parts, self.linear = function, nn.ModuleList(parts), nn.LazyLinear(WAYS)
+
+    def forward(self, x):
+        return self.linear(self.function(x, *self.parts))
+
+
+def packed(x, lstm):
+    return lstm(pack_padded_sequence(x, [5] * len(x), batch_first=True))[0].data[: len(x)]
+
+
+REFUSED = {
+    "a packed sequence": (SEQUENCE, lambda: Applied(packed, nn.LSTM(6, 4, batch_first=True)), "pad the seq"),
+    "max_norm": (
+        FLAT,
+        lambda: Applied(lambda x, table: table((x[:, :2] > 0).long()).flatten(1), nn.Embedding(2, 4, max_norm=1.0)),
+        "max_norm",
+    ),
+    "offsets": (
+        FLAT,
+        lambda: Applied(lambda x, bag: bag((x > 0).long().flatten(), torch.arange(len(x)) * 6), nn.EmbeddingBag(2, 4)),
+        "offsets",
+    ),
+    "bias_k": (
+        SEQUENCE,
+        lambda: First(nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True), 3),
+        "add_bias_kv",
+    ),
+    "spectral_norm in training": (
+        FLAT,
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, WAYS)),
+        "writes to its buffer",
+    ),
+    "a native function": (
+        FLAT,
+        lambda: Applied(lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-5)[0]),
+        "native_layer_norm",
+    ),
+    "whole random numbers": (FLAT, lambda: Applied(lambda x: x[torch.randperm(len(x))]), "randperm"),
+    "one value": (
+        FLAT,
+        lambda: Applied(lambda x, norm: norm(x[:1]).expand(len(x), -1), nn.BatchNorm1d(6)),
+        "one value per channel",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_made_right_is_refused_by_name(name):
+    shape, make, words = REFUSED[name]
+    model = make()
+    if name == "bias_k":
+        model = nn.Sequential(model, nn.Flatten(), nn.Linear(30, WAYS))
+    with torch.no_grad():
+        model.eval()(tasks_of(shape).support["x"][0])
+    model.train()
+    with pytest.raises(UserError, match=words):
+        meta_gradient(*prepared(model), tasks_of(shape), classification_loss)
+
+
+def test_running_statistics_are_those_of_the_module():
+    """In eval mode a normalisation is a constant scale and shift, and queries do not see each other."""
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, WAYS))
+    x = torch.randn(7, 6, generator=generator()) + 2
+    for _ in range(50):
+        model.train()(x)
+    model.eval()
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    torch.testing.assert_close(forward_of(model)(weights, x), functional_call(model, weights, (x,)))
+    torch.testing.assert_close(forward_of(model)(weights, x[:1]), forward_of(model)(weights, x)[:1])
