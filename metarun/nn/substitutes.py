@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from metarun.errors import UserError
 from metarun.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
-from metarun.nn.lookup import bilinear, embedding, embedding_bag
+from metarun.nn.layers import bilinear, embedding, embedding_bag, prelu
 from metarun.nn.noise import (
     alpha_dropout,
     bernoulli,
@@ -86,6 +86,8 @@ FORMULAS: dict[Any, Formula] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention_forward,
     torch._weight_norm: weight_norm,
+    F.prelu: prelu,
+    torch.prelu: prelu,
     F.bilinear: bilinear,
     torch.bilinear: bilinear,
     F.embedding: embedding,

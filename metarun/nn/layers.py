@@ -1,10 +1,19 @@
-"""Tables of rows and bilinear products by plain formulas."""
+"""Tables of rows, bilinear products and learned slopes by plain formulas."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metarun.errors import UserError
+
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """He et al. 2015, https://arxiv.org/abs/1502.01852, equation 1; arguments of ``F.prelu``.
+
+    Under two maps torch's own derivative takes the wrong axis for the channels.
+    """
+    slope = weight.view(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 and input.ndim > 1 else weight
+    return torch.where(input > 0, input, slope * input)
 
 
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
