@@ -67,10 +67,8 @@ def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
     if path is None:
         return None
     if isinstance(error, FileNotFoundError):
-        return (
-            f"There is no {path}, which the run needs; put it there, or set the key that names it (data_dir, task.…)."
-        )
-    return f"{path} cannot be used: {reason}; mend that, or set the key that names it (data_dir, task.…)."
+        return f"There is no {path}, which the run needs; put it there, or change the key that names it."
+    return f"{path} cannot be used: {reason}; mend that, or change the key that names it."
 
 
 def job(config: DictConfig) -> float:
