@@ -130,7 +130,7 @@ def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: 
             f"algo={names['algo']} serves {' and '.join(algo.kinds)} tasks, and task={names['task']} is "
             f"{spec.kind}; algorithms that fit it: {fitting}."
         )
-    if not algo.any_ways and spec.train_ways != spec.ways:
+    if not algo.any_ways and spec.train_ways not in (None, spec.ways):
         raise UserError(
             f"algo={names['algo']} needs as many ways in training as in test: set task.train_ways={spec.ways}."
         )

@@ -4,6 +4,7 @@ torch is imported only once a configuration is composed, so help, completion and
 """
 
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -26,6 +27,14 @@ log = logging.getLogger(__name__)
 
 MAY_CHANGE_ON_RESUME = ("device=", "data_dir=", "hydra.job_logging", "hydra.verbose")
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+WITH_A_VALUE = (
+    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"),
+    "--experimental-rerun",
+)
+"""Hydra's options that are followed by a value."""
+
 failures: list[str] = []
 """Jobs of this process that ended without a result; a sweep goes on past them."""
 
@@ -39,6 +48,27 @@ def fail(sentence: str) -> None:
     """Note that a job failed, and say why, on the screen and in ``run.log``."""
     failures.append(sentence)
     log.error("metarun: %s", " ".join(sentence.split()))
+
+
+def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
+    """What the system refused and what to do, in one sentence; None where the error says neither file nor reason.
+
+    A run writes into its ``directory`` and reads elsewhere, so a path tells a full disk from missing data.
+    """
+    reason = error.strerror or str(error)
+    path = None if error.filename is None else Path(os.fsdecode(error.filename))
+    place = "" if path is None else f" ({path})"
+    own = path is not None and path.absolute().is_relative_to(directory.absolute())
+    if own or error.errno in NO_ROOM:
+        return (
+            f"The system refused: {reason}{place}; make room or choose another place with hydra.run.dir=DIR. What was "
+            "written before is whole."
+        )
+    if path is None:
+        return None
+    if isinstance(error, FileNotFoundError):
+        return f"There is no {path}, which the run needs; put it there, or change the key that names it."
+    return f"{path} cannot be used: {reason}; mend that, or change the key that names it."
 
 
 def job(config: DictConfig) -> float:
@@ -70,19 +100,14 @@ def job(config: DictConfig) -> float:
         if (directory / "checkpoints" / "last.pt").exists():
             log.info("Stopped; go on with: metarun resume='%s'", directory)
         raise KeyboardInterrupt from error
-    except OSError as error:
-        if wants_traceback():
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        fail(
-            f"The system refused: {error.strerror or error}{place}; make room or choose another place with "
-            "hydra.run.dir=DIR. What was written before is whole."
-        )
     except Exception as error:
         if wants_traceback():
             raise
-        (directory / "error.txt").write_text(traceback.format_exc())
-        fail(f"{type(error).__name__}: {error} (the traceback is in {directory / 'error.txt'}).")
+        sentence = sentence_of_system_error(error, directory) if isinstance(error, OSError) else None
+        if sentence is None:
+            (directory / "error.txt").write_text(traceback.format_exc())
+            sentence = f"{type(error).__name__}: {error} (the traceback is in {directory / 'error.txt'})."
+        fail(sentence)
     assert len(failures) > failed_before
     return float("nan")
 
@@ -109,6 +134,8 @@ def sentence_of(error: BaseException) -> str:
                 if close
                 else "metarun --help lists the keys."
             )
+            if prefix in ("algo", "task", "model"):
+                hint += f" (+{key}=... sets one that {parent.get('_target_')} takes and its YAML does not list)"
             return f"There is no key {key}; {hint}"
         return f"{key}: {str(cause.msg or cause).splitlines()[0]}."
     text = " ".join(str(error).split())
@@ -136,6 +163,21 @@ class RefuseUsedDirectory(Callback):
             sys.exit(f"metarun: {directory} holds a run already; continue it with resume=DIR, or choose another {key}.")
 
 
+def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options with their values, and the overrides: it reads no override that stands after an option."""
+    options, overrides = [], []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
+        if rest and (argument in WITH_A_VALUE or (argument in ("--info", "-i") and "=" not in rest[0])):
+            options.append(rest.pop(0))
+    return options, overrides
+
+
 def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
     """For ``resume=DIR``: the overrides and ``--config-dir`` that the run began with, all written to DIR.
 
@@ -154,8 +196,7 @@ def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
         )
     before = [str(override) for override in OmegaConf.load(path)]
     quoted = "'" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'"
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-") and a not in given]
-    options = [a for a in arguments if a not in overrides and a not in given]
+    options, overrides = options_first([argument for argument in arguments if argument not in given])
     changed = [a for a in overrides if not a.startswith(MAY_CHANGE_ON_RESUME)]
     if changed:
         raise UserError(
@@ -177,7 +218,7 @@ def config_dirs(arguments: list[str]) -> list[str]:
         value
         for option, value in zip(arguments, [*arguments[1:], ""], strict=True)
         if option in ("--config-dir", "-cd") and value
-    ] + [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
+    ] + [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
 
 
 def main() -> Any:
@@ -196,8 +237,11 @@ def main() -> Any:
     # A log that cannot be written (a full disk) must not bury the sentence under tracebacks of its own.
     logging.raiseExceptions = wants_traceback()
     register_schema()
+    # As with python -m: what stands in the current folder can be named by _target_.
+    sys.path.append(str(Path.cwd()))
     try:
-        sys.argv[1:] = arguments_of_resumed_run(arguments)
+        options, overrides = options_first(arguments_of_resumed_run(arguments))
+        sys.argv[1:] = [*options, *overrides]
         entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
         entry(job)()
     except KeyboardInterrupt:

@@ -4,7 +4,8 @@ import hashlib
 import inspect
 import json
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -177,6 +178,48 @@ def _words(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
+def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of what ``target`` takes, one by one: a name that exists for type checkers alone is left out."""
+    # A class takes what its __init__ takes, which may be inherited.
+    called: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    function = inspect.unwrap(called)
+    scope = getattr(function, "__globals__", {})
+    found: dict[str, Any] = {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        holder = types.SimpleNamespace(__annotations__={name: annotation})
+        # Evaluating what a stranger wrote in quotes can fail in any way; such an argument is not checked.
+        with suppress(Exception):
+            found |= get_type_hints(holder, scope)
+    return found
+
+
+def check_call(
+    group: str, name: str, signature: inspect.Signature, given: tuple[Any, ...], keys: Iterable[str]
+) -> None:
+    """Refuse a call that lacks an argument, or gives more than there is room for.
+
+    Raises:
+        UserError: the argument, and where to give it.
+    """
+    by_position = {"task": "no argument", "model": "the spec", "algo": "the model and the spec"}[group]
+    try:
+        signature.bind_partial(*given)
+    except TypeError as error:
+        raise UserError(f"{group}: {name} must take {by_position} by position; add it to its arguments.") from error
+    bound = set(signature.bind_partial(*given).arguments)
+    named = {key for key in keys if key in signature.parameters}
+    if both := sorted(bound & named):
+        raise UserError(f"{group}.{both[0]} cannot be set: {name} is given {by_position} by position.")
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for parameter in signature.parameters.values():
+        missing = parameter.default is parameter.empty and parameter.kind not in variadic
+        if missing and parameter.name not in bound | named:
+            raise UserError(
+                f"{group}.{parameter.name} is missing: {name} needs it; give it in the YAML or as "
+                f"+{group}.{parameter.name}=VALUE."
+            )
+
+
 def build(
     config: DictConfig, group: str, *given: Any, exchanged: Mapping[str, Any] | None = None, **context: Any
 ) -> Any:
@@ -201,8 +244,7 @@ def build(
     except (ImportError, ValueError) as error:
         raise UserError(f"{group}: {name} cannot be imported ({error.__cause__ or error}).") from error
     signature = inspect.signature(target)
-    # A class takes what its __init__ takes.
-    hints = get_type_hints(vars(target)["__init__"] if isinstance(target, type) else target)
+    hints = type_hints(target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     for key, value in keys.items():
         if key not in signature.parameters and not takes_any:
@@ -210,6 +252,7 @@ def build(
         if key in hints and not _fits(value, hints[key]):
             raise UserError(f"{group}.{key} must be {_words(hints[key])}, not {value!r}.")
     context = {key: value for key, value in context.items() if key in signature.parameters or takes_any}
+    check_call(group, name, signature, given, [*keys, *context])
     try:
         return target(*given, **{**keys, **(exchanged or {})}, **context)
     except ValueError as error:

@@ -11,10 +11,13 @@ import torch
 from metarun import engine
 from metarun.assemble import Experiment, Replica, sample_tasks, stream
 from metarun.errors import UserError
+from metarun.family_check import check_tasks
+from metarun.fingerprint import Fingerprint
 from metarun.recording import release_gpu_memory
 from metarun.results.observations import Observed
+from metarun.transduction import is_transductive
 from metarun.transforms import over_tasks
-from metarun.tree import leaves, size, tree_map
+from metarun.tree import first_tasks, leaves, size, tree_map
 from metarun.types import Split, Task, Tree
 
 EPISODE_BLOCK = 50
@@ -29,13 +32,23 @@ class Tested:
     scored: engine.Evaluated
     seconds: float
     adapt_ms_per_task: float
+    episodes_hash: str
+    """Equal for two runs that are tested on the same episodes."""
+    transductive: bool
+    """Whether the queries of an episode see each other."""
 
 
 def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]:
-    """The first ``count`` validation or test episodes in blocks, by ``eval.seed`` alone."""
+    """The first ``count`` validation or test episodes in blocks, by ``eval.seed`` alone.
+
+    Raises:
+        UserError: a block that is not what the spec says.
+    """
+    family = experiment.family
     for index, first in enumerate(range(0, count, EPISODE_BLOCK)):
         block = sample_tasks(experiment, split, EPISODE_BLOCK, stream(experiment.config.eval.seed, split, index))
-        yield Task(**tree_map(lambda leaf: leaf[: count - first], block._asdict()))  # noqa: B023
+        check_tasks(block, family.spec, split, EPISODE_BLOCK, experiment.device)
+        yield first_tasks(block, count - first)
 
 
 NUMBERS_AT_ONCE = {"cpu": 4_000_000, "cuda": 64_000_000}
@@ -121,14 +134,16 @@ def observe(experiment: Experiment, index: int, theta: Tree) -> Observed:
 
 def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
     """Score ``theta`` on the test episodes along adaptation."""
-    config, began = experiment.config, time.perf_counter()
-    blocks = episodes(experiment, "test", config.eval.episodes)
+    config, family, began = experiment.config, experiment.family, time.perf_counter()
+    fingerprint = Fingerprint(family)
+    blocks = fingerprint.over(episodes(experiment, "test", config.eval.episodes))
     scored = evaluate(experiment, replica, theta, blocks, second=True)
     seconds = time.perf_counter() - began
     block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
     began = time.perf_counter()
-    timed = engine.adapt_and_score(replica.algorithm, theta, block, experiment.family.loss, config.eval.adapt_steps)
+    timed = engine.adapt_and_score(replica.algorithm, theta, block, family.loss, config.eval.adapt_steps)
     if experiment.device != "cpu":
         torch.cuda.synchronize(experiment.device)
     milliseconds = 1000 * (time.perf_counter() - began) / len(timed)
-    return Tested(scored, seconds, milliseconds)
+    transductive = is_transductive(replica.algorithm, theta, family, block, config.eval.adapt_steps)
+    return Tested(scored, seconds, milliseconds, fingerprint.text(), transductive)

@@ -14,8 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metarun.assemble import Experiment, sample_tasks, stream
+from metarun.diagnosis import blame
 from metarun.errors import UserError
 from metarun.evaluation import better, episodes, validate
+from metarun.family_check import check_family
 from metarun.outer import learning_rates
 from metarun.results.tables import write_metrics
 from metarun.stepper import Stepper
@@ -83,7 +85,7 @@ def rates_of(experiment: Experiment) -> list[Tree]:
     return [{"lr": row, **others} for row in lr]
 
 
-def check_finite(training: Training, directory: Path) -> None:
+def check_finite(experiment: Experiment, training: Training, directory: Path) -> None:
     """Stop a run whose losses or parameters are no longer finite, before anything bad is saved.
 
     Of several replicas those that are not finite are let be, as long as one is.
@@ -96,8 +98,7 @@ def check_finite(training: Training, directory: Path) -> None:
     last = directory / "checkpoints" / "last.pt"
     kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
     raise UserError(
-        f"The training loss stopped being finite by step {training.step}; lower train.lr or algo.inner_lr, or set "
-        f"train.clip=1 ({kept})."
+        f"The training loss stopped being finite by step {training.step}: {blame(experiment, training)} ({kept})."
     )
 
 
@@ -175,6 +176,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
     meta_step = MetaStep(experiment)
     training = restore(experiment, meta_step, directory) if resume else start(meta_step)
     steps = train.steps if experiment.algorithm.meta_learns and meta_step.layout.size else 0
+    check_family(experiment, episodes(experiment, "test", experiment.config.eval.episodes))
     validation = list(episodes(experiment, "val", train.val_episodes))
     stepper, compiled = Stepper(experiment, meta_step, steps - training.step), training.compile_seconds
     rates = rates_of(experiment)
@@ -183,7 +185,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
     eval_every, log_every = train.eval_every, train.log_every
 
     def validate_and_save() -> None:
-        check_finite(training, directory)
+        check_finite(experiment, training, directory)
         values, improved = select(experiment, meta_step, training, validation)
         training.seconds += clock.read()
         log_rows(training, values)
@@ -217,13 +219,13 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
             if due:
                 validate_and_save()
             elif training.step % log_every == 0:
-                check_finite(training, directory)
+                check_finite(experiment, training, directory)
                 log_rows(training, None)
             if due or training.step % log_every == 0:
                 write_metrics(directory, training.rows)
                 progress.set_postfix(newest(training, metric), refresh=False)
             if stopped:
-                check_finite(training, directory)
+                check_finite(experiment, training, directory)
                 save(experiment, training, directory)
                 raise Interrupted
     if not any(best and math.isfinite(best.val_score) for best in training.best):

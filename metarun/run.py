@@ -1,16 +1,13 @@
 """One run from configuration to tables and pictures."""
 
-import hashlib
-import json
 import logging
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from omegaconf import DictConfig
+from torch import Tensor
 
 import metarun
 from metarun import engine
@@ -19,7 +16,6 @@ from metarun.config import config_hash
 from metarun.errors import UserError
 from metarun.evaluation import Tested, meta_test, observe
 from metarun.loop import meta_train
-from metarun.norm import BatchStatistics
 from metarun.process import peak_memory_mb, reset_peak_memory, settings_of
 from metarun.replicas import label
 from metarun.results.observations import described, plot_observed, write_observed
@@ -27,35 +23,11 @@ from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.tables import format_score, format_score_ci, write_episodes, write_results
 from metarun.training import Best, Training
 from metarun.tree import learned, leaves, size
-from metarun.types import Algorithm, Tree
+from metarun.types import Tree
 
 log = logging.getLogger(__name__)
 
 FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
-ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download", "discount", "trace", "entropy", "normalise")
-
-
-def episodes_hash(experiment: Experiment) -> str:
-    """Fingerprint of the test episodes: equal for two runs that are tested on the same ones."""
-    config, spec = experiment.config, experiment.family.spec
-    task = OmegaConf.to_container(config.task, resolve=True)
-    assert isinstance(task, dict)
-    what = {
-        "dataset": experiment.family.dataset,
-        "spec": {f.name: getattr(spec, f.name) for f in fields(spec) if f.compare and not f.name.startswith("train")},
-        "task": {key: task[key] for key in task if not str(key).startswith(ONLY_TRAINING_OR_SOURCE)},
-        "seed": config.eval.seed,
-        "episodes": config.eval.episodes,
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def transductive(algorithm: Algorithm, model: nn.Module) -> bool:
-    """Whether queries see each other: because algorithm or model say so, or through batch statistics."""
-    if algorithm.transductive is not None:
-        return algorithm.transductive
-    by_batch = any(isinstance(module, BatchStatistics) for module in model.modules())
-    return by_batch or bool(getattr(model, "transductive", False))
 
 
 def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, Any]:
@@ -75,12 +47,10 @@ def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, 
         "queries": spec.queries,
         "metric": spec.metric,
         "meta_batch": config.train.meta_batch,
-        "transductive": transductive(replica.algorithm, replica.model),
         "device": torch.cuda.get_device_name(experiment.device) if experiment.device != "cpu" else "cpu",
         "torch_version": torch.__version__,
         "metarun_version": metarun.__version__,
         "config_hash": config_hash(config),
-        "episodes_hash": episodes_hash(experiment),
         "higher_is_better": spec.higher_is_better,
         "precision": config.train.precision.name,
         "replica": index,
@@ -105,6 +75,8 @@ def measured_columns(
         "second_score": None if second is None else second.mean().item(),
         "second_ci95": None if second is None else confidence(second).item(),
         "n_episodes": len(scores),
+        "episodes_hash": tested.episodes_hash,
+        "transductive": tested.transductive,
         "val_score": best.val_score,
         "selected_step": best.step,
         "meta_steps": training.step,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun.types import Tree
+from metarun.types import Task, Tree
 
 
 def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> dict[str, Any]:
@@ -56,3 +56,10 @@ def size(tree: Tree) -> int:
 def learned(theta: Tree) -> dict[str, Any]:
     """The part of ``theta`` that the outer optimizer steps: all but ``carried``."""
     return {key: value for key, value in theta.items() if key != "carried"}
+
+
+def first_tasks(tasks: Task, count: int) -> Task:
+    """The first ``count`` tasks of a batch."""
+
+    support, query = (tree_map(lambda leaf: leaf[:count], part) for part in (tasks.support, tasks.query))
+    return Task(support, query, None if tasks.seed is None else tasks.seed[:count])

@@ -209,7 +209,5 @@ class Algorithm(NamedTuple):
     max_steps: int | None = None
     """The most steps that it can adapt, where steps are learned one by one; None: as many as one likes."""
     observation: Observation | None = None
-    transductive: bool | None = None
-    """Whether test queries see each other; None: if the model says so."""
     adapted_parameters: Callable[[Tree], int] | None = None
     """theta → how many numbers adaptation sets for one task; by default all leaves outside ``carried``."""

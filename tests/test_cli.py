@@ -203,20 +203,3 @@ def test_help_names_every_member_and_key_and_does_not_wait_for_torch(tmp_path):
 def test_completion_offers_members(tmp_path):
     done = metarun("-sc", "query=bash", cwd=tmp_path, env={"COMP_LINE": "metarun algo=", "COMP_POINT": "13"})
     assert {"algo=maml", "algo=protonet"} <= set(done.stdout.split())
-
-
-def test_a_plugin_from_outside_runs(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from metarun.algos.agnostic.maml import maml\n"
-        "def twice(model, spec, inner_lr: float = 0.1):\n"
-        "    return maml(model, spec, inner_lr, inner_steps=2)\n"
-    )
-    (tmp_path / "my_conf" / "algo").mkdir(parents=True)
-    (tmp_path / "my_conf" / "algo" / "twice.yaml").write_text("# mine\n_target_: mine.twice\ninner_lr: 0.02\n")
-    arguments = ["--config-dir", "my_conf", "algo=twice", *QUICK]
-    done = metarun(*arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    assert "twice (model-agnostic)" in done.stdout
-    run = next((tmp_path / "outputs").rglob("result.csv")).parent
-    resumed = metarun(f"resume={run}", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert resumed.returncode == 0, resumed.stderr

@@ -85,19 +85,17 @@ def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     experiment = experiment_of(*TINY, "train.meta_batch=2")
     family = experiment.family
-    calls = [0]
     original = family.sample
+    bad = stream(0, "train", 24).initial_seed()
 
     def poisoned(split, count, generator):
         tasks = original(split, count, generator)
-        if split == "train":
-            calls[0] += 1
-            if calls[0] == 25:
-                tasks.query["y"][0, 0] = math.nan
+        if generator.initial_seed() == bad:
+            tasks.query["y"][0, 0] = math.nan
         return tasks
 
     family.sample = poisoned
-    with pytest.raises(UserError, match=r"stopped being finite by step 2[5-9].*last good checkpoint"):
+    with pytest.raises(UserError, match=r"finite by step 2[5-9]: the data of training step 25 hold NaN.*last good"):
         loop.meta_train(experiment, tmp_path, resume=False)
     kept = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     assert kept["step"] == 20

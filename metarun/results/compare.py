@@ -120,7 +120,7 @@ def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     for _, row in results[results["status"] != "completed"].iterrows():
         notes.append(f"left out: {row['directory']} ({row['status']})")
     newest = finished.sort_values("modified", kind="stable").drop_duplicates(
-        ["config_hash", "asked", *SETTING], keep="last"
+        ["config_hash", "asked", "episodes_hash", *SETTING], keep="last"
     )
     if len(newest) < len(finished):
         notes.append(f"{len(finished) - len(newest)} older runs of the same configuration are left out")
@@ -133,9 +133,16 @@ def best_first(table: pd.DataFrame, column: str) -> pd.Series:
 
 
 def with_variants(group: pd.DataFrame) -> pd.DataFrame:
-    """Add ``variant``: the overrides of each run that not every run of the setting shares."""
+    """Add ``variant``: the overrides of each run that not every run of the setting shares.
+
+    Runs that differ in nothing else but were tested on other episodes are told apart by those, never averaged.
+    """
     shared = frozenset.intersection(*group["overrides"])
-    return group.assign(variant=[" ".join(sorted(overrides - shared)) for overrides in group["overrides"]])
+    group = group.assign(variant=[" ".join(sorted(overrides - shared)) for overrides in group["overrides"]])
+    mixed = group.groupby(["algo", "model", "variant"])["episodes_hash"].transform("nunique", dropna=False) > 1
+    names = group["episodes_hash"].map(lambda one: "unknown" if pd.isna(one) else str(one))
+    named = (group["variant"] + " episodes=" + names).str.strip()
+    return group.assign(variant=group["variant"].where(~mixed, named))
 
 
 def summarise(group: pd.DataFrame) -> pd.DataFrame:
@@ -202,7 +209,8 @@ def name_of(row: pd.Series) -> str:
 def difference_of(a: pd.Series, b: pd.Series) -> Difference:
     """Row ``a`` minus row ``b``, episode by episode where both were tested on the same ones."""
     scores = [episode_scores(row["replicas"]) for row in (a, b)]
-    same = len(a["episodes_hashes"] | b["episodes_hashes"]) == 1
+    hashes = a["episodes_hashes"] | b["episodes_hashes"]
+    same = len(hashes) == 1 and not any(pd.isna(one) for one in hashes)
     if same and scores[0] is not None and scores[1] is not None and len(scores[0]) == len(scores[1]):
         difference = scores[0] - scores[1]
         ci = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5

@@ -126,13 +126,15 @@ class Omniglot:
         classes = draw(pool, ways, generator)
         if self.rotations == "task":
             classes = classes * 4 + torch.randint(4, classes.shape, generator=generator)
+        # By a number of Python's a GPU would multiply with its rounded inverse, and episodes differ in their last bit.
+        white = torch.full((), 255, dtype=torch.get_default_dtype(), device=self.device)
         drawings = draw(torch.ones(count, ways, images.shape[1], dtype=torch.bool), shots + queries, generator)
 
         def part(dealt: Dealt) -> Tree:
             identity = dealt.identity.to(self.device)
             x = images[identity, dealt.example.to(self.device)][:, :, None]
             data = {
-                "x": x.to(torch.get_default_dtype()) / 255,
+                "x": x.to(torch.get_default_dtype()) / white,
                 "y": one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype()),
             }
             return {**data, "class": identity} if split == "train" else data

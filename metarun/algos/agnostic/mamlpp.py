@@ -234,6 +234,5 @@ def mamlpp(
         train_steps=inner_steps,
         carrying_loss=carrying_loss,
         max_steps=inner_steps if by_step else None,
-        transductive=False if running else None,
         adapted_parameters=lambda theta: size(theta["weights"]),
     )

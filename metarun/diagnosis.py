@@ -1,0 +1,52 @@
+"""Why a loss stopped being finite: the data, the model and the loss, or the size of the steps."""
+
+import torch
+from omegaconf import OmegaConf
+
+from metarun import engine
+from metarun.assemble import Experiment, sample_tasks, stream
+from metarun.family_check import largest, not_finite
+from metarun.training import Training
+
+
+def suspect_step(training: Training) -> int:
+    """The first step since the last row in which no replica has a finite loss, else the last; counted from 0."""
+    first = training.step - len(training.window)
+    finite = [bool(row[..., 0].isfinite().any()) for row in training.window]
+    return first + finite.index(False) if False in finite else max(training.step - 1, 0)
+
+
+def step_size_remedy(experiment: Experiment) -> str:
+    """What to lower, by the keys that this run has."""
+    inner = OmegaConf.select(experiment.config, "algo.inner_lr") is not None
+    return f"lower train.lr{' or algo.inner_lr' if inner else ''}, or set train.clip=1"
+
+
+def blame(experiment: Experiment, training: Training) -> str:
+    """What is to blame for a training loss that is not finite, and the remedy.
+
+    The batch of the step in question is drawn again and looked at; then the loss of the initial parameters on it,
+    before any step of adaptation.
+    """
+    family, step = experiment.family, suspect_step(training)
+    thetas = experiment.initial_thetas()
+    batches = {}
+    for seed in sorted({replica.config.seed for replica in experiment.replicas}):
+        batches[seed] = sample_tasks(
+            experiment, "train", experiment.config.train.meta_batch, stream(seed, "train", step)
+        )
+        if wrong := not_finite(batches[seed]):
+            return f"the data of training step {step + 1} hold {wrong}; mend the data, or what sample makes of them"
+    for replica, theta in zip(experiment.replicas, thetas, strict=True):
+        tasks = batches[replica.config.seed]
+        losses = engine.evaluate(replica.algorithm, theta, tasks, family.loss, 0).losses
+        if not bool(torch.isfinite(losses).all()):
+            return (
+                f"the data of training step {step + 1} are finite, but on them the loss is not even with the initial "
+                f"parameters and before any adaptation, so no step size is to blame; check the model, the loss, and "
+                f"the scale of the data, whose largest number is {largest(tasks):.3g}"
+            )
+    return (
+        "the data are finite and so is their loss with the initial parameters, so the step size is to blame; "
+        f"{step_size_remedy(experiment)}"
+    )

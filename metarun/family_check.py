@@ -1,0 +1,324 @@
+"""The tasks that a family samples, checked against its own spec before a run trusts them.
+
+A family that breaks its promises often runs all the same: integer labels broadcast, a missing axis turns a mean of n
+numbers into one of n², and the accuracy that is printed is wrong. So the first training batch, and every block of
+validation and test tasks, is looked at, which costs a pass over the numbers.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarun import engine
+from metarun.assemble import Experiment, stream
+from metarun.errors import UserError
+from metarun.tree import first_tasks, leaves
+from metarun.types import Predict, Spec, Split, Task, Tree
+
+SUPERVISED = ("regression", "classification")
+LOOKED_AT = 4
+"""Tasks in which query examples are looked for in the support set."""
+
+
+def named_leaves(data: Tree, name: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of ``data`` with their names, such as ``query["x"]`` for ``name = "query"``."""
+    for key, value in data.items():
+        own = f'{name}["{key}"]'
+        if isinstance(value, dict):
+            yield from named_leaves(value, own)
+        else:
+            yield own, value
+
+
+def not_finite(tasks: Task) -> str | None:
+    """What is not finite in a batch of tasks and where, in words; None if all is."""
+    for part in ("support", "query"):
+        for name, leaf in named_leaves(getattr(tasks, part), part):
+            # A sum is many times faster than a look at each number, and NaN and infinity show in it.
+            if not leaf.is_floating_point() or bool(leaf.sum().isfinite()):
+                continue
+            wrong = (~leaf.isfinite()).nonzero()
+            if len(wrong):
+                place = wrong[0].tolist()
+                axes = ("task", "example", *["column"] * (len(place) == 3))
+                where = ", ".join(f"{axis} {index}" for axis, index in zip(axes, place, strict=False))
+                return f"{'NaN' if leaf[tuple(place)].isnan() else 'infinity'} in {name} ({where}, counted from 0)"
+    return None
+
+
+def _shape(sizes: torch.Size) -> str:
+    """A leaf's shape in words."""
+    names = ["tasks", "examples"][: len(sizes)]
+    return f"[{', '.join([*names, *map(str, sizes[2:])])}]"
+
+
+def _check(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(f"task: {sentence}.")
+
+
+def _check_targets(name: str, y: Tensor, examples: int, spec: Spec, ways: int) -> None:
+    """Refuse targets that are not ``[tasks, examples, width]`` in the default dtype, or not one-hot."""
+    classes = spec.kind == "classification"
+    width = ways if classes else spec.outputs
+    wanted = f"[tasks, examples, {width}]"
+    dtype = torch.get_default_dtype()
+    remedy = f"make it with torch.nn.functional.one_hot(labels, {width}).to({dtype})" if classes else ""
+    if y.shape[1:] != (examples, width):
+        if not classes:
+            missing = y.ndim == 2 and width == 1
+            remedy = "add the missing axis with y[..., None]" if missing else "give each example spec.outputs numbers"
+        what = "integer labels of shape" if classes and not y.is_floating_point() else "shape"
+        has = f"{what} {_shape(y.shape)}" if y.ndim < 2 or y.shape[1] == examples else f"{what} {list(y.shape)}"
+        kind = "one-hot classes" if classes else "targets"
+        _check(False, f"{name} has {has}, and must hold {kind} {wanted}, where x has {examples} examples; {remedy}")
+    _check(y.dtype == dtype, f"{name} is of {y.dtype}, and must be of {dtype}; convert it with .to({dtype})")
+    if classes:
+        one_hot = bool(((y == 0) | (y == 1)).all()) and bool((y.sum(-1) == 1).all())
+        _check(one_hot, f"{name} is not one-hot: each row must hold a single 1 among zeros; {remedy}")
+
+
+def _check_indices(name: str, index: Tensor, examples: int, count: int | None, what: str) -> None:
+    """Refuse a leaf that should number something for each example."""
+    integer = not index.is_floating_point() and index.dtype != torch.bool
+    _check(
+        index.shape[1:] == (examples,) and integer,
+        f"{name} must hold a whole number for each example, [tasks, {examples}], and is of {index.dtype} with shape "
+        f"{list(index.shape)}",
+    )
+    low, high = int(index.min()), int(index.max())
+    inside = low >= 0 and (count is None or high < count)
+    _check(
+        inside, f"{name} must number {what} from 0{'' if count is None else f' to {count - 1}'}, not {low} to {high}"
+    )
+
+
+def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int | None) -> None:
+    """Check one part of supervised tasks; ``per_class`` is the number of examples per class (per task without them)."""
+    for key in ("x", "y"):
+        _check(key in data, f'{name} lacks the leaf "{key}"; supervised tasks hold inputs x and targets y')
+    x, y = data["x"], data["y"]
+    x_name, y_name, dtype = f'{name}["x"]', f'{name}["y"]', torch.get_default_dtype()
+    _check(
+        x.shape[2:] == spec.input_shape and x.ndim >= 2,
+        f"{x_name} has the shape {list(x.shape)}, and must have [tasks, examples"
+        f"{''.join(f', {size}' for size in spec.input_shape)}], since spec.input_shape is {tuple(spec.input_shape)}; "
+        "reshape it or mend the spec",
+    )
+    integer = x.dtype in (torch.int32, torch.int64)
+    if spec.tokens is not None:
+        _check(integer, f"{x_name} holds token ids, so it must be of torch.int64, not {x.dtype}")
+        low, high = int(x.min()), int(x.max())
+        inside = low >= 0 and high < spec.tokens.ids
+        _check(inside, f"{x_name} must hold token ids from 0 to {spec.tokens.ids - 1}, not {low} to {high}")
+    _check(
+        integer or x.dtype == dtype, f"{x_name} is of {x.dtype}, and must be of {dtype}; convert it with .to({dtype})"
+    )
+    examples = x.shape[1]
+    classes = spec.kind == "classification"
+    if per_class is not None:
+        wanted = per_class * (ways if classes else 1)
+        words = f"{ways} ways with {per_class} each make {wanted}" if classes else f"the spec says {wanted}"
+        _check(examples == wanted, f"{name} has {examples} examples per task, and {words}; mend sample or the spec")
+    _check(examples >= 1, f"{name} has no examples; draw at least one per task")
+    _check_targets(y_name, y, examples, spec, ways)
+    if classes and name.endswith("support"):
+        counts = y.sum(1)
+        _check(bool((counts > 0).all()), f"{y_name} lacks a class: each of the {ways} needs an example in every task")
+        if per_class is not None:
+            equal = bool((counts == per_class).all())
+            _check(equal, f"{y_name} must hold each class {per_class} times (spec.shots) in every task")
+    if "class" in data:
+        _check_indices(f'{name}["class"]', data["class"], examples, spec.training_classes, "training classes")
+    if spec.groups is not None:
+        _check("group" in data, f'{name} lacks the leaf "group", which spec.groups promises')
+        _check_indices(f'{name}["group"]', data["group"], examples, len(spec.groups), "spec.groups")
+
+
+def _check_leaf(name: str, leaf: Any, count: int, device: str) -> None:
+    """Refuse what is no tensor of ``count`` tasks on ``device``."""
+    _check(
+        isinstance(leaf, Tensor),
+        f"{name} must be one tensor [tasks, ...], not {type(leaf).__name__}; give all tasks of a batch equal sizes and "
+        "stack them",
+    )
+    _check(
+        leaf.ndim > 0 and len(leaf) == count,
+        f"{name} has the shape {list(leaf.shape)}, and its first axis must be the {count} tasks that were asked for; "
+        "stack one entry per task",
+    )
+    _check(
+        leaf.device.type == torch.device(device).type,
+        f"{name} is on {leaf.device}, and the run is on {device}; let the family take the argument device and move "
+        "its tasks there",
+    )
+
+
+def _check_episodes(name: str, data: Tree, wanted: int | None) -> None:
+    """Check one part of control tasks: every leaf is ``[tasks, episodes, ...]``, as many episodes as ``wanted``."""
+    for leaf_name, leaf in named_leaves(data, name):
+        episodes = leaf.shape[1] if leaf.ndim > 1 else None
+        wanted = episodes if wanted is None else wanted
+        _check(
+            episodes is not None and episodes == wanted,
+            f"{leaf_name} has the shape {list(leaf.shape)}, and must have [tasks, {wanted or 'episodes'}, ...], an "
+            "entry per episode; expand it or mend the spec",
+        )
+
+
+def check_spec(spec: Spec) -> None:
+    """Refuse a spec that contradicts itself.
+
+    Raises:
+        UserError: what contradicts what.
+    """
+    if spec.kind == "classification":
+        _check(
+            spec.ways is not None and spec.ways >= 2 and spec.outputs == spec.ways,
+            f"spec.ways must be at least 2 and equal to spec.outputs, and they are {spec.ways} and {spec.outputs}",
+        )
+    if spec.metric == "accuracy":
+        _check(spec.higher_is_better, "spec.higher_is_better must be true of an accuracy")
+
+
+def check_tasks(tasks: Task, spec: Spec, split: Split, count: int, device: str) -> None:
+    """Refuse tasks that are not what the spec says.
+
+    Args:
+        tasks: as sampled.
+        spec: the family's.
+        split: that they were sampled from; training tasks may be of other sizes than the spec's.
+        count: how many were asked for.
+        device: where they should be.
+
+    Raises:
+        UserError: a sentence that names the leaf and the remedy.
+    """
+    _check(isinstance(tasks, Task), f"sample must return a metarun.types.Task, not {type(tasks).__name__}")
+    parts = {"support": spec.shots, "query": spec.queries}
+    for part in parts:
+        data, name = getattr(tasks, part), f"{split} {part}"
+        _check(isinstance(data, dict), f"{name} must be a dictionary of tensors, not {type(data).__name__}")
+        for leaf_name, leaf in named_leaves(data, name):
+            _check_leaf(leaf_name, leaf, count, device)
+    wrong = not_finite(tasks)
+    _check(
+        wrong is None,
+        f"the {split} tasks hold {wrong}; fill the empty cells of the data or leave those rows out, and look for "
+        "divisions by zero in sample",
+    )
+    for part, size in parts.items():
+        data, name = getattr(tasks, part), f"{split} {part}"
+        per_class = None if split == "train" else size
+        if spec.kind in SUPERVISED:
+            ways = (split == "train" and spec.train_ways) or spec.ways or 0
+            _check_examples(name, data, spec, ways, per_class)
+        elif spec.kind == "control":
+            _check_episodes(name, data, per_class)
+
+
+def _leaves_of(tasks: Task) -> list[Tensor]:
+    return [*leaves(tasks.support), *leaves(tasks.query)]
+
+
+def _equal(a: Task, b: Task) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(_leaves_of(a), _leaves_of(b), strict=True))
+
+
+def _rows(data: Tree, task: int) -> list[bytes]:
+    """Each example of one task, input and target, as bytes."""
+    columns = [data[key][task].flatten(1).cpu().numpy() for key in ("x", "y")]
+    return [b"".join(column[i].tobytes() for column in columns) for i in range(len(columns[0]))]
+
+
+def check_draws(experiment: Experiment, test: Task) -> None:
+    """Refuse a family that draws from elsewhere than its generator, draws nothing, or tests what it has shown.
+
+    Raises:
+        UserError: what is wrong with ``sample``.
+    """
+    family, seed = experiment.family, experiment.config.eval.seed
+    first, again, other = (family.sample("test", 2, stream(seed, "test", index)) for index in (0, 0, 1))
+    _check(
+        _equal(first, again),
+        "sample gave other test tasks for an equal generator, so no run could be repeated or compared; draw all "
+        "randomness from the generator that it is given (torch.rand(..., generator=generator))",
+    )
+    alike = all(bool((leaf[1:] == leaf[:1]).all()) for leaf in _leaves_of(test))
+    _check(
+        not (_equal(first, other) or (alike and len(next(leaves(test.query))) > 1)),
+        "sample gives the same test task again and again, so an interval over them would mean nothing; draw each task "
+        "from the generator that it is given",
+    )
+    if family.spec.kind in SUPERVISED:
+        count = min(LOOKED_AT, len(test.query["x"]))
+        shown = all(set(_rows(test.query, i)) <= set(_rows(test.support, i)) for i in range(count))
+        _check(
+            not shown,
+            "every query example of a test task stands in its support set, input and target alike; score a task on "
+            "other examples than those it is adapted to",
+        )
+
+
+def check_predictions(experiment: Experiment, tasks: Task) -> None:
+    """Refuse a model whose outputs would be broadcast against the targets, and a loss that is no single number.
+
+    Raises:
+        UserError: the shapes that do not fit.
+    """
+    family, names = experiment.family, experiment.names
+    replica = experiment.replicas[0]
+    theta = experiment.initial_thetas()[0]
+
+    def watched_loss(predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        def watched(x: Any) -> Any:
+            output = predict(x)
+            if family.spec.kind in SUPERVISED and output.shape != data["y"].shape:
+                raise UserError(
+                    f"model={names['model']} with algo={names['algo']} gives outputs of shape {list(output.shape)} for "
+                    f"the {len(data['y'])} examples of a task, whose targets have {list(data['y'].shape)}; let the "
+                    "model end in spec.outputs numbers per example."
+                )
+            return output
+
+        loss, score = family.loss(watched, data)
+        results = [loss, score]
+        if family.spec.second_metric is not None:
+            results.append(family.second_score(predict, data))
+        for what, value in zip(("loss", "score", "second score"), results, strict=False):
+            _check(
+                isinstance(value, Tensor) and value.shape == (),
+                f"the {what} of a task must be a single number, a tensor without axes, not "
+                f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}; take the mean over its "
+                "examples",
+            )
+        return loss, score
+
+    engine.adapt_and_score(replica.algorithm, theta, first_tasks(tasks, 1), watched_loss, 0)
+
+
+def check_family(experiment: Experiment, test_blocks: Iterator[Task]) -> None:
+    """Look once at what a run will train and be tested on.
+
+    Args:
+        experiment: what is about to run.
+        test_blocks: blocks of test tasks, of which the first is taken.
+
+    Raises:
+        UserError: a sentence that names the leaf and the remedy.
+    """
+    family, config = experiment.family, experiment.config
+    check_spec(family.spec)
+    batch = family.sample("train", config.train.meta_batch, stream(config.seed, "train"))
+    check_tasks(batch, family.spec, "train", config.train.meta_batch, experiment.device)
+    test = next(test_blocks)
+    check_draws(experiment, test)
+    check_predictions(experiment, test)
+
+
+def largest(tasks: Task) -> float:
+    """The largest magnitude among the numbers of a batch of tasks."""
+    return max(float(leaf.abs().max()) for leaf in _leaves_of(tasks) if prod(leaf.shape))

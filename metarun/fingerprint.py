@@ -1,0 +1,71 @@
+"""What tells whether two runs were tested on the same episodes: a hash of the sampled tensors themselves."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarun.family_check import SUPERVISED, named_leaves
+from metarun.tree import first_tasks, tree_map
+from metarun.types import Family, Predict, Task
+
+DIGITS = 4
+"""Of the probe's score, so that the last bits of another machine's arithmetic do not count."""
+
+
+def probe_score(family: Family, tasks: Task) -> list[str]:
+    """How the first of ``tasks`` scores a learner that answers 0 to everything.
+
+    Tensors do not show all that a score depends on: an environment's rules, or a family's weight of an error, may come
+    from its own keys.
+    """
+    spec, task = family.spec, first_tasks(tasks, 1)
+    query = tree_map(lambda leaf: leaf[0], task.query)
+    actions = spec.outputs * (2 if spec.control is not None and spec.control.continuous else 1)
+
+    def nothing(given: Any) -> Tensor:
+        if spec.kind in SUPERVISED:
+            return torch.zeros_like(query["y"])
+        observation: Tensor = given.observation
+        return observation.new_zeros(*observation.shape[:2], actions)
+
+    predict: Predict = nothing
+    with torch.no_grad():
+        scores = [family.loss(predict, query)[1]]
+        if spec.second_metric is not None:
+            scores.append(family.second_score(predict, query))
+    return [f"{float(score):.{DIGITS}g}" for score in scores]
+
+
+class Fingerprint:
+    """A hash of the tasks that pass through ``over``, and of what a score on them means."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.hash = hashlib.sha256()
+        self.first = True
+
+    def add(self, tasks: Task) -> None:
+        """Take in a block of tasks: names, shapes, types and bytes of its leaves."""
+        if self.first:
+            spec = self.family.spec
+            facts = [self.family.dataset, spec.metric, spec.higher_is_better, *probe_score(self.family, tasks)]
+            self.hash.update(json.dumps(facts).encode())
+            self.first = False
+        for part in ("support", "query"):
+            for name, leaf in sorted(named_leaves(getattr(tasks, part), part), key=lambda pair: pair[0]):
+                self.hash.update(f"{name} {list(leaf.shape)} {leaf.dtype}".encode())
+                self.hash.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+    def over(self, blocks: Iterable[Task]) -> Iterator[Task]:
+        """The same blocks, each taken in on its way."""
+        for block in blocks:
+            self.add(block)
+            yield block
+
+    def text(self) -> str:
+        """The hash of all that was taken in, 12 hexadecimal digits."""
+        return self.hash.hexdigest()[:12]

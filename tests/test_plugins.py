@@ -1,0 +1,203 @@
+"""Code and configuration from outside the repository: what a stranger writes works, or gets the right sentence."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from omegaconf import OmegaConf
+from test_cli import QUICK
+
+from metarun.cli import arguments_of_resumed_run, config_dirs, options_first, sentence_of_system_error
+from metarun.config import build
+from metarun.errors import UserError
+from metarun.tasks.sinusoid import Sinusoid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+METARUN = Path(sys.executable).with_name("metarun")
+README = Path(__file__).parents[1] / "README.md"
+
+
+def metarun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The console script, which, unlike ``python -m``, does not put the current folder on Python's path."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run(
+        [str(METARUN), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def readme_blocks() -> list[tuple[str, str]]:
+    """Language and text of each block of code in the section on adding one's own."""
+    section = README.read_text().partition("## Adding your own\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+
+
+def test_the_examples_of_the_readme_run_as_they_are_printed(tmp_path):
+    blocks = readme_blocks()
+    assert [language for language, _ in blocks] == ["python", "yaml", "python", "yaml", "bash"]
+    for language, text in blocks:
+        if language != "bash":
+            path = tmp_path / text.partition("\n")[0].removeprefix("# ")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    commands = blocks[-1][1].splitlines()
+    assert len(commands) == 2
+    for command in commands:
+        program, *arguments = command.split()
+        assert program == "metarun"
+        small = ("task.dataset=procedural", "task.image_size=16") if "task=omniglot" in arguments else ()
+        done = metarun(*arguments, *QUICK, "train.meta_batch=2", *small, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    run = next(path.parent for path in (tmp_path / "outputs").rglob("result.csv") if "lines" in str(path))
+    assert "lines:steepest=3" in (run / "result.csv").read_text()
+    resumed = metarun(f"resume={run}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+
+
+class Inherited(Sinusoid):
+    """No ``__init__``: it takes what its parent takes."""
+
+
+class Nothing:
+    """Neither it nor a parent but ``object`` has an ``__init__``."""
+
+
+class Pair(NamedTuple):
+    width: int
+    names: str = ""
+
+
+def for_checkers_alone(names: "Iterable[str]" = (), width: int = 3, other: "nowhere.Thing" = None):  # noqa: F821
+    return width
+
+
+def needs_a_path(path: str, device: str = "cpu"):
+    return path
+
+
+def built(target, group="task", given=(), **keys):
+    config = OmegaConf.create({group: {"_target_": f"test_plugins.{target}", **keys}})
+    return build(config, group, *given, device="cpu", data_dir="data")
+
+
+def test_a_class_without_its_own_init_is_checked_by_its_parents():
+    assert built("Inherited", shots=3).spec.shots == 3
+    assert isinstance(built("Nothing"), Nothing)
+    assert built("Pair", width=2) == Pair(2)
+    with pytest.raises(UserError, match=r"task.shots must be a whole number, not 'three'"):
+        built("Inherited", shots="three")
+    with pytest.raises(UserError, match=r"task.width is unknown"):
+        built("Nothing", width=3)
+
+
+def test_annotations_for_type_checkers_alone_are_left_out_and_the_others_checked():
+    assert built("for_checkers_alone", names=["a"], other=1) == 3
+    with pytest.raises(UserError, match=r"task.width must be a whole number"):
+        built("for_checkers_alone", width="wide")
+
+
+partly = partial(for_checkers_alone, width=5)
+
+
+def test_a_call_that_cannot_be_made_says_which_argument_is_missing():
+    assert built("partly") == 5
+    assert built("needs_a_path", path="a") == "a"
+    with pytest.raises(UserError, match=r"task.path is missing: .*needs_a_path needs it; .*\+task.path=VALUE"):
+        built("needs_a_path")
+    with pytest.raises(UserError, match=r"model: .*Nothing must take the spec by position"):
+        built("Nothing", "model", given=(None,))
+    with pytest.raises(UserError, match=r"model.path cannot be set: .* is given the spec by position"):
+        built("needs_a_path", "model", given=(None,), path="a")
+
+
+PLUGIN = """
+from metarun.algos.agnostic.maml import maml
+
+
+def twice(model, spec, inner_lr: float = 0.1, steps: int = 2):
+    return maml(model, spec, inner_lr, inner_steps=steps)
+"""
+
+
+def test_a_key_that_the_yaml_does_not_list_is_set_with_a_plus_and_the_sentence_says_so(tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "my_conf" / "algo").mkdir(parents=True)
+    (tmp_path / "my_conf" / "algo" / "twice.yaml").write_text("# mine\n_target_: mine.twice\ninner_lr: 0.02\n")
+    # Between overrides, as Hydra itself does not take it.
+    arguments = ["task=sinusoid", "--config-dir", "my_conf", "algo=twice", *QUICK]
+    plain = metarun(*arguments, "algo.steps=1", cwd=tmp_path)
+    assert plain.returncode == 1
+    assert "There is no key algo.steps" in plain.stderr
+    assert "(+algo.steps=... sets one that mine.twice takes and its YAML does not list)" in plain.stderr
+    done = metarun(*arguments, "+algo.steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "twice (model-agnostic)" in done.stdout
+
+
+def test_options_may_stand_anywhere():
+    assert options_first(["a=1", "--config-dir", "x=y", "b=2", "-m", "~c"]) == (
+        ["--config-dir", "x=y", "-m"],
+        ["a=1", "b=2", "~c"],
+    )
+    assert options_first(["--info", "a=1"]) == (["--info"], ["a=1"])
+    assert options_first(["--info", "searchpath", "a=1", "-cd=z"]) == (["--info", "searchpath", "-cd=z"], ["a=1"])
+    assert config_dirs(["a=1", "-cd=z", "--config-dir", "x", "--config-dir=y"]) == ["x", "z", "y"]
+    assert arguments_of_resumed_run(["a=1", "-m"]) == ["a=1", "-m"]
+
+
+def test_missing_data_are_not_a_full_disk(tmp_path):
+    run = tmp_path / "outputs" / "run"
+    missing = sentence_of_system_error(FileNotFoundError(errno.ENOENT, "No such file", "my/table.csv"), run)
+    assert missing == "There is no my/table.csv, which the run needs; put it there, or change the key that names it."
+    locked = sentence_of_system_error(PermissionError(errno.EACCES, "Permission denied", "my/table.csv"), run)
+    assert "my/table.csv cannot be used: Permission denied" in locked
+    full = sentence_of_system_error(OSError(errno.ENOSPC, "No space left on device"), run)
+    assert "make room" in full
+    gone = sentence_of_system_error(FileNotFoundError(errno.ENOENT, "No such file", str(run / "a.csv")), run)
+    assert "hydra.run.dir=DIR" in gone
+    assert sentence_of_system_error(ConnectionError("reset"), run) is None
+
+
+TABLE = """
+import csv
+import torch
+from metarun.tasks.sinusoid import Sinusoid
+from metarun.types import Task
+
+
+class Table(Sinusoid):
+    def __init__(self, path: str = "table.csv", device: str = "cpu") -> None:
+        super().__init__(shots=2, queries=2)
+        with open(path) as file:
+            rows = [[float(cell or "nan") for cell in row] for row in csv.reader(file)]
+        self.table = torch.tensor(rows)
+
+    def sample(self, split, count, generator):
+        rows = self.table[torch.rand(count, len(self.table), generator=generator).argsort(1)[:, :4]]
+        parts = (rows[:, :2], rows[:, 2:])
+        return Task(*({"x": part[..., :1], "y": part[..., 1:]} for part in parts))
+"""
+
+
+def test_a_missing_file_and_an_empty_cell_of_a_users_table_are_named(tmp_path):
+    (tmp_path / "mine.py").write_text(TABLE)
+    (tmp_path / "my_conf" / "task").mkdir(parents=True)
+    (tmp_path / "my_conf" / "task" / "table.yaml").write_text("# mine\n_target_: mine.Table\npath: table.csv\n")
+    arguments = ["--config-dir=my_conf", "task=table", *QUICK]
+    missing = metarun(*arguments, cwd=tmp_path)
+    assert "There is no table.csv, which the run needs" in missing.stdout + missing.stderr
+    assert "make room" not in missing.stdout + missing.stderr
+    (tmp_path / "table.csv").write_text("\n".join(["0.1,1", "0.2,", "0.3,3", "0.4,4", "0.5,5"]))
+    empty = metarun(*arguments, cwd=tmp_path)
+    said = empty.stdout + empty.stderr
+    assert empty.returncode == 1
+    assert re.search(r'the train tasks hold NaN in (support|query)\["y"\] .* fill the empty cells', said), said
+    assert "Traceback" not in said
