@@ -43,7 +43,7 @@ def one_step(overrides: list[str]) -> float:
     small_step.whole({"state": small_step.initial_state(), "tasks": tasks, "rates": rates_of(small)[0]})
     resident = next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
     CLEAR_REFS.write_text("5")
-    Stepper(experiment, meta_step, 10)(given)
+    Stepper(experiment, meta_step).run(given)
     return peak_memory_mb("cpu") - resident * 1024 / 1e6
 
 

@@ -56,7 +56,7 @@ class Own:
         weights = self.meta_step.layout.vector(theta)[None]
         self.state: Tree = {**self.meta_step.initial_state(), "weights": weights}
         self.batches = [self.tasks(problem.batch(i)) for i in range(4)]
-        self.stepper = Stepper(self.experiment, self.meta_step, 1_000_000)
+        self.stepper = Stepper(self.experiment, self.meta_step)
         for number in range(2):
             self.stepper(self.given(number))
         if self.stepper.engine != engine or self.stepper.task_map != task_map:

@@ -10,7 +10,7 @@ import torch
 from metarun.errors import UserError
 from metarun.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -156,6 +156,7 @@ def account(training: Training, stepper: Stepper, seconds: float, compiled: floa
     training.step_seconds += seconds - compiling
     training.compile_seconds += compiling
     training.engine, training.task_map = stepper.engine, stepper.task_map
+    training.device = torch.device(stepper.experiment.device).type
 
 
 def newest(training: Training, metric: str) -> dict[str, str]:
@@ -178,7 +179,9 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
     steps = train.steps if experiment.algorithm.meta_learns and meta_step.layout.size else 0
     check_family(experiment, episodes(experiment, "test", experiment.config.eval.episodes))
     validation = list(episodes(experiment, "val", train.val_episodes))
-    stepper, compiled = Stepper(experiment, meta_step, steps - training.step), training.compile_seconds
+    same_device = training.device == torch.device(experiment.device).type
+    kept = (training.engine, training.task_map) if training.step and same_device else None
+    stepper, compiled = Stepper(experiment, meta_step, kept), training.compile_seconds
     rates = rates_of(experiment)
     # Read once: a key of the configuration costs as much as several operations of a step.
     seeds, meta_batch = [one.config.seed for one in experiment.replicas], train.meta_batch

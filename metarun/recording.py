@@ -9,10 +9,8 @@ A recording has the shapes of its examples, and constants where the function lef
 one compares it with the function on other inputs first.
 """
 
-import hashlib
 import logging
 import os
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -69,11 +67,6 @@ class Recording:
         with torch.no_grad():
             return like(self.outputs, iter(self.run(*leaves(given))))
 
-    def marker(self) -> Path:
-        """A file beside the compiler's own cache that is there once this very recording was compiled."""
-        text = f"{torch.__version__} {self.graph.code} {torch.get_num_threads()}"
-        return compiler_cache() / f"metarun-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
     def compiled(self, given: Tree) -> "Recording":
         """The same operations in one compiled graph; ``given`` is what it is first run on.
 
@@ -87,7 +80,6 @@ class Recording:
 
         other: Recording = object.__new__(Recording)
         other.__dict__.update(self.__dict__)
-        began = time.perf_counter()
         values: list[Any] = list(leaves(given))
         for options in (ON_CPU, {}) if values[0].device.type == "cpu" else ({},):
             try:
@@ -99,10 +91,6 @@ class Recording:
                 if not options or isinstance(error, MemoryError):
                     raise CannotRecord(first_line(error)) from error
                 log.debug("The compiler refused %s: %s", options, first_line(error))
-        try:
-            self.marker().write_text(f"{time.perf_counter() - began:.1f} s\n")
-        except OSError as error:
-            log.debug("No mark of the compilation was left: %s", error)
         return other
 
 

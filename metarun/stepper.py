@@ -9,17 +9,17 @@ Tasks are mapped by ``vmap``, or by ``threads``: a recording of one task's gradi
 many Python threads as torch has been given, each with one of torch's own. On a CPU that is faster for convolutions with
 weights of each task's own than one grouped convolution.
 
-``auto`` measures the first eager steps, and goes on to whatever saves more time over the steps that remain than it
-costs. Every other engine is compared with eager on tasks that it has not seen before it is used.
+``auto`` chooses by what does not vary: how many operations and how much arithmetic the first step counts, how many
+steps the whole run has, and what the machine is. So the same command runs on the same engine, and gives the same
+numbers, on an idle machine or a busy one; a resumed run goes on with the engine that its checkpoint names. Every engine
+but eager is compared with eager, on tasks in another order, before it is used.
 """
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,15 +29,14 @@ from torch.utils.flop_counter import flop_registry
 
 from metarun.assemble import Experiment
 from metarun.errors import UserError, first_line
+from metarun.gradient_check import check_gradient
 from metarun.recording import CannotRecord, Captured, Recording, release_gpu_memory
 from metarun.stepping import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
-from metarun.tree import leaves
+from metarun.tree import leaves, tree_map
 from metarun.types import Tree
 
 log = logging.getLogger(__name__)
 
-WATCHED = 10
-"""Eager steps that ``auto`` times, after the first."""
 SMALL_WORK = 5e8
 """Floating-point operations of a step and replica in products and convolutions, below which calling costs more than
 computing."""
@@ -46,11 +45,21 @@ TOLERANCE = 5e-3
 order, which Adam's first steps can enlarge."""
 ONE_THREAD_WORK = 1e8
 """The same, below which a second thread only adds variance."""
-RECORD_SECONDS = 0.0012
-COMPILE_SECONDS = {"cold": (12.0, 0.012), "warm": (1.5, 0.004)}
-COMPILED_SHARE = 0.25
-"""Seconds that it costs to record an operation, to compile (once, and for each operation; with and without what the
-compiler has cached), and the share of a replayed small step that is left: docs/performance.md."""
+EAGER_OPERATION, ARITHMETIC = 1e-5, 2e10
+"""Seconds that an operation of an eager step takes by itself, and floating-point operations per second and thread:
+docs/performance.md. They decide which engine pays off, and no result depends on their being exact."""
+RECORDING, COMPILING, COMPILING_ANYTHING = 0.0012, 0.012, 12.0
+"""Seconds to record an operation, to compile one, and to compile at all."""
+SHARES = {
+    # engine: (of small work, of other work)
+    "eager": (1.0, 1.0),
+    "replay": (0.6, 1.0),
+    "compile": (0.15, 0.7),
+    "compile threads": (1.0, 0.6),
+    "replay threads": (1.0, 0.8),
+    "cudagraph": (0.2, 0.7),
+}
+"""The share of an eager step's time that other engines leave."""
 
 
 def choose_threads(experiment: Experiment, work: float) -> None:
@@ -101,29 +110,20 @@ class Counted(TorchDispatchMode):
         return out
 
 
-@dataclass
-class Candidate:
-    """An engine that could run, and what it was measured to take."""
-
-    name: str
-    run: Step
-    seconds: float
-
-
 class Stepper:
     """Runs meta-steps one after the other, from the first that this process runs.
 
     ``engine`` names what runs now, ``task_map`` how tasks are mapped; ``compile_seconds`` is what was spent on
-    recording, compiling, comparing and measuring.
+    recording, compiling and comparing.
     """
 
-    def __init__(self, experiment: Experiment, meta_step: MetaStep, steps: int) -> None:
-        """``steps`` are those that this process will run.
+    def __init__(self, experiment: Experiment, meta_step: MetaStep, kept: tuple[str, str] | None = None) -> None:
+        """``kept`` are the engine and the map over tasks with which a resumed run goes on.
 
         Raises:
             UserError: an engine that this machine or this run cannot have.
         """
-        self.experiment, self.meta_step, self.remaining = experiment, meta_step, steps
+        self.experiment, self.meta_step, self.kept = experiment, meta_step, kept
         settings = experiment.config.engine
         self.mode, self.wanted_map = settings.mode.name, settings.task_map.name
         if self.mode == "cudagraph" and experiment.device == "cpu":
@@ -145,14 +145,12 @@ class Stepper:
                 f"train.task_chunk must divide train.meta_batch={self.meta_batch}, and {self.chunk} does not."
             )
         self.engine, self.task_map, self.compile_seconds = "eager", "vmap", 0.0
-        self.small, self.workers = False, 1
+        self.work, self.workers = 0.0, 1
         self.pool: ThreadPoolExecutor | None = None
         self.operations = 0
         self.recordings: dict[str, Recording] = {}
         self.run: Step = self.eager()
-        self.choosing = self.mode != "eager"
-        self.watched: list[float] = []
-        self.before: Tree | None = None
+        self.began = False
 
     def eager(self) -> Step:
         """The step as it is written, ``chunk`` tasks at a time."""
@@ -162,27 +160,21 @@ class Stepper:
 
     def __call__(self, given: Tree) -> Tree:
         """One meta-step; see `metarun.stepping` for what is given and returned."""
-        began = time.perf_counter()
-        if self.before is None:
-            if self.experiment.placeholders:
-                self.meta_step.check_replicas(parts_of(given, 1)[0])
-            with Counted() as counted:
-                out = self.run_or_halve(given)
-            self.operations, self.small = counted.operations, counted.work / self.meta_step.count < SMALL_WORK
-            choose_threads(self.experiment, counted.work)
-            self.workers = torch.get_num_threads()
-        else:
+        if self.began:
+            return self.run_or_halve(given)
+        self.began = True
+        if self.experiment.placeholders:
+            self.meta_step.check_replicas(parts_of(given, 1)[0])
+        check_gradient(self.meta_step, given)
+        with Counted() as counted:
             out = self.run_or_halve(given)
-        self.remaining -= 1
-        if self.choosing:
-            self.synchronize()
-            self.watched.append(time.perf_counter() - began)
-            if len(self.watched) > (WATCHED if self.mode == "auto" else 1):
-                assert self.before is not None
-                self.choose(self.before, given, out)
-                self.choosing = False
-        self.before = given if self.choosing or self.before is None else self.before
-        return out
+        self.operations, self.work = counted.operations, counted.work / self.meta_step.count
+        choose_threads(self.experiment, counted.work)
+        self.workers = torch.get_num_threads()
+        if self.mode != "eager":
+            self.choose(given)
+        # A resumed run has left its first eager step behind.
+        return out if self.kept is None else self.run_or_halve(given)
 
     def run_or_halve(self, given: Tree) -> Tree:
         """Run a step; where a GPU is too small for it and ``train.task_chunk`` is free, with half as many tasks."""
@@ -211,35 +203,23 @@ class Stepper:
         if self.experiment.device != "cpu":
             torch.cuda.synchronize(self.experiment.device)
 
-    def timed(self, run: Step, given: Tree) -> float:
-        """Median seconds of a step, over as many as eager was watched for or half a second allows."""
-        taken: list[float] = []
-        while len(taken) < WATCHED and sum(taken) < 0.5:
-            began = time.perf_counter()
-            run(given)
-            self.synchronize()
-            taken.append(time.perf_counter() - began)
-        return statistics.median(taken)
+    def choose(self, given: Tree) -> None:
+        """Go from eager to the engine that was asked for, that the checkpoint names, or that should take least time.
 
-    def choose(self, before: Tree, given: Tree, expected: Tree) -> None:
-        """Go from eager to the engine that was asked for, or to the one that saves most.
-
-        Recordings are made on ``before`` and compared on ``given``, whose eager result is ``expected``.
+        Recordings are made on ``given``, and compared with eager on the same tasks in the opposite order.
         """
         began = time.perf_counter()
-        reasons: list[str] = []
-        # The very first step also warms up.
-        seconds = statistics.median(self.watched[1:])
-        best = Candidate("eager", self.run, seconds)
-        for name, make in self.ways():
+        other = {**given, "tasks": tree_map(lambda leaf: leaf.flip(1), given["tasks"])}
+        expected: Tree | None = None
+        estimates = {name: self.estimated_seconds(name) for name in ("eager", *(name for name, _ in self.ways()))}
+        reasons, chosen = list[str](), "eager"
+        for name, make in self.in_order(estimates):
             try:
-                if self.mode == "auto" and (refusal := self.not_worth(name, best, before)):
-                    reasons.append(refusal)
-                    continue
-                run = make(before)
-                if not agrees(run(given), expected, given):
-                    raise CannotRecord("it does not give what eager gives")
-                candidate = Candidate(name, run, self.timed(run, given))
+                run = make(given)
+                if self.kept is None:
+                    expected = self.run(other) if expected is None else expected
+                    if not agrees(run(other), expected, other):
+                        raise CannotRecord("it does not give what eager gives")
             except CannotRecord as error:
                 reasons.append(f"no {name}: {error}")
                 continue
@@ -247,22 +227,47 @@ class Stepper:
                 reasons.append(f"no {name}: {first_line(error)}")
                 release_gpu_memory()
                 continue
-            reasons.append(f"{name} {1000 * candidate.seconds:.3g} ms")
-            if self.mode != "auto":
-                best = candidate
-                break
-            best = min(best, candidate, key=lambda one: one.seconds)
+            chosen, self.run = name, run
+            break
         self.compile_seconds += time.perf_counter() - began
-        self.run = best.run
         self.recordings.clear()
-        self.engine, _, threads = best.name.partition(" ")
+        self.engine, _, threads = chosen.partition(" ")
         self.task_map = "threads" if threads else "vmap"
-        log.info("engine: %s (eager %.3g ms a step; %s)", best.name, 1000 * seconds, "; ".join(reasons) or "no other")
+        if self.kept is not None:
+            reasons.append("as before the run was interrupted")
+        elif self.mode == "auto":
+            steps = self.experiment.config.train.steps
+            by_estimate = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in estimates.items())
+            reasons.append(f"estimated for {steps} steps of {self.operations} operations: {by_estimate}")
+        log.info("engine: %s%s", chosen, f" ({'; '.join(reasons)})" if reasons else "")
+
+    def in_order(self, estimates: dict[str, float]) -> list[tuple[str, Callable[[Tree], Step]]]:
+        """The engines to try one after the other until one works; eager needs no trying and ends the list."""
+        ways = list(self.ways())
+        if self.kept is not None:
+            engine, task_map = self.kept
+            name = engine if task_map == "vmap" else f"{engine} {task_map}"
+            return [way for way in ways if way[0] == name]
+        if self.mode != "auto":
+            return ways
+        better = [way for way in ways if estimates[way[0]] < estimates["eager"] or self.wanted_map == "threads"]
+        return sorted(better, key=lambda way: estimates[way[0]])
+
+    def estimated_seconds(self, name: str) -> float:
+        """Of a whole run on an engine, what it costs to make included."""
+        small = self.work < SMALL_WORK
+        count = self.meta_step.count
+        step = EAGER_OPERATION * self.operations + self.work * count / (ARITHMETIC * self.workers)
+        making = 0.0 if name == "eager" else RECORDING * self.operations
+        if name.startswith("compile"):
+            making += COMPILING_ANYTHING + COMPILING * self.operations
+        steps: int = self.experiment.config.train.steps
+        return 1.3 * making + SHARES[name][0 if small else 1] * step * steps
 
     def ways(self) -> Iterator[tuple[str, Callable[[Tree], Step]]]:
         """Names of engines to try and how to make each from an example.
 
-        ``auto`` tries all and keeps the fastest; an engine that was asked for is had by the first way that works.
+        An engine that was asked for is had by the first way that works.
         """
         cuda, asked = self.experiment.device != "cpu", self.mode
         if self.wanted_map == "threads" or (self.threads_possible() and self.wanted_map == "auto"):
@@ -287,7 +292,7 @@ class Stepper:
             and self.workers > 1
             and self.meta_batch > 1
             and self.chunk == self.meta_batch
-            and not self.small
+            and self.work >= SMALL_WORK
         )
 
     def recorded_step(self, example: Tree) -> Recording:
@@ -318,40 +323,3 @@ class Stepper:
                 return run(given)
 
         return step
-
-    def not_worth(self, name: str, best: Candidate, example: Tree) -> str:
-        """Why ``auto`` should not even make an engine: it would cost more than it can save; '' if it should.
-
-        Small steps lose half of their time by replaying and more by compiling; of others threads and compiling can
-        save a third, and what is spent on trying must stay below a twentieth of the whole (for threads a tenth).
-        """
-        left, eager = self.remaining, statistics.median(self.watched[1:])
-        engine, _, threads = name.partition(" ")
-        if self.wanted_map == "threads":
-            return ""
-        if engine == "replay" and not self.small:
-            return "replay would gain nothing on work of this size"
-        if engine == "compile" and not threads and self.threads_possible():
-            return "compile is left to threads"
-        # Compiled threads have never gained less than a third; half of a tenth gained back keeps the promise.
-        affordable = left * eager * (0.5 if self.small else 0.1 if threads else 0.05)
-        record = 0.0 if ("task" if threads else "step") in self.recordings else RECORD_SECONDS * self.operations
-        cost, gain = record, 0.4 if self.small else 0.2
-        if engine == "compile":
-            # Whether the compiler's cache has this graph shows only once it is recorded.
-            warm = self.is_warm(bool(threads), example) if record < affordable / 2 else False
-            once, an_operation = COMPILE_SECONDS["warm" if warm else "cold"]
-            cost = record + once + an_operation * self.operations
-            gain = 1 - COMPILED_SHARE if self.small else 0.3
-        saves = gain * left * best.seconds
-        if saves > 1.3 * cost and cost < affordable:
-            return ""
-        return f"{name} would save {saves:.1f} s and cost about {cost:.1f} s"
-
-    def is_warm(self, one_task: bool, example: Tree) -> bool:
-        """Whether the step, or one task's gradient, has been compiled on this machine before."""
-        try:
-            with one_thread_each(self.workers) if one_task else nullcontext():
-                return (self.recorded_task(example) if one_task else self.recorded_step(example)).marker().exists()
-        except CannotRecord:
-            return False

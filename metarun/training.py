@@ -44,7 +44,9 @@ class Training:
     """Of which in meta-steps alone."""
     engine: str = "eager"
     task_map: str = "vmap"
-    """What ran the last steps."""
+    """What ran the last steps, and runs those of a resumed run."""
+    device: str = "cpu"
+    """The kind of device that they ran on."""
 
 
 def start(meta_step: MetaStep) -> Training:
@@ -63,7 +65,10 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-SAVED_AS_IT_IS = ("step", "state", "rows", "window", "seconds", "compile_seconds", "step_seconds", "engine", "task_map")
+SAVED_AS_IT_IS = (
+    *("step", "state", "rows", "window", "seconds", "compile_seconds", "step_seconds"),
+    *("engine", "task_map", "device"),
+)
 
 
 def save(experiment: Experiment, training: Training, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ import torch
 from conftest import composed, experiment_of
 from torch import nn
 
-from metarun import stepper as module
 from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
 from metarun.config import build
@@ -98,9 +98,7 @@ def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
     meta_step = MetaStep(experiment)
     first = given(experiment, meta_step, 0)
     recording = Recording(meta_step.whole, first)
-    assert not recording.marker().exists()
     compiled = recording.compiled(first)
-    assert recording.marker().exists()
     state = first["state"]
     for step in range(3):
         now = given(experiment, meta_step, step, state)
@@ -132,7 +130,7 @@ def test_wide_products_are_the_same_products():
 
 def steps_of(experiment, count=3):
     meta_step = MetaStep(experiment)
-    stepper, state = Stepper(experiment, meta_step, count), meta_step.initial_state()
+    stepper, state = Stepper(experiment, meta_step), meta_step.initial_state()
     for step in range(count):
         out = stepper(given(experiment, meta_step, step, state))
         state = out["state"]
@@ -209,21 +207,27 @@ def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch
     assert "no compile: " in caplog.text
 
 
-@pytest.mark.parametrize(("steps", "engine"), [(30, "eager"), (1_000_000, "replay")])
-def test_auto_records_only_what_pays(steps, engine, monkeypatch, caplog):
-    """With times that are given: eager takes 4 ms, anything else 1 ms, compiling never pays."""
-    monkeypatch.setattr(module, "COMPILE_SECONDS", {"cold": (1e9, 0.0), "warm": (1e9, 0.0)})
-    monkeypatch.setattr(Stepper, "timed", lambda self, run, tasks: 0.001)
-    experiment = experiment_of(*TINY)
-    meta_step = MetaStep(experiment)
-    stepper, state = Stepper(experiment, meta_step, steps), meta_step.initial_state()
+@pytest.mark.parametrize(
+    ("steps", "compiler", "engine"),
+    [(30, True, "eager"), (2000, True, "replay"), (1_000_000, True, "compile"), (1_000_000, False, "replay")],
+)
+def test_auto_takes_what_pays_whatever_the_clock_says(steps, compiler, engine, monkeypatch, caplog):
+    """A machine that is a hundred times slower for a while chooses the same."""
+    real, slow = time.perf_counter, iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + 100.0 * next(slow))
+
+    def compiled(self, given):
+        if not compiler:
+            raise CannotRecord("no compiler")
+        return self
+
+    monkeypatch.setattr(Recording, "compiled", compiled)
+    experiment = experiment_of(*TINY, f"train.steps={steps}")
     with caplog.at_level(logging.INFO):
-        for step in range(module.WATCHED + 1):
-            stepper.watched = [0.004] * len(stepper.watched)
-            state = stepper(given(experiment, meta_step, step, state))["state"]
+        stepper, _ = steps_of(experiment)
     assert stepper.engine == engine
     assert caplog.text.count("engine: ") == 1
-    assert "would save" in caplog.text
+    assert f"estimated for {steps} steps" in caplog.text
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -236,7 +240,7 @@ def test_a_gpu_that_is_too_small_takes_fewer_tasks_at_a_time_or_says_what_to_low
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(meta_step, "whole", too_much)
-    stepper = Stepper(experiment, meta_step, 5)
+    stepper = Stepper(experiment, meta_step)
     now = given(experiment, meta_step, 0)
     if chunk:
         with pytest.raises(UserError, match=r"train.task_chunk.*train.meta_batch"):
@@ -366,7 +370,7 @@ def test_precision_is_named_in_the_row_and_changes_little(precision, tmp_path):
 def test_engines_that_cannot_be_are_refused(overrides, words):
     experiment = experiment_of(*overrides)
     with pytest.raises(UserError, match=words):
-        Stepper(experiment, MetaStep(experiment), 10)
+        Stepper(experiment, MetaStep(experiment))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -1,0 +1,99 @@
+"""The first meta-gradient of a run against plain autograd, without any transform of ``torch.func``.
+
+A model or a family may call a function whose derivative is wrong under ``torch.func``, and nothing but a comparison
+would tell. So the meta-gradient of one task is computed twice, once as the run will, and once by a graph of plain
+autograd on which torch's own layers stand as they are (`metarun.transforms.plainly`).
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from metarun.engine import meta_gradient
+from metarun.errors import UserError, first_line
+from metarun.stepping import MetaStep, parts_of, replica
+from metarun.transforms import plainly
+from metarun.tree import tree_map
+from metarun.types import Task, Tree
+
+log = logging.getLogger(__name__)
+
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Relative difference that needs no explanation: wrong derivatives of normalisations are off by 7e-4 and more."""
+AMPLIFIED = 100
+"""How much further than a change of the parameters in their last digit the rounding within a step may move it."""
+SMALL = 1e-3
+"""Parameters whose share of the whole gradient is smaller are measured against this share."""
+
+
+def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Tensor:
+    """Meta-gradient of the first replica by plain autograd ``[numbers]``, at parameters changed by a share ``jitter``."""
+    own = replica(given, 0)
+    weights = own["state"]["weights"]
+    signs = torch.ones_like(weights)
+    signs[::2] = -1
+    theta = meta_step.layout.theta({**own["state"], "weights": weights * (1 + jitter * signs)})
+    experiment = meta_step.experiment
+    with plainly(), torch.backends.cudnn.flags(enabled=False):
+        algorithm = experiment.replicas[0].algorithm
+        found = meta_gradient(algorithm, theta, Task(**own["tasks"]), experiment.family.loss)
+    return meta_step.layout.vector(tree_map(torch.detach, found.grads))
+
+
+def names_of(tree: Tree, prefix: str = "") -> list[str]:
+    """The dotted names of the leaves of a tree, in their order."""
+    found: list[str] = []
+    for key, value in tree.items():
+        found += names_of(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return found
+
+
+def check_gradient(meta_step: MetaStep, given: Tree) -> None:
+    """Compare the meta-gradient of the first task of ``given`` with plain autograd's.
+
+    Raises:
+        UserError: they differ by more than rounding; the sentence names the parameter where they do most.
+    """
+    if not meta_step.layout.size:
+        return
+    one = parts_of(given, 1)[0]
+    found = meta_step.gradient(one, narrow=False)["gradient"][0]
+    try:
+        expected = plain_gradient(meta_step, one)
+    except (RuntimeError, NotImplementedError) as error:
+        log.info("The meta-gradient cannot be compared with plain autograd's: %s", first_line(error))
+        return
+    allowed = ROUNDING.get(expected.dtype, ROUNDING[torch.float32])
+    if bool(within(meta_step, found, expected, allowed).all()):
+        return
+    # Far more than rounding: unless this very gradient magnifies rounding, something is wrong.
+    moved = plain_gradient(meta_step, one, jitter=torch.finfo(expected.dtype).eps)
+    noise = relative(meta_step, moved, expected)
+    difference = relative(meta_step, found, expected)
+    excess = difference - (allowed + AMPLIFIED * noise)
+    if bool((excess <= 0).all()):
+        return
+    # Where the outcome is not a number in both ways, the loss itself is to blame, which is reported elsewhere.
+    if not bool(expected.isfinite().all()):
+        return
+    worst = int(excess.nan_to_num(torch.inf).argmax())
+    name = names_of(meta_step.layout.template)[worst]
+    raise UserError(
+        f"The meta-gradient of {name} differs from that of plain autograd by {100 * float(difference[worst]):.2g} %: "
+        "the model, the loss or the algorithm calls a function whose derivative is wrong under torch.func; write that "
+        "function out in plain arithmetic, or take a layer of torch.nn."
+    )
+
+
+def relative(meta_step: MetaStep, found: Tensor, expected: Tensor) -> Tensor:
+    """How far ``found`` is from ``expected`` for each parameter, relative to its size ``[parameters]``."""
+    sizes = meta_step.layout.sizes
+    apart = torch.stack([part.norm() for part in torch.split(found - expected, sizes)])
+    size = torch.stack([part.norm() for part in torch.split(expected, sizes)])
+    return apart / size.clamp(min=SMALL * float(expected.norm()) + torch.finfo(expected.dtype).tiny)
+
+
+def within(meta_step: MetaStep, found: Tensor, expected: Tensor, allowed: float) -> Tensor:
+    """Which parameters agree up to ``allowed``."""
+    return relative(meta_step, found, expected) <= allowed

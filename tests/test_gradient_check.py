@@ -1,0 +1,67 @@
+"""The comparison of a run's first meta-gradient with plain autograd stops what is wrong, and nothing else."""
+
+import pytest
+import torch
+from conftest import experiment_of
+from test_engines import given
+from torch import nn
+
+from metarun.errors import UserError
+from metarun.gradient_check import check_gradient, plain_gradient
+from metarun.stepping import MetaStep
+
+TINY = ("train.steps=50", "train.meta_batch=4")
+
+
+class Unseen(nn.Module):
+    """Layer normalisation by the operation itself, which no substitute sees: wrong in second order under vmap."""
+
+    def __init__(self, spec, **of_another_model):
+        super().__init__()
+        self.first, self.scale, self.last = nn.Linear(1, 8), nn.Parameter(torch.rand(8) + 0.5), nn.Linear(8, 1)
+        self.shift = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        z = torch.ops.aten.native_layer_norm(self.first(x).tanh(), [8], self.scale, self.shift, 1e-5)[0]
+        return self.last(z)
+
+
+def prepared(*overrides):
+    experiment = experiment_of(*TINY, *overrides)
+    meta_step = MetaStep(experiment)
+    return meta_step, given(experiment, meta_step, 0)
+
+
+UNSEEN = f"model._target_={Unseen.__module__}.Unseen"
+
+
+@pytest.mark.parametrize("more", [(), ("replicas.count=2",)])
+def test_a_wrong_derivative_stops_the_run_and_names_a_parameter(more):
+    meta_step, first = prepared("algo=maml", "task=sinusoid", "algo.inner_lr=0.1", UNSEEN, *more)
+    with pytest.raises(UserError, match=r"meta-gradient of weights\.\w+\.?\w* differs .* by \S+ %"):
+        check_gradient(meta_step, first)
+
+
+def test_in_first_order_the_same_model_is_right():
+    check_gradient(*prepared("algo=fomaml", "task=sinusoid", UNSEEN))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # Ten steps so long that they magnify what is rounded.
+        ("algo=maml", "task=sinusoid", "algo.inner_steps=10", "algo.inner_lr=0.2"),
+        ("algo=maml", "task=omniglot", "task.dataset=procedural", "task.image_size=16", "algo.inner_steps=3"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_stops_nothing(overrides, seed):
+    check_gradient(*prepared(*overrides, f"seed={seed}"))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_plain_gradient_is_that_of_the_run():
+    meta_step, first = prepared("algo=maml", "task=sinusoid", "algo.inner_steps=3")
+    torch.testing.assert_close(
+        plain_gradient(meta_step, first), meta_step.gradient(first)["gradient"][0], rtol=1e-10, atol=1e-12
+    )
