@@ -74,8 +74,13 @@ def modulated_gradient(weights, own, tasks, kind, convolutional, inner_lr, inner
 
     def changed(h, task_own, place):
         axes = (..., None, None) if h.ndim == 4 else ...
-        if f"{place}.context" in task_own:
-            h = h + (leaves[f"{place}.mix"] @ task_own[f"{place}.context"])[axes]
+        if f"{place}.mix" in leaves:
+            h = h + leaves[f"{place}.mix"] @ task_own[f"{place}.context"]
+        if f"{place}.generate.weight" in leaves:
+            made = F.linear(
+                task_own[f"{place}.context"], *(leaves[f"{place}.generate.{p}"] for p in ("weight", "bias"))
+            )
+            h = made[: h.shape[1]][axes] * h + made[h.shape[1] :][axes]
         if f"{place}.scale" in task_own:
             h = h + h * task_own[f"{place}.scale"][axes] + task_own[f"{place}.shift"][axes]
         return h

@@ -111,6 +111,8 @@ def test_adaptive(name, modulation):
     own = {name: w.shape for name, w in first.items()}
     assert all((w == 0).all() for w in first.values())
     assert not set(own) & set(theta["weights"])
+    numbers = sum(w.numel() for w in first.values())
+    assert algorithm.adapted_parameters(theta) == numbers == (3 if modulation == "context" else 32)
     conv = name.endswith("conv4")
     expected = reference.modulated_gradient(theta["weights"], own, tasks, family.spec.kind, conv, 0.5, 2)
     assert_same(grads["weights"], expected)
