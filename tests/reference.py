@@ -74,8 +74,13 @@ def modulated_gradient(weights, own, tasks, kind, convolutional, inner_lr, inner
 
     def changed(h, task_own, place):
         axes = (..., None, None) if h.ndim == 4 else ...
-        if f"{place}.context" in task_own:
-            h = h + (leaves[f"{place}.mix"] @ task_own[f"{place}.context"])[axes]
+        if f"{place}.mix" in leaves:
+            h = h + leaves[f"{place}.mix"] @ task_own[f"{place}.context"]
+        if f"{place}.generate.weight" in leaves:
+            made = F.linear(
+                task_own[f"{place}.context"], *(leaves[f"{place}.generate.{p}"] for p in ("weight", "bias"))
+            )
+            h = made[: h.shape[1]][axes] * h + made[h.shape[1] :][axes]
         if f"{place}.scale" in task_own:
             h = h + h * task_own[f"{place}.scale"][axes] + task_own[f"{place}.shift"][axes]
         return h
@@ -106,8 +111,13 @@ def modulated_gradient(weights, own, tasks, kind, convolutional, inner_lr, inner
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
-def implicit_gradient(features, weights, tasks, kind, inner_lr, inner_steps, strength, damping):
-    """iMAML's meta-gradient with the Hessian of the support loss written out and the system solved directly."""
+def implicit_gradient(
+    features, weights, tasks, kind, inner_lr, inner_steps, strength, damping, official, hessian_damping
+):
+    """iMAML's meta-gradient with the Hessian of the support loss written out and the system solved directly.
+
+    ``official`` is the inner loop of the official code: plain SGD, then one step of SGD on the proximal term alone.
+    """
     names, total = list(weights), 0
     shapes = [weights[name].shape for name in names]
 
@@ -121,15 +131,21 @@ def implicit_gradient(features, weights, tasks, kind, inner_lr, inner_steps, str
         def support_loss(flat):
             return supervised_loss(output(features, as_weights(flat), sx), sy, kind)  # noqa: B023
 
-        flat = start.clone()
-        for _ in range(inner_steps):
-            leaf = flat.clone().requires_grad_()
-            proximal = support_loss(leaf) + strength / 2 * (leaf - start).square().sum()
-            flat = flat - inner_lr * torch.autograd.grad(proximal, leaf)[0]
-        leaf = flat.clone().requires_grad_()
-        query = torch.autograd.grad(supervised_loss(output(features, as_weights(leaf), qx), qy, kind), leaf)[0]
-        hessian = torch.autograd.functional.hessian(support_loss, flat)
-        system = (1 + damping) * torch.eye(len(flat)) + hessian / strength
+        def proximal(flat):
+            return strength / 2 * (flat - start).square().sum()
+
+        def inner_problem(flat):
+            return support_loss(flat) + proximal(flat)
+
+        flat = start.clone().requires_grad_()
+        optimizer = torch.optim.SGD([flat], inner_lr)
+        for objective in [support_loss] * inner_steps + [proximal] if official else [inner_problem] * inner_steps:
+            optimizer.zero_grad()
+            objective(flat).backward()
+            optimizer.step()
+        query = torch.autograd.grad(supervised_loss(output(features, as_weights(flat), qx), qy, kind), flat)[0]
+        hessian = torch.autograd.functional.hessian(support_loss, flat.detach())
+        system = (1 + damping) * torch.eye(len(flat)) + hessian / (strength + hessian_damping)
         total = total + torch.linalg.solve(system, query) / len(tasks.support["x"])
     return as_weights(total)
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from scenarios import TinyImages, generator
+from torch import nn
 
-from metarun.algos.baselines.baselinepp import baselinepp
+from metarun.algos.baselines.baselinepp import baselinepp, official_scale
 from metarun.algos.baselines.multitask import multitask
 from metarun.algos.baselines.oracle import oracle
 from metarun.algos.dependent.metaoptnet import metaoptnet, support_vectors
@@ -110,22 +111,63 @@ def test_multitask_gradient_takes_the_heads_as_they_are():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_baselinepp_begins_at_the_class_means_and_steps_by_plain_gradient_descent():
+class OfficialClassifier(nn.Module):
+    """Chen et al.'s: torch's weight norm by rows, unit features, a constant factor."""
+
+    def __init__(self, weight, factor):
+        super().__init__()
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.linear.weight.data = weight.clone()
+        self.linear = nn.utils.parametrizations.weight_norm(self.linear, dim=0)
+        self.factor = factor
+
+    def forward(self, z):
+        return self.factor * self.linear(F.normalize(z, eps=1e-6))
+
+
+def test_baselinepp_fits_the_official_classifier_by_plain_gradient_descent_from_random_weights():
     family, model, tasks = images()
-    algorithm = baselinepp(model, family.spec, 30.0, 5.0, (0.7,))
+    algorithm = baselinepp(model, family.spec, step_sizes=(0.7,))
     theta = algorithm.init(model, generator())
     sx, sy, qx, _ = next(reference.split(tasks))
-    z, q = (F.normalize(F.relu(model.trunk[1](x.flatten(1))), eps=1e-6) for x in (sx, qx))
-    states = [
-        state for _, state in zip(range(2), algorithm.adapt(theta, {"x": sx, "y": sy}, family.loss), strict=False)
-    ]
-    means = torch.stack([z[sy[:, k] == 1].mean(0) for k in range(3)])
-    start = (5.0 * q @ F.normalize(means).T).detach()
-    torch.testing.assert_close(algorithm.predict(theta, states[0], qx), start)
-    w = F.normalize(means).detach().requires_grad_()
-    gradient = torch.autograd.grad(F.cross_entropy(5.0 * z @ F.normalize(w).T, sy.argmax(1)), w)[0]
-    after = 5.0 * q @ F.normalize(w - 0.7 * gradient).T
-    torch.testing.assert_close(algorithm.predict(theta, states[1], qx), after)
+    z, q = (F.relu(model.trunk[1](x.flatten(1))).detach() for x in (sx, qx))
+    start = theta["carried"]["start"]
+    torch.testing.assert_close(start["length"], start["weight"].norm(dim=1))
+    classifier = OfficialClassifier(start["weight"], 2.0)
+    optimizer = torch.optim.SGD(classifier.parameters(), 0.7)
+    states = algorithm.adapt(theta, {"x": sx, "y": sy}, family.loss)
+    for _ in range(3):
+        torch.testing.assert_close(algorithm.predict(theta, next(states), qx), classifier(q).detach())
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(z), sy.argmax(1)).backward()
+        optimizer.step()
+
+
+def test_baselinepp_answers_by_chance_before_its_first_step():
+    family, model, _ = images()
+    algorithm = baselinepp(model, family.spec)
+    scored = evaluate(
+        algorithm, algorithm.init(model, generator()), family.sample("test", 400, generator(2)), family.loss, 0
+    )
+    mean, error = scored.scores[..., 0].mean(), scored.scores[..., 0].std() / 20
+    assert abs(mean - 1 / 3) < 3 * error
+
+
+def test_baselinepp_trains_the_official_classifier_of_all_classes():
+    """τ is 2 with twelve training classes, 10 with more than two hundred."""
+    family, model, tasks = images()
+    algorithm = baselinepp(model, family.spec)
+    theta = algorithm.init(model, generator())
+    classifier = OfficialClassifier(theta["joint_head"]["weight"], 2.0)
+    x, labels = (torch.cat([tasks.support[name], tasks.query[name]], 1).flatten(0, 1) for name in ("x", "class"))
+    z = F.relu(model.trunk[1](x.flatten(1)))
+    F.cross_entropy(classifier(z), labels).backward()
+    found = meta_gradient(algorithm, theta, tasks, family.loss).grads
+    parametrization = classifier.linear.parametrizations.weight
+    torch.testing.assert_close(found["joint_head"]["length"], parametrization.original0.grad[:, 0])
+    torch.testing.assert_close(found["joint_head"]["weight"], parametrization.original1.grad)
+    torch.testing.assert_close(found["weights"]["1.weight"], model.trunk[1].weight.grad)
+    assert [official_scale(classes) for classes in (5, 200, 201)] == [2.0, 2.0, 10.0]
 
 
 def test_oracle_finds_sine_waves_and_does_not_pretend_with_one_point():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import composed
 from scenarios import TinyImages, generator
+from torch import nn
 
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.agnostic.mamlpp import mamlpp, step_weights
@@ -15,6 +16,7 @@ from metarun.engine import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
+from metarun.norm import BatchStatistics, LayerStatistics
 from metarun.run import run
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tree import leaves, tree_map
@@ -153,3 +155,34 @@ def test_models_without_batch_norm_have_none_of_each_step():
     family = Sinusoid()
     theta = mamlpp(MLP(family.spec), family.spec).init(MLP(family.spec), generator())
     assert set(theta) == {"weights", "rates", "carried"}
+
+
+NORMS = {
+    "group": lambda: nn.GroupNorm(2, 4),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+    "layer": lambda: nn.LayerNorm((4, 8, 8)),
+    "root mean square": lambda: nn.RMSNorm((4, 8, 8)),
+    "batch": lambda: BatchStatistics(4),
+    "last axis": lambda: LayerStatistics(8),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_inner_loop_leaves_every_normalisation_alone_unless_it_is_shared(norm):
+    """By the authors' rule: no parameter of a norm layer is in the dictionary that the inner loop updates."""
+    family, _ = images()
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, 2, padding=1), NORMS[norm](), nn.Flatten(), nn.Linear(256, 3))
+    tasks = family.sample("train", 1, generator(1))
+    support = {name: leaf[0] for name, leaf in tasks.support.items()}
+    of_norm = {f"1.{name}" for name, _ in model[1].named_parameters()}
+    for batch_norm, adapted in (("per_step", False), ("shared", True)):
+        algorithm = mamlpp(model, family.spec, 0.1, 2, batch_norm=batch_norm)
+        theta = algorithm.init(model, generator())
+        *_, state = algorithm.adapt(theta, support, family.loss)
+        assert (of_norm <= set(state.weights)) == (of_norm <= set(theta["rates"])) == adapted
+        assert algorithm.adapted_parameters(theta) == sum(w.numel() for w in state.weights.values())
+        # The meta-gradient has what the inner loop leaves alone.
+        grads = meta_gradient(algorithm, theta, tasks, family.loss).grads
+        found = grads["weights"] if adapted else grads["norms" if norm == "batch" else "other_norms"]
+        assert of_norm <= set(found)
+        assert all(found[name].any() for name in of_norm)

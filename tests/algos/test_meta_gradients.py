@@ -7,7 +7,7 @@ from scenarios import TinyImages, generator
 from torch import nn
 
 from metarun.algos.agnostic.anil import anil
-from metarun.algos.agnostic.imaml import imaml
+from metarun.algos.agnostic.imaml import conjugate_gradients, imaml
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.agnostic.metasgd import metasgd
 from metarun.algos.agnostic.reptile import reptile
@@ -111,26 +111,47 @@ def test_adaptive(name, modulation):
     own = {name: w.shape for name, w in first.items()}
     assert all((w == 0).all() for w in first.values())
     assert not set(own) & set(theta["weights"])
+    numbers = sum(w.numel() for w in first.values())
+    assert algorithm.adapted_parameters(theta) == numbers == (3 if modulation == "context" else 32)
     conv = name.endswith("conv4")
     expected = reference.modulated_gradient(theta["weights"], own, tasks, family.spec.kind, conv, 0.5, 2)
     assert_same(grads["weights"], expected)
 
 
-@pytest.mark.parametrize(("name", "strength"), [("sinusoid mlp", 4.0), ("images conv4", 40.0)])
-def test_imaml_approaches_the_direct_solution_as_conjugate_gradients_go_on(name, strength):
+@pytest.mark.parametrize(
+    ("name", "strength", "inner", "hessian_damping"),
+    [
+        ("sinusoid mlp", 4.0, "proximal", 0.0),
+        ("images conv4", 40.0, "proximal", 0.0),
+        ("sinusoid mlp", 4.0, "descent", 10.0),
+        ("images conv4", 4.0, "descent", 40.0),
+    ],
+)
+def test_imaml_approaches_the_direct_solution_as_conjugate_gradients_go_on(name, strength, inner, hessian_damping):
     family, model, features = setting(name)
     errors = []
     for steps in (0, 2, 5, 60):
-        algorithm = imaml(model, family.spec, 0.02, 8, strength, steps, 0.5)
+        algorithm = imaml(model, family.spec, 0.02, 8, strength, steps, 0.5, inner, hessian_damping)
         theta, tasks, grads = compute(algorithm, family, model, 2)
-        expected = reference.implicit_gradient(
-            features, theta["weights"], tasks, family.spec.kind, 0.02, 8, strength, 0.5
-        )
+        arguments = (0.02, 8, strength, 0.5, inner == "descent", hessian_damping)
+        expected = reference.implicit_gradient(features, theta["weights"], tasks, family.spec.kind, *arguments)
         errors.append(sum((grads["weights"][n] - g).square().sum() for n, g in expected.items()).sqrt().item())
     scale = sum(g.square().sum() for g in expected.values()).sqrt().item()
     assert errors[0] > 1e-3 * scale
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-7 * scale
+
+
+def test_conjugate_gradients_stop_at_negative_curvature():
+    """On a diagonal system the iterates are known; along a first direction that curves downward b is kept."""
+
+    def solve(diagonal, b, steps):
+        return conjugate_gradients(lambda v: {"w": torch.tensor(diagonal) * v["w"]}, {"w": torch.tensor(b)}, steps)["w"]
+
+    torch.testing.assert_close(solve([1.0, 4.0], [1.0, 1.0], 2), torch.tensor([1.0, 0.25]))
+    torch.testing.assert_close(solve([1.0, -4.0], [1.0, 1.0], 2), torch.tensor([1.0, 1.0]))
+    # Along b the curvature is 4 for a squared length of 2, so that x = b / 2; along the second, (2, 6), it is −48.
+    torch.testing.assert_close(solve([6.0, -2.0], [1.0, 1.0], 2), torch.tensor([0.5, 0.5]))
 
 
 def test_first_and_second_order_differ():

@@ -14,10 +14,15 @@ others are 0, as in the authors' code (https://github.com/AntreasAntoniou/HowToT
 switches off this is MAML.
 
 Normalisation of ``batch_norm``:
-- ``shared``: the model's own, adapted like all weights, by the statistics of the batch;
+- ``shared``: the model's own, adapted like all weights, by the statistics of the batch (the authors' code does so with
+  ``enable_inner_loop_optimizable_bn_params``, which is off by default);
 - ``per_step``: scale and shift of each step, by the statistics of the batch, so queries see each other;
 - ``per_step_running``: training normalises by the batch and averages its statistics for each step, test uses these
   averages, and queries do not see each other. The authors' code keeps such averages and never uses them.
+
+With the last two the inner loop leaves alone what any normalisation learns, as in the authors' code. Layers that
+normalise by other statistics than those of the batch (layer, group, instance, root mean square) have one scale and
+shift for all steps.
 
 Where we deviate: the weights after k steps have normalisation number k for support and query alike, S + 1 in all; the
 authors' code has S. The weights of MSL and the order of derivatives change without a change of the computation: a
@@ -34,13 +39,23 @@ from torch import Tensor, nn
 
 from metarun.errors import require
 from metarun.functional import Forward, forward_of, parameters_of
-from metarun.norm import BatchStatistics
+from metarun.norm import BatchStatistics, LayerStatistics
 from metarun.transforms import gradient
 from metarun.tree import size, tree_map
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
 MOMENTUM = 0.1
 """Of running statistics, as torch has it."""
+
+NORMALISATIONS = (
+    BatchStatistics,
+    LayerStatistics,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+"""Layers whose parameters the inner loop leaves alone."""
 
 
 class GivenStatistics(BatchStatistics):
@@ -82,6 +97,12 @@ def with_norms(model: nn.Module, kind: type[GivenStatistics] | type[KeptStatisti
     return model
 
 
+def normalising_parameters(model: nn.Module) -> set[str]:
+    """The names of the parameters of all normalisations in ``model``."""
+    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, NORMALISATIONS))
+    return {parameter for name, module in norms for parameter, _ in module.named_parameters(name, recurse=False)}
+
+
 class State(NamedTuple):
     """The weights of one task after ``step`` steps."""
 
@@ -117,7 +138,8 @@ def mamlpp(
         learned_rates: whether α is learned for each tensor of weights and each step.
         multi_step_epochs: E, over which the multi-step loss is annealed, at least 0; 0: the last step's loss alone.
         first_order_epochs: epochs without second derivatives, at least 0; null: all.
-        batch_norm: how, where the model has any.
+        batch_norm: how batch normalisation is done, where the model has any, and whether normalisations of any kind are
+            adapted (``shared``) or not.
         epoch: meta-steps of an epoch, at least 1.
     """
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
@@ -132,6 +154,7 @@ def mamlpp(
     if batch_norm == "shared":
         norms = []
     of_norms = {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
+    of_others = set[str]() if batch_norm == "shared" else normalising_parameters(model) - of_norms
     running = batch_norm == "per_step_running" and bool(norms)
     keeping = with_norms(model, KeptStatistics) if running else model
     in_training = forward_of(keeping)
@@ -140,13 +163,15 @@ def mamlpp(
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         parameters = parameters_of(model)
-        weights = {name: w for name, w in parameters.items() if name not in of_norms}
+        weights = {name: w for name, w in parameters.items() if name not in of_norms | of_others}
         first = next(iter(weights.values()))
         theta: dict[str, Any] = {"weights": weights, "carried": {"meta_step": first.new_zeros(())}}
         if learned_rates:
             theta["rates"] = {name: first.new_full((inner_steps,), inner_lr) for name in weights}
         if norms:
             theta["norms"] = {n: parameters[n].expand(inner_steps + 1, -1).clone() for n in sorted(of_norms)}
+        if of_others:
+            theta["other_norms"] = {name: parameters[name] for name in sorted(of_others)}
         if running:
             shapes = {norm: (inner_steps + 1, len(parameters[f"{norm}.weight"])) for norm in norms}
             theta["carried"]["mean"] = {norm: first.new_zeros(shape) for norm, shape in shapes.items()}
@@ -155,7 +180,7 @@ def mamlpp(
 
     def at_step(theta: Tree, step: int, forward: Forward) -> Forward:
         """The forward pass with what belongs to ``step`` in place."""
-        own = {name: values[step] for name, values in theta.get("norms", {}).items()}
+        own = {name: values[step] for name, values in theta.get("norms", {}).items()} | theta.get("other_norms", {})
         if running and forward is in_test:
             for part in ("mean", "variance"):
                 own |= {f"{norm}.{part}": values[step] for norm, values in theta["carried"][part].items()}

@@ -2,14 +2,18 @@
 
 Chen, Liu, Kira, Wang, Huang 2019, "A Closer Look at Few-shot Classification", https://arxiv.org/abs/1904.04232 (§3.2).
 
-    logit of class c     τ cos(f(x), w_c)
-    training             cross-entropy over all training classes, over f and the w of each
-    a new task           w of its classes by gradient descent on the support set, f as it is
+    logit of class c     τ g_c cos(f(x), w_c)
+    training             cross-entropy over all training classes, over f and the w and g of each
+    a new task           w and g of its classes by gradient descent on the support set, f as it is
 
-As in the authors' code (https://github.com/wyharveychen/CloserLookFewShot) τ is larger for many classes than for a
-task's few, and constant. They fit w with 100 steps on random mini-batches of 4 from random w; here steps are on the
-whole support set, and from the direction of the class means, which a few steps suffice for; validation tasks choose
-their size. Support and query examples are embedded in one batch.
+As in the authors' code (https://github.com/wyharveychen/CloserLookFewShot, ``distLinear`` in ``backbone.py``) τ is 2
+for up to 200 classes and 10 for more, the length g_c of each class is learned, and every classifier starts from random
+weights as a linear layer has them, g_c being their length; before the first step it therefore answers by chance.
+
+Where we deviate: the authors fit w and g with 100 passes over random mini-batches of 4, by SGD with a step size of
+0.01, dampened momentum and weight decay. Here steps are plain gradient descent on the whole support set, validation
+tasks choose their size, and all tasks start from the same random weights. Support and query examples are embedded in
+one batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,11 +32,27 @@ from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 STEP_SIZES = (0.01, 0.1, 1.0, 10.0)
 
 
+def official_scale(classes: int) -> float:
+    """τ for a number of classes, as the authors' code has it."""
+    return 2.0 if classes <= 200 else 10.0
+
+
+def random_classifier(classes: int, features: int, generator: torch.Generator, like: Tensor) -> Weights:
+    """``weight [classes, features]`` uniform within ±1/√features, and their ``length [classes]``."""
+    weight = (2 * torch.rand(classes, features, generator=generator) - 1) / features**0.5
+    return {"weight": weight.to(like), "length": weight.norm(dim=1).to(like)}
+
+
+def weighted_cosines(classifier: Weights, z: Tensor) -> Tensor:
+    """g_c cos(z, w_c): ``z [examples, features]`` → ``[examples, classes]``."""
+    return unit_rows(z) @ unit_rows(classifier["weight"]).T * classifier["length"]
+
+
 def baselinepp(
     model: nn.Module,
     spec: Spec,
-    scale: float = 30.0,
-    task_scale: float = 10.0,
+    scale: float | None = None,
+    task_scale: float | None = None,
     step_sizes: Sequence[float] = STEP_SIZES,
 ) -> Algorithm:
     """Cosine classifiers on a jointly trained trunk.
@@ -40,43 +60,47 @@ def baselinepp(
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
         spec: of a family whose tasks share classes.
-        scale: τ of joint training, above 0.
-        task_scale: τ of a task's own classifier, above 0.
+        scale: τ of joint training, above 0; null: 2 for up to 200 training classes, 10 for more.
+        task_scale: τ of a task's own classifier, above 0; null: by the same rule.
         step_sizes: candidates for fitting it, each above 0.
     """
-    require(scale > 0, f"scale must be above 0, not {scale}")
-    require(task_scale > 0, f"task_scale must be above 0, not {task_scale}")
+    require(scale is None or scale > 0, f"scale must be above 0, not {scale}")
+    require(task_scale is None or task_scale > 0, f"task_scale must be above 0, not {task_scale}")
     check_step_sizes(step_sizes)
     trunk, head = trunk_and_head(model, spec, "baselinepp")
     embed, classes = forward_of(trunk), spec.training_classes
     if spec.kind == "classification":
         require(classes is not None, "baselinepp needs tasks that share classes; choose another, such as multitask")
+    classes, ways = classes or 0, spec.ways or 0
+    joint_scale = official_scale(classes) if scale is None else scale
+    own_scale = official_scale(ways) if task_scale is None else task_scale
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk_and_head(model, spec, "baselinepp")[0])
         first = next(iter(weights.values()))
-        joint = torch.randn(classes or 0, head.in_features, generator=generator) / head.in_features**0.5
         return {
             "weights": weights,
-            "joint_head": {"weight": joint.to(first)},
-            "carried": {"step_size": first.new_tensor(step_sizes[0])},
+            "joint_head": random_classifier(classes, head.in_features, generator, first),
+            "carried": {
+                "step_size": first.new_tensor(step_sizes[0]),
+                "start": random_classifier(ways, head.in_features, generator, first),
+            },
         }
 
-    def cosines(weights: Weights, z: Tensor) -> Tensor:
-        return task_scale * unit_rows(z) @ unit_rows(weights["weight"]).T
+    def logits(classifier: Weights, z: Tensor) -> Tensor:
+        return own_scale * weighted_cosines(classifier, z)
 
     def predict(theta: Tree, state: Fit, x: Any) -> Tensor:
         def heads(z: Tensor) -> Iterator[Weights]:
-            start = {"weight": unit_rows(state.support["y"].T @ unit_rows(z))}
-            return fit_head(state, cosines, start, z, theta["carried"]["step_size"])
+            return fit_head(state, logits, theta["carried"]["start"], z, theta["carried"]["step_size"])
 
-        return answer(state, embed, theta["weights"], x, heads, cosines)
+        return answer(state, embed, theta["weights"], x, heads, logits)
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
         data = both(task)
-        logits = scale * unit_rows(embed(theta["weights"], data["x"])) @ unit_rows(theta["joint_head"]["weight"]).T
-        correct = logits.argmax(-1) == data["class"]
-        return cross_entropy(logits, data["class"]), correct.to(logits.dtype).mean()
+        of_all = joint_scale * weighted_cosines(theta["joint_head"], embed(theta["weights"], data["x"]))
+        correct = of_all.argmax(-1) == data["class"]
+        return cross_entropy(of_all, data["class"]), correct.to(of_all.dtype).mean()
 
     return Algorithm(
         init,
@@ -88,5 +112,5 @@ def baselinepp(
         meta_loss=meta_loss,
         candidates=lambda theta: [with_step_size(theta, size) for size in step_sizes],
         any_ways=True,
-        adapted_parameters=lambda theta: (spec.ways or 0) * head.in_features,
+        adapted_parameters=lambda theta: ways * (head.in_features + 1),
     )

@@ -27,7 +27,8 @@ def check_step_sizes(step_sizes: Sequence[float]) -> None:
 
 def with_step_size(theta: Tree, step_size: float) -> Tree:
     """``theta`` with the step size of adaptation replaced."""
-    return {**theta, "carried": {"step_size": torch.full_like(theta["carried"]["step_size"], step_size)}}
+    carried = theta["carried"]
+    return {**theta, "carried": {**carried, "step_size": torch.full_like(carried["step_size"], step_size)}}
 
 
 def scratch(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SIZES) -> Algorithm:

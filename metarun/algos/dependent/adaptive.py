@@ -1,15 +1,17 @@
 """Adaptive modulation: shared parameters, and a few of each task's own that bend them.
 
 - ``modulation=context``, CAVIA: Zintgraf, Shiarlis, Kurin, Hofmann, Whiteson 2019, "Fast Context Adaptation via
-  Meta-Learning", https://arxiv.org/abs/1810.03642. A vector φ joins the input of the first layer, which adds U φ to
-  what the layer gives (§3.3).
+  Meta-Learning", https://arxiv.org/abs/1810.03642. In a trunk of linear layers a vector φ joins the input of the first,
+  which adds U φ to what that layer gives (§3.3). In a trunk of convolutions a linear layer makes a scale γ and a shift
+  β for every channel from φ, (γ, β) = V φ + b, and the maps h of the third convolution become γ h + β (appendix; as in
+  the official code, https://github.com/lmzintgraf/cavia, ``classification/models.py``, whose φ has 100 numbers).
 - ``modulation=film``: a scale 1 + γ and a shift β for every channel of every layer (Perez et al. 2018,
   https://arxiv.org/abs/1709.07871), γ and β being the task's.
 
     inner step   φ ← φ − α ∇ L_support with respect to φ alone, from φ = 0            (equations 3 and 4)
     meta-loss    as in MAML, over the shared parameters alone                          (equation 5)
 
-A layer that a normalisation follows is modulated behind it, which would undo it otherwise.
+A layer that a normalisation follows is modulated after it, since the normalisation would undo it otherwise.
 """
 
 import math
@@ -26,6 +28,8 @@ from metarun.tree import size
 from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
 TASK_OWN = ("context", "scale", "shift")
+CONTEXT_CONVOLUTION = 3
+"""Which convolution's maps the context modulates, the last where there are fewer."""
 
 
 def along_channels(vector: Tensor, out: Tensor) -> Tensor:
@@ -47,7 +51,25 @@ class Contextual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, shifted."""
         out: Tensor = self.layer(x)
-        return out + along_channels(self.mix @ self.context, out)
+        return out + self.mix @ self.context
+
+
+class GeneratedFiLM(nn.Module):
+    """A layer whose output maps are scaled and shifted by what a linear layer makes of φ."""
+
+    def __init__(self, layer: nn.Module, channels: int, context: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.context = nn.Parameter(torch.zeros(context))
+        self.generate = nn.Linear(context, 2 * channels)
+        # The official code's default.
+        nn.init.kaiming_uniform_(self.generate.weight, nonlinearity="linear")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, modulated."""
+        out: Tensor = self.layer(x)
+        scale, shift = self.generate(self.context).chunk(2)
+        return along_channels(scale, out) * out + along_channels(shift, out)
 
 
 class FiLM(nn.Module):
@@ -76,16 +98,23 @@ def modulated(model: nn.Module, modulation: str, context: int) -> nn.Module:
         "choose another model",
     )
     assert isinstance(trunk, nn.Sequential)
-    for i, layer in list(weighted.items())[: 1 if modulation == "context" else None]:
+    convolutions = [i for i, layer in weighted.items() if isinstance(layer, nn.Conv2d)]
+    chosen = list(weighted)
+    if modulation == "context":
+        chosen = convolutions[:CONTEXT_CONVOLUTION][-1:] or chosen[:1]
+    for i in chosen:
+        layer = weighted[i]
         channels, inputs = len(layer.weight), layer.weight[0].numel()
-        behind = layers.get(i + 1)
-        normed = behind is not None and i + 1 not in weighted and any(True for _ in behind.parameters())
+        following = layers.get(i + 1)
+        normed = following is not None and i + 1 not in weighted and any(True for _ in following.parameters())
         place = i + 1 if normed else i
-        trunk[place] = (
-            Contextual(layers[place], inputs, channels, context)
-            if modulation == "context"
-            else FiLM(layers[place], channels)
-        ).to(layer.weight)
+        if modulation == "film":
+            change: nn.Module = FiLM(layers[place], channels)
+        elif convolutions:
+            change = GeneratedFiLM(layers[place], channels, context)
+        else:
+            change = Contextual(layers[place], inputs, channels, context)
+        trunk[place] = change.to(layer.weight)
     return model
 
 
@@ -103,7 +132,7 @@ def adaptive(
     Args:
         model: a module whose ``trunk`` is a sequence of layers.
         spec: the task family's; nothing is asked of it.
-        modulation: what belongs to a task.
+        modulation: what belongs to a task: ``context`` (CAVIA) or ``film``.
         context: length of φ, at least 1.
         inner_lr: α, above 0, for mean losses.
         inner_steps: steps that the meta-loss sees, at least 1.
