@@ -209,6 +209,10 @@ class Algorithm(NamedTuple):
     max_steps: int | None = None
     """The most steps that it can adapt, where steps are learned one by one; None: as many as one likes."""
     observation: Observation | None = None
+    second_metric: str | None = None
+    """What ``second_score`` gives, if anything."""
+    second_score: Callable[[Tree, Any, Tree], Tensor] | None = None
+    """(theta, state, data of one task) → ``second_metric``, a scalar; for families that have no second metric."""
     transductive: bool | None = None
     """Whether test queries see each other; None: if the model says so."""
     adapted_parameters: Callable[[Tree], int] | None = None
