@@ -17,6 +17,7 @@ from metarun.help import description
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy
+from metarun.random import drawing
 from metarun.stepper import Counted
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
@@ -74,7 +75,7 @@ def cost(algorithm: Algorithm, model: nn.Module, family: Family, theta: Tree) ->
     with Counted() as forward:
         family.loss(model, support)
         family.loss(model, query)
-    with Counted() as adapting:
+    with Counted() as adapting, drawing(torch.tensor(0), training=False):
         state = adapted(algorithm, theta, support, family.loss, algorithm.train_steps)
         family.loss(partial(algorithm.predict, theta, state), query)
     return f"{adapting.work / forward.work:.1f}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from metarun.transforms import gradient, over_tasks
 from metarun.tree import learned, leaves, like, size, tree_map
 from metarun.tree import mean as mean_over_tasks
-from metarun.types import Algorithm, Loss, MetaGradient, Predict, Task, Tree
+from metarun.types import Algorithm, Loss, MetaGradient, Task, Tree
 
 
 def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
@@ -85,9 +85,9 @@ def evaluate(
     tasks: Task,
     loss: Loss,
     steps: int,
-    second_score: Callable[[Predict, Tree], Tensor] | None = None,
+    second_score: Callable[[Tree, Any, Tree], Tensor] | None = None,
 ) -> Evaluated:
-    """Query losses and scores along ``steps`` steps of adaptation."""
+    """Query losses and scores along ``steps`` steps of adaptation, and second scores by (theta, state, query)."""
     reached: list[int] = []
 
     def one_task(task: Task) -> tuple[Tensor, ...]:
@@ -98,9 +98,8 @@ def evaluate(
                 reached.append(step)
                 predict = partial(algorithm.predict, theta, state)
                 value, score = loss(predict, task.query)
-                second = (
-                    torch.full_like(score, torch.nan) if second_score is None else second_score(predict, task.query)
-                )
+                none = torch.full_like(score, torch.nan)
+                second = none if second_score is None else second_score(theta, state, task.query)
                 results.append((value, score, second))
         return tuple(torch.stack(column) for column in zip(*results, strict=True))
 

@@ -2,11 +2,14 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from metarun import engine
 from metarun.assemble import Experiment, Replica, sample_tasks, stream
@@ -18,7 +21,7 @@ from metarun.results.observations import Observed
 from metarun.transduction import is_transductive
 from metarun.transforms import over_tasks
 from metarun.tree import first_tasks, leaves, size, tree_map
-from metarun.types import Split, Task, Tree
+from metarun.types import Algorithm, Family, Split, Task, Tree
 
 EPISODE_BLOCK = 50
 """Validation and test episodes come in blocks of this many, each from its own generator: an episode does not
@@ -51,6 +54,22 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
         yield first_tasks(block, count - first)
 
 
+def second_metric(experiment: Experiment) -> str | None:
+    """The name of the second metric of test tasks: the family's or, if it has none, the algorithm's."""
+    return experiment.family.spec.second_metric or experiment.algorithm.second_metric
+
+
+def second_score(algorithm: Algorithm, family: Family) -> Callable[[Tree, Any, Tree], Tensor] | None:
+    """(theta, state, data of one task) → ``second_metric``, if there is one."""
+    if family.spec.second_metric is None:
+        return algorithm.second_score
+
+    def score(theta: Tree, state: Any, data: Tree) -> Tensor:
+        return family.second_score(partial(algorithm.predict, theta, state), data)
+
+    return score
+
+
 NUMBERS_AT_ONCE = {"cpu": 4_000_000, "cuda": 64_000_000}
 """Blocks are evaluated together while their adapted parameters, and what a model makes of their inputs, are no more
 than this: beyond, a CPU misses its cache; a GPU has room for more, and takes less where it has not."""
@@ -69,7 +88,7 @@ def evaluate(
         UserError: a GPU has no room for a single block.
     """
     algorithm, family, steps = replica.algorithm, experiment.family, experiment.config.eval.adapt_steps
-    second_score = family.second_score if second and family.spec.second_metric else None
+    scored_second = second_score(algorithm, family) if second else None
     rest = iter(tasks)
     first = next(rest)
     # Models make some dozen numbers of each number that they are given.
@@ -84,7 +103,7 @@ def evaluate(
         try:
             blocks = [block._asdict() for block in held[:at_once]]
             together = Task(**tree_map(lambda *leaves: torch.cat(leaves), *blocks))
-            results.append(engine.evaluate(algorithm, theta, together, family.loss, steps, second_score))
+            results.append(engine.evaluate(algorithm, theta, together, family.loss, steps, scored_second))
             held = held[at_once:]
         except torch.cuda.OutOfMemoryError as error:
             if min(at_once, len(held)) == 1:

@@ -202,17 +202,19 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] - b[None]).square().sum(-1)
 
 
-def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int, weight: Tensor | None = None) -> Tensor:
     """Values ``[n, width]`` weighed for every query ``[m, width]`` by scaled dot products, a share of the width a head.
 
-    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, §3.2: ``[m, width]``, not yet mixed.
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, §3.2: ``[m, width]``, not yet mixed. Values whose ``weight
+    [n]`` is 0 are not seen.
     """
 
     def by_head(z: Tensor) -> Tensor:
         return z.view(len(z), heads, -1).movedim(1, 0)
 
     q, k, v = map(by_head, (queries, keys, values))
-    weights = (q @ k.transpose(1, 2) / math.sqrt(k.shape[-1])).softmax(-1)
+    logits = q @ k.transpose(1, 2) / math.sqrt(k.shape[-1])
+    weights = (logits if weight is None else logits.masked_fill(weight == 0, -math.inf)).softmax(-1)
     return torch.cat((weights @ v).unbind(0), -1)
 
 

@@ -28,7 +28,7 @@ SMALL = 1e-3
 
 
 def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Tensor:
-    """Meta-gradient of the first replica by plain autograd ``[numbers]``, at parameters changed by a share ``jitter``."""
+    """Meta-gradient ``[numbers]`` of the first replica by plain autograd, at parameters changed by a share."""
     own = replica(given, 0)
     weights = own["state"]["weights"]
     signs = torch.ones_like(weights)

@@ -43,7 +43,9 @@ def fold(seed: Tensor, index: int | Tensor) -> Tensor:
 
 def uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Numbers inside (0, 1) for every integer of ``seed [...]``: ``[..., *shape]``, in the default dtype."""
-    counter = torch.arange(1, math.prod(shape) + 1, device=seed.device)
+    # Without the mask, which changes nothing, the compiler takes the product for an index, which must not overflow in
+    # C++, and gets some numbers wrong.
+    counter = torch.arange(1, math.prod(shape) + 1, device=seed.device) & (2**62 - 1)
     z = mixed(seed[..., None] + counter * GOLDEN)
     bits = (z >> 41) & ((1 << 23) - 1)
     numbers = (bits.to(torch.get_default_dtype()) + 0.5) / 2**23

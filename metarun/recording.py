@@ -81,10 +81,12 @@ class Recording:
         other: Recording = object.__new__(Recording)
         other.__dict__.update(self.__dict__)
         values: list[Any] = list(leaves(given))
+        more = WITH_RANDOM_NUMBERS if draws_numbers(self.graph) else {}
         for options in (ON_CPU, {}) if values[0].device.type == "cpu" else ({},):
             try:
                 with torch.no_grad():
-                    other.run = torch._inductor.compile(with_wide_products(self.graph), values, options=options)
+                    graph = with_wide_products(self.graph)
+                    other.run = torch._inductor.compile(graph, values, options=options | more)
                     other(given)
                 break
             except Exception as error:
@@ -97,7 +99,15 @@ class Recording:
 ON_CPU = {"cpp_wrapper": True, "layout_optimization": False}
 """Calls between kernels in C++, which leaves Python's lock to other threads, and images in the layout that they come
 in: with both, tasks in threads take half of the time (docs/performance.md)."""
+WITH_RANDOM_NUMBERS = {"realize_opcount_threshold": 12}
+"""Values that are used twice are kept after fewer operations: the compiler repeats them in each of their uses, and a
+line of ``metarun.random.mixed`` uses its input twice. Otherwise a normal number becomes 8,700 operations."""
 NARROW = 16
+
+
+def draws_numbers(graph: GraphModule) -> bool:
+    """Whether there are random numbers from seeds (``metarun.random``) in the recording."""
+    return any(node.target is torch.ops.aten.bitwise_xor.Tensor for node in graph.graph.nodes)
 
 
 def with_wide_products(graph: GraphModule) -> GraphModule:

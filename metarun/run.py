@@ -14,7 +14,7 @@ from metarun import engine
 from metarun.assemble import Experiment, Replica, assemble
 from metarun.config import config_hash
 from metarun.errors import UserError
-from metarun.evaluation import Tested, meta_test, observe
+from metarun.evaluation import Tested, meta_test, observe, second_metric
 from metarun.loop import meta_train
 from metarun.process import peak_memory_mb, reset_peak_memory, settings_of
 from metarun.replicas import label
@@ -63,7 +63,8 @@ def measured_columns(
 ) -> dict[str, Any]:
     """The columns of ``result.csv`` that a finished replica adds; times are those of all replicas together."""
     theta, scores, steps = best.theta, tested.scored.scores, tested.scored.adapt_steps
-    second = tested.scored.second_scores[:, -1] if experiment.family.spec.second_metric else None
+    second_name = second_metric(experiment)
+    second = tested.scored.second_scores[:, -1] if second_name else None
     trained_tasks = training.step * experiment.config.train.meta_batch * len(experiment.replicas)
     return {
         "status": "completed",
@@ -71,7 +72,7 @@ def measured_columns(
         "score_before": scores[:, 0].mean().item() if steps[0] == 0 < steps[-1] else None,
         "score": scores[:, -1].mean().item(),
         "ci95": confidence(scores)[-1].item(),
-        "second_metric": experiment.family.spec.second_metric,
+        "second_metric": second_name,
         "second_score": None if second is None else second.mean().item(),
         "second_ci95": None if second is None else confidence(second).item(),
         "n_episodes": len(scores),
@@ -135,13 +136,8 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
         after,
         format_score_ci(row["score"], row["ci95"], metric),
     )
-    if spec.second_metric:
-        log.info(
-            "  %s %s   %s",
-            spec.second_metric,
-            after,
-            format_score_ci(row["second_score"], row["second_ci95"], spec.second_metric),
-        )
+    if second := row["second_metric"]:
+        log.info("  %s %s   %s", second, after, format_score_ci(row["second_score"], row["second_ci95"], second))
     diverged = int((~scores[:, -1].isfinite()).sum())
     if diverged:
         log.warning("  %d of %d episodes diverged: their score is not a number", diverged, row["n_episodes"])
@@ -231,8 +227,8 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
                 stopped = type(error).__name__ in ("Interrupted", "KeyboardInterrupt")
                 write_results(directory, [row | {"status": "interrupted" if stopped else "failed"} for row in rows])
             raise
-        has_second = experiment.family.spec.second_metric is not None
-        write_episodes(directory, [(row["replica"], tested.scored) for row, tested in finished], has_second)
+        scored = [(row["replica"], tested.scored) for row, tested in finished]
+        write_episodes(directory, scored, second_metric(experiment) is not None)
         write_results(directory, rows)
         write_pictures(experiment, training, finished, directory)
         for row, tested in finished:

@@ -209,5 +209,9 @@ class Algorithm(NamedTuple):
     max_steps: int | None = None
     """The most steps that it can adapt, where steps are learned one by one; None: as many as one likes."""
     observation: Observation | None = None
+    second_metric: str | None = None
+    """What ``second_score`` gives, if anything."""
+    second_score: Callable[[Tree, Any, Tree], Tensor] | None = None
+    """(theta, state, data of one task) → ``second_metric``, a scalar; for families that have no second metric."""
     adapted_parameters: Callable[[Tree], int] | None = None
     """theta → how many numbers adaptation sets for one task; by default all leaves outside ``carried``."""

@@ -9,6 +9,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def sampled(family, split: str, count: int, generator: torch.Generator) -> Task:
+    """Tasks of ``family``, each with a seed, as a run has them."""
+    return family.sample(split, count, generator)._replace(seed=torch.randint(2**62, (count,), generator=generator))
+
+
 class Quadratic(torch.nn.Module):
     """A model whose output is its parameter vector."""
 

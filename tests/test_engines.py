@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import composed, experiment_of
+from scenarios import sampled
 from torch import nn
 
 from metarun.algos.agnostic.maml import maml
@@ -36,6 +37,7 @@ SETTINGS = {
     "imaml": ("algo.inner_steps=3",),
     "adaptive": (),
     "cnp": ("algo.width=8",),
+    "anp": ("algo.width=8", "algo.heads=2", "algo.latents=4"),
     "maml_images": ("algo=maml", *IMAGES, "algo.inner_steps=2"),
     "mamlpp": ("algo.inner_steps=2", "algo.first_order_epochs=1", "algo.multi_step_epochs=2", "algo.epoch=1"),
     "mamlpp_images": ("algo=mamlpp", *IMAGES, "algo.inner_steps=2", "algo.batch_norm=per_step_running"),
@@ -380,8 +382,8 @@ def test_a_meta_gradient_reads_no_value_and_mixes_no_devices(name):
     model, family = experiment.model.to("meta"), experiment.family
     algorithm = build(experiment.config, "algo", model, family.spec)
     theta = algorithm.init(model, torch.Generator())
-    tasks = family.sample("train", 2, torch.Generator())
-    there = Task(*(tree_map(lambda leaf: leaf.to("meta"), part) for part in tasks[:2]))
+    tasks = sampled(family, "train", 2, torch.Generator())
+    there = Task(**tree_map(lambda leaf: leaf.to("meta"), tasks._asdict()))
     found = meta_gradient(algorithm, tree_map(lambda leaf: leaf.to("meta"), theta), there, family.loss)
     assert {leaf.device.type for leaf in (*leaves(found.grads), found.loss, found.score)} == {"meta"}
 

@@ -6,7 +6,7 @@ from importlib.resources import files
 import pytest
 import torch
 from omegaconf import OmegaConf
-from scenarios import TinyImages, generator
+from scenarios import TinyImages, generator, sampled
 
 from metarun.config import build
 from metarun.engine import evaluate, meta_gradient
@@ -15,6 +15,7 @@ from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.text import TextEmbedding
+from metarun.random import drawing
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
@@ -90,27 +91,27 @@ def learner(case):
 
 
 def only_task(tasks, i):
-    return Task(*(tree_map(lambda x: x[i : i + 1], part) for part in tasks[:2]))
+    return Task(*(tree_map(lambda x: x[i : i + 1], part) for part in tasks[:2]), tasks.seed[i : i + 1])
 
 
 def test_meta_gradient_is_finite_repeatable_and_leaves_its_inputs_alone(learner):
     algorithm, family, model = learner
     theta = algorithm.init(model, generator())
-    tasks = family.sample("train", 3, generator(1))
+    tasks = sampled(family, "train", 3, generator(1))
     before = tree_map(torch.clone, theta), [tree_map(torch.clone, part) for part in tasks[:2]]
     first, second = (meta_gradient(algorithm, theta, tasks, family.loss) for _ in range(2))
     assert first.loss.isfinite()
     assert all(g.isfinite().all() for g in leaves(first.grads))
     assert any(g.abs().max() > 0 for g in leaves(first.grads))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    torch.testing.assert_close(before, (theta, list(tasks)), rtol=0, atol=0)
+    torch.testing.assert_close(before, (theta, list(tasks[:2])), rtol=0, atol=0)
 
 
 def test_a_batch_is_the_mean_of_its_tasks(learner):
     """The engine's map equals a Python loop, so no task sees another."""
     algorithm, family, model = learner
     theta = algorithm.init(model, generator())
-    tasks = family.sample("train", 3, generator(1))
+    tasks = sampled(family, "train", 3, generator(1))
     together = meta_gradient(algorithm, theta, tasks, family.loss)
     alone = [meta_gradient(algorithm, theta, only_task(tasks, i), family.loss) for i in range(3)]
     for i, leaf in enumerate(leaves(together.grads)):
@@ -122,7 +123,7 @@ def test_evaluation_sees_queries_only_to_score_them(case):
     """Other query targets change losses but not a single prediction, hence not the adapted state."""
     algorithm, family, model = case
     theta = algorithm.init(model, generator())
-    task = family.sample("test", 1, generator(2))
+    task = sampled(family, "test", 1, generator(2))
     steps, losses, *_ = evaluate(algorithm, theta, task, family.loss, 2)
     assert steps in ([0, 1, 2], [1], [0])
     assert losses.shape == (1, len(steps))
@@ -139,9 +140,10 @@ def test_evaluation_sees_queries_only_to_score_them(case):
         predictions.clear()
         support = {n: v[0] for n, v in task.support.items()}
         query = {"x": task.query["x"][0], "y": query_targets, "spied": torch.tensor(1)}
-        for _, state in zip(range(3), algorithm.adapt(theta, support, family.loss), strict=False):
-            if state is not None:
-                spy(lambda x: algorithm.predict(theta, state, x), query)  # noqa: B023
+        with drawing(task.seed[0], training=False):
+            for _, state in zip(range(3), algorithm.adapt(theta, support, family.loss), strict=False):
+                if state is not None:
+                    spy(lambda x: algorithm.predict(theta, state, x), query)  # noqa: B023
         return [p.clone() for p in predictions]
 
     torch.testing.assert_close(states(task.query["y"][0]), states(-task.query["y"][0]), rtol=0, atol=0)
@@ -174,7 +176,7 @@ def test_training_improves(learner):
     theta = algorithm.init(model, generator())
     # Tasks whose labels or tables contradict each other have no common solution: then one task must do.
     alike = isinstance(family, Sinusoid | TinyImages | Navigation)
-    tasks = family.sample("train", 8 if alike else 1, generator(1))
+    tasks = sampled(family, "train", 8 if alike else 1, generator(1))
     assert any(improves(algorithm, family, theta, tasks, rate) for rate in (0.01, 0.003))
 
 

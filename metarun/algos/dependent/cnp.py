@@ -1,31 +1,54 @@
-"""Conditional neural processes, with or without attention.
+"""Conditional neural processes.
 
-- ``attention=false``, CNP: Garnelo et al. 2018, "Conditional Neural Processes", https://arxiv.org/abs/1807.01613 (§2):
+Garnelo et al. 2018, "Conditional Neural Processes", https://arxiv.org/abs/1807.01613 (§2):
 
-      r_i = h(x_i, y_i),   r = mean of r_i,   μ, σ = g(x, r)
+    r_i = h(x_i, y_i)              for every context point
+    r = mean of r_i
+    μ, σ = g(x, r)                 for every target x
 
-- ``attention=true``, the deterministic path of ANP: Kim et al. 2019, "Attentive Neural Processes",
-  https://arxiv.org/abs/1901.05761 (§3): every query weighs the r_i by its own attention (scaled dot products of
-  embedded inputs, several heads) in place of the mean.
+The meta-loss is the mean negative log-likelihood of all targets under the normal distribution (μ, σ), with
+σ = 0.1 + 0.9 softplus(·) as in the authors' code (https://github.com/google-deepmind/neural-processes). The targets are
+all support and query points. In training only some support points are the context: how many is drawn uniformly, and
+which ones at random, for every task from its own seed. The authors draw one number per batch, since their tensors have
+no weights, and leave the largest out. Validation and test use the whole support set.
 
-The meta-loss is the negative log-likelihood of support and query targets under the normal distribution (μ, σ), with
-σ = 0.1 + 0.9 softplus(·) as in the authors' code (https://github.com/google-deepmind/neural-processes); predictions
-are μ. Networks are the method's own: the model of the configuration is not used.
+Predictions are μ, and the second metric is the log-likelihood. The networks are the method's own: the model of the
+configuration is not used.
 """
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from metarun.errors import require
-from metarun.functional import keep_support, multi_head, own_network
-from metarun.types import Algorithm, Loss, Spec, Task, Tree
+from metarun.functional import keep_support, own_network
+from metarun.random import fresh_seed, uniform
+from metarun.types import Algorithm, Loss, Spec, Task, Tree, flat
 
 LEAST_STD = 0.1
+LOG_LIKELIHOOD = "log-likelihood"
+
+
+class Points(NamedTuple):
+    """Examples whose targets are known, as rows of numbers."""
+
+    x: Tensor
+    """``[points, inputs]``."""
+    y: Tensor
+    """``[points, outputs]``."""
+
+    def pairs(self) -> Tensor:
+        """``[points, inputs + outputs]``."""
+        return torch.cat([self.x, self.y], -1)
+
+
+def points(*parts: Tree) -> Points:
+    """The examples of support or query sets, one set after the other."""
+    return Points(torch.cat([flat(part["x"]) for part in parts]), torch.cat([part["y"] for part in parts]))
 
 
 def layers(*widths: int) -> nn.Sequential:
@@ -36,70 +59,91 @@ def layers(*widths: int) -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
-class Process(nn.Module):
-    """Encoder, aggregation and decoder."""
+def everything(support: Tree) -> Tensor:
+    """Weights ``[support]`` with which all support points are the context."""
+    return torch.ones_like(support["y"][:, 0])
 
-    def __init__(self, inputs: int, outputs: int, width: int, heads: int) -> None:
+
+def drawn_context(support: Tree, least: int | None) -> Tensor:
+    """Weights ``[support]``, 1 for a random context of at least ``least`` points and 0 for the rest; None: all points.
+
+    The size of the context is uniform on ``least``, …, all. A smaller support set is all context.
+
+    Raises:
+        UserError: the task has no seed to draw from.
+    """
+    whole = everything(support)
+    n = len(whole)
+    if least is None or least >= n:
+        return whole
+    numbers = uniform(fresh_seed(), (n + 1,))
+    size, order = least + (numbers[0] * (n - least + 1)).floor(), numbers[1:]
+    rank = (order[None] < order[:, None]).sum(1)
+    return (rank < size).to(whole.dtype)
+
+
+def average(r: Tensor, weight: Tensor) -> Tensor:
+    """Mean ``[width]`` of ``r [points, width]`` over the points of weight 1."""
+    return weight @ r / weight.sum()
+
+
+def as_normal(output: Tensor) -> tuple[Tensor, Tensor]:
+    """A decoder's output ``[..., 2 outputs]`` as mean and standard deviation ``[..., outputs]``."""
+    mean, spread = output.chunk(2, -1)
+    return mean, LEAST_STD + (1 - LEAST_STD) * softplus(spread)
+
+
+def log_likelihood(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Logarithm of the normal density of every target ``y [points, outputs]``, in nats: ``[points]``."""
+    return (-0.5 * ((y - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+class Process(nn.Module):
+    """Encoder, mean and decoder."""
+
+    def __init__(self, inputs: int, outputs: int, width: int) -> None:
         super().__init__()
-        self.heads = heads
         self.encoder = layers(inputs + outputs, width, width, width, width)
         self.decoder = layers(inputs + width, width, width, 2 * outputs)
-        if heads:
-            self.embed = layers(inputs, width, width)
-            self.mix = nn.Linear(width, width)
 
-    def attend(self, x: Tensor, query: Tensor, r: Tensor) -> Tensor:
-        """``r [support, width]`` weighed for every query ``[queries, width]``."""
-        mixed: Tensor = self.mix(multi_head(self.embed(query), self.embed(x), r, self.heads))
-        return mixed
-
-    def forward(self, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Support inputs, support targets and query inputs ``[points, numbers]`` → μ and σ ``[queries, outputs]``."""
-        x, y, query = given
-        r = self.encoder(torch.cat([x, y], -1))
-        r = self.attend(x, query, r) if self.heads else r.mean(0).expand(len(query), -1)
-        mean, spread = self.decoder(torch.cat([query, r], -1)).chunk(2, -1)
-        return mean, LEAST_STD + (1 - LEAST_STD) * softplus(spread)
+    def forward(self, given: tuple[Points, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Support points, their weights and targets ``x [targets, inputs]`` → μ and σ ``[targets, outputs]``."""
+        support, weight, x = given
+        r = average(self.encoder(support.pairs()), weight)
+        return as_normal(self.decoder(torch.cat([x, r.expand(len(x), -1)], -1)))
 
 
-def cnp(model: nn.Module, spec: Spec, attention: bool = False, width: int = 128, heads: int = 8) -> Algorithm:
+def cnp(model: nn.Module, spec: Spec, width: int = 128, least_context: int | None = 3) -> Algorithm:
     """Conditional neural process.
 
     Args:
         model: not used.
         spec: of a regression task.
-        attention: whether queries attend to the support points.
-        width: of every layer, at least 1; with attention a multiple of ``heads``.
-        heads: of attention, at least 1.
+        width: of every layer, at least 1.
+        least_context: the fewest support points that are the context in training, at least 1; None: always all.
     """
     require(width >= 1, f"width must be at least 1, not {width}")
-    require(heads >= 1, f"heads must be at least 1, not {heads}")
-    require(not attention or width % heads == 0, f"width must be a multiple of heads={heads}, not {width}")
-    inputs = math.prod(spec.input_shape)
-
-    def build() -> Process:
-        return Process(inputs, spec.outputs, width, heads if attention else 0)
-
-    forward, drawn = own_network(build)
+    require(least_context is None or least_context >= 1, f"least_context must be at least 1, not {least_context}")
+    forward, drawn = own_network(lambda: Process(math.prod(spec.input_shape), spec.outputs, width))
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:
         return {"weights": drawn(model, generator)}
 
-    def distribution(theta: Tree, state: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean_and_std: tuple[Tensor, Tensor] = forward(
-            theta["weights"], (state["x"].flatten(1), state["y"], x.flatten(1))
-        )
+    def distribution(theta: Tree, support: Tree, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean_and_std: tuple[Tensor, Tensor] = forward(theta["weights"], (points(support), weight, x))
         return mean_and_std
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        return distribution(theta, state, x)[0]
+        return distribution(theta, state, everything(state), flat(x))[0]
+
+    def score_likelihood(theta: Tree, state: Tree, data: Tree) -> Tensor:
+        return log_likelihood(data["y"], *distribution(theta, state, everything(state), flat(data["x"]))).mean()
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
-        x, y = (torch.cat([task.support[name], task.query[name]]) for name in ("x", "y"))
-        mean, std = distribution(theta, task.support, x)
-        nats = 0.5 * ((y - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)
-        _, score = loss(lambda query: mean[len(task.support["x"]) :], task.query)
-        return nats.sum(-1).mean(), score
+        targets = points(task.support, task.query)
+        mean, std = distribution(theta, task.support, drawn_context(task.support, least_context), targets.x)
+        _, score = loss(lambda query: mean[len(task.support["y"]) :], task.query)
+        return -log_likelihood(targets.y, mean, std).mean(), score
 
     return Algorithm(
         init,
@@ -107,7 +151,9 @@ def cnp(model: nn.Module, spec: Spec, attention: bool = False, width: int = 128,
         predict,
         family="dependent",
         kinds=("regression",),
-        paper="https://arxiv.org/abs/1901.05761" if attention else "https://arxiv.org/abs/1807.01613",
+        paper="https://arxiv.org/abs/1807.01613",
         meta_loss=meta_loss,
+        second_metric=LOG_LIKELIHOOD,
+        second_score=score_likelihood,
         adapted_parameters=lambda theta: width,
     )
