@@ -32,7 +32,17 @@ from metarun.types import Algorithm, Tree
 log = logging.getLogger(__name__)
 
 FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
-ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download", "discount", "trace", "entropy", "normalise")
+ONLY_TRAINING_OR_SOURCE = (
+    "train_",
+    "dataset",
+    "split",
+    "download",
+    "discount",
+    "trace",
+    "entropy",
+    "normalise",
+    "hindsight",
+)
 
 
 def episodes_hash(experiment: Experiment) -> str:
