@@ -32,17 +32,7 @@ from metarun.types import Algorithm, Tree
 log = logging.getLogger(__name__)
 
 FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
-ONLY_TRAINING_OR_SOURCE = (
-    "train_",
-    "dataset",
-    "split",
-    "download",
-    "discount",
-    "trace",
-    "entropy",
-    "normalise",
-    "hindsight",
-)
+ONLY_TRAINING_OR_SOURCE = ("train_", "dataset", "split", "download", "discount", "trace", "entropy", "normalise")
 
 
 def episodes_hash(experiment: Experiment) -> str:
