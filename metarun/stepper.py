@@ -144,13 +144,15 @@ class Stepper:
             raise UserError(
                 f"train.task_chunk must divide train.meta_batch={self.meta_batch}, and {self.chunk} does not."
             )
+        self.may_halve = experiment.config.train.task_chunk is None and meta_step.trust_region is None
         self.engine, self.task_map, self.compile_seconds = "eager", "vmap", 0.0
         self.small, self.workers = False, 1
         self.pool: ThreadPoolExecutor | None = None
         self.operations = 0
         self.recordings: dict[str, Recording] = {}
         self.run: Step = self.eager()
-        self.choosing = self.mode != "eager"
+        # A trust region searches along its step, which only the step as it is written can do.
+        self.choosing = self.mode != "eager" and meta_step.trust_region is None
         self.watched: list[float] = []
         self.before: Tree | None = None
 
@@ -194,7 +196,7 @@ class Stepper:
                 if self.engine != "eager":
                     log.info("The GPU has no room left for engine=%s, so it is eager from here on.", self.engine)
                     self.engine = "eager"
-                elif self.experiment.config.train.task_chunk is None and self.chunk > 1:
+                elif self.may_halve and self.chunk > 1:
                     self.chunk = max(c for c in range(1, self.chunk) if self.meta_batch % c == 0)
                     log.info("The GPU is too small for all tasks at once: %d at a time.", self.chunk)
                 else:
