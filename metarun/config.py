@@ -28,6 +28,7 @@ class TrustRegionConfig:
 
     kl: float = MISSING
     cg_steps: int = MISSING
+    cg_episodes: int | None = MISSING
     damping: float = MISSING
     backtrack: float = MISSING
     backtracks: int = MISSING
@@ -116,6 +117,7 @@ LOWER_BOUNDS: dict[str, float] = {
     "train.val_episodes": 2,
     "train.task_chunk": 1,
     "train.trust_region.cg_steps": 1,
+    "train.trust_region.cg_episodes": 1,
     "train.trust_region.damping": 0,
     "train.trust_region.backtracks": 1,
     "engine.threads": 1,

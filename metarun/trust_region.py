@@ -13,8 +13,9 @@ them: adaptation weighs the kept support episodes by likelihood ratios, and so d
 (`metarun.tasks.control`).
 
 δ, the number of conjugate gradients, the damping and the search are those of the official code
-(https://github.com/cbfinn/maml_rl). Where we deviate: that code takes Hessian products by finite differences, and its
-inner gradient, of log π · A, loses the score-function terms; here products are exact and the terms are kept.
+(https://github.com/cbfinn/maml_rl); H may be estimated on fewer episodes than g (``cg_episodes``). Where we deviate:
+that code takes Hessian products by finite differences, and its inner gradient, of log π · A, loses the score-function
+terms; here products are exact and the terms are kept.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from metarun.errors import UserError
 from metarun.functional import at_step
 from metarun.tasks.control import ControlFamily
 from metarun.transforms import over_tasks
+from metarun.tree import tree_map
 from metarun.types import Algorithm, Task, Tree
 
 
@@ -38,6 +40,7 @@ class TrustRegion(NamedTuple):
 
     kl: float
     cg_steps: int
+    cg_episodes: int | None
     damping: float
     backtrack: float
     backtracks: int
@@ -152,6 +155,17 @@ def with_kept_episodes(algorithm: Algorithm, family: ControlFamily, theta: Tree,
     return tasks._replace(support={**tasks.support, "kept": support}, query={**tasks.query, "kept": query})
 
 
+def with_fewer_episodes(tasks: Task, count: int) -> Task:
+    """``tasks`` with the first ``count`` of the kept episodes of each, on which Hessian products cost less."""
+
+    def first(leaf: Tensor) -> Tensor:
+        # Leaves are [tasks, steps, episodes, ...], and the score of a task is a number.
+        return leaf[:, :, :count] if leaf.ndim > 1 else leaf
+
+    support, query = ({**part, "kept": tree_map(first, part["kept"])} for part in (tasks.support, tasks.query))
+    return tasks._replace(support=support, query=query)
+
+
 def mean_divergence(algorithm: Algorithm, family: ControlFamily, theta: Tree, tasks: Task) -> Tensor:
     """Mean divergence of adapted policies from those that played the kept query episodes."""
 
@@ -203,10 +217,12 @@ def trust_region_step(
     """
     tasks = with_kept_episodes(algorithm, family, theta_of(weights), tasks)
     found = meta_gradient(algorithm, theta_of(weights), tasks, family.loss)
-    product = fisher_product(
-        lambda w: mean_divergence(algorithm, family, theta_of(w), tasks), weights, settings.damping
-    )
-    step = natural_step(product, vector_of(found.grads), settings)
+    fewer = tasks if settings.cg_episodes is None else with_fewer_episodes(tasks, settings.cg_episodes)
+
+    def apart(candidate: Tensor) -> Tensor:
+        return mean_divergence(algorithm, family, theta_of(candidate), fewer)
+
+    step = natural_step(fisher_product(apart, weights, settings.damping), vector_of(found.grads), settings)
 
     @torch.no_grad()
     def judge(candidate: Tensor) -> tuple[float, float]:
