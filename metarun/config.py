@@ -16,11 +16,23 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from metarun.errors import UserError
 
-Optimizer = Enum("Optimizer", ["adam", "adamw", "sgd"])
+Optimizer = Enum("Optimizer", ["adam", "adamw", "sgd", "trpo"])
 Schedule = Enum("Schedule", ["constant", "linear", "cosine", "step"])
 Precision = Enum("Precision", ["float32", "tf32", "bfloat16"])
 Mode = Enum("Mode", ["auto", "eager", "replay", "compile", "cudagraph"])
 TaskMap = Enum("TaskMap", ["auto", "vmap", "threads"])
+
+
+@dataclass
+class TrustRegionConfig:
+    """The outer step of ``train.optimizer=trpo``."""
+
+    kl: float = MISSING
+    cg_steps: int = MISSING
+    cg_episodes: int | None = MISSING
+    damping: float = MISSING
+    backtrack: float = MISSING
+    backtracks: int = MISSING
 
 
 @dataclass
@@ -42,6 +54,7 @@ class TrainConfig:
     val_episodes: int = MISSING
     task_chunk: int | None = MISSING
     precision: Precision = MISSING
+    trust_region: TrustRegionConfig = MISSING
 
 
 @dataclass
@@ -104,13 +117,18 @@ LOWER_BOUNDS: dict[str, float] = {
     "train.log_every": 1,
     "train.val_episodes": 2,
     "train.task_chunk": 1,
+    "train.trust_region.cg_steps": 1,
+    "train.trust_region.cg_episodes": 1,
+    "train.trust_region.damping": 0,
+    "train.trust_region.backtracks": 1,
     "engine.threads": 1,
     "replicas.count": 1,
     "eval.episodes": 2,
     "eval.adapt_steps": 0,
     "eval.seed": 0,
 }
-ABOVE_ZERO = ("train.lr", "train.decay", "train.clip")
+ABOVE_ZERO = ("train.lr", "train.decay", "train.clip", "train.trust_region.kl", "train.trust_region.backtrack")
+AT_MOST_ONE = ("train.final", "train.trust_region.backtrack")
 
 
 def check_ranges(config: DictConfig) -> None:
@@ -119,8 +137,9 @@ def check_ranges(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not value >= bound:
             raise UserError(f"{key} must be at least {bound:g}, not {value}.")
-    if config.train.final > 1:
-        raise UserError(f"train.final must be at most 1, not {config.train.final}.")
+    for key in AT_MOST_ONE:
+        if not OmegaConf.select(config, key) <= 1:
+            raise UserError(f"{key} must be at most 1, not {OmegaConf.select(config, key)}.")
     for key in ABOVE_ZERO:
         value = OmegaConf.select(config, key)
         if value is not None and not 0 < value < float("inf"):

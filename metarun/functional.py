@@ -57,6 +57,14 @@ def parameters_of(module: nn.Module) -> Weights:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
+def at_step(support: Tree, step: int) -> Tree:
+    """What the ``step``-th step of adaptation, from 0 on, sees of a support set: for all families but control the same.
+
+    Where episodes have a seed (``tape``, see `metarun.tasks.control`), each step plays new ones.
+    """
+    return {**support, "step": step} if "tape" in support else support
+
+
 def support_gradient(forward: Forward, weights: Weights, support: Tree, loss: Loss) -> Weights:
     """Gradient of the support loss of one task at ``weights``."""
     return cast(Weights, gradient(lambda w: loss(partial(forward, w), support)[0], weights))
@@ -77,10 +85,10 @@ def gradient_descent(
     With ``first_order`` the gradient counts as a constant: it is taken at detached weights, which saves the
     graph, while the path from the old weights to the new ones stays.
     """
-    for learning_rate in learning_rates:
+    for step, learning_rate in enumerate(learning_rates):
         yield weights
         start = {name: w.detach() for name, w in weights.items()} if first_order else weights
-        slope = support_gradient(forward, start, support, loss)
+        slope = support_gradient(forward, start, at_step(support, step), loss)
         rates = learning_rate if isinstance(learning_rate, dict) else dict.fromkeys(weights, learning_rate)
         weights = {name: w - rates[name] * slope[name] for name, w in weights.items()}
 

@@ -18,7 +18,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 def initial_moments(weights: Tensor, optimizer: str) -> dict[str, Tensor]:
     """What the optimizer remembers before the first step, for ``weights [...]``."""
-    if optimizer == "sgd":
+    if optimizer in ("sgd", "trpo"):
         return {}
     return {"mean": torch.zeros_like(weights), "square": torch.zeros_like(weights), "step": weights.new_zeros(())}
 

@@ -37,8 +37,12 @@ def mixed(z: Tensor) -> Tensor:
 
 def fold(seed: Tensor, index: int | Tensor) -> Tensor:
     """The seed of the ``index``-th independent stream of each ``seed [...]``: integers ``[...]``."""
+    offset = (index + 1) * GOLDEN
+    if isinstance(offset, int):
+        # Wrapped to 64 bits here: a tensor made of a number could not be captured as a CUDA graph.
+        offset = (offset + 2**63) % 2**64 - 2**63
     # Mixed twice, so that the streams of a seed share nothing with the numbers drawn from the seed itself.
-    return mixed(mixed(seed) + (torch.as_tensor(index, device=seed.device) + 1) * GOLDEN)
+    return mixed(mixed(seed) + offset)
 
 
 def uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -144,6 +144,7 @@ class Stepper:
             raise UserError(
                 f"train.task_chunk must divide train.meta_batch={self.meta_batch}, and {self.chunk} does not."
             )
+        self.may_halve = experiment.config.train.task_chunk is None and meta_step.trust_region is None
         self.engine, self.task_map, self.compile_seconds = "eager", "vmap", 0.0
         self.work, self.workers = 0.0, 1
         self.pool: ThreadPoolExecutor | None = None
@@ -171,7 +172,8 @@ class Stepper:
         self.operations, self.work = counted.operations, counted.work / self.meta_step.count
         choose_threads(self.experiment, counted.work)
         self.workers = torch.get_num_threads()
-        if self.mode != "eager":
+        # A trust region searches along its step, which only the step as it is written can do.
+        if self.mode != "eager" and self.meta_step.trust_region is None:
             self.choose(given)
         # A resumed run has left its first eager step behind.
         return out if self.kept is None else self.run_or_halve(given)
@@ -186,7 +188,7 @@ class Stepper:
                 if self.engine != "eager":
                     log.info("The GPU has no room left for engine=%s, so it is eager from here on.", self.engine)
                     self.engine = "eager"
-                elif self.experiment.config.train.task_chunk is None and self.chunk > 1:
+                elif self.may_halve and self.chunk > 1:
                     self.chunk = max(c for c in range(1, self.chunk) if self.meta_batch % c == 0)
                     log.info("The GPU is too small for all tasks at once: %d at a time.", self.chunk)
                 else:

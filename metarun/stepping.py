@@ -13,7 +13,7 @@ One vector, because an optimizer's arithmetic on thirty small tensors costs thir
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from metarun.assemble import Experiment
 from metarun.engine import meta_gradient
 from metarun.errors import UserError, first_line
 from metarun.outer import clipped, initial_moments, outer_step
+from metarun.tasks.control import ControlFamily
 from metarun.tree import learned, leaves, like, size, tree_map
+from metarun.trust_region import TrustRegion, check_trust_region, trust_region_step
 from metarun.types import Task, Tree
 
 Step = Callable[[Tree], Tree]
@@ -104,6 +106,10 @@ class MetaStep:
         self.weight_decay = float(train.weight_decay)
         self.narrow = train.precision.name == "bfloat16"
         self.device_type = torch.device(experiment.device).type
+        self.trust_region: TrustRegion | None = None
+        if self.optimizer == "trpo" and experiment.algorithm.meta_learns:
+            check_trust_region(experiment)
+            self.trust_region = TrustRegion(**train.trust_region)
 
     def initial_state(self) -> Tree:
         """The state of all replicas before the first step."""
@@ -200,7 +206,24 @@ class MetaStep:
 
     def whole(self, given: Tree) -> Tree:
         """``state``, ``tasks`` and ``rates`` → the next ``state`` and ``result``, all tasks at once."""
+        if self.trust_region is not None:
+            return stacked([self.within_trust_region(replica(given, index), index) for index in range(self.count)])
         return self.update({**given, **self.gradient(given)})
+
+    def within_trust_region(self, given: Tree, index: int) -> Tree:
+        """``whole`` of the replica ``index``, given its leaves; it branches on values, so it is not mapped."""
+        state, settings = given["state"], self.trust_region
+        assert settings is not None
+
+        def theta_of(weights: Tensor) -> Tree:
+            return self.layout.theta({**state, "weights": weights})
+
+        experiment = self.experiment
+        algorithm, family = experiment.replicas[index].algorithm, cast(ControlFamily, experiment.family)
+        weights, result = trust_region_step(
+            algorithm, family, theta_of, self.layout.vector, settings, state["weights"], Task(**given["tasks"])
+        )
+        return {"state": {**state, "weights": weights}, "result": result}
 
 
 def parts_of(given: Tree, chunk: int) -> list[Tree]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from metarun.functional import one_hot
+from metarun.random import fold, uniform
 from metarun.tasks import control
-from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
+from metarun.types import Control, Seen, Spec, Split, Task, Tree
 
 
 class Arms:
@@ -45,7 +46,7 @@ def best_arm(data: Tree) -> Callable[[Seen], Tensor]:
     return policy
 
 
-class Bandit:
+class Bandit(control.ControlFamily):
     """Bernoulli bandits; a trial has ``pulls`` steps.
 
     Args:
@@ -58,6 +59,8 @@ class Bandit:
         trace: λ of generalised advantage estimation, from 0 to 1.
         entropy: weight of the policy's entropy in the loss, at least 0.
         normalise: whether advantages are scaled to variance 1 within a task.
+        fresh_tapes: whether every step of adaptation collects new trials; else all share the first one's tape.
+        hindsight: whether training queries are credited with expected rewards, which no learner of the papers knows.
         device: where the tasks are put.
         data_dir: not used; every family is given it.
     """
@@ -73,15 +76,17 @@ class Bandit:
         trace: float = 1.0,
         entropy: float = 0.0,
         normalise: bool = True,
+        fresh_tapes: bool = True,
+        hindsight: bool = False,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        self.learning = control.Learning(discount, trace, entropy, normalise)
-        control.check(shots, queries, train_queries, self.learning, arms=(arms, 2), pulls=(pulls, 1))
-        self.arms, self.pulls, self.device = arms, pulls, device
-        self.train_queries = train_queries or queries
+        learning = control.Learning(discount, trace, entropy, normalise)
+        control.check(shots, queries, train_queries, learning, arms=(arms, 2), pulls=(pulls, 1))
+        super().__init__(learning, queries, train_queries, fresh_tapes, hindsight, device)
+        self.arms, self.pulls = arms, pulls
         self.environment = Arms()
-        self.dataset = f"bandit:arms={arms}:pulls={pulls}"
+        self.dataset = self.named(f"bandit:arms={arms}:pulls={pulls}")
         self.spec = Spec(
             kind="control",
             input_shape=(1,),
@@ -94,20 +99,12 @@ class Bandit:
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` bandits with tapes; leaves ``[count, trials, ...]``."""
-        payout = torch.rand(count, 1, self.arms, generator=generator)
+        """``count`` bandits with trials; leaves ``[count, trials, ...]``."""
+        return self.tasks(split, {"payout": torch.rand(count, 1, self.arms, generator=generator)}, generator)
 
-        def part(trials: int) -> Tree:
-            tape = {
-                "noise": control.gumbel((count, trials, self.pulls, self.arms), generator),
-                "luck": torch.rand(count, trials, self.pulls, generator=generator),
-            }
-            return {name: leaf.to(self.device) for name, leaf in tape.items()} | {
-                "payout": payout.expand(-1, trials, -1).to(self.device)
-            }
-
-        return control.sampled(part, split, self.spec.shots, self.spec.queries, self.train_queries)
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
-        """Surrogate loss and mean total reward of a trial."""
-        return control.policy_gradient_loss(self.environment, predict, data, self.learning)
+    def tape(self, seed: Tensor) -> Tree:
+        """Gumbel ``noise [..., pulls, arms]`` of actions, and the ``luck [..., pulls]`` that decides what is paid."""
+        return {
+            "noise": control.gumbel(fold(seed, 0), (self.pulls, self.arms)),
+            "luck": uniform(fold(seed, 1), (self.pulls,)),
+        }

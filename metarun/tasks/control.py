@@ -1,30 +1,32 @@
 """Reinforcement learning as a loss: roll the policy out, then differentiate a surrogate of its return.
 
-The randomness of a rollout is data: a tape drawn with the task. So one policy and one task give one rollout,
-and everything that adapts a regressor adapts a policy too.
+The randomness of a rollout is data: a tape of random numbers. So one policy and one tape give one rollout, and
+everything that adapts a regressor adapts a policy too. Query episodes carry their tape, so that all algorithms are
+scored on the same episodes. Support episodes carry a seed each, from which every step of adaptation draws a tape of
+its own (`metarun.functional.at_step`), as the papers collect new episodes for every step: the k-th tape of a task is
+the same for all algorithms. With ``fresh_tapes=false`` all steps of a task share the first tape, whose luck ten steps
+can fit.
 
-No gradient flows through actions, which are samples. The surrogate is the LVC estimator of Rothfuss et al.
-2019, "ProMP" (https://arxiv.org/abs/1810.06784, §5): with detached denominators
+No gradient flows through actions, which are samples. The surrogate weighs the likelihood ratio of the present policy
+π and the policy π₀ that played the episodes with the advantage A,
 
-    L = − mean over steps of π(a|s) / ⊥π(a|s) · A
+    L = − mean over steps of π(a|s) / π₀(a|s) · A
 
-whose value tells nothing, whose gradient is the policy gradient, and whose second derivative keeps the
-score-function terms ∇log π ∇log πᵀ A that differentiating log π · A would lose.
+Where episodes have just been played, π₀ is π as a constant: the LVC estimator of Rothfuss et al. 2019, "ProMP"
+(https://arxiv.org/abs/1810.06784, §5), whose value tells nothing, whose gradient is the policy gradient, and whose
+second derivative keeps the score-function terms ∇log π ∇log πᵀ A that differentiating log π · A would lose. Where
+episodes are kept (``kept``; a trust region compares many policies on the same ones), π₀ is the policy of that time.
 
 The advantage A is the discounted return to go, or a generalised estimate of it, less a baseline that is linear in
 features of state and time, fitted to the same episodes of the same task (Duan et al. 2016,
 https://arxiv.org/abs/1604.06778), then normalised over the task's steps where that helps. The score is the
 undiscounted return.
 
-Query episodes of training tasks have a leaf ``hindsight``: their advantages are made of expected rewards where the
-environment knows them, which gives the same expected meta-gradient with less noise. Adaptation, at test time too, has
-nothing but what was paid.
-
-Where we deviate: the papers collect new episodes for every step of adaptation; here all steps of a task roll their
-policy out along the same tape, so that ten steps can fit its luck.
+With ``hindsight``, which no paper has, the query episodes of training tasks are credited with expected rewards, where
+the environment knows them: the same expected meta-gradient with less noise. The data set's name then says so.
+Adaptation has nothing but what was paid.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,7 +35,8 @@ from torch.nn.functional import log_softmax
 
 from metarun.errors import require
 from metarun.functional import one_hot
-from metarun.types import Predict, Seen, Split, Task, Tree
+from metarun.random import fold, uniform
+from metarun.types import Predict, Seen, Spec, Split, Task, Tree
 
 RIDGE = 1e-5
 """Strength of the baseline's ridge regression, for features of order one."""
@@ -188,35 +191,148 @@ def advantages(trajectory: Rollout, learning: Learning) -> Tensor:
     return centred / (spread + 1e-8)
 
 
-def policy_gradient_loss(
-    environment: Environment, predict: Predict, data: Tree, learning: Learning
-) -> tuple[Tensor, Tensor]:
-    """Surrogate loss and mean undiscounted return of a policy on one task.
+def played(environment: Environment, predict: Predict, data: Tree, learning: Learning) -> tuple[Tree, Tensor]:
+    """Roll a policy out and keep what a surrogate needs of its episodes.
 
-    Args:
-        environment: the task's.
-        predict: the policy.
-        data: parameters of the environment and its tape, ``[episodes, ...]``.
-        learning: how the surrogate weighs actions.
+    Returns:
+        Tensors by name: what was ``seen`` (a tree of the leaves of `metarun.types.Seen`), ``action``, ``advantage`` and
+        ``counts`` of every step ``[steps, episodes, ...]``, and the mean undiscounted ``score``; and the policy's
+        outputs ``[steps, episodes, outputs]``, with their graph.
     """
     trajectory = rollout(environment, predict, data)
     output, _ = split_output(predict(trajectory.seen))
-    logp = log_probability(output, trajectory.action, environment.continuous)
-    weighted = (logp - logp.detach()).exp() * advantages(trajectory, learning)
-    if learning.entropy > 0:
+    kept = {
+        "seen": dict(zip(Seen._fields[:5], trajectory.seen[:5], strict=True)),
+        "action": trajectory.action,
+        "advantage": advantages(trajectory, learning),
+        "counts": trajectory.counts,
+        "score": total_return(trajectory),
+    }
+    return kept, output
+
+
+def surrogate(kept: Tree, output: Tensor, old: Tensor, continuous: bool, entropy: float) -> Tensor:
+    """Surrogate loss of a policy on episodes that were played by another.
+
+    Args:
+        kept: of ``played``.
+        output: the policy's, on what was seen.
+        old: that of the policy which played the episodes, without a graph.
+        continuous: whether actions are.
+        entropy: how much a nat of it counts.
+    """
+    new, before = (log_probability(o, kept["action"], continuous) for o in (output, old))
+    weighted = (new - before).exp() * kept["advantage"]
+    if entropy > 0:
         logs = log_softmax(output, -1)
-        weighted = weighted - learning.entropy * (logs.exp() * logs).sum(-1) * trajectory.counts
-    loss = -weighted.sum() / trajectory.counts.sum()
-    return loss, total_return(trajectory)
+        weighted = weighted - entropy * (logs.exp() * logs).sum(-1) * kept["counts"]
+    loss: Tensor = -weighted.sum() / kept["counts"].sum()
+    return loss
 
 
-def sampled(part: Callable[[int], Tree], split: Split, shots: int, queries: int, train_queries: int) -> Task:
-    """Tasks made of two draws of ``part(episodes)``, leaves ``[tasks, episodes, ...]``; for training with hindsight."""
-    support = part(shots)
-    if split != "train":
-        return Task(support, part(queries))
-    query = part(train_queries)
-    return Task(support, {**query, "hindsight": torch.ones_like(query["noise"][:, :, 0, 0])})
+def divergence(output: Tensor, old: Tensor, continuous: bool) -> Tensor:
+    """Kullback-Leibler divergence of the distribution ``output [..., outputs]`` from ``old``, KL(old ‖ new): ``[...]``.
+
+    Closed forms for normal distributions with independent dimensions, and for categorical ones.
+    """
+    if continuous:
+        mean, log_std = output.chunk(2, -1)
+        old_mean, old_log_std = old.chunk(2, -1)
+        spread = (2 * (old_log_std - log_std)).exp()
+        away = ((old_mean - mean) / log_std.exp()).square()
+        return (log_std - old_log_std + 0.5 * (spread + away - 1)).sum(-1)
+    before = log_softmax(old, -1)
+    return (before.exp() * (before - log_softmax(output, -1))).sum(-1)
+
+
+class ControlFamily:
+    """What families with an environment of pure tensors share.
+
+    A family samples the parameters of its environment and says which random numbers an episode needs.
+    """
+
+    spec: Spec
+    dataset: str
+    environment: Environment
+
+    def __init__(
+        self,
+        learning: Learning,
+        queries: int,
+        train_queries: int | None,
+        fresh_tapes: bool,
+        hindsight: bool,
+        device: str,
+    ) -> None:
+        self.learning, self.device = learning, device
+        self.train_queries = train_queries or queries
+        self.fresh_tapes, self.hindsight = fresh_tapes, hindsight
+
+    def named(self, dataset: str) -> str:
+        """The data set's name with what makes its scores other than the papers'."""
+        return dataset + (":hindsight" if self.hindsight else "") + ("" if self.fresh_tapes else ":one_tape")
+
+    def tape(self, seed: Tensor) -> Tree:
+        """The random numbers of the episode of every ``seed [...]``, leaves ``[..., *]``; ``noise`` is of actions."""
+        raise NotImplementedError
+
+    def tasks(self, split: Split, parameters: Tree, generator: torch.Generator) -> Task:
+        """Tasks of an environment's ``parameters [tasks, 1, ...]`` with episodes, leaves ``[tasks, episodes, ...]``.
+
+        Support episodes have a seed (``tape``), query episodes their random numbers.
+        """
+        count = len(next(iter(parameters.values())))
+
+        def part(episodes: int) -> tuple[Tree, Tensor]:
+            leaves = {name: leaf.expand(-1, episodes, *leaf.shape[2:]) for name, leaf in parameters.items()}
+            return leaves, torch.randint(2**62, (count, episodes), generator=generator)
+
+        support, seed = part(self.spec.shots)
+        query, query_seed = part(self.train_queries if split == "train" else self.spec.queries)
+        # Drawn here and not where it is used, so that test episodes are the same on every device.
+        query = {**query, **self.tape(query_seed)}
+        if split == "train" and self.hindsight:
+            query["hindsight"] = torch.ones_like(query["noise"][:, :, 0, 0])
+
+        def put(data: Tree) -> Tree:
+            return {name: leaf.to(self.device) for name, leaf in data.items()}
+
+        return Task(put({**support, "tape": seed}), put(query))
+
+    def with_tape(self, data: Tree) -> Tree:
+        """``data`` of one task with the tape of its adaptation step; as it is where it holds one already."""
+        if "tape" not in data:
+            return data
+        step = data.get("step", 0) if self.fresh_tapes else 0
+        parameters = {name: leaf for name, leaf in data.items() if name not in ("tape", "step")}
+        return {**parameters, **self.tape(fold(data["tape"], step))}
+
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+        """Surrogate loss and mean undiscounted return of a policy on the data of one task.
+
+        Episodes are played by the policy, or are those that ``data`` keeps (``kept``, by adaptation step).
+        """
+        continuous = self.environment.continuous
+        if "kept" in data:
+            kept = data["kept"][str(data.get("step", 0))]
+            output, _ = split_output(predict(Seen(**kept["seen"])))
+            old = kept["output"]
+        else:
+            kept, output = played(self.environment, predict, self.with_tape(data), self.learning)
+            old = output.detach()
+        return surrogate(kept, output, old, continuous, self.learning.entropy), kept["score"]
+
+    def keep(self, predict: Predict, data: Tree) -> Tree:
+        """The episodes that a policy plays, to be put into data as ``kept``: of ``played``, and its ``output``."""
+        kept, output = played(self.environment, predict, self.with_tape(data), self.learning)
+        return {**kept, "output": output.detach()}
+
+    def divergence(self, predict: Predict, kept: Tree) -> Tensor:
+        """Mean divergence of a policy from the one that played the episodes ``kept``, over the steps that count."""
+        output, _ = split_output(predict(Seen(**kept["seen"])))
+        apart = divergence(output, kept["output"], self.environment.continuous)
+        mean: Tensor = (apart * kept["counts"]).sum() / kept["counts"].sum()
+        return mean
 
 
 def total_return(trajectory: Rollout) -> Tensor:
@@ -224,10 +340,9 @@ def total_return(trajectory: Rollout) -> Tensor:
     return (trajectory.reward * trajectory.counts).sum(0).mean()
 
 
-def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard Gumbel numbers."""
-    uniform = torch.rand(shape, generator=generator).clamp(1e-7, 1 - 1e-7)
-    return -(-uniform.log()).log()
+def gumbel(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard Gumbel numbers for every integer of ``seed [...]``: ``[..., *shape]``."""
+    return -(-uniform(seed, shape).log()).log()
 
 
 def check(shots: int, queries: int, train_queries: int | None, learning: Learning, **others: tuple[int, int]) -> None:

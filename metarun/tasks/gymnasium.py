@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from metarun.errors import UserError, require
+from metarun.random import fold, normal
 from metarun.tasks import control
-from metarun.types import Control, Predict, Spec, Split, Task, Tree
+from metarun.types import Control, Spec, Split, Task, Tree
 
 GOALS = ("direction", "velocity")
 
@@ -170,7 +171,7 @@ class Hosted:
         self.host, self.continuous = host, host.continuous
 
     def initial(self, data: Tree) -> Tensor:
-        """Begin all episodes anew."""
+        """Begin all episodes."""
         seen: Tensor
         (seen,) = Outside.apply(self.host.reset, data["start"], data["parameters"])  # type: ignore[no-untyped-call]
         return seen
@@ -196,7 +197,7 @@ def named(parameters: Sequence[Sequence[str | float]], key: str) -> dict[str, tu
     return found
 
 
-class Gymnasium:
+class Gymnasium(control.ControlFamily):
     """Tasks that differ in parameters of one environment; return of an episode.
 
     Args:
@@ -210,6 +211,7 @@ class Gymnasium:
         train_queries: those of a training task; null: ``queries``.
         discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
         trace: λ of generalised advantage estimation, from 0 to 1.
+        fresh_tapes: whether every step of adaptation collects new episodes; else all share the first one's tape.
         device: where policies run; environments are the CPU's.
         data_dir: not used; every family is given it.
 
@@ -229,11 +231,14 @@ class Gymnasium:
         train_queries: int | None = None,
         discount: float = 0.99,
         trace: float = 0.97,
+        fresh_tapes: bool = True,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        self.learning = control.Learning(discount, trace)
-        control.check(shots, queries, train_queries, self.learning, horizon=(horizon, 1))
+        learning = control.Learning(discount, trace)
+        control.check(shots, queries, train_queries, learning, horizon=(horizon, 1))
+        # What a simulator would pay on average is not known to it: there is nothing to know in hindsight.
+        super().__init__(learning, queries, train_queries, fresh_tapes, False, device)
         self.ranges, self.choices = named(ranges, "ranges"), named(choices, "choices")
         require(len(self.ranges) + len(self.choices) > 0, "ranges or choices must name what tasks differ in")
         require(not self.ranges.keys() & self.choices.keys(), "ranges and choices must not name the same parameter")
@@ -244,11 +249,10 @@ class Gymnasium:
         require(not set(GOALS) <= set(parameters), "a task has either a direction or a velocity, not both")
         host = Host(environment, horizon, options or {}, parameters)
         self.environment = Hosted(host)
-        self.horizon, self.device = horizon, device
-        self.train_queries = train_queries or queries
+        self.horizon = horizon
         settings = [f"{name}={list(values)}" for name, values in sorted({**self.ranges, **self.choices}.items())]
         settings += [f"{name}={value}" for name, value in sorted((options or {}).items())]
-        self.dataset = ":".join([environment, *settings, f"horizon={horizon}"])
+        self.dataset = self.named(":".join([environment, *settings, f"horizon={horizon}"]))
         self.spec = Spec(
             kind="control",
             input_shape=(host.inputs,),
@@ -261,25 +265,18 @@ class Gymnasium:
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` settings of the parameters with tapes; leaves ``[count, episodes, ...]``."""
+        """``count`` settings of the parameters with episodes; leaves ``[count, episodes, ...]``."""
         columns = [low + (high - low) * torch.rand(count, generator=generator) for low, high in self.ranges.values()]
         for values in self.choices.values():
             columns.append(torch.tensor(values)[torch.randint(len(values), (count,), generator=generator)])
         parameters = torch.stack(columns, -1)[:, None].to(torch.get_default_dtype())
 
-        def part(episodes: int) -> Tree:
-            shape = (count, episodes, self.horizon, self.spec.outputs)
-            noise = (
-                torch.randn(shape, generator=generator)
-                if self.environment.continuous
-                else control.gumbel(shape, generator)
-            )
-            start = torch.randint(2**31, (count, episodes), generator=generator)
-            parts = {"parameters": parameters.expand(-1, episodes, -1), "start": start, "noise": noise}
-            return {name: leaf.to(self.device) for name, leaf in parts.items()}
+        return self.tasks(split, {"parameters": parameters}, generator)
 
-        return control.sampled(part, split, self.spec.shots, self.spec.queries, self.train_queries)
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
-        """Surrogate loss and mean return of one task."""
-        return control.policy_gradient_loss(self.environment, predict, data, self.learning)
+    def tape(self, seed: Tensor) -> Tree:
+        """The ``noise [..., horizon, actions]`` of actions, and the seed with which each environment will ``start``."""
+        draw = normal if self.environment.continuous else control.gumbel
+        return {
+            "noise": draw(fold(seed, 0), (self.horizon, self.spec.outputs)),
+            "start": fold(seed, 1) & (2**31 - 1),
+        }

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from metarun.functional import one_hot
 from metarun.planning import action_values
+from metarun.random import fold, normal, uniform
 from metarun.tasks import control
-from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
+from metarun.types import Control, Seen, Spec, Split, Task, Tree
 
 
 class Table:
@@ -53,7 +54,7 @@ class Table:
         return control.Outcome(self.initial(data), reward, expected, torch.ones_like(reward), never)
 
 
-class MDP:
+class MDP(control.ControlFamily):
     """Random tables; a trial has ``episodes`` episodes of ``horizon`` steps.
 
     Args:
@@ -68,6 +69,8 @@ class MDP:
         trace: λ of generalised advantage estimation, from 0 to 1.
         entropy: weight of the policy's entropy in the loss, at least 0.
         normalise: whether advantages are scaled to variance 1 within a task.
+        fresh_tapes: whether every step of adaptation collects new trials; else all share the first one's tape.
+        hindsight: whether training queries are credited with expected rewards, which no learner of the papers knows.
         device: where the tasks are put.
         data_dir: not used; every family is given it.
     """
@@ -85,17 +88,18 @@ class MDP:
         trace: float = 1.0,
         entropy: float = 0.0,
         normalise: bool = True,
+        fresh_tapes: bool = True,
+        hindsight: bool = False,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
         sizes = {"states": (states, 2), "actions": (actions, 2), "episodes": (episodes, 1), "horizon": (horizon, 1)}
-        self.learning = control.Learning(discount, trace, entropy, normalise)
-        control.check(shots, queries, train_queries, self.learning, **sizes)
+        learning = control.Learning(discount, trace, entropy, normalise)
+        control.check(shots, queries, train_queries, learning, **sizes)
+        super().__init__(learning, queries, train_queries, fresh_tapes, hindsight, device)
         self.states, self.actions, self.steps = states, actions, episodes * horizon
-        self.device = device
-        self.train_queries = train_queries or queries
         self.environment = Table(horizon)
-        self.dataset = f"mdp:states={states}:actions={actions}:episodes={episodes}:horizon={horizon}"
+        self.dataset = self.named(f"mdp:states={states}:actions={actions}:episodes={episodes}:horizon={horizon}")
 
         def optimal(data: Tree) -> Callable[[Seen], tuple[Tensor, int]]:
             values = action_values(data["transitions"][0], data["rewards"][0], horizon)
@@ -120,29 +124,21 @@ class MDP:
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` tables with tapes; leaves ``[count, trials, ...]``."""
+        """``count`` tables with trials; leaves ``[count, trials, ...]``."""
         states, actions = self.states, self.actions
         # A flat Dirichlet is a set of exponential numbers over their sum.
         weights = -torch.rand(count, 1, states, actions, states, generator=generator).clamp_min(1e-12).log()
         transitions = weights / weights.sum(-1, keepdim=True)
         rewards = 1 + torch.randn(count, 1, states, actions, generator=generator)
 
-        def part(trials: int) -> Tree:
-            shape = (count, trials, self.steps)
-            tape = {
-                "noise": control.gumbel((*shape, actions), generator),
-                "luck": torch.rand(shape, generator=generator),
-                "reward_noise": torch.randn(shape, generator=generator),
-                "seed": torch.randint(2**62, shape, generator=generator),
-            }
-            table = {
-                "transitions": transitions.expand(-1, trials, -1, -1, -1),
-                "rewards": rewards.expand(-1, trials, -1, -1),
-            }
-            return {name: leaf.to(self.device) for name, leaf in {**tape, **table}.items()}
+        return self.tasks(split, {"transitions": transitions, "rewards": rewards}, generator)
 
-        return control.sampled(part, split, self.spec.shots, self.spec.queries, self.train_queries)
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
-        """Surrogate loss and mean total reward of a trial."""
-        return control.policy_gradient_loss(self.environment, predict, data, self.learning)
+    def tape(self, seed: Tensor) -> Tree:
+        """Of every step: Gumbel ``noise`` of actions, uniform ``luck`` of transitions, normal ``reward_noise``; and a
+        ``seed`` for policies that draw more than their action."""
+        return {
+            "noise": control.gumbel(fold(seed, 0), (self.steps, self.actions)),
+            "luck": uniform(fold(seed, 1), (self.steps,)),
+            "reward_noise": normal(fold(seed, 2), (self.steps,)),
+            "seed": fold(fold(seed, 3)[..., None], torch.arange(self.steps, device=seed.device)) & (2**62 - 1),
+        }

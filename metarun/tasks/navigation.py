@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metarun.random import normal
 from metarun.tasks import control
 from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
 
@@ -52,7 +53,7 @@ def straight_to_the_goal(data: Tree) -> Callable[[Seen], Tensor]:
     return policy
 
 
-class Navigation:
+class Navigation(control.ControlFamily):
     """Goals anywhere in a square around the start, or on a half circle; return of an episode.
 
     Args:
@@ -63,6 +64,7 @@ class Navigation:
         train_queries: those of a training task; null: ``queries``.
         discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
         trace: λ of generalised advantage estimation, from 0 to 1.
+        fresh_tapes: whether every step of adaptation collects new episodes; else all share the first one's tape.
         device: where the tasks are put.
         data_dir: not used; every family is given it.
     """
@@ -76,15 +78,17 @@ class Navigation:
         train_queries: int | None = None,
         discount: float = 0.99,
         trace: float = 1.0,
+        fresh_tapes: bool = True,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        self.learning = control.Learning(discount, trace)
-        control.check(shots, queries, train_queries, self.learning, horizon=(horizon, 1))
-        self.goals, self.horizon, self.device = goals, horizon, device
-        self.train_queries = train_queries or queries
+        learning = control.Learning(discount, trace)
+        control.check(shots, queries, train_queries, learning, horizon=(horizon, 1))
+        # Rewards are not random: there is nothing to know in hindsight.
+        super().__init__(learning, queries, train_queries, fresh_tapes, False, device)
+        self.goals, self.horizon = goals, horizon
         self.environment = Walk()
-        self.dataset = f"navigation:{goals}:horizon={horizon}"
+        self.dataset = self.named(f"navigation:{goals}:horizon={horizon}")
         self.spec = Spec(
             kind="control",
             input_shape=(2,),
@@ -98,22 +102,18 @@ class Navigation:
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` goals with tapes; leaves ``[count, episodes, ...]``."""
+        """``count`` goals with episodes; leaves ``[count, episodes, ...]``."""
         if self.goals == "square":
             goal = (2 * torch.rand(count, 1, 2, generator=generator) - 1) * SQUARE
         else:
             angle = math.pi * torch.rand(count, 1, generator=generator)
             goal = RADIUS * torch.stack([angle.cos(), angle.sin()], -1)
 
-        def part(episodes: int) -> Tree:
-            noise = torch.randn(count, episodes, self.horizon, 2, generator=generator)
-            return {"goal": goal.expand(-1, episodes, -1).to(self.device), "noise": noise.to(self.device)}
+        return self.tasks(split, {"goal": goal}, generator)
 
-        return control.sampled(part, split, self.spec.shots, self.spec.queries, self.train_queries)
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
-        """Surrogate loss and mean return of one task."""
-        return control.policy_gradient_loss(self.environment, predict, data, self.learning)
+    def tape(self, seed: Tensor) -> Tree:
+        """Normal ``noise [..., horizon, 2]`` of actions."""
+        return {"noise": normal(seed, (self.horizon, 2))}
 
     def second_score(self, predict: Predict, data: Tree) -> Tensor:
         """Return of the policy that always takes its mean action."""

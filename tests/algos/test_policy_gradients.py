@@ -9,6 +9,7 @@ from metarun.algos.agnostic.maml import maml
 from metarun.engine import meta_gradient
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.text import TextCNN, TextEmbedding, TextTransformer
+from metarun.random import fold, normal
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
 from metarun.tasks.text import text
@@ -82,10 +83,9 @@ def maml_gradient_by_matrices(weights, tasks, score_function_terms):
     differentiating −mean A log π would lose.
     """
     total, vector = 0, flat(weights)
-    for goal, support, query in zip(
-        tasks.support["goal"][:, 0], tasks.support["noise"], tasks.query["noise"], strict=True
-    ):
-        horizon = support.shape[1]
+    for goal, seed, query in zip(tasks.support["goal"][:, 0], tasks.support["tape"], tasks.query["noise"], strict=True):
+        horizon = query.shape[1]
+        support = normal(fold(seed, 0), (horizon, 2))
         episodes = walk(weights, goal, support)
         advantage = weigh(episodes, horizon)
 
@@ -142,7 +142,8 @@ def test_an_episode_that_reached_its_goal_counts_no_further():
     ahead = torch.tanh(weights["trunk.0.bias"]) @ weights["head.linear.weight"].T + weights["head.linear.bias"]
     for part in tasks[:2]:
         part["goal"] = (0.3 * ahead).expand_as(part["goal"]).clone()
-    episodes = walk(weights, tasks.support["goal"][0, 0], tasks.support["noise"][0])
+    noise = family.with_tape(dict(tasks.support))["noise"]
+    episodes = walk(weights, tasks.support["goal"][0, 0], noise[0])
     assert any(len(steps) < 12 for steps in episodes)
     grads = meta_gradient(maml(model, family.spec, INNER_LR), {"weights": weights}, tasks, family.loss).grads
     expected = maml_gradient_by_matrices(weights, tasks, score_function_terms=True)
@@ -159,9 +160,29 @@ def tables(model):
     return family, model(family.spec, width=6)
 
 
+def walks(model):
+    family = Navigation(horizon=8, shots=3, queries=4)
+    return family, model(family.spec, (5,), "tanh")
+
+
+def walks_on_one_tape(model):
+    family = Navigation(horizon=8, shots=3, queries=4, fresh_tapes=False)
+    return family, model(family.spec, (5,), "tanh")
+
+
+def own_tape(family, support, step):
+    """Support data with the random numbers of one step of adaptation written out."""
+    if "tape" not in support:
+        return support
+    tape = family.tape(fold(support["tape"], step if family.fresh_tapes else 0))
+    return {name: leaf for name, leaf in support.items() if name != "tape"} | tape
+
+
 @pytest.mark.parametrize(
     ("tasks_for", "model"),
     [
+        (walks, Policy),
+        (walks_on_one_tape, Policy),
         (sentences, TextEmbedding),
         (sentences, TextCNN),
         (sentences, TextTransformer),
@@ -181,8 +202,8 @@ def test_every_model_is_right_in_second_order(tasks_for, model):
     for i in range(3):
         support, query = ({name: leaf[i] for name, leaf in part.items()} for part in tasks[:2])
         fast = leaves
-        for _ in range(2):
-            loss, _ = family.loss(lambda x: functional_call(model, fast, (x,)), support)  # noqa: B023
+        for step in range(2):
+            loss, _ = family.loss(lambda x: functional_call(model, fast, (x,)), own_tape(family, support, step))  # noqa: B023
             gradient = torch.autograd.grad(loss, list(fast.values()), create_graph=True, materialize_grads=True)
             fast = {name: w - 0.5 * g for (name, w), g in zip(fast.items(), gradient, strict=True)}
         total = total + family.loss(lambda x: functional_call(model, fast, (x,)), query)[0] / 3  # noqa: B023

@@ -1,25 +1,35 @@
 """Environments score what theory says; returns, baselines and posteriors equal closed forms."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
 from scenarios import generator
 
+from metarun.algos.agnostic.anil import anil
+from metarun.algos.agnostic.maml import maml
+from metarun.algos.agnostic.mamlpp import mamlpp
+from metarun.algos.agnostic.metasgd import metasgd
+from metarun.algos.agnostic.reptile import reptile
 from metarun.algos.baselines.optimal import optimal
 from metarun.algos.baselines.psrl import psrl
 from metarun.algos.baselines.random_policy import random_policy
+from metarun.algos.baselines.scratch import scratch
 from metarun.algos.baselines.thompson import probability_of_being_best, thompson
 from metarun.algos.baselines.ucb1 import ucb1
+from metarun.algos.dependent.adaptive import adaptive
 from metarun.engine import evaluate
-from metarun.functional import forward_of, support_gradient
+from metarun.functional import at_step, forward_of, support_gradient
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.planning import LARGEST_SUM, action_values, gamma
 from metarun.random import uniform
+from metarun.recording import Recording
 from metarun.tasks import control
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
+from metarun.transforms import task_of
 from metarun.types import Seen
 
 
@@ -145,12 +155,80 @@ def test_tables_are_distributions_and_random_play_earns_the_mean_reward():
     assert (trial.seen.done[10::10] == 1).all()
     assert trial.seen.done.sum() == 2 * 9
     torch.testing.assert_close(trial.seen.reward[1:, :, 0], trial.reward[:-1])
-    # Advantages are of what was paid, but for the query episodes of training tasks.
+    # Advantages are of what was paid.
     torch.testing.assert_close(trial.credit, trial.reward)
-    assert "hindsight" not in family.sample("train", 1, generator()).support
-    known = {name: leaf[0] for name, leaf in family.sample("train", 1, generator()).query.items()}
+
+
+def test_hindsight_is_off_and_where_it_is_on_the_data_set_says_so():
+    for family in (MDP(shots=2, queries=2), Bandit(shots=2, queries=2)):
+        assert not family.hindsight
+        assert "hindsight" not in family.sample("train", 1, generator()).query
+        assert "hindsight" not in family.dataset
+    family = MDP(shots=2, queries=2, hindsight=True)
+    assert family.dataset.endswith(":hindsight")
+    assert "hindsight" not in family.sample("test", 1, generator()).query
+    tasks = family.sample("train", 1, generator())
+    assert "hindsight" not in tasks.support
+    known = {name: leaf[0] for name, leaf in tasks.query.items()}
     trial = control.rollout(family.environment, lambda seen: torch.zeros_like(seen.action), known)
     torch.testing.assert_close(trial.reward - trial.credit, known["reward_noise"].T)
+
+
+@pytest.mark.parametrize("family", [Navigation, Bandit, MDP])
+def test_every_step_of_adaptation_plays_new_episodes_and_the_same_ones_when_played_again(family):
+    """One policy at three steps, alone, under vmap and in a recording; with one tape all steps are alike."""
+    fresh = family(shots=3, queries=2)
+    support = fresh.sample("test", 4, generator()).support
+    one = {name: leaf[1] for name, leaf in support.items()}
+
+    def actions(family, data):
+        # A policy that says nothing leaves the action to its noise.
+        outputs = fresh.spec.outputs * (2 if fresh.spec.control.continuous else 1)
+        data = family.with_tape(data)
+        return control.rollout(family.environment, lambda seen: torch.zeros(*seen.action.shape[:2], outputs), data)
+
+    rolled = [actions(fresh, at_step(one, step)) for step in (0, 1, 2, 1)]
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        assert not torch.equal(rolled[first].action, rolled[second].action)
+        assert not torch.equal(rolled[first].reward, rolled[second].reward)
+    torch.testing.assert_close(rolled[1], rolled[3], rtol=0, atol=0)
+
+    def step_one(given):
+        return {"reward": torch.func.vmap(lambda data: actions(fresh, at_step(data, 1)).reward)(given)}
+
+    torch.testing.assert_close(step_one(support)["reward"][1], rolled[1].reward)
+    recording = Recording(step_one, {name: leaf.flip(0) for name, leaf in support.items()})
+    torch.testing.assert_close(recording(support)["reward"], step_one(support)["reward"], rtol=0, atol=0)
+    shared = family(shots=3, queries=2, fresh_tapes=False)
+    assert shared.dataset == fresh.dataset + ":one_tape"
+    torch.testing.assert_close(actions(shared, at_step(one, 2)), rolled[0], rtol=0, atol=0)
+
+
+def test_all_gradient_learners_adapt_on_the_same_tape_at_the_same_step():
+    """Whatever adapts, its k-th step sees the k-th tape."""
+    family = Bandit(arms=3, pulls=4, shots=3, queries=2)
+    model = Policy(family.spec, (4,))
+    task = task_of(family.sample("test", 1, generator()), 0)
+    learners = [
+        maml(model, family.spec, 0.1),
+        reptile(model, family.spec, 0.1, inner_batch=3),
+        scratch(model, family.spec),
+    ]
+    learners += [mamlpp(model, family.spec, inner_steps=3), anil(model, family.spec), metasgd(model, family.spec)]
+    learners += [adaptive(model, family.spec)]
+    for algorithm in learners:
+        seen = []
+
+        def spy(predict, data):
+            seen.append((data["step"], family.with_tape(data)["noise"]))  # noqa: B023
+            return family.loss(predict, data)
+
+        states = algorithm.adapt(algorithm.init(model, generator()), task.support, spy)
+        assert len(list(islice(states, 4))) == 4
+        assert [step for step, _ in seen] == [0, 1, 2]
+        for step, noise in seen:
+            expected = family.with_tape({**task.support, "step": step})["noise"]
+            torch.testing.assert_close(noise, expected, rtol=0, atol=0)
 
 
 def test_adaptation_learns_nothing_that_was_not_paid():
@@ -158,7 +236,7 @@ def test_adaptation_learns_nothing_that_was_not_paid():
     family = Bandit(arms=2, pulls=5, shots=4, queries=4)
     model = Policy(family.spec, (8,))
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    support = {name: leaf[0] for name, leaf in family.sample("test", 1, generator()).support.items()}
+    support = family.with_tape({n: leaf[0] for n, leaf in family.sample("test", 1, generator()).support.items()})
     luck = {"luck": torch.where(support["luck"] < 0.5, 0.05, 0.95)}
     gradients = [
         support_gradient(

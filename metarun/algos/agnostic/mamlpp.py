@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import Forward, forward_of, parameters_of
+from metarun.functional import Forward, at_step, forward_of, parameters_of
 from metarun.norm import BatchStatistics, LayerStatistics
 from metarun.transforms import gradient
 from metarun.tree import size, tree_map
@@ -178,7 +178,7 @@ def mamlpp(
             theta["carried"]["variance"] = {norm: first.new_ones(shape) for norm, shape in shapes.items()}
         return theta
 
-    def at_step(theta: Tree, step: int, forward: Forward) -> Forward:
+    def norms_at(theta: Tree, step: int, forward: Forward) -> Forward:
         """The forward pass with what belongs to ``step`` in place."""
         own = {name: values[step] for name, values in theta.get("norms", {}).items()} | theta.get("other_norms", {})
         if running and forward is in_test:
@@ -200,10 +200,10 @@ def mamlpp(
             yield State(weights, step), seen
             if by_step and step == inner_steps:
                 return
-            here = at_step(theta, step, forward)
+            here, now = norms_at(theta, step, forward), at_step(support, step)
 
-            def support_loss(weights: Weights, here: Forward = here) -> tuple[Tensor, Tree]:
-                value, _ = loss(partial(here, weights), support)
+            def support_loss(weights: Weights, here: Forward = here, now: Tree = now) -> tuple[Tensor, Tree]:
+                value, _ = loss(partial(here, weights), now)
                 return value, (kept() if forward is in_training else {})
 
             start = {n: w.detach() for n, w in weights.items()} if second_order is False else weights
@@ -222,7 +222,7 @@ def mamlpp(
         return (state for state, _ in descend(theta, support, loss, in_test, False))
 
     def predict(theta: Tree, state: State, x: Any) -> Tensor:
-        return at_step(theta, state.step, in_test)(state.weights, x)
+        return norms_at(theta, state.step, in_test)(state.weights, x)
 
     def carrying_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
         carried = theta["carried"]
@@ -235,7 +235,7 @@ def mamlpp(
             statistics.append(seen)
             last = state.step == inner_steps
             if last or (multi_step_epochs and state.step):
-                value, score = loss(partial(at_step(theta, state.step, in_training), state.weights), task.query)
+                value, score = loss(partial(norms_at(theta, state.step, in_training), state.weights), task.query)
                 losses.append(value)
             if last:
                 break

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, support_gradient
+from metarun.functional import at_step, forward_of, parameters_of, support_gradient
 from metarun.transforms import over_tasks
 from metarun.tree import mean, subtract, tree_map
 from metarun.types import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
@@ -101,7 +101,7 @@ def reptile(
         for k in count():
             yield state
             batch = minibatch(support, k * inner_batch, inner_batch)
-            state = update(state, support_gradient(forward, state.weights, batch, loss))
+            state = update(state, support_gradient(forward, state.weights, at_step(batch, k), loss))
 
     def predict(theta: Tree, state: State, x: Any) -> Tensor:
         return forward(state.weights, x)
