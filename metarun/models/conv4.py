@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.norm import BatchStatistics
 from metarun.types import Spec
 
 
 def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "batch":
-        return BatchStatistics(channels)
+        # Without running averages: MAML normalises by the batch in test too, so the queries of a task see each other.
+        return nn.BatchNorm2d(channels, track_running_stats=False)
     if kind == "group":
         # Eight groups at most, of two channels at least: a group of one value would normalise to zero.
         return nn.GroupNorm(gcd(8, channels // 2) if channels % 2 == 0 else 1, channels)
@@ -73,7 +73,7 @@ class Conv4(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             channels = filters
         with torch.no_grad():
-            last = nn.Sequential(*layers)(torch.zeros(1, *spec.input_shape))[0]
+            last = nn.Sequential(*layers)(torch.zeros(2, *spec.input_shape))[0]
         self.maps = tuple(last.shape) if readout == "flatten" else None
         if readout == "mean":
             layers.append(nn.AdaptiveAvgPool2d(1))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import require
-from metarun.norm import BatchStatistics
 from metarun.types import Spec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -109,7 +108,8 @@ class MixedConvolution(nn.Module):
         super().__init__()
         self.operations = tuple(operations)
         self.paths = nn.ModuleList(
-            nn.Sequential(CONVOLUTIONS[name](inputs, outputs), BatchStatistics(outputs)) for name in self.operations
+            nn.Sequential(CONVOLUTIONS[name](inputs, outputs), nn.BatchNorm2d(outputs, track_running_stats=False))
+            for name in self.operations
         )
         self.architecture = nn.Parameter(torch.zeros(len(self.operations)))
 

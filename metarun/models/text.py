@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from metarun.data.tokens import term_frequencies
 from metarun.errors import require
 from metarun.functional import unit_rows
-from metarun.norm import LayerStatistics
 from metarun.types import Spec, Tokens
 
 
@@ -134,7 +133,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.before_attention, self.before_layers = LayerStatistics(width), LayerStatistics(width)
+        self.before_attention, self.before_layers = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 

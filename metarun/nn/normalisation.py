@@ -25,9 +25,20 @@ def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + along_channels(bias, x)
 
 
-def by_running_statistics(x: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> Tensor:
-    """``x [batch, channels, ...]`` normalised by statistics that are given."""
-    return (x - along_channels(mean, x)) * along_channels(torch.rsqrt(variance + epsilon), x)
+def with_variance(
+    centred: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float
+) -> Tensor:
+    """``centred [batch, channels, ...]``, whose ``variance [channels]`` becomes that of the parameters."""
+    scale = torch.rsqrt(variance + epsilon)
+    return scaled(centred, scale if weight is None else scale * weight, bias)
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel of ``x [batch, channels, ...]``."""
+    dims = tuple(d for d in range(x.ndim) if d != 1)
+    mean = x.mean(dims)
+    centred = x - along_channels(mean, x)
+    return mean, (centred * centred).mean(dims)
 
 
 def batch_norm(
@@ -42,14 +53,14 @@ def batch_norm(
 ) -> Tensor:
     """Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167; arguments of ``F.batch_norm``."""
     if running_mean is not None and running_var is not None and (not training or all_frozen(weight, bias)):
-        return scaled(by_running_statistics(input, running_mean, running_var, eps), weight, bias)
-    dims = tuple(d for d in range(input.ndim) if d != 1)
+        return with_variance(input - along_channels(running_mean, input), running_var, weight, bias, eps)
     if input.numel() == input.shape[1]:
         raise UserError(
             "Batch normalisation in a batch of one value per channel has no variance to divide by; give tasks more "
             "examples, or take another normalisation."
         )
-    return scaled(normalised(input, dims, eps), weight, bias)
+    mean, variance = batch_statistics(input)
+    return with_variance(input - along_channels(mean, input), variance, weight, bias, eps)
 
 
 def instance_norm(
@@ -64,7 +75,7 @@ def instance_norm(
 ) -> Tensor:
     """Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022; arguments of ``F.instance_norm``."""
     if running_mean is not None and running_var is not None and (not use_input_stats or all_frozen(weight, bias)):
-        return scaled(by_running_statistics(input, running_mean, running_var, eps), weight, bias)
+        return with_variance(input - along_channels(running_mean, input), running_var, weight, bias, eps)
     return scaled(normalised(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 

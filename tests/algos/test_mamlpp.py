@@ -16,7 +16,6 @@ from metarun.engine import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
-from metarun.norm import BatchStatistics, LayerStatistics
 from metarun.run import run
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tree import leaves, tree_map
@@ -162,8 +161,8 @@ NORMS = {
     "instance": lambda: nn.InstanceNorm2d(4, affine=True),
     "layer": lambda: nn.LayerNorm((4, 8, 8)),
     "root mean square": lambda: nn.RMSNorm((4, 8, 8)),
-    "batch": lambda: BatchStatistics(4),
-    "last axis": lambda: LayerStatistics(8),
+    "batch": lambda: nn.BatchNorm2d(4),
+    "last axis": lambda: nn.LayerNorm(8),
 }
 
 

@@ -17,7 +17,7 @@ from metarun.algos.dependent.shared_params import shared_params
 from metarun.engine import meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
-from metarun.norm import BatchStatistics
+from metarun.nn import substitutes
 from metarun.tasks.sinusoid import Sinusoid
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -34,7 +34,7 @@ def setting(name):
         return family, MLP(family.spec, (8, 8)), reference.mlp_features
     model = Conv4(family.spec, filters=4)
     for module in model.modules():
-        if isinstance(module, BatchStatistics):
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
     return family, model, reference.conv4_features
@@ -187,17 +187,10 @@ def test_shared_params(name):
     assert_same(grads["solver"], solver)
 
 
-class TorchBatchNorm(BatchStatistics):
-    def forward(self, x):
-        if x.numel() == x.shape[1]:  # conv4 measures itself with one image, which torch refuses
-            return super().forward(x)
-        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.epsilon)
-
-
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="torch's batch_norm is wrong in grad of vmap of grad")
 def test_torch_batch_norm_would_fail_this_test(monkeypatch):
     """The check of `test_maml` has teeth: with torch's own batch norm in the model it does not pass.
 
-    Should this pass one day, torch has mended it, and `BatchStatistics` can rest on it."""
-    monkeypatch.setattr("metarun.models.conv4.BatchStatistics", TorchBatchNorm)
+    Should this pass one day, torch has mended it, and its substitute can go."""
+    monkeypatch.delitem(substitutes.FORMULAS, nn.functional.batch_norm)
     test_maml("images conv4", False, 1)

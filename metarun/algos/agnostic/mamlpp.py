@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from metarun.errors import require
 from metarun.functional import Forward, at_step, forward_of, parameters_of
-from metarun.norm import BatchStatistics, LayerStatistics
+from metarun.nn.normalisation import along_channels, batch_statistics, with_variance
 from metarun.transforms import gradient
 from metarun.tree import size, tree_map
 from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
@@ -47,53 +47,55 @@ from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 MOMENTUM = 0.1
 """Of running statistics, as torch has it."""
 
-NORMALISATIONS = (
-    BatchStatistics,
-    LayerStatistics,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Layers whose parameters the inner loop leaves alone."""
 
 
-class GivenStatistics(BatchStatistics):
+class GivenStatistics(nn.Module):
     """Batch normalisation by statistics that are given."""
 
-    def __init__(self, norm: BatchStatistics) -> None:
-        super().__init__(len(norm.weight), norm.epsilon)
+    def __init__(self, norm: BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.epsilon = norm.weight, norm.bias, norm.eps
         self.register_buffer("mean", torch.zeros_like(norm.weight))
         self.register_buffer("variance", torch.ones_like(norm.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, channels, height, width]`` → the same shape."""
-        return self.normalised(x - cast(Tensor, self.mean)[:, None, None], cast(Tensor, self.variance))
+        """``[batch, channels, ...]`` → the same shape."""
+        mean, variance = cast(Tensor, self.mean), cast(Tensor, self.variance)
+        return with_variance(x - along_channels(mean, x), variance, self.weight, self.bias, self.epsilon)
 
 
-class KeptStatistics(BatchStatistics):
-    """Batch normalisation by the batch, whose statistics can be read behind each pass."""
+class KeptStatistics(nn.Module):
+    """Batch normalisation by the batch, whose statistics can be read after each pass."""
 
-    def __init__(self, norm: BatchStatistics) -> None:
-        super().__init__(len(norm.weight), norm.epsilon)
+    def __init__(self, norm: BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.epsilon = norm.weight, norm.bias, norm.eps
         self.seen: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, channels, height, width]`` → the same shape."""
-        mean = x.mean((0, 2, 3))
-        centred = x - mean[:, None, None]
-        variance = (centred * centred).mean((0, 2, 3))
+        """``[batch, channels, ...]`` → the same shape."""
+        mean, variance = batch_statistics(x)
         self.seen = {"mean": mean, "variance": variance}
-        return self.normalised(centred, variance)
+        return with_variance(x - along_channels(mean, x), variance, self.weight, self.bias, self.epsilon)
+
+
+def learns_scale(module: nn.Module) -> bool:
+    """Whether ``module`` normalises by the batch and learns a scale and a shift for what it gives."""
+    by_batch = isinstance(module, BatchNorm) and module.training and module.affine
+    return by_batch and bool(module.weight.requires_grad and module.bias.requires_grad)
 
 
 def with_norms(model: nn.Module, kind: type[GivenStatistics] | type[KeptStatistics]) -> nn.Module:
     """A copy of ``model`` whose batch normalisations are of another kind."""
     model = deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, BatchStatistics):
+        if learns_scale(module):
             place, _, last = name.rpartition(".")
-            setattr(model.get_submodule(place), last, kind(module).to(module.weight))
+            setattr(model.get_submodule(place), last, kind(cast(BatchNorm, module)))
     return model
 
 
@@ -150,7 +152,7 @@ def mamlpp(
         f"first_order_epochs must be at least 0, not {first_order_epochs}",
     )
     require(epoch >= 1, f"epoch must be at least 1, not {epoch}")
-    norms = [name for name, module in model.named_modules() if isinstance(module, BatchStatistics)]
+    norms = [name for name, module in model.named_modules() if learns_scale(module)]
     if batch_norm == "shared":
         norms = []
     of_norms = {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}

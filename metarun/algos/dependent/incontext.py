@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from metarun.algos.dependent.snail import Sequences, reader
 from metarun.errors import require
 from metarun.functional import multi_head
-from metarun.norm import LayerStatistics
 from metarun.types import Algorithm, Spec
 
 
@@ -28,7 +27,7 @@ class Layer(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.before, self.behind = LayerStatistics(width), LayerStatistics(width)
+        self.before, self.behind = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -54,7 +53,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed = nn.Linear(token, width)
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
-        self.out = nn.Sequential(LayerStatistics(width), nn.Linear(width, outputs))
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
 
     def forward(self, given: Sequences) -> Tensor:
         """One answer for each query."""

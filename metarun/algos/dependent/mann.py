@@ -48,7 +48,7 @@ from metarun.functional import (
     trunk_and_head,
     unit_rows,
 )
-from metarun.norm import layer_normalised
+from metarun.nn.normalisation import normalised
 from metarun.types import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
 
 USAGE_DECAY = 0.99
@@ -157,7 +157,7 @@ def mann(
     look, drawn = own_network(lambda: Mann(token, spec.outputs, controller, width, heads, key_strength))
 
     def embed(weights: Weights, x: Tensor) -> Tensor:
-        z = layer_normalised(features(weights, x))
+        z = normalised(features(weights, x), (-1,), 1e-5)
         return torch.cat([z, x.flatten(1)], -1) if numbers else z
 
     def init(model: nn.Module, generator: torch.Generator) -> Tree:

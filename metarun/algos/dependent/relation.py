@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from metarun.errors import require
 from metarun.functional import embed_together, forward_of, keep_support, own_network, parameters_of, trunk_and_head
-from metarun.norm import BatchStatistics
 from metarun.types import Algorithm, Loss, Spec, Task, Tree
 
 FILTERS = 64
@@ -53,12 +52,17 @@ class CompareMaps(nn.Module):
             half.weight.data /= 2**0.5
         # ceil_mode, so that small maps have something to pool and large ones keep their edges.
         self.blocks = nn.Sequential(
-            *(BatchStatistics(FILTERS), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
+            *(nn.BatchNorm2d(FILTERS, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
             nn.Conv2d(FILTERS, FILTERS, 3, padding=1, bias=False),
-            *(BatchStatistics(FILTERS), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()),
+            *(
+                nn.BatchNorm2d(FILTERS, track_running_stats=False),
+                nn.ReLU(),
+                nn.MaxPool2d(2, ceil_mode=True),
+                nn.Flatten(),
+            ),
         )
         with torch.no_grad():
-            features = self.blocks(torch.zeros(1, FILTERS, *maps[1:])).shape[1]
+            features = self.blocks(torch.zeros(2, FILTERS, *maps[1:])).shape[1]
         self.layers = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
 
     def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
