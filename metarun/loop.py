@@ -156,7 +156,7 @@ def account(training: Training, stepper: Stepper, seconds: float, compiled: floa
     training.step_seconds += seconds - compiling
     training.compile_seconds += compiling
     training.engine, training.task_map = stepper.engine, stepper.task_map
-    training.device = torch.device(stepper.experiment.device).type
+    training.device, training.threads = torch.device(stepper.experiment.device).type, torch.get_num_threads()
 
 
 def newest(training: Training, metric: str) -> dict[str, str]:
@@ -181,6 +181,9 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
     validation = list(episodes(experiment, "val", train.val_episodes))
     same_device = training.device == torch.device(experiment.device).type
     kept = (training.engine, training.task_map) if training.step and same_device else None
+    if kept is not None:
+        # Validation and test too, if nothing else is left to do.
+        torch.set_num_threads(training.threads)
     stepper, compiled = Stepper(experiment, meta_step, kept), training.compile_seconds
     rates = rates_of(experiment)
     # Read once: a key of the configuration costs as much as several operations of a step.

@@ -47,6 +47,8 @@ class Training:
     """What ran the last steps, and runs those of a resumed run."""
     device: str = "cpu"
     """The kind of device that they ran on."""
+    threads: int = 1
+    """How many threads torch had."""
 
 
 def start(meta_step: MetaStep) -> Training:
@@ -67,7 +69,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
 
 SAVED_AS_IT_IS = (
     *("step", "state", "rows", "window", "seconds", "compile_seconds", "step_seconds"),
-    *("engine", "task_map", "device"),
+    *("engine", "task_map", "device", "threads"),
 )
 
 
