@@ -21,6 +21,7 @@ Keys
   resume                   directory of an interrupted run, to be continued there
   train.steps              meta-steps
   train.meta_batch         tasks a meta-step
+  train.optimizer          adam, adamw, sgd, or for policies trpo
   train.lr                 learning rate of the outer optimizer
   train.eval_every         meta-steps between validations; the best is tested
   train.task_chunk         tasks computed at a time, with the same gradient, where memory is short

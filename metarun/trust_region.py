@@ -29,6 +29,7 @@ from metarun.assemble import Experiment
 from metarun.engine import adapted, meta_gradient
 from metarun.errors import UserError
 from metarun.functional import at_step
+from metarun.replicas import OF_THE_OUTER_STEP
 from metarun.tasks.control import ControlFamily
 from metarun.transforms import over_tasks
 from metarun.tree import tree_map
@@ -68,6 +69,10 @@ def check_trust_region(experiment: Experiment) -> None:
         raise UserError(
             "train.optimizer=trpo searches along its step, which no recording can follow; choose engine=auto or eager, "
             "with engine.task_map=auto."
+        )
+    if without := set(OF_THE_OUTER_STEP) & set(experiment.replicas[0].differs):
+        raise UserError(
+            f"train.optimizer=trpo does not depend on {' or '.join(sorted(without))}; vary numbers of algo."
         )
     if train.weight_decay > 0:
         raise UserError("train.optimizer=trpo has no weight decay; set train.weight_decay=0.")

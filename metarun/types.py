@@ -29,7 +29,8 @@ class Task(NamedTuple):
     Supervised families hold ``x [examples, *input]`` and ``y``: targets ``[examples, outputs]``, or one-hot
     classes ``[examples, ways]``, so that the number of ways can be read off the shape. Training tasks may
     also carry ``class``, the identity ``[examples]`` of each example's class among all training classes.
-    Control families hold what an environment and its randomness are made of, ``[episodes, ...]`` each.
+    Control families hold what an environment is made of, ``[episodes, ...]`` each; and of their randomness a seed for
+    each support episode, from which every step of adaptation draws, or the random numbers of a query episode.
     """
 
     support: Tree

@@ -257,6 +257,7 @@ def test_replicas_take_the_steps_of_separate_runs():
         (("algo=mamlpp",), "algo=mamlpp has another meta-gradient; choose algo=maml"),
         (("engine=replay",), "no recording can follow; choose engine=auto or eager"),
         (("engine.task_map=threads",), "engine.task_map=auto"),
+        (("replicas.over={train.lr: [0.1, 0.2]}",), r"does not depend on train\.lr"),
         (("train.weight_decay=0.1",), r"set train\.weight_decay=0"),
         (("train.task_chunk=1",), r"set train\.task_chunk=null"),
         (("train.trust_region.kl=0",), r"train\.trust_region\.kl must be a finite number above 0"),
