@@ -247,3 +247,26 @@ def test_running_statistics_are_those_of_the_module():
     weights = {n: p.detach() for n, p in model.named_parameters()}
     torch.testing.assert_close(forward_of(model)(weights, x), functional_call(model, weights, (x,)))
     torch.testing.assert_close(forward_of(model)(weights, x[:1]), forward_of(model)(weights, x)[:1])
+
+
+IMAGES = ("task=omniglot", "task.dataset=procedural", "task.image_size=16", "model._target_=ordinary_models.ResNet12")
+SENTENCES = ("task=text", "task.dataset=toy", "task.buckets=64", "model._target_=ordinary_models.Sentences")
+ORDINARY = {
+    "ResNet-12": IMAGES,
+    "GPT": (*SENTENCES, "+model.body=gpt", "model.width=8"),
+    "bidirectional LSTM": (*SENTENCES, "+model.body=lstm", "model.width=8"),
+    "TransformerEncoderLayer": (*SENTENCES, "+model.body=encoder", "model.width=8"),
+}
+
+
+@pytest.mark.parametrize("algo", ["maml", "reptile", "protonet", "metasgd"])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_models_run_unchanged(name, algo, tmp_path):
+    """Two meta-steps and a validation; the first gradient has been compared with plain autograd on the way."""
+    torch.set_default_dtype(torch.float32)
+    budget = ("train.steps=2", "train.eval_every=2", "train.meta_batch=2", "train.val_episodes=2", "engine=eager")
+    small = ("task.train_ways=null", "eval.adapt_steps=1", "task.train_queries=2", "task.queries=2")
+    experiment = experiment_of(f"algo={algo}", *ORDINARY[name], *budget, *small)
+    training = meta_train(experiment, tmp_path, resume=False)
+    assert bool(training.state["weights"].isfinite().all())
+    assert training.best[0] is not None
