@@ -43,9 +43,17 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(("kill", "algo", "count"), [(signal.SIGKILL, "maml", 1), (signal.SIGINT, "reptile", 2)])
-def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, kill, algo, count):
+@pytest.mark.parametrize(
+    ("kill", "algo", "count", "engine"),
+    [
+        (signal.SIGKILL, "maml", 1, "auto"),
+        (signal.SIGINT, "reptile", 2, "auto"),
+        pytest.param(signal.SIGKILL, "maml", 1, "compile", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, kill, algo, count, engine):
     overrides = [
+        f"engine={engine}",
         f"algo={algo}",
         f"replicas.count={count}",
         "train.steps=600",
