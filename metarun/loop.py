@@ -21,8 +21,9 @@ from metarun.family_check import check_family
 from metarun.outer import learning_rates
 from metarun.results.tables import write_metrics
 from metarun.stepper import Stepper
-from metarun.stepping import MetaStep, replica, stacked
+from metarun.stepping import MetaStep, replica
 from metarun.training import Best, Training, restore, save, save_best, start
+from metarun.transforms import stacked
 from metarun.tree import tree_map
 from metarun.types import Task, Tree
 
@@ -60,7 +61,8 @@ def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: i
     if len(set(seeds)) == 1:
         return tree_map(lambda leaf: leaf.expand(len(seeds), *leaf.shape), drawn(seeds[0]))
     batches = {seed: drawn(seed) for seed in sorted(set(seeds))}
-    return stacked([batches[seed] for seed in seeds])
+    together: Tree = stacked([batches[seed] for seed in seeds])
+    return together
 
 
 def rates_of(experiment: Experiment) -> list[Tree]:

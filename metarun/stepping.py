@@ -25,6 +25,7 @@ from metarun.engine import meta_gradient
 from metarun.errors import UserError, first_line
 from metarun.outer import clipped, initial_moments, outer_step
 from metarun.tasks.control import ControlFamily
+from metarun.transforms import stacked
 from metarun.tree import learned, leaves, like, size, tree_map
 from metarun.trust_region import TrustRegion, check_trust_region, trust_region_step
 from metarun.types import Task, Tree
@@ -87,11 +88,6 @@ def replica(tree: Tree, index: int) -> dict[str, Any]:
     return tree_map(lambda leaf: leaf[index], tree)
 
 
-def stacked(trees: list[Tree]) -> dict[str, Any]:
-    """Trees of one structure as one, with a leading axis."""
-    return tree_map(lambda *leaves: torch.stack(leaves), *trees)
-
-
 class MetaStep:
     """The functions that a meta-step of an experiment is made of."""
 
@@ -122,7 +118,8 @@ class MetaStep:
             }
             return {**state, "carried": theta["carried"]} if "carried" in theta else state
 
-        return stacked([one(theta) for theta in self.thetas])
+        state: Tree = stacked([one(theta) for theta in self.thetas])
+        return state
 
     def over_replicas(self, function: Step) -> Step:
         """``function`` of one replica, for all of them."""
@@ -207,7 +204,9 @@ class MetaStep:
     def whole(self, given: Tree) -> Tree:
         """``state``, ``tasks`` and ``rates`` → the next ``state`` and ``result``, all tasks at once."""
         if self.trust_region is not None:
-            return stacked([self.within_trust_region(replica(given, index), index) for index in range(self.count)])
+            results = [self.within_trust_region(replica(given, index), index) for index in range(self.count)]
+            together: Tree = stacked(results)
+            return together
         return self.update({**given, **self.gradient(given)})
 
     def within_trust_region(self, given: Tree, index: int) -> Tree:
