@@ -3,7 +3,7 @@
 - ``modulation=context``, CAVIA: Zintgraf, Shiarlis, Kurin, Hofmann, Whiteson 2019, "Fast Context Adaptation via
   Meta-Learning", https://arxiv.org/abs/1810.03642. In a trunk of linear layers a vector φ joins the input of the first,
   which adds U φ to what that layer gives (§3.3). In a trunk of convolutions a linear layer makes a scale γ and a shift
-  β for every channel from φ, (γ, β) = V φ + b, and the maps h of the third convolution become γ h + β (appendix; as in
+  β for every channel from φ, (γ, β) = V φ + b, and the maps h of the third convolution become γ h + β (as in
   the official code, https://github.com/lmzintgraf/cavia, ``classification/models.py``, whose φ has 100 numbers).
 - ``modulation=film``: a scale 1 + γ and a shift β for every channel of every layer (Perez et al. 2018,
   https://arxiv.org/abs/1709.07871), γ and β being the task's.
