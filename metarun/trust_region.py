@@ -160,15 +160,26 @@ def with_kept_episodes(algorithm: Algorithm, family: ControlFamily, theta: Tree,
     return tasks._replace(support={**tasks.support, "kept": support}, query={**tasks.query, "kept": query})
 
 
-def with_fewer_episodes(tasks: Task, count: int) -> Task:
-    """``tasks`` with the first ``count`` of the kept episodes of each, on which Hessian products cost less."""
+def with_fewer_episodes(algorithm: Algorithm, family: ControlFamily, theta: Tree, tasks: Task, count: int) -> Task:
+    """``tasks`` with the first ``count`` of the kept episodes of each, on which Hessian products cost less.
+
+    Fewer support episodes adapt to other policies, and these are what divergences are measured from.
+    """
 
     def first(leaf: Tensor) -> Tensor:
         # Leaves are [tasks, steps, episodes, ...], and the score of a task is a number.
         return leaf[:, :, :count] if leaf.ndim > 1 else leaf
 
     support, query = ({**part, "kept": tree_map(first, part["kept"])} for part in (tasks.support, tasks.query))
-    return tasks._replace(support=support, query=query)
+    fewer = tasks._replace(support=support, query=query)
+
+    def one_task(task: Task) -> Tensor:
+        state = adapted(algorithm, theta, task.support, family.loss, algorithm.train_steps)
+        return family.outputs(partial(algorithm.predict, theta, state), task.query["kept"]["0"])
+
+    with torch.no_grad():
+        output = over_tasks(one_task, fewer, training=True)
+    return fewer._replace(query={**query, "kept": {"0": {**query["kept"]["0"], "output": output}}})
 
 
 def mean_divergence(algorithm: Algorithm, family: ControlFamily, theta: Tree, tasks: Task) -> Tensor:
@@ -222,7 +233,9 @@ def trust_region_step(
     """
     tasks = with_kept_episodes(algorithm, family, theta_of(weights), tasks)
     found = meta_gradient(algorithm, theta_of(weights), tasks, family.loss)
-    fewer = tasks if settings.cg_episodes is None else with_fewer_episodes(tasks, settings.cg_episodes)
+    fewer = tasks
+    if settings.cg_episodes is not None:
+        fewer = with_fewer_episodes(algorithm, family, theta_of(weights), tasks, settings.cg_episodes)
 
     def apart(candidate: Tensor) -> Tensor:
         return mean_divergence(algorithm, family, theta_of(candidate), fewer)

@@ -315,8 +315,7 @@ class ControlFamily:
         continuous = self.environment.continuous
         if "kept" in data:
             kept = data["kept"][str(data.get("step", 0))]
-            output, _ = split_output(predict(Seen(**kept["seen"])))
-            old = kept["output"]
+            output, old = self.outputs(predict, kept), kept["output"]
         else:
             kept, output = played(self.environment, predict, self.with_tape(data), self.learning)
             old = output.detach()
@@ -327,10 +326,14 @@ class ControlFamily:
         kept, output = played(self.environment, predict, self.with_tape(data), self.learning)
         return {**kept, "output": output.detach()}
 
+    def outputs(self, predict: Predict, kept: Tree) -> Tensor:
+        """Outputs of a policy on what was seen in the episodes ``kept``: ``[steps, episodes, outputs]``."""
+        output: Tensor = split_output(predict(Seen(**kept["seen"])))[0]
+        return output
+
     def divergence(self, predict: Predict, kept: Tree) -> Tensor:
         """Mean divergence of a policy from the one that played the episodes ``kept``, over the steps that count."""
-        output, _ = split_output(predict(Seen(**kept["seen"])))
-        apart = divergence(output, kept["output"], self.environment.continuous)
+        apart = divergence(self.outputs(predict, kept), kept["output"], self.environment.continuous)
         mean: Tensor = (apart * kept["counts"]).sum() / kept["counts"].sum()
         return mean
 
