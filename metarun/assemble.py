@@ -134,6 +134,12 @@ def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: 
         raise UserError(
             f"algo={names['algo']} needs as many ways in training as in test: set task.train_ways={spec.ways}."
         )
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    if frozen and algo.family == "agnostic":
+        raise UserError(
+            f"algo={names['algo']} adapts the parameters of the model, and all those of model={names['model']} are frozen: "
+            "leave some of them with requires_grad=True, or choose an algorithm that needs none, such as protonet."
+        )
     if algo.max_steps is not None and config.eval.adapt_steps > algo.max_steps:
         raise UserError(
             f"algo={names['algo']} has learned {algo.max_steps} steps of adaptation and cannot take "

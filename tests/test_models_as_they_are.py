@@ -139,6 +139,19 @@ def test_frozen_parameters_are_constants(algo, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(experiment.model.trunk.parameters(), before, strict=True))
 
 
+class Frozen(HalfFrozen):
+    """121 constant numbers."""
+
+    def __init__(self, spec, **of_another_model):
+        super().__init__(spec)
+        self.requires_grad_(False)
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_refused_by_what_adapts_it():
+    with pytest.raises(UserError, match=r"algo=reptile adapts the parameters of the model, and all .* are frozen"):
+        experiment_of("algo=reptile", "task=sinusoid", f"model._target_={Frozen.__module__}.Frozen")
+
+
 class Writes(nn.Module):
     """A module that changes its buffer in one way or another."""
 
