@@ -137,8 +137,9 @@ def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: 
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     if frozen and algo.family == "agnostic":
         raise UserError(
-            f"algo={names['algo']} adapts the parameters of the model, and all those of model={names['model']} are frozen: "
-            "leave some of them with requires_grad=True, or choose an algorithm that needs none, such as protonet."
+            f"algo={names['algo']} adapts the parameters of the model, and all those of model={names['model']} are "
+            "frozen: leave some of them with requires_grad=True, or choose an algorithm that needs none, such as "
+            "protonet."
         )
     if algo.max_steps is not None and config.eval.adapt_steps > algo.max_steps:
         raise UserError(
