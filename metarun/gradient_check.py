@@ -61,7 +61,7 @@ def check_gradient(meta_step: MetaStep, given: Tree) -> None:
     found = meta_step.gradient(one, narrow=False)["gradient"][0]
     try:
         expected = plain_gradient(meta_step, one)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         log.info("The meta-gradient cannot be compared with plain autograd's: %s", first_line(error))
         return
     allowed = ROUNDING.get(expected.dtype, ROUNDING[torch.float32])

@@ -187,7 +187,7 @@ def prepared(model):
 
 
 class Applied(nn.Module):
-    """A linear layer behind any function of the input."""
+    """A linear layer after any function of the input."""
 
     def __init__(self, function, *parts):
         super().__init__()
