@@ -1,11 +1,14 @@
 """The comparison of a run's first meta-gradient with plain autograd stops what is wrong, and nothing else."""
 
+import logging
+
 import pytest
 import torch
 from conftest import experiment_of
 from test_engines import given
 from torch import nn
 
+from metarun.assemble import algorithm_names
 from metarun.errors import UserError
 from metarun.gradient_check import check_gradient, plain_gradient
 from metarun.stepping import MetaStep
@@ -65,3 +68,32 @@ def test_the_plain_gradient_is_that_of_the_run():
     torch.testing.assert_close(
         plain_gradient(meta_step, first), meta_step.gradient(first)["gradient"][0], rtol=1e-10, atol=1e-12
     )
+
+
+SMALL_TASKS = (
+    ("task=sinusoid", "task.queries=3"),
+    ("task=omniglot", "task.dataset=procedural", "task.image_size=16", "task.queries=2"),
+    ("task=text", "task.dataset=toy", "task.buckets=64", "task.queries=2"),
+    ("task=navigation", "task.horizon=4", "task.shots=2", "task.queries=2"),
+    ("task=bandit", "task.pulls=3", "task.shots=2", "task.queries=2"),
+    ("task=mdp", "task.shots=2", "task.queries=2"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", algorithm_names())
+def test_every_algorithm_can_be_compared(algo, caplog):
+    """On whatever it serves, and none is let off with a line that says that it could not be."""
+    compared, learns = 0, True
+    with caplog.at_level(logging.INFO):
+        for task in SMALL_TASKS:
+            try:
+                meta_step, first = prepared(f"algo={algo}", *task)
+            except UserError:
+                continue
+            learns = meta_step.experiment.algorithm.meta_learns
+            if learns:
+                check_gradient(meta_step, first)
+                compared += 1
+    assert compared > 0 or not learns
+    assert "cannot be compared" not in caplog.text
