@@ -80,13 +80,15 @@ class Recording:
 
         other: Recording = object.__new__(Recording)
         other.__dict__.update(self.__dict__)
-        values: list[Any] = list(leaves(given))
+        # The compiler builds in how its inputs lie in memory, and batches of tasks may lie in one way or another.
+        values: list[Any] = [leaf.contiguous() for leaf in leaves(given)]
         more = WITH_RANDOM_NUMBERS if draws_numbers(self.graph) else {}
         for options in (ON_CPU, {}) if values[0].device.type == "cpu" else ({},):
             try:
                 with torch.no_grad():
                     graph = with_wide_products(self.graph)
-                    other.run = torch._inductor.compile(graph, values, options=options | more)
+                    compiled = torch._inductor.compile(graph, values, options=options | more)
+                    other.run = on_contiguous(compiled)
                     other(given)
                 break
             except Exception as error:
@@ -94,6 +96,11 @@ class Recording:
                     raise CannotRecord(first_line(error)) from error
                 log.debug("The compiler refused %s: %s", options, first_line(error))
         return other
+
+
+def on_contiguous(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """``run`` on its inputs laid out one number after the other."""
+    return lambda *inputs: run(*(x.contiguous() for x in inputs))
 
 
 ON_CPU = {"cpp_wrapper": True, "layout_optimization": False}
