@@ -65,13 +65,12 @@ def check_gradient(meta_step: MetaStep, given: Tree) -> None:
         log.info("The meta-gradient cannot be compared with plain autograd's: %s", first_line(error))
         return
     allowed = ROUNDING.get(expected.dtype, ROUNDING[torch.float32])
-    if bool(within(meta_step, found, expected, allowed).all()):
+    difference = relative(meta_step, found, expected)
+    if bool((difference <= allowed).all()):
         return
     # Far more than rounding: unless this very gradient magnifies rounding, something is wrong.
     moved = plain_gradient(meta_step, one, jitter=torch.finfo(expected.dtype).eps)
-    noise = relative(meta_step, moved, expected)
-    difference = relative(meta_step, found, expected)
-    excess = difference - (allowed + AMPLIFIED * noise)
+    excess = difference - (allowed + AMPLIFIED * relative(meta_step, moved, expected))
     if bool((excess <= 0).all()):
         return
     # Where the outcome is not a number in both ways, the loss itself is to blame, which is reported elsewhere.
@@ -92,8 +91,3 @@ def relative(meta_step: MetaStep, found: Tensor, expected: Tensor) -> Tensor:
     apart = torch.stack([part.norm() for part in torch.split(found - expected, sizes)])
     size = torch.stack([part.norm() for part in torch.split(expected, sizes)])
     return apart / size.clamp(min=SMALL * float(expected.norm()) + torch.finfo(expected.dtype).tiny)
-
-
-def within(meta_step: MetaStep, found: Tensor, expected: Tensor, allowed: float) -> Tensor:
-    """Which parameters agree up to ``allowed``."""
-    return relative(meta_step, found, expected) <= allowed

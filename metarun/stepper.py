@@ -175,7 +175,7 @@ class Stepper:
         # A trust region searches along its step, which only the step as it is written can do.
         if self.mode != "eager" and self.meta_step.trust_region is None:
             self.choose(given)
-        # A resumed run has left its first eager step behind.
+        # The first step of a resumed run is on its engine too: only that of the whole run is eager.
         return out if self.kept is None else self.run_or_halve(given)
 
     def run_or_halve(self, given: Tree) -> Tree:
