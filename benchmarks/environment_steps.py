@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from metarun.functional import parameters_of
+from metarun.contracts import Tree, Weights
+from metarun.engine.process import keep_freed_memory
 from metarun.models.policy import GRUPolicy, Policy
-from metarun.process import keep_freed_memory
+from metarun.nn.functional import parameters_of
 from metarun.tasks import control
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
-from metarun.types import Tree, Weights
 
 
 def shared(family: Navigation | Bandit | MDP, model: nn.Module, tasks: Tree) -> Callable[[], Tensor]:

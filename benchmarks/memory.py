@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.meta_step import versions
-from metarun.process import CLEAR_REFS, STATUS, peak_memory_mb
+from metarun.engine.process import CLEAR_REFS, STATUS, peak_memory_mb
 
 IMAGES = "task=omniglot task.dataset=procedural task.train_queries=15 train.meta_batch=4"
 CASES = {
@@ -27,9 +27,9 @@ CASES = {
 def one_step(overrides: list[str]) -> float:
     """Megabytes that the second of two meta-steps needs at its peak, in this process."""
     from benchmarks.own import experiment_of
+    from metarun.engine.choose import Stepper
+    from metarun.engine.meta_step import MetaStep
     from metarun.loop import rates_of, training_tasks
-    from metarun.stepper import Stepper
-    from metarun.stepping import MetaStep
 
     experiment = experiment_of(*overrides, "train.steps=10", "engine=eager")
     meta_step = MetaStep(experiment)

@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.worker import CONTESTANTS
-from metarun.files import atomic_write
-from metarun.process import keep_freed_memory
+from metarun.engine.process import keep_freed_memory
+from metarun.results.files import atomic_write
 
 IMAGE_MAML = ("omniglot_maml", "omniglot_fomaml")
 ONLY_FOR = {"metarun replay, threads": IMAGE_MAML, "metarun compile, threads": IMAGE_MAML}

@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from benchmarks.problems import Problem
 from metarun.assemble import Experiment, assemble
 from metarun.config import register_schema
-from metarun.process import keep_freed_memory
-from metarun.stepper import Stepper
-from metarun.stepping import MetaStep
+from metarun.contracts import Tree
+from metarun.engine.choose import Stepper
+from metarun.engine.meta_step import MetaStep
+from metarun.engine.process import keep_freed_memory
 from metarun.tree import like
-from metarun.types import Tree
 
 
 def experiment_of(*overrides: str) -> Experiment:

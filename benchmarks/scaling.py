@@ -25,17 +25,16 @@ from torch.func import functional_call
 
 from benchmarks.meta_step import versions
 from benchmarks.own import experiment_of
-from metarun import engine
+from metarun.engine.batch import evaluate
+from metarun.engine.choose import Counted
+from metarun.engine.meta_step import MetaStep
+from metarun.engine.process import keep_freed_memory
+from metarun.engine.recording import Recording
 from metarun.evaluation import episodes
-from metarun.files import atomic_write
-from metarun.functional import parameters_of
 from metarun.loop import rates_of, training_tasks
-from metarun.process import keep_freed_memory
-from metarun.recording import Recording
-from metarun.stepper import Counted
-from metarun.stepping import MetaStep
+from metarun.nn.functional import parameters_of
+from metarun.results.files import atomic_write
 from metarun.tree import tree_map
-from metarun.types import Task
 
 Row = dict[str, Any]
 
@@ -119,10 +118,10 @@ def adaptation(rounds: int) -> list[Row]:
     model, algorithm, family = experiment.model, experiment.algorithm, experiment.family
     theta = experiment.initial_thetas()[0]
     blocks = list(episodes(experiment, "test", 600))
-    together = Task(**tree_map(lambda *leaves: torch.cat(leaves), *(block._asdict() for block in blocks)))
+    together = tree_map(lambda *leaves: torch.cat(leaves), *blocks)
 
     def ours() -> object:
-        return engine.evaluate(algorithm, theta, together, family.loss, 10)
+        return evaluate(algorithm, theta, together, family.loss, 10)
 
     def loop() -> object:
         scores = []

@@ -4,24 +4,16 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import cast
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from metarun.config import build, check_ranges
+from metarun.contracts import Algorithm, Family, Split, Task, Tree
+from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
-from metarun.functional import seeded
-from metarun.replicas import replica_configs
-from metarun.types import Algorithm, Family, Split, Task, Tree
-
-STREAMS = {"weights": 0, "algorithm": 1, "train": 2, "val": 3, "test": 4}
-
-
-def stream(seed: int, name: str, index: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose: the same (seed, name, index) always gives the same numbers."""
-    state = np.random.SeedSequence([seed, STREAMS[name], index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+from metarun.nn.functional import seeded
+from metarun.random import stream
 
 
 def sample_tasks(experiment: "Experiment", split: Split, count: int, generator: torch.Generator) -> Task:

@@ -19,9 +19,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from metarun.command.help import help_text
 from metarun.config import check_ranges, register_schema
 from metarun.errors import UserError
-from metarun.help import help_text
 
 log = logging.getLogger(__name__)
 

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun import engine
-from metarun.assemble import Experiment, Replica, sample_tasks, stream
+from metarun.assemble import Experiment, Replica, sample_tasks
+from metarun.checks.family import check_tasks
+from metarun.checks.fingerprint import Fingerprint
+from metarun.checks.transduction import is_transductive
+from metarun.contracts import Algorithm, Family, Split, Task, Tree
+from metarun.engine import batch
+from metarun.engine.recording import release_gpu_memory
 from metarun.errors import UserError
-from metarun.family_check import check_tasks
-from metarun.fingerprint import Fingerprint
-from metarun.recording import release_gpu_memory
+from metarun.nn.transforms import over_tasks
+from metarun.random import stream
 from metarun.results.observations import Observed
-from metarun.transduction import is_transductive
-from metarun.transforms import over_tasks
 from metarun.tree import first_tasks, leaves, size, tree_map
-from metarun.types import Algorithm, Family, Split, Task, Tree
 
 EPISODE_BLOCK = 50
 """Validation and test episodes come in blocks of this many, each from its own generator: an episode does not
@@ -32,7 +33,7 @@ depend on how many are asked for."""
 class Tested:
     """Meta-test of the selected theta."""
 
-    scored: engine.Evaluated
+    scored: batch.Evaluated
     seconds: float
     adapt_ms_per_task: float
     episodes_hash: str
@@ -81,7 +82,7 @@ def evaluate(
     theta: Tree,
     tasks: Iterable[Task],
     second: bool = False,
-) -> engine.Evaluated:
+) -> batch.Evaluated:
     """Losses and scores along adaptation, over blocks of tasks; second scores too if asked and if there are any.
 
     Raises:
@@ -93,17 +94,16 @@ def evaluate(
     first = next(rest)
     # Models make some dozen numbers of each number that they are given.
     inputs = 16 * (size(first.support) + size(first.query)) // len(next(leaves(first.query)))
-    numbers = EPISODE_BLOCK * max(engine.adapted_parameters(algorithm, theta), inputs, 1)
+    numbers = EPISODE_BLOCK * max(batch.adapted_parameters(algorithm, theta), inputs, 1)
     at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // numbers, 1)
     if family.spec.control is not None:
         # An episode is many steps long: a block of them is large already.
         at_once = 1
-    held, results = [first, *islice(rest, at_once - 1)], list[engine.Evaluated]()
+    held, results = [first, *islice(rest, at_once - 1)], list[batch.Evaluated]()
     while held or (held := list(islice(rest, at_once))):
         try:
-            blocks = [block._asdict() for block in held[:at_once]]
-            together = Task(**tree_map(lambda *leaves: torch.cat(leaves), *blocks))
-            results.append(engine.evaluate(algorithm, theta, together, family.loss, steps, scored_second))
+            together = tree_map(lambda *leaves: torch.cat(leaves), *held[:at_once])
+            results.append(batch.evaluate(algorithm, theta, together, family.loss, steps, scored_second))
             held = held[at_once:]
         except torch.cuda.OutOfMemoryError as error:
             if min(at_once, len(held)) == 1:
@@ -114,7 +114,7 @@ def evaluate(
             at_once = min(at_once, len(held)) // 2
             release_gpu_memory()
     columns = zip(*(result[1:] for result in results), strict=True)
-    return engine.Evaluated(results[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))
+    return batch.Evaluated(results[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))
 
 
 def better(experiment: Experiment, score: float, than: float) -> bool:
@@ -160,7 +160,7 @@ def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
     seconds = time.perf_counter() - began
     block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
     began = time.perf_counter()
-    timed = engine.adapt_and_score(replica.algorithm, theta, block, family.loss, config.eval.adapt_steps)
+    timed = batch.adapt_and_score(replica.algorithm, theta, block, family.loss, config.eval.adapt_steps)
     if experiment.device != "cpu":
         torch.cuda.synchronize(experiment.device)
     milliseconds = 1000 * (time.perf_counter() - began) / len(timed)

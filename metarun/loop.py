@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metarun.assemble import Experiment, sample_tasks, stream
-from metarun.diagnosis import blame
+from metarun.assemble import Experiment, sample_tasks
+from metarun.checks.diagnosis import blame
+from metarun.checks.family import check_family
+from metarun.contracts import Task, Tree
+from metarun.engine.choose import Stepper
+from metarun.engine.meta_step import MetaStep, replica
+from metarun.engine.optimizer import learning_rates
 from metarun.errors import UserError
 from metarun.evaluation import better, episodes, validate
-from metarun.family_check import check_family
-from metarun.outer import learning_rates
+from metarun.nn.transforms import stacked
+from metarun.random import stream
 from metarun.results.tables import write_metrics
-from metarun.stepper import Stepper
-from metarun.stepping import MetaStep, replica
-from metarun.training import Best, Training, restore, save, save_best, start
-from metarun.transforms import stacked
+from metarun.state import Best, Training, restore, save, save_best, start
 from metarun.tree import tree_map
-from metarun.types import Task, Tree
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +53,16 @@ def stop_on_signal() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Tree:
-    """Branches of ``count`` tasks for each of ``seeds``, as one tree with leaves ``[replicas, tasks, ...]``."""
+def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Task:
+    """``count`` tasks for each of ``seeds``, with leaves ``[replicas, tasks, ...]``."""
 
-    def drawn(seed: int) -> Tree:
-        return sample_tasks(experiment, "train", count, stream(seed, "train", step))._asdict()
+    def drawn(seed: int) -> Task:
+        return sample_tasks(experiment, "train", count, stream(seed, "train", step))
 
     if len(set(seeds)) == 1:
         return tree_map(lambda leaf: leaf.expand(len(seeds), *leaf.shape), drawn(seeds[0]))
     batches = {seed: drawn(seed) for seed in sorted(set(seeds))}
-    together: Tree = stacked([batches[seed] for seed in seeds])
+    together: Task = stacked([batches[seed] for seed in seeds])
     return together
 
 

@@ -1,4 +1,6 @@
-"""Random numbers from an integer seed, as plain arithmetic.
+"""Random numbers: generators for what is drawn before a step, and plain arithmetic from a seed for what is drawn in it.
+
+`stream` gives a generator for each purpose of a run: initial weights, tasks of training, validation and test.
 
 A generator keeps a state and works neither under ``torch.func.vmap`` nor in a recorded or compiled step. Here a number
 is a function of a seed and a counter: SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195).
@@ -14,10 +16,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metarun.errors import UserError
+
+STREAMS = {"weights": 0, "algorithm": 1, "train": 2, "val": 3, "test": 4}
+
+
+def stream(seed: int, name: str, index: int = 0) -> torch.Generator:
+    """A CPU generator for one purpose: the same (seed, name, index) always gives the same numbers."""
+    state = np.random.SeedSequence([seed, STREAMS[name], index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
 
 GOLDEN = -7046029254386353131
 """2⁶⁴ divided by the golden ratio, the increment of SplitMix64, as a signed integer."""

@@ -10,20 +10,20 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import metarun
-from metarun import engine
 from metarun.assemble import Experiment, Replica, assemble
 from metarun.config import config_hash
+from metarun.contracts import Tree
+from metarun.engine.batch import adapted_parameters
+from metarun.engine.process import peak_memory_mb, reset_peak_memory, settings_of
+from metarun.engine.replicas import label
 from metarun.errors import UserError
 from metarun.evaluation import Tested, meta_test, observe, second_metric
 from metarun.loop import meta_train
-from metarun.process import peak_memory_mb, reset_peak_memory, settings_of
-from metarun.replicas import label
 from metarun.results.observations import described, plot_observed, write_observed
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.tables import format_score, format_score_ci, write_episodes, write_results
-from metarun.training import Best, Training
+from metarun.state import Best, Training
 from metarun.tree import learned, leaves, size
-from metarun.types import Tree
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def measured_columns(
         "adapt_ms_per_task": round(tested.adapt_ms_per_task, 4),
         "peak_memory_mb": round(peak_memory_mb(experiment.device), 1),
         "meta_parameters": size(learned(theta)) if experiment.algorithm.meta_learns else 0,
-        "adapted_parameters": engine.adapted_parameters(replica.algorithm, theta),
+        "adapted_parameters": adapted_parameters(replica.algorithm, theta),
         "dtype": str(next(leaves(theta), torch.empty(0)).dtype).removeprefix("torch."),
     }
 

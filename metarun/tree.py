@@ -1,28 +1,45 @@
-"""Arithmetic on trees: nested dictionaries of tensors."""
+"""Arithmetic on trees: nested dictionaries of tensors, and tasks."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
-from metarun.types import Task, Tree
+from metarun.contracts import Task, Tree
 
 
-def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> dict[str, Any]:
-    """Apply ``function`` leaf by leaf to trees of one structure (the first one's)."""
-    return {
-        key: tree_map(function, value, *(other[key] for other in others))
-        if isinstance(value, dict)
-        else function(value, *(other[key] for other in others))
-        for key, value in tree.items()
+def branches(tree: Any) -> Mapping[str, Any]:
+    """What a tree holds, by name: of a ``Task`` its fields, but for a seed that it has not."""
+    if not isinstance(tree, Task):
+        return cast(Mapping[str, Any], tree)
+    return {name: value for name, value in tree._asdict().items() if value is not None}
+
+
+@overload
+def tree_map(function: Callable[..., Any], tree: Task, *others: Task) -> Task: ...
+
+
+@overload
+def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> dict[str, Any]: ...
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Apply ``function`` leaf by leaf to trees of one structure (the first one's), which is that of the result."""
+    other_branches = [branches(other) for other in others]
+    mapped: dict[str, Any] = {
+        key: tree_map(function, value, *(other[key] for other in other_branches))
+        if isinstance(value, dict | Task)
+        else function(value, *(other[key] for other in other_branches))
+        for key, value in branches(tree).items()
     }
+    return tree._replace(**mapped) if isinstance(tree, Task) else mapped
 
 
-def leaves(tree: Tree) -> Iterator[Tensor]:
+def leaves(tree: Tree | Task) -> Iterator[Tensor]:
     """The tensors of a tree, in the order of its keys."""
-    for value in tree.values():
-        if isinstance(value, dict):
+    for value in branches(tree).values():
+        if isinstance(value, dict | Task):
             yield from leaves(value)
         else:
             yield value
@@ -60,6 +77,4 @@ def learned(theta: Tree) -> dict[str, Any]:
 
 def first_tasks(tasks: Task, count: int) -> Task:
     """The first ``count`` tasks of a batch."""
-
-    support, query = (tree_map(lambda leaf: leaf[:count], part) for part in (tasks.support, tasks.query))
-    return Task(support, query, None if tasks.seed is None else tasks.seed[:count])
+    return tree_map(lambda leaf: leaf[:count], tasks)

@@ -2,7 +2,7 @@
 
 import torch
 
-from metarun.types import Spec, Task
+from metarun.contracts import Spec, Task
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -17,16 +17,15 @@ from torch import nn
 from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
 from metarun.config import build
-from metarun.engine import meta_gradient
+from metarun.engine.batch import meta_gradient
+from metarun.engine.choose import Stepper, agrees
+from metarun.engine.meta_step import MetaStep, accumulated, parts_of
+from metarun.engine.recording import CannotRecord, Captured, Recording, with_wide_products
 from metarun.errors import UserError
-from metarun.functional import channels_last
 from metarun.loop import rates_of, training_tasks
-from metarun.recording import CannotRecord, Captured, Recording, with_wide_products
+from metarun.nn.ops import channels_last
 from metarun.run import run
-from metarun.stepper import Stepper, agrees
-from metarun.stepping import MetaStep, accumulated, parts_of
 from metarun.tree import leaves, tree_map
-from metarun.types import Task
 
 TINY = ("train.steps=50", "train.meta_batch=4", "train.clip=0.5", "train.weight_decay=0.01", "train.schedule=cosine")
 IMAGES = ("task=omniglot", "task.dataset=procedural", "task.image_size=16", "model.filters=4", "task.train_ways=null")
@@ -383,7 +382,7 @@ def test_a_meta_gradient_reads_no_value_and_mixes_no_devices(name):
     algorithm = build(experiment.config, "algo", model, family.spec)
     theta = algorithm.init(model, torch.Generator())
     tasks = sampled(family, "train", 2, torch.Generator())
-    there = Task(**tree_map(lambda leaf: leaf.to("meta"), tasks._asdict()))
+    there = tree_map(lambda leaf: leaf.to("meta"), tasks)
     found = meta_gradient(algorithm, tree_map(lambda leaf: leaf.to("meta"), theta), there, family.loss)
     assert {leaf.device.type for leaf in (*leaves(found.grads), found.loss, found.score)} == {"meta"}
 

@@ -12,17 +12,18 @@ from scenarios import TinyImages
 from torch.nn.functional import one_hot
 
 from metarun import loop
-from metarun.assemble import Replica, build_model, stream
+from metarun.assemble import Replica, build_model
+from metarun.checks.diagnosis import blame
+from metarun.checks.family import check_family, check_tasks
 from metarun.config import build
-from metarun.diagnosis import blame
+from metarun.contracts import Control, Spec, Task, Tokens
 from metarun.errors import UserError
 from metarun.evaluation import episodes
-from metarun.family_check import check_family, check_tasks
+from metarun.random import stream
 from metarun.run import run
+from metarun.state import start
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tasks.supervised import classification_loss, regression_loss
-from metarun.training import start
-from metarun.types import Control, Spec, Task, Tokens
 
 QUICK = ("train.steps=2", "train.meta_batch=2", "train.eval_every=1", "train.val_episodes=4", "eval.episodes=4")
 
@@ -110,7 +111,7 @@ def nan_at(leaf):
         (changed("query", x=list), r'test query\["x"\] must be one tensor'),
         (changed("query", x=nan_at), r'test tasks hold NaN in query\["x"\] \(task 1, example 2, column 1.*empty cells'),
         (changed("query", x=lambda x: x / 0), r'infinity in query\["x"\]'),
-        (lambda tasks, split: tuple(tasks), "metarun.types.Task"),
+        (lambda tasks, split: tuple(tasks), "metarun.contracts.Task"),
         (lambda tasks, split: Task({"y": tasks.support["y"]}, tasks.query), r'lacks the leaf "x"'),
     ],
 )

@@ -10,8 +10,8 @@ from conftest import composed, experiment_of
 from omegaconf import OmegaConf
 from results.test_compare import make_run
 
+from metarun.checks.fingerprint import Fingerprint
 from metarun.evaluation import episodes
-from metarun.fingerprint import Fingerprint
 from metarun.results.compare import compare, read_results, result_files
 from metarun.run import run
 from metarun.tasks.navigation import Navigation

@@ -9,9 +9,9 @@ from test_engines import given
 from torch import nn
 
 from metarun.assemble import algorithm_names
+from metarun.checks.gradient import check_gradient, plain_gradient
+from metarun.engine.meta_step import MetaStep
 from metarun.errors import UserError
-from metarun.gradient_check import check_gradient, plain_gradient
-from metarun.stepping import MetaStep
 
 TINY = ("train.steps=50", "train.meta_batch=4")
 

@@ -12,8 +12,8 @@ import torch
 from conftest import experiment_of
 
 from metarun import evaluation, loop
-from metarun.assemble import stream
 from metarun.errors import UserError
+from metarun.random import stream
 from metarun.tree import leaves, tree_map
 
 TINY = ("train.steps=40", "train.eval_every=10", "train.log_every=4", "train.val_episodes=8", "eval.episodes=60")
@@ -154,7 +154,7 @@ def test_blocks_are_evaluated_together_or_in_smaller_groups_with_the_same_scores
     experiment = experiment_of("eval.adapt_steps=2")
     first, theta = experiment.replicas[0], experiment.initial_thetas()[0]
     blocks = list(evaluation.episodes(experiment, "test", 170))
-    plain, sizes = evaluation.engine.evaluate, []
+    plain, sizes = evaluation.batch.evaluate, []
 
     def small_gpu(algorithm, theta, tasks, *rest):
         sizes.append(len(tasks.query["x"]))
@@ -163,7 +163,7 @@ def test_blocks_are_evaluated_together_or_in_smaller_groups_with_the_same_scores
         return plain(algorithm, theta, tasks, *rest)
 
     together = evaluation.evaluate(experiment, first, theta, blocks)
-    monkeypatch.setattr(evaluation.engine, "evaluate", small_gpu)
+    monkeypatch.setattr(evaluation.batch, "evaluate", small_gpu)
     apart = evaluation.evaluate(experiment, first, theta, iter(blocks))
     assert sizes == [170, 100, 50, 50, 50, 20]
     torch.testing.assert_close(apart, together, equal_nan=True)
@@ -171,6 +171,6 @@ def test_blocks_are_evaluated_together_or_in_smaller_groups_with_the_same_scores
     def tiny_gpu(*arguments):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(evaluation.engine, "evaluate", tiny_gpu)
+    monkeypatch.setattr(evaluation.batch, "evaluate", tiny_gpu)
     with pytest.raises(UserError, match=r"lower task\.queries"):
         evaluation.evaluate(experiment, first, theta, blocks)

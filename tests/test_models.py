@@ -5,12 +5,12 @@ import torch
 from scenarios import IMAGE_SPEC, generator
 from torch import nn
 
+from metarun.contracts import Seen, Spec, Tokens
 from metarun.models.conv4 import Conv4
 from metarun.models.policy import GRUPolicy, happened
 from metarun.models.supernet import MixedConvolution, SupernetConv
 from metarun.models.text import TextCNN, TextTransformer
 from metarun.tasks.bandit import Bandit
-from metarun.types import Seen, Spec, Tokens
 
 pytestmark = pytest.mark.usefixtures("float64")
 

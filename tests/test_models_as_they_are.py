@@ -11,15 +11,15 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from metarun.algos.agnostic.maml import maml
-from metarun.engine import evaluate, meta_gradient
+from metarun.contracts import Spec, Task
+from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
-from metarun.functional import forward_of
 from metarun.loop import meta_train
+from metarun.nn.functional import forward_of
+from metarun.nn.transforms import plainly
 from metarun.random import drawing, fold, uniform
 from metarun.tasks.supervised import classification_loss
-from metarun.transforms import plainly
 from metarun.tree import leaves, tree_map
-from metarun.types import Spec, Task
 
 SPEC = Spec("classification", (6,), WAYS, "accuracy", True, 2, 2, WAYS, WAYS)
 FLAT, SEQUENCE = (6,), (5, 6)

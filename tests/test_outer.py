@@ -5,7 +5,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, StepLR
 
-from metarun.outer import clipped, initial_moments, learning_rates, outer_step
+from metarun.engine.optimizer import clipped, initial_moments, learning_rates, outer_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 OPTIMIZERS = {"sgd": SGD, "adam": Adam, "adamw": AdamW}

@@ -170,7 +170,7 @@ TABLE = """
 import csv
 import torch
 from metarun.tasks.sinusoid import Sinusoid
-from metarun.types import Task
+from metarun.contracts import Task
 
 
 class Table(Sinusoid):

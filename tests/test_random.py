@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
+from metarun.contracts import Task
+from metarun.engine.recording import Recording
 from metarun.errors import UserError
+from metarun.nn.transforms import over_tasks
 from metarun.random import drawing, fold, fresh_seed, normal, uniform
-from metarun.recording import Recording
-from metarun.transforms import over_tasks
-from metarun.types import Task
 
 
 def generator():

@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.agnostic.reptile import reptile
 from metarun.algos.dependent.protonet import protonet
-from metarun.engine import meta_gradient
-from metarun.recording import Recording
+from metarun.contracts import Spec, Task
+from metarun.engine.batch import meta_gradient
+from metarun.engine.recording import Recording
 from metarun.tasks.supervised import classification_loss
 from metarun.tree import tree_map
-from metarun.types import Spec, Task
 
 WAYS, SHOTS, QUERIES, TASKS = 3, 2, 2, 3
 
@@ -309,16 +309,16 @@ def found(engine, algorithm, theta, tasks):
 
     def step(given):
         with torch.no_grad():
-            batch = Task(**given["tasks"])
+            batch = given["tasks"]
             return {"grads": meta_gradient(algorithm, given["theta"], batch, classification_loss).grads}
 
-    given = {"theta": theta, "tasks": tasks._asdict()}
+    given = {"theta": theta, "tasks": tasks}
     if engine == "eager":
         return step(given)["grads"]
     if engine == "replicas":
 
         def replica(given):
-            batch = Task(**given["tasks"])
+            batch = given["tasks"]
             return meta_gradient(algorithm, given["theta"], batch, classification_loss, transformed=True).grads
 
         twice = tree_map(lambda leaf: torch.stack([leaf, leaf]), given)

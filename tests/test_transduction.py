@@ -6,8 +6,8 @@ from conftest import composed, experiment_of
 from omegaconf import OmegaConf
 
 from metarun.assemble import assemble
+from metarun.checks.transduction import is_transductive
 from metarun.evaluation import episodes
-from metarun.transduction import is_transductive
 
 IMAGES = ("task=omniglot", "task.dataset=procedural", "task.image_size=16", "eval.episodes=2")
 SMALL = ("model=conv4", "model.filters=4")

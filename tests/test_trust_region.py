@@ -9,19 +9,9 @@ from scenarios import generator
 
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.dependent.rl2 import rl2
-from metarun.engine import adapted, meta_gradient
-from metarun.errors import UserError
-from metarun.functional import at_step
-from metarun.loop import meta_train, training_tasks
-from metarun.models.policy import GRUPolicy, Policy
-from metarun.run import run
-from metarun.stepping import MetaStep
-from metarun.tasks.bandit import Bandit
-from metarun.tasks.control import divergence
-from metarun.tasks.navigation import Navigation
-from metarun.transforms import task_of
-from metarun.tree import leaves, like
-from metarun.trust_region import (
+from metarun.engine.batch import adapted, meta_gradient
+from metarun.engine.meta_step import MetaStep
+from metarun.engine.trust_region import (
     TrustRegion,
     conjugate_gradients,
     fisher_product,
@@ -32,6 +22,16 @@ from metarun.trust_region import (
     with_fewer_episodes,
     with_kept_episodes,
 )
+from metarun.errors import UserError
+from metarun.inner import at_step
+from metarun.loop import meta_train, training_tasks
+from metarun.models.policy import GRUPolicy, Policy
+from metarun.nn.transforms import task_of
+from metarun.run import run
+from metarun.tasks.bandit import Bandit
+from metarun.tasks.control import divergence
+from metarun.tasks.navigation import Navigation
+from metarun.tree import leaves, like
 
 pytestmark = pytest.mark.usefixtures("float64")
 SETTINGS = TrustRegion(kl=0.01, cg_steps=20, cg_episodes=None, damping=0.0, backtrack=0.8, backtracks=15)

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from metarun.files import atomic_write
+from metarun.results.files import atomic_write
 
 log = logging.getLogger(__name__)
 

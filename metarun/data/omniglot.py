@@ -27,7 +27,7 @@ from torch import Tensor
 
 from metarun.data.cache import cached
 from metarun.errors import UserError
-from metarun.files import atomic_write
+from metarun.results.files import atomic_write
 
 log = logging.getLogger(__name__)
 

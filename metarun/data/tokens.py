@@ -17,7 +17,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from metarun.functional import unit_rows
+from metarun.nn.ops import unit_rows
 
 UNKNOWN = 1024
 MAX_WORDS, MAX_GRAMS = 48, 512

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Spec
 from metarun.errors import require
-from metarun.types import Spec
 
 
 def _norm(kind: str, channels: int) -> nn.Module:

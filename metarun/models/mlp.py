@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from metarun.contracts import Spec
 from metarun.errors import require
-from metarun.types import Spec
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
 

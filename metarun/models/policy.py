@@ -1,4 +1,4 @@
-"""Policies: what was seen → the distribution of the next action (`metarun.types.Seen`)."""
+"""Policies: what was seen → the distribution of the next action (`metarun.contracts.Seen`)."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Control, Seen, Spec
 from metarun.errors import require
 from metarun.models.mlp import fully_connected
-from metarun.types import Control, Seen, Spec
 
 
 def control_of(spec: Spec, model: str) -> Control:

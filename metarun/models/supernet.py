@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Spec
 from metarun.errors import require
-from metarun.types import Spec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Spec, Tokens
 from metarun.data.tokens import term_frequencies
 from metarun.errors import require
-from metarun.functional import unit_rows
-from metarun.types import Spec, Tokens
+from metarun.nn.ops import unit_rows
 
 
 def tokens_of(spec: Spec, model: str) -> Tokens:

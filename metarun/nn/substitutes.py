@@ -38,7 +38,7 @@ from metarun.nn.noise import (
 )
 from metarun.nn.normalisation import all_frozen, batch_norm, instance_norm, layer_norm, weight_norm
 from metarun.nn.recurrent import gru_cell, lstm_cell, plain_cell, recurrent, single_step
-from metarun.transforms import plain
+from metarun.nn.transforms import plain
 
 Formula = Callable[..., Any]
 
@@ -193,7 +193,7 @@ def draws_nothing(function: Any, args: Any, named: dict[str, Any]) -> bool:
 class Substituted(TorchFunctionMode):
     """Inside, torch's functions that ``FORMULAS`` names are computed by its formulas, for one module's forward pass.
 
-    Where gradients are plain autograd's (`metarun.transforms.plainly`), only what draws random numbers is.
+    Where gradients are plain autograd's (`metarun.nn.transforms.plainly`), only what draws random numbers is.
     """
 
     def __init__(self, buffers: dict[int, str], of: str) -> None:

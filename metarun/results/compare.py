@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from metarun.errors import UserError
-from metarun.files import atomic_write, write_text
+from metarun.results.files import atomic_write, write_text
 from metarun.results.tables import RESULT_COLUMNS, format_score, format_score_ci
 
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]

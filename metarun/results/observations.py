@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from metarun.files import write_csv
+from metarun.results.files import write_csv
 from metarun.results.plots import AGNOSTIC, axis_label, axis_scale, new_figure, save_figure
 from metarun.results.tables import format_score
 

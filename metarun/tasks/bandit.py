@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metarun.functional import one_hot
+from metarun.contracts import Control, Seen, Spec, Split, Task, Tree
+from metarun.nn.ops import one_hot
 from metarun.random import fold, uniform
 from metarun.tasks import control
-from metarun.types import Control, Seen, Spec, Split, Task, Tree
 
 
 class Arms:

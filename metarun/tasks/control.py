@@ -3,7 +3,7 @@
 The randomness of a rollout is data: a tape of random numbers. So one policy and one tape give one rollout, and
 everything that adapts a regressor adapts a policy too. Query episodes carry their tape, so that all algorithms are
 scored on the same episodes. Support episodes carry a seed each, from which every step of adaptation draws a tape of
-its own (`metarun.functional.at_step`), as the papers collect new episodes for every step: the k-th tape of a task is
+its own (`metarun.nn.functional.at_step`), as the papers collect new episodes for every step: the k-th tape of a task is
 the same for all algorithms. With ``fresh_tapes=false`` all steps of a task share the first tape, whose luck ten steps
 can fit.
 
@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from metarun.contracts import Predict, Seen, Spec, Split, Task, Tree
 from metarun.errors import require
-from metarun.functional import one_hot
+from metarun.nn.ops import one_hot
 from metarun.random import fold, uniform
-from metarun.types import Predict, Seen, Spec, Split, Task, Tree
 
 RIDGE = 1e-5
 """Strength of the baseline's ridge regression, for features of order one."""
@@ -195,8 +195,8 @@ def played(environment: Environment, predict: Predict, data: Tree, learning: Lea
     """Roll a policy out and keep what a surrogate needs of its episodes.
 
     Returns:
-        Tensors by name: what was ``seen`` (a tree of the leaves of `metarun.types.Seen`), ``action``, ``advantage`` and
-        ``counts`` of every step ``[steps, episodes, ...]``, and the mean undiscounted ``score``; and the policy's
+        Tensors by name: what was ``seen`` (a tree of the leaves of `metarun.contracts.Seen`), ``action``, ``advantage``
+        and ``counts`` of every step ``[steps, episodes, ...]``, and the mean undiscounted ``score``; and the policy's
         outputs ``[steps, episodes, outputs]``, with their graph.
     """
     trajectory = rollout(environment, predict, data)

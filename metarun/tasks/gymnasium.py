@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarun.contracts import Control, Spec, Split, Task, Tree
 from metarun.errors import UserError, require
 from metarun.random import fold, normal
 from metarun.tasks import control
-from metarun.types import Control, Spec, Split, Task, Tree
 
 GOALS = ("direction", "velocity")
 

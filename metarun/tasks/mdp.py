@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metarun.functional import one_hot
-from metarun.planning import action_values
+from metarun.contracts import Control, Seen, Spec, Split, Task, Tree
+from metarun.nn.ops import one_hot
 from metarun.random import fold, normal, uniform
 from metarun.tasks import control
-from metarun.types import Control, Seen, Spec, Split, Task, Tree
+from metarun.tasks.planning import action_values
 
 
 class Table:

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metarun.contracts import Control, Predict, Seen, Spec, Split, Task, Tree
 from metarun.random import normal
 from metarun.tasks import control
-from metarun.types import Control, Predict, Seen, Spec, Split, Task, Tree
 
 LARGEST_MOVE, REACHED = 0.1, 0.01
 SQUARE, RADIUS = 0.5, 1.0

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from metarun.contracts import Predict, Spec, Split, Task, Tree
 from metarun.data import omniglot as real
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
 from metarun.tasks.few_shot import Dealt, deal, draw, task_sizes
 from metarun.tasks.supervised import classification_loss
-from metarun.types import Predict, Spec, Split, Task, Tree
 
 log = logging.getLogger(__name__)
 

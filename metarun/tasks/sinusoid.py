@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from metarun.contracts import Predict, Spec, Split, Task, Tree
 from metarun.errors import require
 from metarun.tasks.supervised import regression_loss
-from metarun.types import Predict, Spec, Split, Task, Tree
 
 PAPER = {"amplitude": (0.1, 5.0), "phase": (0.0, math.pi), "inputs": (-5.0, 5.0)}
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import log_softmax, mse_loss
 
-from metarun.types import Predict, Tree
+from metarun.contracts import Predict, Tree
 
 
 def regression_loss(predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from metarun.contracts import Predict, Spec, Split, Task, Tree
 from metarun.errors import require
 from metarun.tasks.supervised import regression_loss
-from metarun.types import Predict, Spec, Split, Task, Tree
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "sine": torch.sin}
 TEACHER_SEED = 20201124

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from metarun.contracts import Predict, Spec, Split, Task, Tokens, Tree
 from metarun.data import intents, tokens
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
 from metarun.tasks.few_shot import Dealt, Sizes, deal, draw, task_sizes
 from metarun.tasks.supervised import classification_loss
-from metarun.types import Predict, Spec, Split, Task, Tokens, Tree
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from metarun.algos.baselines.multitask import multitask
 from metarun.algos.baselines.oracle import oracle
 from metarun.algos.dependent.metaoptnet import metaoptnet, support_vectors
 from metarun.algos.dependent.shared_model import shared_model
-from metarun.engine import evaluate, meta_gradient
+from metarun.engine.batch import evaluate, meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.tasks.sinusoid import Sinusoid

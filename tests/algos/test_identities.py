@@ -25,11 +25,11 @@ from metarun.algos.dependent.matching import matching
 from metarun.algos.dependent.protonet import protonet, prototypes
 from metarun.algos.dependent.relation import CompareMaps, relation
 from metarun.algos.dependent.shared_params import ridge, shared_params
-from metarun.engine import evaluate, meta_gradient
+from metarun.contracts import Task
+from metarun.engine.batch import evaluate, meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.tasks.sinusoid import Sinusoid
-from metarun.types import Task
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.agnostic.mamlpp import mamlpp, step_weights
-from metarun.engine import evaluate, meta_gradient
+from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP

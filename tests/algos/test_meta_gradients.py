@@ -14,7 +14,7 @@ from metarun.algos.agnostic.reptile import reptile
 from metarun.algos.dependent.adaptive import adaptive
 from metarun.algos.dependent.protonet import protonet
 from metarun.algos.dependent.shared_params import shared_params
-from metarun.engine import meta_gradient
+from metarun.engine.batch import meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.nn import substitutes

@@ -9,12 +9,12 @@ from scenarios import generator
 
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.agnostic.metanas import metanas
-from metarun.engine import meta_gradient
+from metarun.contracts import Spec, Task
+from metarun.engine.batch import meta_gradient
 from metarun.models.supernet import SupernetConv, SupernetMLP
 from metarun.run import run
 from metarun.tasks.teachers import Teachers
 from metarun.tree import leaves, tree_map
-from metarun.types import Spec, Task
 
 pytestmark = pytest.mark.usefixtures("float64")
 

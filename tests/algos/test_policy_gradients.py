@@ -6,7 +6,7 @@ from scenarios import generator
 from torch.func import functional_call
 
 from metarun.algos.agnostic.maml import maml
-from metarun.engine import meta_gradient
+from metarun.engine.batch import meta_gradient
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.text import TextCNN, TextEmbedding, TextTransformer
 from metarun.random import fold, normal

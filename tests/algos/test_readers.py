@@ -11,8 +11,8 @@ from metarun.algos.dependent.incontext import incontext
 from metarun.algos.dependent.mann import instance_of, mann
 from metarun.algos.dependent.matching import FullContext
 from metarun.algos.dependent.snail import Attend, Dense, Snail, snail
+from metarun.contracts import Task
 from metarun.models.mlp import MLP
-from metarun.types import Task
 
 pytestmark = pytest.mark.usefixtures("float64")
 

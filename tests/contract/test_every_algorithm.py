@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from scenarios import TinyImages, generator, sampled
 
 from metarun.config import build
-from metarun.engine import evaluate, meta_gradient
+from metarun.contracts import Task
+from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
@@ -22,7 +23,6 @@ from metarun.tasks.navigation import Navigation
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tasks.text import text
 from metarun.tree import learned, leaves, like, tree_map
-from metarun.types import Task
 
 ALGORITHMS = sorted(p.name for p in (files("metarun.conf") / "algo").iterdir() if p.name.endswith(".yaml"))
 pytestmark = pytest.mark.usefixtures("float64")

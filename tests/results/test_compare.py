@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from metarun.engine import Evaluated
+from metarun.engine.batch import Evaluated
 from metarun.errors import UserError
 from metarun.results import compare as module
 from metarun.results.compare import compare, episode_scores

@@ -19,18 +19,19 @@ from metarun.algos.baselines.scratch import scratch
 from metarun.algos.baselines.thompson import probability_of_being_best, thompson
 from metarun.algos.baselines.ucb1 import ucb1
 from metarun.algos.dependent.adaptive import adaptive
-from metarun.engine import evaluate
-from metarun.functional import at_step, forward_of, support_gradient
+from metarun.contracts import Seen
+from metarun.engine.batch import evaluate
+from metarun.engine.recording import Recording
+from metarun.inner import at_step, support_gradient
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
-from metarun.planning import LARGEST_SUM, action_values, gamma
+from metarun.nn.functional import forward_of
+from metarun.nn.transforms import task_of
 from metarun.random import uniform
-from metarun.recording import Recording
 from metarun.tasks import control
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
-from metarun.transforms import task_of
-from metarun.types import Seen
+from metarun.tasks.planning import LARGEST_SUM, action_values, gamma
 
 
 def mean_score(algorithm, family, tasks=1000, seed=0):

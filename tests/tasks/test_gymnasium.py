@@ -9,7 +9,7 @@ from conftest import composed
 from scenarios import generator
 
 from metarun.algos.agnostic.maml import maml
-from metarun.engine import evaluate, meta_gradient
+from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.policy import Policy
 from metarun.run import run

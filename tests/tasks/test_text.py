@@ -13,7 +13,7 @@ from metarun.algos.baselines.centroid import centroid
 from metarun.algos.dependent.protonet import protonet
 from metarun.data import intents, tokens
 from metarun.data.toy_text import toy_classes, toy_languages
-from metarun.engine import evaluate, meta_gradient
+from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.text import TextEmbedding
 from metarun.tasks.text import _parallel_splits, text, text_crosslingual

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
 from metarun.errors import require
-from metarun.functional import forward_of, head_names, parameters_of, part_descent
+from metarun.inner import part_descent
+from metarun.nn.functional import forward_of, head_names, parameters_of
 from metarun.tree import size
-from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
 PAPERS = {"head": "https://arxiv.org/abs/1909.09157", "body": "https://arxiv.org/abs/2008.08882"}
 

@@ -31,11 +31,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, support_gradient
-from metarun.transforms import gradient, over_tasks
+from metarun.inner import support_gradient
+from metarun.nn.functional import forward_of, parameters_of
+from metarun.nn.transforms import gradient, over_tasks
 from metarun.tree import dot, mean
-from metarun.types import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
 
 
 def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps: int) -> Weights:

@@ -37,12 +37,13 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.functional import Forward, at_step, forward_of, parameters_of
+from metarun.inner import at_step
+from metarun.nn.functional import Forward, forward_of, parameters_of
 from metarun.nn.normalisation import along_channels, batch_statistics, with_variance
-from metarun.transforms import gradient
+from metarun.nn.transforms import gradient
 from metarun.tree import size, tree_map
-from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
 
 MOMENTUM = 0.1
 """Of running statistics, as torch has it."""

@@ -24,10 +24,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.functional import forward_of, one_hot, parameters_of, support_gradient
+from metarun.inner import support_gradient
+from metarun.nn.functional import forward_of, parameters_of
+from metarun.nn.ops import one_hot
 from metarun.tree import size
-from metarun.types import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
 
 
 class State(NamedTuple):

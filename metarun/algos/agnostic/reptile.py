@@ -26,11 +26,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.functional import at_step, forward_of, parameters_of, support_gradient
-from metarun.transforms import over_tasks
+from metarun.inner import at_step, support_gradient
+from metarun.nn.functional import forward_of, parameters_of
+from metarun.nn.transforms import over_tasks
 from metarun.tree import mean, subtract, tree_map
-from metarun.types import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
 
 SECOND_MOMENT_DECAY = 0.999
 EPSILON = 1e-8

@@ -25,9 +25,11 @@ from torch.nn.functional import cross_entropy
 
 from metarun.algos.baselines.scratch import check_step_sizes, with_step_size
 from metarun.algos.baselines.transfer import both
+from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.functional import Fit, answer, fit_head, fits, forward_of, parameters_of, trunk_and_head, unit_rows
-from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
+from metarun.inner import Fit, answer, fit_head, fits
+from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.ops import unit_rows
 
 STEP_SIZES = (0.01, 0.1, 1.0, 10.0)
 

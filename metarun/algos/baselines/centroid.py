@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from metarun.types import Algorithm, Loss, Spec, Tree
+from metarun.contracts import Algorithm, Loss, Spec, Tree
 
 
 def centroid(model: nn.Module, spec: Spec) -> Algorithm:

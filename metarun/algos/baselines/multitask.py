@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algos.baselines.transfer import both
+from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.functional import Fit, answer, fit_head, fits, forward_of, parameters_of, trunk_and_head
-from metarun.types import Algorithm, Loss, Spec, Task, Tree, Weights
+from metarun.inner import Fit, answer, fit_head, fits
+from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 
 
 def multitask(model: nn.Module, spec: Spec, head_lr: float = 1.0, head_steps: int = 10) -> Algorithm:

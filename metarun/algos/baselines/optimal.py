@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
+from metarun.contracts import Algorithm, Loss, Seen, Spec, Tree
 from metarun.errors import require
-from metarun.types import Algorithm, Loss, Seen, Spec, Tree
 
 
 def optimal(model: nn.Module, spec: Spec) -> Algorithm:

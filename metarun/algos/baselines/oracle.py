@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.functional import keep_support
-from metarun.types import Algorithm, Spec, Tree
+from metarun.inner import keep_support
 
 
 def oracle(model: nn.Module, spec: Spec) -> Algorithm:

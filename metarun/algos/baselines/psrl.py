@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
-from metarun.functional import one_hot
-from metarun.planning import LARGEST_SUM, action_values, gamma
+from metarun.contracts import Algorithm, Seen, Spec
+from metarun.nn.ops import one_hot
 from metarun.random import uniform
-from metarun.types import Algorithm, Seen, Spec
+from metarun.tasks.planning import LARGEST_SUM, action_values, gamma
 
 
 class Memory(NamedTuple):

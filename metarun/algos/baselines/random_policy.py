@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Control, Loss, Seen, Spec, Tree
 from metarun.errors import require
-from metarun.types import Algorithm, Control, Loss, Seen, Spec, Tree
 
 
 def environment_of(spec: Spec, algorithm: str, environment: str | None = None) -> Control:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
 from metarun.errors import require
-from metarun.functional import forward_of, gradient_descent, parameters_of
-from metarun.types import Algorithm, Loss, Spec, Tree, Weights
+from metarun.inner import gradient_descent
+from metarun.nn.functional import forward_of, parameters_of
 
 STEP_SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 

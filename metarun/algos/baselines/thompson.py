@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.algos.baselines.ucb1 import ArmCounts, arm_counts
-from metarun.types import Algorithm, Seen, Spec
+from metarun.contracts import Algorithm, Seen, Spec
 
 GRID = 400
 """Points on [0, 1]; the narrowest posterior of a hundred pulls has a standard deviation of twenty."""

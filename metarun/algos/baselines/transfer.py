@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from metarun.algos.baselines.scratch import STEP_SIZES, scratch
-from metarun.functional import forward_of, trunk_and_head
+from metarun.contracts import Algorithm, Loss, Spec, Task, Tree
+from metarun.nn.functional import forward_of, trunk_and_head
 from metarun.tree import size
-from metarun.types import Algorithm, Loss, Spec, Task, Tree
 
 
 def both(task: Task) -> Tree:

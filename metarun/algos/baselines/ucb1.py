@@ -17,8 +17,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
+from metarun.contracts import Algorithm, Seen, Spec
 from metarun.errors import require
-from metarun.types import Algorithm, Seen, Spec
 
 
 class ArmCounts(NamedTuple):

@@ -22,10 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, part_descent, seeded
+from metarun.inner import part_descent
+from metarun.nn.functional import forward_of, parameters_of, seeded
 from metarun.tree import size
-from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
 TASK_OWN = ("context", "scale", "shift")
 CONTEXT_CONVOLUTION = 3

@@ -43,10 +43,11 @@ from metarun.algos.dependent.cnp import (
     log_likelihood,
     points,
 )
+from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, flat
 from metarun.errors import require
-from metarun.functional import multi_head, own_network
+from metarun.nn.functional import own_network
+from metarun.nn.ops import multi_head
 from metarun.random import fresh_seed, normal
-from metarun.types import Algorithm, Loss, Spec, Task, Tree, flat
 
 Path = Literal["attention", "mean", "none"]
 

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, flat
 from metarun.errors import require
-from metarun.functional import keep_support, own_network
+from metarun.inner import keep_support
+from metarun.nn.functional import own_network
 from metarun.random import fresh_seed, uniform
-from metarun.types import Algorithm, Loss, Spec, Task, Tree, flat
 
 LEAST_STD = 0.1
 LOG_LIKELIHOOD = "log-likelihood"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algos.dependent.snail import Sequences, reader
+from metarun.contracts import Algorithm, Spec
 from metarun.errors import require
-from metarun.functional import multi_head
-from metarun.types import Algorithm, Spec
+from metarun.nn.ops import multi_head
 
 
 class Layer(nn.Module):

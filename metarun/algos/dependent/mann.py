@@ -36,20 +36,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from metarun.contracts import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.functional import (
-    embed_together,
-    forward_of,
-    keep_support,
-    lstm,
-    one_hot,
-    own_network,
-    parameters_of,
-    trunk_and_head,
-    unit_rows,
-)
+from metarun.inner import embed_together, keep_support
+from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
 from metarun.nn.normalisation import normalised
-from metarun.types import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
+from metarun.nn.ops import lstm, one_hot, unit_rows
 
 USAGE_DECAY = 0.99
 

@@ -20,19 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.functional import (
-    embed_together,
-    forward_of,
-    keep_support,
-    lstm,
-    own_network,
-    parameters_of,
-    squared_distances,
-    trunk_and_head,
-    unit_rows,
-)
-from metarun.types import Algorithm, Spec, Tree
+from metarun.inner import embed_together, keep_support
+from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
+from metarun.nn.ops import lstm, squared_distances, unit_rows
 
 LEAST_CHANCE = 1e-6
 """Added to each chance: a class to which no attention goes at all still has a logarithm."""

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algos.dependent.shared_params import ridge
+from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.functional import embed_together, forward_of, full_precision, keep_support, parameters_of, trunk_and_head
-from metarun.types import Algorithm, Spec, Tree
+from metarun.inner import embed_together, keep_support
+from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.ops import full_precision
 
 CORRECTIONS = 4
 """Of the active set: what is below its bound leaves it, what would pay to move off its bound enters."""

@@ -23,17 +23,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.functional import (
-    embed_together,
-    forward_of,
-    keep_support,
-    parameters_of,
-    squared_distances,
-    trunk_and_head,
-    unit_rows,
-)
-from metarun.types import Algorithm, Spec, Tree
+from metarun.inner import embed_together, keep_support
+from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.ops import squared_distances, unit_rows
 
 
 def prototypes(z: Tensor, y: Tensor) -> Tensor:

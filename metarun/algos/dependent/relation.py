@@ -18,9 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, Spec, Task, Tree
 from metarun.errors import require
-from metarun.functional import embed_together, forward_of, keep_support, own_network, parameters_of, trunk_and_head
-from metarun.types import Algorithm, Loss, Spec, Task, Tree
+from metarun.inner import embed_together, keep_support
+from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
 
 FILTERS = 64
 

@@ -20,9 +20,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from metarun.contracts import Algorithm, Loss, Seen, Spec, Tree
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of
-from metarun.types import Algorithm, Loss, Seen, Spec, Tree
+from metarun.nn.functional import forward_of, parameters_of
 
 
 def rl2(model: nn.Module, spec: Spec) -> Algorithm:

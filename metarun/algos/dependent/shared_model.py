@@ -21,10 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
 from metarun.errors import require
-from metarun.functional import forward_of, parameters_of, seeded, trunk_and_head
+from metarun.nn.functional import forward_of, parameters_of, seeded, trunk_and_head
 from metarun.tree import size
-from metarun.types import Algorithm, Loss, Spec, Tree, Weights
 
 
 def perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:

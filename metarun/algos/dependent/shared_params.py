@@ -23,9 +23,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.functional import embed_together, forward_of, keep_support, parameters_of, trunk_and_head
-from metarun.types import Algorithm, Spec, Tree
+from metarun.inner import embed_together, keep_support
+from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 
 
 def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:

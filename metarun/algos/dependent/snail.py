@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.functional import embed_together, forward_of, keep_support, own_network, parameters_of, trunk_and_head
-from metarun.types import Algorithm, Spec, Tree
+from metarun.inner import embed_together, keep_support
+from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
 
 Sequences = tuple[Tensor, Tensor]
 """Activations of the support set ``[examples, channels]``, and of each query at the place behind it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from metarun.recording import release_gpu_memory
+from metarun.engine.recording import release_gpu_memory
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun import engine
-from metarun.assemble import Experiment, stream
+from metarun.assemble import Experiment
+from metarun.contracts import Predict, Spec, Split, Task, Tree
+from metarun.engine.batch import adapt_and_score
 from metarun.errors import UserError
+from metarun.random import stream
 from metarun.tree import first_tasks, leaves
-from metarun.types import Predict, Spec, Split, Task, Tree
 
 SUPERVISED = ("regression", "classification")
 LOOKED_AT = 4
@@ -197,7 +198,7 @@ def check_tasks(tasks: Task, spec: Spec, split: Split, count: int, device: str) 
     Raises:
         UserError: a sentence that names the leaf and the remedy.
     """
-    _check(isinstance(tasks, Task), f"sample must return a metarun.types.Task, not {type(tasks).__name__}")
+    _check(isinstance(tasks, Task), f"sample must return a metarun.contracts.Task, not {type(tasks).__name__}")
     parts = {"support": spec.shots, "query": spec.queries}
     for part in parts:
         data, name = getattr(tasks, part), f"{split} {part}"
@@ -297,7 +298,7 @@ def check_predictions(experiment: Experiment, tasks: Task) -> None:
             )
         return loss, score
 
-    engine.adapt_and_score(replica.algorithm, theta, first_tasks(tasks, 1), watched_loss, 0)
+    adapt_and_score(replica.algorithm, theta, first_tasks(tasks, 1), watched_loss, 0)
 
 
 def check_family(experiment: Experiment, test_blocks: Iterator[Task]) -> None:

@@ -4,7 +4,7 @@ Everything that a step reads is in one tree, every leaf ``[replicas, ...]``:
 
 - ``state``: the learned numbers in one vector (``weights``), what the optimizer remembers (``moments``), what an
   algorithm replaces by itself (``carried``);
-- ``tasks``: ``support``, ``query`` and ``seed`` of a batch of tasks;
+- ``tasks``: a batch of tasks, a ``Task`` on its whole way;
 - ``rates``: the learning rate of this step (``lr``), and the values of every hyperparameter in which replicas differ.
 
 One vector, because an optimizer's arithmetic on thirty small tensors costs thirty times that on one.
@@ -21,14 +21,14 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from metarun.assemble import Experiment
-from metarun.engine import meta_gradient
+from metarun.contracts import Tree
+from metarun.engine.batch import meta_gradient
+from metarun.engine.optimizer import clipped, initial_moments, outer_step
+from metarun.engine.trust_region import TrustRegion, check_trust_region, trust_region_step
 from metarun.errors import UserError, first_line
-from metarun.outer import clipped, initial_moments, outer_step
+from metarun.nn.transforms import stacked
 from metarun.tasks.control import ControlFamily
-from metarun.transforms import stacked
 from metarun.tree import learned, leaves, like, size, tree_map
-from metarun.trust_region import TrustRegion, check_trust_region, trust_region_step
-from metarun.types import Task, Tree
 
 Step = Callable[[Tree], Tree]
 
@@ -149,7 +149,7 @@ class MetaStep:
                 found = meta_gradient(
                     experiment.algorithm,
                     self.layout.theta(state),
-                    Task(**tasks),
+                    tasks,
                     experiment.family.loss,
                     transformed=self.count > 1,
                 )
@@ -178,7 +178,7 @@ class MetaStep:
             raise
         for index, one in enumerate(experiment.replicas):
             own = replica(given, index)
-            tasks = Task(**own["tasks"])
+            tasks = own["tasks"]
             theta = self.layout.theta(own["state"])
             expected = self.layout.vector(meta_gradient(one.algorithm, theta, tasks, experiment.family.loss).grads)
             if (found[index] - expected).norm() > 1e-2 * expected.norm() + 1e-7:
@@ -220,7 +220,7 @@ class MetaStep:
         experiment = self.experiment
         algorithm, family = experiment.replicas[index].algorithm, cast(ControlFamily, experiment.family)
         weights, result = trust_region_step(
-            algorithm, family, theta_of, self.layout.vector, settings, state["weights"], Task(**given["tasks"])
+            algorithm, family, theta_of, self.layout.vector, settings, state["weights"], given["tasks"]
         )
         return {"state": {**state, "weights": weights}, "result": result}
 

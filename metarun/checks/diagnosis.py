@@ -3,10 +3,11 @@
 import torch
 from omegaconf import OmegaConf
 
-from metarun import engine
-from metarun.assemble import Experiment, sample_tasks, stream
-from metarun.family_check import largest, not_finite
-from metarun.training import Training
+from metarun.assemble import Experiment, sample_tasks
+from metarun.checks.family import largest, not_finite
+from metarun.engine.batch import evaluate
+from metarun.random import stream
+from metarun.state import Training
 
 
 def suspect_step(training: Training) -> int:
@@ -39,7 +40,7 @@ def blame(experiment: Experiment, training: Training) -> str:
             return f"the data of training step {step + 1} hold {wrong}; mend the data, or what sample makes of them"
     for replica, theta in zip(experiment.replicas, thetas, strict=True):
         tasks = batches[replica.config.seed]
-        losses = engine.evaluate(replica.algorithm, theta, tasks, family.loss, 0).losses
+        losses = evaluate(replica.algorithm, theta, tasks, family.loss, 0).losses
         if not bool(torch.isfinite(losses).all()):
             return (
                 f"the data of training step {step + 1} are finite, but on them the loss is not even with the initial "

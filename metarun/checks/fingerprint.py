@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun.family_check import SUPERVISED, named_leaves
+from metarun.checks.family import SUPERVISED, named_leaves
+from metarun.contracts import Family, Predict, Task
 from metarun.tree import first_tasks, tree_map
-from metarun.types import Family, Predict, Task
 
 DIGITS = 4
 """Of the probe's score, so that the last bits of another machine's arithmetic do not count."""

@@ -7,13 +7,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from metarun import checkpoint
 from metarun.assemble import Experiment
 from metarun.config import config_hash
+from metarun.contracts import Tree
+from metarun.engine.meta_step import MetaStep
 from metarun.errors import UserError
-from metarun.stepping import MetaStep
+from metarun.results import checkpoint
 from metarun.tree import leaves
-from metarun.types import Tree
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Training:
     """Everything that changes during meta-training; lists have an item for each replica."""
 
     state: Tree
-    """Leaves ``[replicas, ...]``; see `metarun.stepping`."""
+    """Leaves ``[replicas, ...]``; see `metarun.engine.meta_step`."""
     best: list[Best | None]
     rows: list[list[dict[str, float | int]]]
     """Of ``metrics.csv``."""

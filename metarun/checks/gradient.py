@@ -2,7 +2,7 @@
 
 A model or a family may call a function whose derivative is wrong under ``torch.func``, and nothing but a comparison
 would tell. So the meta-gradient of one task is computed twice, once as the run will, and once by a graph of plain
-autograd on which torch's own layers stand as they are (`metarun.transforms.plainly`).
+autograd on which torch's own layers stand as they are (`metarun.nn.transforms.plainly`).
 """
 
 import logging
@@ -10,12 +10,12 @@ import logging
 import torch
 from torch import Tensor
 
-from metarun.engine import meta_gradient
+from metarun.contracts import Tree
+from metarun.engine.batch import meta_gradient
+from metarun.engine.meta_step import MetaStep, parts_of, replica
 from metarun.errors import UserError, first_line
-from metarun.stepping import MetaStep, parts_of, replica
-from metarun.transforms import plainly
+from metarun.nn.transforms import plainly
 from metarun.tree import tree_map
-from metarun.types import Task, Tree
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Ten
     experiment = meta_step.experiment
     with plainly(), torch.backends.cudnn.flags(enabled=False):
         algorithm = experiment.replicas[0].algorithm
-        found = meta_gradient(algorithm, theta, Task(**own["tasks"]), experiment.family.loss)
+        found = meta_gradient(algorithm, theta, own["tasks"], experiment.family.loss)
     return meta_step.layout.vector(tree_map(torch.detach, found.grads))
 
 

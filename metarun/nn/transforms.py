@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from metarun.contracts import Task, Tree
 from metarun.random import drawing
 from metarun.tree import leaves, like, tree_map
-from metarun.types import Task, Tree
 
 plain: ContextVar[bool] = ContextVar("plain", default=False)
 
@@ -80,5 +80,4 @@ def over_tasks(function: Callable[[Task], Any], tasks: Task, training: bool) -> 
 
 def task_of(tasks: Task, index: int) -> Task:
     """The ``index``-th of ``tasks``."""
-    support, query = (tree_map(lambda leaf: leaf[index], part) for part in (tasks.support, tasks.query))
-    return Task(support, query, None if tasks.seed is None else tasks.seed[index])
+    return tree_map(lambda leaf: leaf[index], tasks)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun.types import Tree
+from metarun.contracts import Tree
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 

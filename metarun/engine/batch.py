@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metarun.transforms import gradient, over_tasks
+from metarun.contracts import Algorithm, Loss, MetaGradient, Task, Tree
+from metarun.nn.transforms import gradient, over_tasks
 from metarun.tree import learned, leaves, like, size, tree_map
 from metarun.tree import mean as mean_over_tasks
-from metarun.types import Algorithm, Loss, MetaGradient, Task, Tree
 
 
 def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:

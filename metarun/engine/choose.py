@@ -1,7 +1,7 @@
 """The engine: what runs the meta-steps of a run, named by the configuration or chosen by measurement.
 
 - ``eager``: torch runs the function as it is written.
-- ``replay``: the operations of one step, recorded once (`metarun.recording`), without the work of deriving them.
+- ``replay``: the operations of one step, recorded once (`metarun.engine.recording`), without the work of deriving them.
 - ``compile``: the recording in one compiled graph.
 - ``cudagraph``: the recording as one launch on a GPU.
 
@@ -28,12 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from metarun.assemble import Experiment
+from metarun.checks.gradient import check_gradient
+from metarun.contracts import Tree
+from metarun.engine.meta_step import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
+from metarun.engine.recording import CannotRecord, Captured, Recording, release_gpu_memory
 from metarun.errors import UserError, first_line
-from metarun.gradient_check import check_gradient
-from metarun.recording import CannotRecord, Captured, Recording, release_gpu_memory
-from metarun.stepping import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
 from metarun.tree import leaves, tree_map
-from metarun.types import Tree
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Stepper:
         return accumulated(self.meta_step.gradient, self.meta_step.update, self.chunk)
 
     def __call__(self, given: Tree) -> Tree:
-        """One meta-step; see `metarun.stepping` for what is given and returned."""
+        """One meta-step; see `metarun.engine.meta_step` for what is given and returned."""
         if self.began:
             return self.run_or_halve(given)
         self.began = True

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from metarun import engine
-from metarun.family_check import SUPERVISED
+from metarun.checks.family import SUPERVISED
+from metarun.contracts import Algorithm, Family, Predict, Task, Tree
+from metarun.engine.batch import adapt_and_score
 from metarun.tree import first_tasks
-from metarun.types import Algorithm, Family, Predict, Task, Tree
 
 TOLERANCE = 1e-5
 """Of the largest output: what rounding may move."""
@@ -33,6 +33,6 @@ def is_transductive(algorithm: Algorithm, theta: Tree, family: Family, tasks: Ta
         return pair, pair
 
     looked_at = task._replace(query={"x": x, "changed": changed})
-    pair = engine.adapt_and_score(algorithm, theta, looked_at, answers, steps)[0]
+    pair = adapt_and_score(algorithm, theta, looked_at, answers, steps)[0]
     before, after = pair.nan_to_num()
     return bool((before - after).abs().max() > TOLERANCE * before.abs().max())

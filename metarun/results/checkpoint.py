@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from metarun.errors import UserError
-from metarun.files import atomic_write
+from metarun.results.files import atomic_write
 
 FORMAT = 2
 

@@ -1,6 +1,6 @@
 """``docs/algorithms.md``: what each algorithm learns and adapts, read off the algorithms themselves.
 
-python -m metarun.catalogue > docs/algorithms.md
+python -m metarun.command.catalogue > docs/algorithms.md
 """
 
 from functools import partial
@@ -10,26 +10,26 @@ from typing import cast
 import torch
 from torch import nn
 
-from metarun.assemble import algorithm_names, default_algorithm, stream
-from metarun.engine import adapted, adapted_parameters
-from metarun.functional import seeded
-from metarun.help import description
+from metarun.assemble import algorithm_names, default_algorithm
+from metarun.command.help import description
+from metarun.contracts import Algorithm, Family, Tree
+from metarun.engine.batch import adapted, adapted_parameters
+from metarun.engine.choose import Counted
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy
-from metarun.random import drawing
-from metarun.stepper import Counted
+from metarun.nn.functional import seeded
+from metarun.nn.transforms import task_of
+from metarun.random import drawing, stream
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.omniglot import Omniglot
 from metarun.tasks.sinusoid import Sinusoid
-from metarun.transforms import task_of
 from metarun.tree import learned, size, tree_map
-from metarun.types import Algorithm, Family, Tree
 
 HEAD = """# Algorithms
 
-Written by `python -m metarun.catalogue > docs/algorithms.md` from the algorithms themselves; a test compares.
+Written by `python -m metarun.command.catalogue > docs/algorithms.md` from the algorithms themselves; a test compares.
 
 - *tasks*: the kinds that it serves. Text and images are classification.
 - *meta-learned*: the parts that the outer optimizer changes, and how many numbers they are.

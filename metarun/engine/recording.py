@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from metarun.contracts import Tree
 from metarun.data.cache import cache_dir
 from metarun.errors import first_line
 from metarun.tree import leaves, like, tree_map
-from metarun.types import Tree
 
 log = logging.getLogger(__name__)
 

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from metarun.assemble import Experiment
-from metarun.engine import adapted, meta_gradient
+from metarun.contracts import Algorithm, Task, Tree
+from metarun.engine.batch import adapted, meta_gradient
+from metarun.engine.replicas import OF_THE_OUTER_STEP
 from metarun.errors import UserError
-from metarun.functional import at_step
-from metarun.replicas import OF_THE_OUTER_STEP
+from metarun.inner import at_step
+from metarun.nn.transforms import over_tasks
 from metarun.tasks.control import ControlFamily
-from metarun.transforms import over_tasks
 from metarun.tree import tree_map
-from metarun.types import Algorithm, Task, Tree
 
 
 class TrustRegion(NamedTuple):

@@ -1,0 +1,1 @@
+"""What runs the meta-steps of a run."""

@@ -1,0 +1,126 @@
+"""Learning from the support set of one task: gradient descent, fits of a head, and conditioning."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import count, islice, repeat
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from metarun.contracts import Loss, Tree, Weights
+from metarun.nn.functional import Forward
+from metarun.nn.ops import channels_last
+from metarun.nn.transforms import gradient
+
+
+def at_step(support: Tree, step: int) -> Tree:
+    """What the ``step``-th step of adaptation, from 0 on, sees of a support set: for all families but control the same.
+
+    Where episodes have a seed (``tape``, see `metarun.tasks.control`), each step plays new ones.
+    """
+    return {**support, "step": step} if "tape" in support else support
+
+
+def support_gradient(forward: Forward, weights: Weights, support: Tree, loss: Loss) -> Weights:
+    """Gradient of the support loss of one task at ``weights``."""
+    return cast(Weights, gradient(lambda w: loss(partial(forward, w), support)[0], weights))
+
+
+def gradient_descent(
+    forward: Forward,
+    weights: Weights,
+    support: Tree,
+    loss: Loss,
+    learning_rates: Iterable[float | Tensor | Weights],
+    first_order: bool = False,
+) -> Iterator[Weights]:
+    """Yield the weights before every step of gradient descent on the support loss, one for each learning rate.
+
+    A learning rate is a number, or one for each weight by name.
+
+    With ``first_order`` the gradient counts as a constant: it is taken at detached weights, which saves the
+    graph, while the path from the old weights to the new ones stays.
+    """
+    for step, learning_rate in enumerate(learning_rates):
+        yield weights
+        start = {name: w.detach() for name, w in weights.items()} if first_order else weights
+        slope = support_gradient(forward, start, at_step(support, step), loss)
+        rates = learning_rate if isinstance(learning_rate, dict) else dict.fromkeys(weights, learning_rate)
+        weights = {name: w - rates[name] * slope[name] for name, w in weights.items()}
+
+
+def part_descent(
+    forward: Forward,
+    fixed: Weights,
+    part: Weights,
+    support: Tree,
+    loss: Loss,
+    learning_rate: float,
+    first_order: bool = False,
+) -> Iterator[Weights]:
+    """``gradient_descent`` on ``part`` without end; the loss depends on the ``fixed`` weights too, which stay."""
+    still = {name: w.detach() for name, w in fixed.items()} if first_order else fixed
+
+    def partly(weights: Weights, x: Any) -> Tensor:
+        return forward({**still, **weights}, x)
+
+    return gradient_descent(partly, part, support, loss, repeat(learning_rate), first_order)
+
+
+def keep_support(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
+    """``Algorithm.adapt`` of a learner that conditions on the support set: no state without it, then itself."""
+    yield None
+    yield support
+
+
+def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of the support examples and of ``x``, made in one batch, whose statistics they share."""
+    n, both = len(support["x"]), torch.cat([support["x"], x])
+    # The weights are the same for all tasks, so these are plain convolutions, which a GPU wants so; a CPU does not
+    # (docs/performance.md).
+    z = embed(weights, channels_last(both) if both.is_cuda and both.ndim == 4 else both)
+    return z[:n], z[n:]
+
+
+class Fit(NamedTuple):
+    """A head that ``step`` steps fit to a support set, once its features are known."""
+
+    support: Tree
+    loss: Loss
+    step: int
+    memo: dict[str, Any]
+    """What the fits of one support set share: features, and the heads that were found along the way."""
+
+
+def fits(theta: Tree, support: Tree, loss: Loss) -> Iterator[Fit]:
+    """``Algorithm.adapt`` of a learner that fits a head on features of support set and queries embedded together.
+
+    Where a model normalises by the batch, features of a small support set by itself are others than it was trained on.
+    """
+    memo: dict[str, Any] = {}
+    return (Fit(support, loss, step, memo) for step in count())
+
+
+def fit_head(
+    fit: Fit, read_out: Forward, start: Weights, z: Tensor, learning_rate: float | Tensor
+) -> Iterator[Weights]:
+    """Heads along gradient descent on features ``z`` of the support set of ``fit``, from ``start``."""
+    return gradient_descent(lambda w, x: read_out(w, z), start, fit.support, fit.loss, repeat(learning_rate))
+
+
+def answer(
+    fit: Fit,
+    embed: Forward,
+    weights: Weights,
+    x: Tensor,
+    heads: Callable[[Tensor], Iterator[Weights]],
+    read_out: Forward,
+) -> Tensor:
+    """Outputs for ``x`` of the head after the steps of ``fit``; ``heads``: features of the support set → heads."""
+    memo = fit.memo
+    if memo.get("x") is not x:
+        z, queries = embed_together(embed, weights, fit.support, x)
+        memo |= {"x": x, "queries": queries, "heads": heads(z), "found": []}
+    memo["found"] += islice(memo["heads"], max(fit.step + 1 - len(memo["found"]), 0))
+    return read_out(memo["found"][fit.step], memo["queries"])

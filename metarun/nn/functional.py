@@ -1,0 +1,78 @@
+"""Modules as functions of their parameters."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.contracts import Spec, Weights
+from metarun.errors import require
+from metarun.nn.substitutes import SafeForward
+
+Forward = Callable[[Weights, Any], Tensor]
+"""(weights, x) → output."""
+
+
+def forward_of(module: nn.Module) -> Forward:
+    """The forward pass of ``module`` as a function of its parameters; what they leave out stays as the module has it.
+
+    Torch's own layers are right inside (`metarun.nn.substitutes`).
+    """
+    return SafeForward(module)
+
+
+@contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Modules built inside are initialised from ``generator``'s seed; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
+
+
+def own_network(
+    build: Callable[[], nn.Module],
+) -> tuple[Callable[[Weights, Any], Any], Callable[[nn.Module, torch.Generator], Weights]]:
+    """A network of an algorithm's own, beside the configured model: its forward pass, and freshly drawn weights.
+
+    Weights are drawn from the generator's seed, in dtype and on device of the model that is given.
+    """
+    with torch.random.fork_rng(devices=[]):
+        forward = forward_of(build())
+
+    def drawn(model: nn.Module, generator: torch.Generator) -> Weights:
+        with seeded(generator):
+            return parameters_of(build().to(next(model.parameters())))
+
+    return forward, drawn
+
+
+def parameters_of(module: nn.Module) -> Weights:
+    """A copy of the parameters of ``module`` by name; frozen ones (``requires_grad=False``) are constants instead."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def trunk_and_head(model: nn.Module, spec: Spec, algorithm: str) -> tuple[nn.Module, nn.Linear]:
+    """The two parts of ``model`` that ``algorithm`` needs apart: features, and the linear layer on them."""
+    require(
+        spec.kind != "control",
+        f"{algorithm} learns from examples, and this task has actions; choose an algorithm that acts, such as maml",
+    )
+    trunk, head = getattr(model, "trunk", None), getattr(model, "head", None)
+    if not isinstance(trunk, nn.Module) or not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{algorithm} needs a model with a module 'trunk' (input → features) and a linear layer 'head' "
+            f"(features → output), as metarun's own models have, and {type(model).__name__} lacks them"
+        )
+    return trunk, head
+
+
+def head_names(model: nn.Module, algorithm: str) -> set[str]:
+    """Names of the parameters of ``model.head``; a model that has none, or nothing else, is refused."""
+    names = {name for name, _ in model.named_parameters()}
+    heads = {name for name in names if name.startswith("head.")}
+    kind = type(model).__name__
+    require(len(heads) > 0, f"{algorithm} needs a model with a part 'head'; {kind} has none, choose another")
+    require(heads != names, f"{algorithm} needs a model with a body before its head; {kind} has none, choose another")
+    return heads

@@ -1,0 +1,64 @@
+"""Small pieces of arithmetic that several algorithms and models share, right under the transforms of ``torch.func``."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images ``[n, channels, height, width]`` with channels innermost in memory, under ``torch.func.vmap`` too, where
+    torch's own way is not supported."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """``x [n, d]`` with rows of length one; a row of zeros stays one, with finite derivatives."""
+    return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distance of every row of ``a [n, d]`` to every row of ``b [m, d]``: ``[n, m]``."""
+    return (a[:, None] - b[None]).square().sum(-1)
+
+
+def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int, weight: Tensor | None = None) -> Tensor:
+    """Values ``[n, width]`` weighed for every query ``[m, width]`` by scaled dot products, a share of the width a head.
+
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, §3.2: ``[m, width]``, not yet mixed. Values whose ``weight
+    [n]`` is 0 are not seen.
+    """
+
+    def by_head(z: Tensor) -> Tensor:
+        return z.view(len(z), heads, -1).movedim(1, 0)
+
+    q, k, v = map(by_head, (queries, keys, values))
+    logits = q @ k.transpose(1, 2) / math.sqrt(k.shape[-1])
+    weights = (logits if weight is None else logits.masked_fill(weight == 0, -math.inf)).softmax(-1)
+    return torch.cat((weights @ v).unbind(0), -1)
+
+
+@contextmanager
+def full_precision(like: Tensor) -> Iterator[None]:
+    """Inside, products on the device of ``like`` are not rounded by autocast."""
+    device = like.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        yield
+
+
+def lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM (Hochreiter and Schmidhuber 1997): hidden state and cell ``[..., width]``.
+
+    ``gates [..., 4 width]`` are linear in input and hidden state. Written out, so that it maps and differentiates.
+    """
+    enter, keep, leave, new = gates.chunk(4, -1)
+    # Kept rather than forgotten before anything is learned (Gers et al. 2000).
+    cell = (keep + 1).sigmoid() * cell + enter.sigmoid() * new.tanh()
+    return leave.sigmoid() * cell.tanh(), cell
+
+
+def one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
+    """``index [...]`` as ``[..., size]`` in the dtype of ``like``; torch's own fails under ``grad`` inside ``vmap``."""
+    return (index[..., None] == torch.arange(size, device=index.device)).to(like.dtype)
