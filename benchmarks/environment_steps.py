@@ -66,7 +66,7 @@ def main() -> None:
         cases[f"navigation, {count} tasks, a policy each"] = adapted(navigation, policy, tasks), steps
     for family in (bandit, mdp):
         tasks = family.sample("test", 200, torch.Generator().manual_seed(0)).query
-        name = f"{family.spec.control.environment if family.spec.control else ''}, 200 tasks, GRU 64"
+        name = f"{family.dataset.partition(':')[0]}, 200 tasks, GRU 64"
         cases[name] = shared(family, GRUPolicy(family.spec), tasks), tasks["noise"].shape[:3].numel()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(arguments.rounds + 1):

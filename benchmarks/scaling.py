@@ -115,13 +115,13 @@ def navigation(rounds: int) -> list[Row]:
 def adaptation(rounds: int) -> list[Row]:
     """Ten steps on every test task, scored after each by us; the loop scores the last alone."""
     experiment = experiment_of("algo=maml", "task=sinusoid")
-    model, algorithm, family = experiment.model, experiment.algorithm, experiment.family
+    model, algorithm, loss = experiment.model, experiment.algorithm, experiment.loss
     theta = experiment.initial_thetas()[0]
     blocks = list(episodes(experiment, "test", 600))
     together = tree_map(lambda *leaves: torch.cat(leaves), *blocks)
 
     def ours() -> object:
-        return evaluate(algorithm, theta, together, family.loss, 10)
+        return evaluate(algorithm, theta, together, loss, 10)
 
     def loop() -> object:
         scores = []

@@ -9,11 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from metarun.config import build, check_ranges
-from metarun.contracts import Algorithm, Family, Split, Task, Tree
+from metarun.contracts import Algorithm, Family, Loss, Need, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.nn.functional import seeded
 from metarun.random import stream
+from metarun.targets.scoring import loss_of
 
 
 def sample_tasks(experiment: "Experiment", split: Split, count: int, generator: torch.Generator) -> Task:
@@ -52,13 +53,18 @@ class Experiment:
     device: str
 
     @property
+    def loss(self) -> Loss:
+        """How the tasks of the family are scored."""
+        return loss_of(self.family)
+
+    @property
     def model(self) -> nn.Module:
         """The first replica's."""
         return self.replicas[0].model
 
     def initial_thetas(self) -> list[Tree]:
         """What is meta-learned by each replica, before meta-training."""
-        return [r.algorithm.init(r.model, stream(r.config.seed, "algorithm")) for r in self.replicas]
+        return [r.algorithm.init(stream(r.config.seed, "algorithm")) for r in self.replicas]
 
 
 def choose_device(device: str) -> str:
@@ -78,7 +84,7 @@ def choose_device(device: str) -> str:
 def build_model(config: DictConfig, family: Family) -> nn.Module:
     """The model, initialised from ``seed`` alone; torch's global generator is left as it was."""
     with seeded(stream(config.seed, "weights")):
-        model = build(config, "model", family.spec)
+        model = build(config, "model", spec=family.spec)
     if not isinstance(model, nn.Module):
         raise UserError(f"model: {config.model._target_} must build a torch.nn.Module.")
     return model
@@ -106,28 +112,37 @@ def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algo
         for default in algo.pop("defaults", []):
             if isinstance(default, DictConfig):
                 own = OmegaConf.create((conf / "model" / f"{next(iter(default.values()))}.yaml").read_text())
-                model = build(OmegaConf.create({"model": own}), "model", family.spec)
-        algorithm: Algorithm = build(OmegaConf.create({"algo": algo}), "algo", model, family.spec)
+                model = build(OmegaConf.create({"model": own}), "model", spec=family.spec)
+        algorithm: Algorithm = build(OmegaConf.create({"algo": algo}), "algo", model=model, spec=family.spec)
     except UserError:
         return None
-    return (algorithm, model) if family.spec.kind in algorithm.kinds else None
+    return (algorithm, model) if family.spec.offers(algorithm.needs) else None
+
+
+NEEDS: dict[Need, str] = {
+    "loss": "a differentiable loss",
+    "rows": "examples with known targets",
+    "numbers": "targets that are numbers",
+    "classes": "examples of classes",
+    "policy": "an environment to act in",
+}
 
 
 def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: nn.Module, algo: Algorithm) -> None:
     """Refuse an algorithm that does not fit the task, naming what does."""
     spec = family.spec
-    if spec.kind not in algo.kinds:
+    if not spec.offers(algo.needs):
         fitting = ", ".join(name for name in algorithm_names() if default_algorithm(name, family, model))
         raise UserError(
-            f"algo={names['algo']} serves {' and '.join(algo.kinds)} tasks, and task={names['task']} is "
-            f"{spec.kind}; algorithms that fit it: {fitting}."
+            f"algo={names['algo']} needs {NEEDS[algo.needs]}, and task={names['task']} has none; algorithms that fit "
+            f"it: {fitting}."
         )
-    if not algo.any_ways and spec.train_ways not in (None, spec.ways):
+    if not algo.any_ways and spec.sizes.train_ways not in (None, spec.sizes.ways):
         raise UserError(
-            f"algo={names['algo']} needs as many ways in training as in test: set task.train_ways={spec.ways}."
+            f"algo={names['algo']} needs as many ways in training as in test: set task.train_ways={spec.sizes.ways}."
         )
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    if frozen and algo.family == "agnostic":
+    if frozen and algo.approach == "agnostic":
         raise UserError(
             f"algo={names['algo']} adapts the parameters of the model, and all those of model={names['model']} are "
             "frozen: leave some of them with requires_grad=True, or choose an algorithm that needs none, such as "
@@ -155,7 +170,7 @@ def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
     replicas = []
     for own, differs in configs:
         model = build_model(own, family).to(device)
-        algorithm = cast(Algorithm, build(own, "algo", model, family.spec))
+        algorithm = cast(Algorithm, build(own, "algo", model=model, spec=family.spec))
         replicas.append(Replica(own, differs, model, algorithm))
     first = replicas[0]
     check_fit(config, names, family, first.model, first.algorithm)
@@ -171,5 +186,5 @@ def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
     algorithm = first.algorithm
     if placeholders:
         keys = {key.removeprefix("algo."): value for key, value in placeholders.items()}
-        algorithm = cast(Algorithm, build(first.config, "algo", first.model, family.spec, exchanged=keys))
+        algorithm = cast(Algorithm, build(first.config, "algo", exchanged=keys, model=first.model, spec=family.spec))
     return Experiment(config, names, family, replicas, algorithm, placeholders, device)

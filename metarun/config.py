@@ -212,44 +212,34 @@ def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def check_call(
-    group: str, name: str, signature: inspect.Signature, given: tuple[Any, ...], keys: Iterable[str]
-) -> None:
-    """Refuse a call that lacks an argument, or gives more than there is room for.
+def check_call(group: str, name: str, signature: inspect.Signature, keys: Iterable[str], given: Iterable[str]) -> None:
+    """Refuse a call that lacks an argument, or a key of the name of an argument that is given.
 
     Raises:
         UserError: the argument, and where to give it.
     """
-    by_position = {"task": "no argument", "model": "the spec", "algo": "the model and the spec"}[group]
-    try:
-        signature.bind_partial(*given)
-    except TypeError as error:
-        raise UserError(f"{group}: {name} must take {by_position} by position; add it to its arguments.") from error
-    bound = set(signature.bind_partial(*given).arguments)
-    named = {key for key in keys if key in signature.parameters}
-    if both := sorted(bound & named):
-        raise UserError(f"{group}.{both[0]} cannot be set: {name} is given {by_position} by position.")
+    if both := sorted(set(given) & set(keys)):
+        raise UserError(f"{group}.{both[0]} cannot be set: {name} is given its {both[0]}.")
+    named = {*keys, *given}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for parameter in signature.parameters.values():
         missing = parameter.default is parameter.empty and parameter.kind not in variadic
-        if missing and parameter.name not in bound | named:
+        if missing and parameter.name not in named:
+            known = {"task": "device and data_dir", "model": "spec", "algo": "model and spec"}[group]
             raise UserError(
                 f"{group}.{parameter.name} is missing: {name} needs it; give it in the YAML or as "
-                f"+{group}.{parameter.name}=VALUE."
+                f"+{group}.{parameter.name}=VALUE (what metarun gives by itself is called {known})."
             )
 
 
-def build(
-    config: DictConfig, group: str, *given: Any, exchanged: Mapping[str, Any] | None = None, **context: Any
-) -> Any:
+def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = None, **context: Any) -> Any:
     """Call the ``_target_`` of ``config[group]`` with its keys, each checked against the target's annotations.
 
     Args:
         config: the whole configuration.
         group: ``task``, ``model`` or ``algo``.
-        given: positional arguments before the keys.
         exchanged: other values for some keys, which are checked no more.
-        context: further arguments by name, for targets that take them.
+        context: further arguments by name, of which the target gets those that it takes.
 
     Raises:
         UserError: the target does not exist, or a key is unknown to it, of a wrong type or out of range.
@@ -271,8 +261,8 @@ def build(
         if key in hints and not _fits(value, hints[key]):
             raise UserError(f"{group}.{key} must be {_words(hints[key])}, not {value!r}.")
     context = {key: value for key, value in context.items() if key in signature.parameters or takes_any}
-    check_call(group, name, signature, given, [*keys, *context])
+    check_call(group, name, signature, keys, context)
     try:
-        return target(*given, **{**keys, **(exchanged or {})}, **context)
+        return target(**{**keys, **(exchanged or {})}, **context)
     except ValueError as error:
         raise UserError(f"{group}: {str(error).rstrip('.')}.") from error

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,13 +15,15 @@ from metarun.assemble import Experiment, Replica, sample_tasks
 from metarun.checks.family import check_tasks
 from metarun.checks.fingerprint import Fingerprint
 from metarun.checks.transduction import is_transductive
-from metarun.contracts import Algorithm, Family, Split, Task, Tree
+from metarun.contracts import Algorithm, Family, Loss, Report, Scores, Split, Task, Tree
 from metarun.engine import batch
 from metarun.engine.recording import release_gpu_memory
 from metarun.errors import UserError
 from metarun.nn.transforms import over_tasks
 from metarun.random import stream
-from metarun.results.observations import Observed
+from metarun.results.reports import Measured
+from metarun.targets.metric import Metric
+from metarun.targets.scoring import scores_in_test
 from metarun.tree import first_tasks, leaves, size, tree_map
 
 EPISODE_BLOCK = 50
@@ -55,20 +57,19 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
         yield first_tasks(block, count - first)
 
 
-def second_metric(experiment: Experiment) -> str | None:
-    """The name of the second metric of test tasks: the family's or, if it has none, the algorithm's."""
-    return experiment.family.spec.second_metric or experiment.algorithm.second_metric
+def metrics_of(experiment: Experiment) -> tuple[Metric, ...]:
+    """All metrics of test tasks: the family's, and those that only the algorithm has."""
+    return (*experiment.family.spec.metrics, *experiment.algorithm.metrics)
 
 
-def second_score(algorithm: Algorithm, family: Family) -> Callable[[Tree, Any, Tree], Tensor] | None:
-    """(theta, state, data of one task) → ``second_metric``, if there is one."""
-    if family.spec.second_metric is None:
-        return algorithm.second_score
+def in_test(algorithm: Algorithm, family: Family) -> Algorithm:
+    """``algorithm`` with the scores that the family gives in tests alone among its own."""
 
-    def score(theta: Tree, state: Any, data: Tree) -> Tensor:
-        return family.second_score(partial(algorithm.predict, theta, state), data)
+    def scores(theta: Tree, state: Any, data: Tree) -> Scores:
+        found = {} if algorithm.scores is None else algorithm.scores(theta, state, data)
+        return {**scores_in_test(family, partial(algorithm.predict, theta, state), data), **found}
 
-    return score
+    return algorithm._replace(scores=scores)
 
 
 NUMBERS_AT_ONCE = {"cpu": 4_000_000, "cuda": 64_000_000}
@@ -81,29 +82,30 @@ def evaluate(
     replica: Replica,
     theta: Tree,
     tasks: Iterable[Task],
-    second: bool = False,
+    testing: bool = False,
 ) -> batch.Evaluated:
-    """Losses and scores along adaptation, over blocks of tasks; second scores too if asked and if there are any.
+    """Losses and scores along adaptation, over blocks of tasks; every metric of a test if ``testing``.
 
     Raises:
         UserError: a GPU has no room for a single block.
     """
     algorithm, family, steps = replica.algorithm, experiment.family, experiment.config.eval.adapt_steps
-    scored_second = second_score(algorithm, family) if second else None
+    if testing:
+        algorithm = in_test(algorithm, family)
     rest = iter(tasks)
     first = next(rest)
     # Models make some dozen numbers of each number that they are given.
     inputs = 16 * (size(first.support) + size(first.query)) // len(next(leaves(first.query)))
     numbers = EPISODE_BLOCK * max(batch.adapted_parameters(algorithm, theta), inputs, 1)
     at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // numbers, 1)
-    if family.spec.control is not None:
+    if family.spec.offers("policy"):
         # An episode is many steps long: a block of them is large already.
         at_once = 1
     held, results = [first, *islice(rest, at_once - 1)], list[batch.Evaluated]()
     while held or (held := list(islice(rest, at_once))):
         try:
             together = tree_map(lambda *leaves: torch.cat(leaves), *held[:at_once])
-            results.append(batch.evaluate(algorithm, theta, together, family.loss, steps, scored_second))
+            results.append(batch.evaluate(algorithm, theta, together, experiment.loss, steps, testing))
             held = held[at_once:]
         except torch.cuda.OutOfMemoryError as error:
             if min(at_once, len(held)) == 1:
@@ -113,42 +115,63 @@ def evaluate(
                 ) from error
             at_once = min(at_once, len(held)) // 2
             release_gpu_memory()
-    columns = zip(*(result[1:] for result in results), strict=True)
-    return batch.Evaluated(results[0].adapt_steps, *(torch.cat(column).cpu() for column in columns))
+    return batch.Evaluated(
+        results[0].adapt_steps,
+        torch.cat([result.losses for result in results]).cpu(),
+        {name: torch.cat([result.scores[name] for result in results]).cpu() for name in results[0].scores},
+    )
 
 
 def better(experiment: Experiment, score: float, than: float) -> bool:
     """Whether a validation score beats another; NaN beats nothing."""
     if math.isnan(than):
         return not math.isnan(score)
-    return score > than if experiment.family.spec.higher_is_better else score < than
+    return score > than if experiment.family.spec.metrics[0].higher_is_better else score < than
 
 
 def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[Task]) -> tuple[Tree, float, float]:
     """The best of the algorithm's candidates for ``theta``, with its validation loss and score."""
     chosen, loss, score = theta, math.nan, math.nan
+    metric = experiment.family.spec.metrics[0].name
     for candidate in replica.algorithm.candidates(theta):
         scored = evaluate(experiment, replica, candidate, tasks)
-        candidate_loss, candidate_score = scored.losses[:, -1].mean().item(), scored.scores[:, -1].mean().item()
+        candidate_loss, candidate_score = scored.losses[:, -1].mean().item(), scored.scores[metric][:, -1].mean().item()
         if better(experiment, candidate_score, score):
             chosen, loss, score = candidate, candidate_loss, candidate_score
     return chosen, loss, score
 
 
-def observe(experiment: Experiment, index: int, theta: Tree) -> Observed:
-    """What the algorithm of the ``index``-th replica shows of the test episodes."""
+def reports_of(experiment: Experiment, index: int) -> list[Report]:
+    """What is shown of test tasks besides scores: by the algorithm of the ``index``-th replica, and by the family.
+
+    Each measures by (theta, task, loss, adaptation steps).
+    """
+    algorithm, family = experiment.replicas[index].algorithm, experiment.family
+    found = [] if algorithm.report is None else [algorithm.report]
+    own: Report | None = getattr(family, "report", None)
+    if own is not None:
+        measure = own.measure
+
+        def of_family(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
+            state = batch.adapted(algorithm, theta, task.support, loss, steps)
+            return measure(partial(algorithm.predict, theta, state), task)
+
+        found.append(own._replace(measure=of_family))
+    return found
+
+
+def measured(experiment: Experiment, index: int, theta: Tree, report: Report) -> Measured:
+    """A report's numbers of the test episodes."""
     family, eval_config = experiment.family, experiment.config.eval
-    observation = experiment.replicas[index].algorithm.observation
-    assert observation is not None
     numbers, groups = [], list[str]()
     for block in episodes(experiment, "test", eval_config.episodes):
-        measured = over_tasks(
-            lambda task: observation.measure(theta, task, family.loss, eval_config.adapt_steps), block, training=False
+        found = over_tasks(
+            lambda task: report.measure(theta, task, experiment.loss, eval_config.adapt_steps), block, training=False
         )
-        numbers.append(measured.cpu())
-        names = family.spec.groups
-        groups += [names[i] for i in block.support["group"][:, 0].tolist()] if names else [""] * len(measured)
-    return Observed(index, observation.axes, observation.value, torch.cat(numbers).numpy(), groups)
+        numbers.append(found.cpu())
+        names = family.spec.facts.groups
+        groups += [names[i] for i in block.support["group"][:, 0].tolist()] if names else [""] * len(found)
+    return Measured(index, report.axes, report.value, torch.cat(numbers).numpy(), groups)
 
 
 def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
@@ -156,11 +179,11 @@ def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
     config, family, began = experiment.config, experiment.family, time.perf_counter()
     fingerprint = Fingerprint(family)
     blocks = fingerprint.over(episodes(experiment, "test", config.eval.episodes))
-    scored = evaluate(experiment, replica, theta, blocks, second=True)
+    scored = evaluate(experiment, replica, theta, blocks, testing=True)
     seconds = time.perf_counter() - began
     block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
     began = time.perf_counter()
-    timed = batch.adapt_and_score(replica.algorithm, theta, block, family.loss, config.eval.adapt_steps)
+    timed = batch.adapt_and_score(replica.algorithm, theta, block, experiment.loss, config.eval.adapt_steps)
     if experiment.device != "cpu":
         torch.cuda.synchronize(experiment.device)
     milliseconds = 1000 * (time.perf_counter() - began) / len(timed)

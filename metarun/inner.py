@@ -1,8 +1,8 @@
 """Learning from the support set of one task: gradient descent, fits of a head, and conditioning."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice, repeat
+from itertools import count, islice
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +12,9 @@ from metarun.contracts import Loss, Tree, Weights
 from metarun.nn.functional import Forward
 from metarun.nn.ops import channels_last
 from metarun.nn.transforms import gradient
+
+Update = Callable[[Weights, Weights, int], Weights]
+"""(weights, gradient of the support loss, number of the step) → the next weights."""
 
 
 def at_step(support: Tree, step: int) -> Tree:
@@ -27,27 +30,45 @@ def support_gradient(forward: Forward, weights: Weights, support: Tree, loss: Lo
     return cast(Weights, gradient(lambda w: loss(partial(forward, w), support)[0], weights))
 
 
+def inner_loop(state: Any, slope: Callable[[Any, int], Any], update: Callable[[Any, Any, int], Any]) -> Iterator[Any]:
+    """Yield the state before every step, without end: state ← update(state, slope(state, step), step)."""
+    for step in count():
+        yield state
+        state = update(state, slope(state, step), step)
+
+
+def descent(learning_rate: float | Tensor | Weights) -> Update:
+    """The update rule of gradient descent; the learning rate is a number, or one for each weight by name."""
+
+    def update(weights: Weights, slope: Weights, step: int) -> Weights:
+        rates = learning_rate if isinstance(learning_rate, dict) else dict.fromkeys(weights, learning_rate)
+        return {name: w - rates[name] * slope[name] for name, w in weights.items()}
+
+    return update
+
+
 def gradient_descent(
     forward: Forward,
     weights: Weights,
     support: Tree,
     loss: Loss,
-    learning_rates: Iterable[float | Tensor | Weights],
+    update: Update,
     first_order: bool = False,
 ) -> Iterator[Weights]:
-    """Yield the weights before every step of gradient descent on the support loss, one for each learning rate.
+    """Yield the weights before every step on the gradient of the support loss, without end.
 
-    A learning rate is a number, or one for each weight by name.
+    ``update`` makes the next weights of the present ones, their gradient and the step's number: ``descent``, or a rule
+    of the caller's.
 
     With ``first_order`` the gradient counts as a constant: it is taken at detached weights, which saves the
     graph, while the path from the old weights to the new ones stays.
     """
-    for step, learning_rate in enumerate(learning_rates):
-        yield weights
+
+    def slope(weights: Weights, step: int) -> Weights:
         start = {name: w.detach() for name, w in weights.items()} if first_order else weights
-        slope = support_gradient(forward, start, at_step(support, step), loss)
-        rates = learning_rate if isinstance(learning_rate, dict) else dict.fromkeys(weights, learning_rate)
-        weights = {name: w - rates[name] * slope[name] for name, w in weights.items()}
+        return support_gradient(forward, start, at_step(support, step), loss)
+
+    return inner_loop(weights, slope, update)
 
 
 def part_descent(
@@ -65,7 +86,7 @@ def part_descent(
     def partly(weights: Weights, x: Any) -> Tensor:
         return forward({**still, **weights}, x)
 
-    return gradient_descent(partly, part, support, loss, repeat(learning_rate), first_order)
+    return gradient_descent(partly, part, support, loss, descent(learning_rate), first_order)
 
 
 def keep_support(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
@@ -106,7 +127,7 @@ def fit_head(
     fit: Fit, read_out: Forward, start: Weights, z: Tensor, learning_rate: float | Tensor
 ) -> Iterator[Weights]:
     """Heads along gradient descent on features ``z`` of the support set of ``fit``, from ``start``."""
-    return gradient_descent(lambda w, x: read_out(w, z), start, fit.support, fit.loss, repeat(learning_rate))
+    return gradient_descent(lambda w, x: read_out(w, z), start, fit.support, fit.loss, descent(learning_rate))
 
 
 def answer(

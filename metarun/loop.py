@@ -176,7 +176,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
         UserError: the loss is no longer finite, or no validation score was a number.
         Interrupted: on SIGINT or SIGTERM, after writing a checkpoint.
     """
-    train, metric = experiment.config.train, experiment.family.spec.metric
+    train, metric = experiment.config.train, experiment.family.spec.metrics[0].name
     meta_step = MetaStep(experiment)
     training = restore(experiment, meta_step, directory) if resume else start(meta_step)
     steps = train.steps if experiment.algorithm.meta_learns and meta_step.layout.size else 0

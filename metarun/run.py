@@ -17,11 +17,11 @@ from metarun.engine.batch import adapted_parameters
 from metarun.engine.process import peak_memory_mb, reset_peak_memory, settings_of
 from metarun.engine.replicas import label
 from metarun.errors import UserError
-from metarun.evaluation import Tested, meta_test, observe, second_metric
+from metarun.evaluation import Tested, measured, meta_test, metrics_of, reports_of
 from metarun.loop import meta_train
-from metarun.results.observations import described, plot_observed, write_observed
 from metarun.results.plots import plot_adaptation, plot_training
-from metarun.results.tables import format_score, format_score_ci, write_episodes, write_results
+from metarun.results.reports import described, plot_measured, write_measured
+from metarun.results.tables import SEPARATOR, write_episodes, write_results
 from metarun.state import Best, Training
 from metarun.tree import learned, leaves, size
 
@@ -37,24 +37,26 @@ def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, 
     return {
         "run": run,
         "algo": experiment.names["algo"],
-        "family": experiment.algorithm.family,
+        "family": experiment.algorithm.approach,
         "task": experiment.names["task"],
         "dataset": experiment.family.dataset,
         "model": experiment.names["model"],
         "seed": config.seed,
-        "ways": spec.ways,
-        "shots": spec.shots,
-        "queries": spec.queries,
-        "metric": spec.metric,
+        "ways": spec.sizes.ways,
+        "shots": spec.sizes.shots,
+        "queries": spec.sizes.queries,
+        "metric": spec.metrics[0].name,
         "meta_batch": config.train.meta_batch,
         "device": torch.cuda.get_device_name(experiment.device) if experiment.device != "cpu" else "cpu",
         "torch_version": torch.__version__,
         "metarun_version": metarun.__version__,
         "config_hash": config_hash(config),
-        "higher_is_better": spec.higher_is_better,
+        "higher_is_better": spec.metrics[0].higher_is_better,
         "precision": config.train.precision.name,
         "replica": index,
         "varied": label(replica.differs),
+        "metrics": SEPARATOR.join(metric.name for metric in metrics_of(experiment)),
+        "percent": SEPARATOR.join(metric.name for metric in metrics_of(experiment) if metric.percent),
     }
 
 
@@ -62,9 +64,13 @@ def measured_columns(
     experiment: Experiment, replica: Replica, training: Training, best: Best, tested: Tested
 ) -> dict[str, Any]:
     """The columns of ``result.csv`` that a finished replica adds; times are those of all replicas together."""
-    theta, scores, steps = best.theta, tested.scored.scores, tested.scored.adapt_steps
-    second_name = second_metric(experiment)
-    second = tested.scored.second_scores[:, -1] if second_name else None
+    theta, steps = best.theta, tested.scored.adapt_steps
+    metrics = metrics_of(experiment)
+    scores = tested.scored.scores[metrics[0].name]
+    further: dict[str, Any] = {}
+    for metric in metrics[1:]:
+        last = tested.scored.scores[metric.name][:, -1]
+        further |= {metric.name: last.mean().item(), f"{metric.name}_ci95": confidence(last).item()}
     trained_tasks = training.step * experiment.config.train.meta_batch * len(experiment.replicas)
     return {
         "status": "completed",
@@ -72,9 +78,7 @@ def measured_columns(
         "score_before": scores[:, 0].mean().item() if steps[0] == 0 < steps[-1] else None,
         "score": scores[:, -1].mean().item(),
         "ci95": confidence(scores)[-1].item(),
-        "second_metric": second_name,
-        "second_score": None if second is None else second.mean().item(),
-        "second_ci95": None if second is None else confidence(second).item(),
+        **further,
         "n_episodes": len(scores),
         "episodes_hash": tested.episodes_hash,
         "transductive": tested.transductive,
@@ -104,16 +108,14 @@ def confidence(scores: Tensor) -> Tensor:
 def setting_of(experiment: Experiment) -> str:
     """Ways and shots in words."""
     spec = experiment.family.spec
-    return f"{spec.ways}-way {spec.shots}-shot" if spec.ways else f"{spec.shots}-shot"
+    return f"{spec.sizes.ways}-way {spec.sizes.shots}-shot" if spec.sizes.ways else f"{spec.sizes.shots}-shot"
 
 
 def report(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
-    """Print a replica's row for people."""
-    spec, metric = experiment.family.spec, row["metric"]
-    before = (
-        "no score without a support set" if row["score_before"] is None else format_score(row["score_before"], metric)
-    )
-    steps, scores = row["adapt_steps"], tested.scored.scores
+    """Print a replica's row."""
+    metric, *further = metrics_of(experiment)
+    before = "no score without a support set" if row["score_before"] is None else metric.text(row["score_before"])
+    steps, scores = row["adapt_steps"], tested.scored.scores[metric.name]
     after = "after the support set" if row["score_before"] is None else f"after {steps} step{'s' * (steps != 1)}"
     log.info("")
     log.info(
@@ -129,28 +131,28 @@ def report(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
     if steps == 0:
         after = "without a support set"
     else:
-        log.info("  %s before adaptation   %s", metric, before)
+        log.info("  %s before adaptation   %s", metric.name, before)
     log.info(
         "  %s %s   %s   (95 %% CI over episodes)",
-        metric,
+        metric.name,
         after,
-        format_score_ci(row["score"], row["ci95"], metric),
+        metric.interval(row["score"], row["ci95"]),
     )
-    if second := row["second_metric"]:
-        log.info("  %s %s   %s", second, after, format_score_ci(row["second_score"], row["second_ci95"], second))
+    for other in further:
+        log.info("  %s %s   %s", other.name, after, other.interval(row[other.name], row[f"{other.name}_ci95"]))
     diverged = int((~scores[:, -1].isfinite()).sum())
     if diverged:
         log.warning("  %d of %d episodes diverged: their score is not a number", diverged, row["n_episodes"])
     if len(tested.scored.adapt_steps) > 1:
         change = scores[:, -1] - scores[:, 0]
-        worse = int(((change < 0) if spec.higher_is_better else (change > 0)).sum())
+        worse = int(((change < 0) if metric.higher_is_better else (change > 0)).sum())
         if worse:
             log.info("  %d of %d episodes score worse after adaptation than before", worse, row["n_episodes"])
     log.info(
         "  step %s of %s selected by validation (%s), trained in %.0f s, tested in %.1f s",
         row["selected_step"],
         row["meta_steps"],
-        format_score(row["val_score"], metric),
+        metric.text(row["val_score"]),
         row["train_seconds"],
         row["test_seconds"],
     )
@@ -160,36 +162,36 @@ def write_pictures(
     experiment: Experiment, training: Training, finished: list[tuple[dict[str, Any], Tested]], directory: Path
 ) -> None:
     """``training.png`` and ``adaptation.png``, a line for each replica that finished."""
-    first = finished[0][0]
+    first, metric = finished[0][0], experiment.family.spec.metrics[0]
     title = f"{first['algo']} on {first['task']}"
     if len(finished) == 1:
         title += f", {first['varied'] or 'seed ' + str(first['seed'])}"
     if training.step:
         curves = [(row["varied"], training.rows[row["replica"]], row["selected_step"]) for row, _ in finished]
-        plot_training(directory / "training.png", title, first["metric"], curves)
+        plot_training(directory / "training.png", title, metric, curves)
     lines = []
     for row, tested in finished:
-        scores = tested.scored.scores
+        scores = tested.scored.scores[metric.name]
         lines.append((row["varied"], scores.mean(0).tolist(), confidence(scores).tolist()))
     steps = finished[0][1].scored.adapt_steps
-    plot_adaptation(directory / "adaptation.png", title, first["metric"], steps, lines)
+    plot_adaptation(directory / "adaptation.png", title, metric, steps, lines)
 
 
-def write_observations(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:
-    """What the algorithm shows beside its scores, if anything: a table of all replicas, a picture and lines of one."""
-    observation = experiment.algorithm.observation
-    if observation is None:
-        return
-    observed = [observe(experiment, index, theta) for index, theta in thetas]
-    write_observed(directory / f"{observation.name}.csv", observed)
+def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:
+    """What is shown besides scores, if anything: a table of all replicas, a picture and lines of the first."""
     title = f"{experiment.names['algo']} on {experiment.names['task']}"
-    if len(observed) > 1:
-        first = label(experiment.replicas[observed[0].replica].differs)
-        title += f", {first}"
-        log.info("  of %s:", first)
-    plot_observed(directory / f"{observation.name}.png", title, observed[0])
-    for line in described(observed[0]):
-        log.info("  %s", line)
+    if len(thetas) > 1:
+        title += f", {label(experiment.replicas[thetas[0][0]].differs)}"
+    of_replicas = [
+        [(report.name, measured(experiment, index, theta, report)) for report in reports_of(experiment, index)]
+        for index, theta in thetas
+    ]
+    for reports in zip(*of_replicas, strict=True):
+        (name, first), numbers = reports[0], [numbers for _, numbers in reports]
+        write_measured(directory / f"{name}.csv", numbers)
+        plot_measured(directory / f"{name}.png", title, first)
+        for line in described(first):
+            log.info("  %s", line)
 
 
 def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
@@ -225,19 +227,23 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
         except BaseException as error:
             if not (directory / "result.csv").exists():
                 stopped = type(error).__name__ in ("Interrupted", "KeyboardInterrupt")
-                write_results(directory, [row | {"status": "interrupted" if stopped else "failed"} for row in rows])
+                write_results(
+                    directory,
+                    [row | {"status": "interrupted" if stopped else "failed"} for row in rows],
+                    metrics_of(experiment),
+                )
             raise
         scored = [(row["replica"], tested.scored) for row, tested in finished]
-        write_episodes(directory, scored, second_metric(experiment) is not None)
-        write_results(directory, rows)
+        write_episodes(directory, scored, metrics_of(experiment))
+        write_results(directory, rows, metrics_of(experiment))
         write_pictures(experiment, training, finished, directory)
         for row, tested in finished:
             report(experiment, row, tested)
         thetas = [(row["replica"], training.best[row["replica"]]) for row, _ in finished]
-        write_observations(experiment, [(index, best.theta) for index, best in thetas if best], directory)
+        write_reports(experiment, [(index, best.theta) for index, best in thetas if best], directory)
         for row in rows:
             if row["status"] == "failed":
                 log.warning("  %s diverged and has no score; lower its step size, or set train.clip=1", row["varied"])
         log.info("  files: %s", directory)
         scores: list[float] = [row["val_score"] for row, _ in finished]
-        return max(scores) if experiment.family.spec.higher_is_better else min(scores)
+        return max(scores) if experiment.family.spec.metrics[0].higher_is_better else min(scores)

@@ -26,9 +26,9 @@ class ResNet12(nn.Module):
 
     def __init__(self, spec, widths=(4, 6, 8, 10), **of_another_model):
         super().__init__()
-        channels = (spec.input_shape[0], *widths)
+        channels = (spec.inputs.shape[0], *widths)
         self.trunk = Residual(nn.ModuleList(block(a, b, 0.1) for a, b in pairwise(channels)))
-        self.head = nn.Linear(widths[-1], spec.outputs)
+        self.head = nn.Linear(widths[-1], spec.target.outputs)
 
     def forward(self, x):
         return self.head(self.trunk(x))
@@ -73,7 +73,7 @@ class Sentences(nn.Module):
     def __init__(self, spec, body, width, **of_another_model):
         super().__init__()
         self.trunk = Words(spec, {"gpt": GPTLayer, "encoder": encoder, "lstm": lstm}[body](width), width)
-        self.head = nn.Linear(width, spec.outputs)
+        self.head = nn.Linear(width, spec.target.outputs)
 
     def forward(self, x):
         return self.head(self.trunk(x))
@@ -82,8 +82,8 @@ class Sentences(nn.Module):
 class Words(nn.Module):
     def __init__(self, spec, body, width):
         super().__init__()
-        self.words = spec.tokens.word_columns
-        self.table = nn.Embedding(spec.tokens.ids, width, padding_idx=0)
+        self.words = spec.inputs.word_columns
+        self.table = nn.Embedding(spec.inputs.ids, width, padding_idx=0)
         self.body = body
 
     def forward(self, x):

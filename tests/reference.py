@@ -197,3 +197,8 @@ def ridge_gradient(features, weights, solver, tasks, kind):
     everything = [*leaves.values(), *learned.values()]
     gradients = iter(torch.autograd.grad(total, everything))
     return {name: next(gradients) for name in leaves}, {name: next(gradients) for name in learned}
+
+
+def kind_of(family):
+    """What ``supervised_loss`` calls the kind of target of a family."""
+    return "classification" if family.spec.offers("classes") else "regression"

@@ -2,7 +2,9 @@
 
 import torch
 
-from metarun.contracts import Spec, Task
+from metarun.contracts import Numbers, Sizes, Spec, Task
+from metarun.targets.classes import ACCURACY, Classes
+from metarun.targets.real import MSE, Real
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -28,13 +30,13 @@ class Quadratic(torch.nn.Module):
 def quadratic_loss(predict, data):
     """½‖w − c‖²: gradient w − c, Hessian the identity."""
     loss = 0.5 * (predict(None) - data["c"]).square().sum()
-    return loss, loss.detach()
+    return loss, {"mse": loss.detach()}
 
 
 def linear_loss(predict, data):
     """wᵀc: the Hessian is zero."""
     loss = predict(None) @ data["c"]
-    return loss, loss.detach()
+    return loss, {"mse": loss.detach()}
 
 
 def centres(tasks: int = 4, size: int = 3) -> Task:
@@ -43,9 +45,31 @@ def centres(tasks: int = 4, size: int = 3) -> Task:
     return Task({"c": c}, {"c": c})
 
 
-QUADRATIC_SPEC = Spec("regression", (1,), 3, "loss", False, 1, 1)
+def number_spec(shape, outputs, shots, queries) -> Spec:
+    """Of a family whose targets are numbers."""
+    return Spec(Numbers(shape), Real(outputs), Sizes(shots, queries), (MSE,))
 
-IMAGE_SPEC = Spec("classification", (1, 16, 16), 3, "accuracy", True, 2, 4, 3, 3, 12)
+
+def class_spec(shape, ways, shots, queries, train_ways=None, training_classes=None) -> Spec:
+    """Of a family whose targets are classes."""
+    sizes = Sizes(shots, queries, ways, train_ways, training_classes)
+    return Spec(Numbers(shape), Classes(ways), sizes, (ACCURACY,))
+
+
+QUADRATIC_SPEC = number_spec((1,), 3, 1, 1)
+IMAGE_SPEC = class_spec((1, 16, 16), 3, 2, 4, 3, 12)
+
+
+def classification_loss(predict, data):
+    """Cross-entropy and accuracy."""
+    output, target = predict(data["x"]), Classes(data["y"].shape[-1])
+    return target.loss(output, data), target.scores(output, data)
+
+
+def regression_loss(predict, data):
+    """Mean squared error, twice."""
+    output, target = predict(data["x"]), Real(data["y"].shape[-1])
+    return target.loss(output, data), target.scores(output, data)
 
 
 class TinyImages:
@@ -55,9 +79,6 @@ class TinyImages:
     dataset = "tiny"
 
     def __init__(self, fixed_labels=False):
-        from metarun.tasks.supervised import classification_loss
-
-        self.loss = classification_loss
         self.fixed_labels = fixed_labels
         self.patterns = torch.randn(12, 1, 16, 16, generator=generator(7))
 

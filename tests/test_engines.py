@@ -25,6 +25,7 @@ from metarun.errors import UserError
 from metarun.loop import rates_of, training_tasks
 from metarun.nn.ops import channels_last
 from metarun.run import run
+from metarun.targets.scoring import loss_of
 from metarun.tree import leaves, tree_map
 
 TINY = ("train.steps=50", "train.meta_batch=4", "train.clip=0.5", "train.weight_decay=0.01", "train.schedule=cosine")
@@ -186,7 +187,7 @@ def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, why, caplog):
     experiment = experiment_of("engine=replay", *TINY)
     first, spec = experiment.replicas[0], experiment.family.spec
     model = Detour(spec) if kind == "detour" else first.model
-    algorithm = maml(model, spec) if kind == "detour" else reading(first.algorithm)
+    algorithm = maml(model) if kind == "detour" else reading(first.algorithm)
     replicas = [Replica(first.config, first.differs, model, algorithm)]
     experiment = replace(experiment, replicas=replicas, algorithm=algorithm)
     with caplog.at_level(logging.INFO):
@@ -301,12 +302,12 @@ def test_replicas_that_cannot_be_are_refused(over, words):
 
 def deaf(model, spec, inner_lr: float = 0.1):
     """MAML that makes a plain number of its step size, so that a replica's own cannot reach it."""
-    return maml(model, spec, float(inner_lr))
+    return maml(model, float(inner_lr))
 
 
 def branching(model, spec, inner_lr: float = 0.1):
     """MAML whose loss depends on whether its step size is large."""
-    found = maml(model, spec, inner_lr)
+    found = maml(model, inner_lr)
 
     def predict(theta, state, x):
         return found.predict(theta, state, x) * (2 if inner_lr > 0.05 else 1)
@@ -380,11 +381,11 @@ def test_a_meta_gradient_reads_no_value_and_mixes_no_devices(name):
     experiment = setting(name)
     model, family = experiment.model.to("meta"), experiment.family
     algorithm = build(experiment.config, "algo", model, family.spec)
-    theta = algorithm.init(model, torch.Generator())
+    theta = algorithm.init(torch.Generator())
     tasks = sampled(family, "train", 2, torch.Generator())
     there = tree_map(lambda leaf: leaf.to("meta"), tasks)
-    found = meta_gradient(algorithm, tree_map(lambda leaf: leaf.to("meta"), theta), there, family.loss)
-    assert {leaf.device.type for leaf in (*leaves(found.grads), found.loss, found.score)} == {"meta"}
+    found = meta_gradient(algorithm, tree_map(lambda leaf: leaf.to("meta"), theta), there, loss_of(family))
+    assert {leaf.device.type for leaf in (*leaves(found.grads), found.loss, *found.scores.values())} == {"meta"}
 
 
 def test_channels_last_changes_the_layout_alone():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import composed, experiment_of
 from omegaconf import OmegaConf
-from scenarios import TinyImages
+from scenarios import TinyImages, classification_loss, regression_loss
 from torch.nn.functional import one_hot
 
 from metarun import loop
@@ -16,14 +16,15 @@ from metarun.assemble import Replica, build_model
 from metarun.checks.diagnosis import blame
 from metarun.checks.family import check_family, check_tasks
 from metarun.config import build
-from metarun.contracts import Control, Spec, Task, Tokens
+from metarun.contracts import Facts, Moments, Numbers, Sizes, Spec, Task, Tokens
 from metarun.errors import UserError
 from metarun.evaluation import episodes
 from metarun.random import stream
 from metarun.run import run
 from metarun.state import start
+from metarun.targets.actions import RETURN, Actions
+from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.sinusoid import Sinusoid
-from metarun.tasks.supervised import classification_loss, regression_loss
 
 QUICK = ("train.steps=2", "train.meta_batch=2", "train.eval_every=1", "train.val_episodes=4", "eval.episodes=4")
 
@@ -33,8 +34,10 @@ class Points:
 
     dataset = "points"
 
-    def __init__(self, shots=1, queries=1, spoil=None, better="higher", **spec):
-        self.spec = Spec("classification", (2,), 5, "accuracy", better == "higher", shots, queries, 5, **spec)
+    def __init__(self, shots=1, queries=1, spoil=None, better="higher", inputs=Numbers((2,)), training_classes=None, groups=None):
+        metric = ACCURACY._replace(higher_is_better=better == "higher")
+        sizes = Sizes(shots, queries, 5, training_classes=training_classes)
+        self.spec = Spec(inputs, Classes(5), sizes, (metric,), Facts(groups=groups))
         self.spoil = spoil or (lambda tasks, split: tasks)
 
     def sample(self, split, count, generator):
@@ -44,7 +47,7 @@ class Points:
             x = means.repeat(1, examples, 1) + 0.1 * torch.randn(count, 5 * examples, 2, generator=generator)
             return {"x": x, "y": one_hot(torch.arange(5).repeat(examples), 5).float().expand(count, -1, -1)}
 
-        return self.spoil(Task(part(self.spec.shots), part(self.spec.queries)), split)
+        return self.spoil(Task(part(self.spec.sizes.shots), part(self.spec.sizes.queries)), split)
 
     def loss(self, predict, data):
         return classification_loss(predict, data)
@@ -104,7 +107,7 @@ def nan_at(leaf):
         (changed("support", y=lambda y: y[:, [0, 0, 1, 2, 3]]), r'test support\["y"\] lacks a class'),
         (changed("support", x=lambda x: x.double()), r'test support\["x"\] is of torch.float64'),
         (changed("support", x=lambda x: (255 * x).to(torch.uint8)), r'test support\["x"\] is of torch.uint8'),
-        (changed("support", x=lambda x: x[..., 0]), r'test support\["x"\] has the shape .*spec.input_shape is \(2,\)'),
+        (changed("support", x=lambda x: x[..., 0]), r'test support\["x"\] has the shape .*spec.inputs.shape is \(2,\)'),
         (changed("query", x=lambda x: x[:, :4]), r"test query has 4 examples per task, and 5 ways with 1 each make 5"),
         (changed("query", y=lambda y: y[:, :4]), r'test query\["y"\] has shape .*where x has 5 examples'),
         (changed("query", x=lambda x: x[:3]), r'test query\["x"\] .* first axis must be the 6 tasks'),
@@ -142,7 +145,7 @@ def test_a_regression_target_without_its_axis_is_refused():
     """``[n]`` against outputs ``[n, 1]`` would be a mean over n² pairs."""
     with pytest.raises(UserError, match=r'val query\["y"\] has shape \[tasks, examples\].*y\[\.\.\., None\]'):
         check_tasks(*regression(y=lambda y: y[..., 0]), "val", 3, "cpu")
-    with pytest.raises(UserError, match=r"must hold targets \[tasks, examples, 1\].*spec.outputs"):
+    with pytest.raises(UserError, match=r"must hold targets \[tasks, examples, 1\].*spec.target.outputs"):
         check_tasks(*regression(y=lambda y: y.repeat(1, 1, 2)), "val", 3, "cpu")
 
 
@@ -155,15 +158,14 @@ def test_classes_groups_and_token_ids_outside_their_range_are_refused():
         (Points(spoil=with_leaf(**{"class": torch.zeros(2, 5, 1).long()})), "a whole number for each example"),
         (Points(spoil=with_leaf(group=torch.full((2, 5), 2)), groups=("a", "b")), "from 0 to 1, not 2 to 2"),
         (Points(groups=("a", "b")), 'lacks the leaf "group"'),
-        (Points(spoil=with_leaf(x=torch.full((2, 5, 2), 9)), tokens=Tokens(9, 5, 3, torch.ones(9))), "from 0 to 8"),
+        (Points(spoil=with_leaf(x=torch.full((2, 5, 2), 9)), inputs=Tokens(2, 9, 5, 3, torch.ones(9))), "from 0 to 8"),
     ):
         with pytest.raises(UserError, match=words):
             check_tasks(family.sample("train", 2, stream(0, "train")), family.spec, "train", 2, "cpu")
 
 
 def test_control_tasks_hold_as_many_episodes_as_the_spec_says():
-    control = Control("mine", True, 3)
-    spec = Spec("control", (2,), 2, "return", True, 4, 5, control=control)
+    spec = Spec(Moments(2, "mine", 3), Actions(2, continuous=True), Sizes(4, 5), (RETURN,))
 
     def tasks(goal, noise):
         return Task(*({"goal": torch.ones(2, goal, 2), "noise": torch.ones(2, noise, 3, 2)} for _ in range(2)))
@@ -183,7 +185,7 @@ def experiment():
 def of_family(experiment, family, algo="maml"):
     config, _ = composed(*QUICK, f"algo={algo}", "task=omniglot", "task.dataset=procedural", "model=mlp")
     model = build_model(config, family)
-    algorithm = build(config, "algo", model, family.spec)
+    algorithm = build(config, "algo", model=model, spec=family.spec)
     replicas = [Replica(config, {}, model, algorithm)]
     return replace(experiment, config=config, family=family, replicas=replicas, algorithm=algorithm)
 
@@ -227,7 +229,7 @@ class WithoutMean(Points):
         (Expanded, "the same test task again and again"),
         (Leaking, "every query example of a test task stands in its support set"),
         (WithoutMean, r"the loss of a task must be a single number.*not \[5\]"),
-        (lambda: Points(better="lower"), "higher_is_better must be true"),
+        (lambda: Points(better="lower"), "differ in whether a higher accuracy is better"),
     ],
 )
 def test_families_whose_numbers_would_mean_nothing_are_refused(experiment, family, words):
@@ -236,7 +238,7 @@ def test_families_whose_numbers_would_mean_nothing_are_refused(experiment, famil
 
 
 def test_a_family_of_ones_own_runs_and_need_not_name_the_ways_of_training(experiment, tmp_path):
-    assert Plain().spec.train_ways is None
+    assert Plain().spec.sizes.train_ways is None
     check(of_family(experiment, Plain(), "protonet"))
     assert 0 <= runs("test_family_check.Plain", tmp_path) <= 1
 

@@ -5,16 +5,17 @@ import torch
 from scenarios import IMAGE_SPEC, generator
 from torch import nn
 
-from metarun.contracts import Seen, Spec, Tokens
+from metarun.contracts import Seen, Sizes, Spec, Tokens
 from metarun.models.conv4 import Conv4
 from metarun.models.policy import GRUPolicy, happened
 from metarun.models.supernet import MixedConvolution, SupernetConv
 from metarun.models.text import TextCNN, TextTransformer
+from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.bandit import Bandit
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-TEXT_SPEC = Spec("classification", (9,), 4, "accuracy", True, 1, 1, 4, tokens=Tokens(20, 12, 6, torch.ones(20)))
+TEXT_SPEC = Spec(Tokens(9, 20, 12, 6, torch.ones(20)), Classes(4), Sizes(1, 1, 4), (ACCURACY,))
 SENTENCES = torch.tensor([[3, 7, 7, 11, 0, 0, 15, 18, 0], [5, 0, 0, 0, 0, 0, 19, 0, 0], [1, 2, 3, 4, 5, 6, 12, 13, 14]])
 
 
@@ -87,7 +88,7 @@ def test_a_gated_unit_equals_torchs_own_where_the_candidate_is_diagonal():
             "bias_hh_l0": torch.zeros(18),
         }
     )
-    observation = torch.randn(4, 2, *spec.input_shape, generator=generator())
+    observation = torch.randn(4, 2, *spec.inputs.shape, generator=generator())
     action = nn.functional.one_hot(torch.randint(3, (4, 2), generator=generator(1)), 3).double()
     reward, done = (torch.randint(2, (4, 2, 1), generator=generator(n)).double() for n in (2, 3))
     seen = Seen(observation, action, reward, done, torch.zeros(4, 2, dtype=torch.long))

@@ -4,24 +4,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import experiment_of
-from scenarios import generator
+from scenarios import class_spec, classification_loss, generator
 from test_torch_modules import WAYS, First, Model, found
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from metarun.algos.agnostic.maml import maml
-from metarun.contracts import Spec, Task
+from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.loop import meta_train
 from metarun.nn.functional import forward_of
 from metarun.nn.transforms import plainly
 from metarun.random import drawing, fold, uniform
-from metarun.tasks.supervised import classification_loss
 from metarun.tree import leaves, tree_map
 
-SPEC = Spec("classification", (6,), WAYS, "accuracy", True, 2, 2, WAYS, WAYS)
+SPEC = class_spec((6,), WAYS, 2, 2, WAYS, WAYS)
 FLAT, SEQUENCE = (6,), (5, 6)
 
 
@@ -57,8 +56,8 @@ RANDOM = {
 def test_random_layers_are_the_same_under_every_engine_and_off_in_test(name):
     shape, make = RANDOM[name]
     model, tasks = Model(shape, make()).train(), tasks_of(shape)
-    algorithm = maml(model, SPEC, inner_lr=0.1, inner_steps=2)
-    theta = algorithm.init(model, generator())
+    algorithm = maml(model, inner_lr=0.1, inner_steps=2)
+    theta = algorithm.init(generator())
     eager, *others = (
         list(leaves(found(engine, algorithm, theta, tasks))) for engine in ("eager", "replay", "replicas")
     )
@@ -76,8 +75,8 @@ def test_random_layers_are_the_same_under_every_engine_and_off_in_test(name):
 def test_dropout_equals_masks_from_the_task_s_seed():
     """The meta-gradient of one step against autograd with masks that are written out."""
     model, tasks = Model(FLAT, nn.Dropout(0.4)).train(), tasks_of(FLAT)
-    algorithm = maml(model, SPEC, inner_lr=0.1)
-    theta = algorithm.init(model, generator())
+    algorithm = maml(model, inner_lr=0.1)
+    theta = algorithm.init(generator())
     weights = {n: w.clone().requires_grad_() for n, w in theta["weights"].items()}
 
     def loss(weights, data, mask):
@@ -113,7 +112,7 @@ class HalfFrozen(nn.Module):
 
     def __init__(self, spec, **of_another_model):
         super().__init__()
-        self.trunk = nn.Linear(*spec.input_shape, 40).requires_grad_(False)
+        self.trunk = nn.Linear(*spec.inputs.shape, 40).requires_grad_(False)
         self.head = nn.Linear(40, 1)
 
     def forward(self, x):
@@ -182,8 +181,8 @@ def test_a_buffer_that_is_written_is_refused(how):
 
 
 def prepared(model):
-    algorithm = maml(model, SPEC, inner_lr=0.1)
-    return algorithm, algorithm.init(model, generator())
+    algorithm = maml(model, inner_lr=0.1)
+    return algorithm, algorithm.init(generator())
 
 
 class Applied(nn.Module):

@@ -89,7 +89,7 @@ def built(target, group="task", given=(), **keys):
 
 
 def test_a_class_without_its_own_init_is_checked_by_its_parents():
-    assert built("Inherited", shots=3).spec.shots == 3
+    assert built("Inherited", shots=3).spec.sizes.shots == 3
     assert isinstance(built("Nothing"), Nothing)
     assert built("Pair", width=2) == Pair(2)
     with pytest.raises(UserError, match=r"task.shots must be a whole number, not 'three'"):
@@ -112,18 +112,18 @@ def test_a_call_that_cannot_be_made_says_which_argument_is_missing():
     assert built("needs_a_path", path="a") == "a"
     with pytest.raises(UserError, match=r"task.path is missing: .*needs_a_path needs it; .*\+task.path=VALUE"):
         built("needs_a_path")
-    with pytest.raises(UserError, match=r"model: .*Nothing must take the spec by position"):
-        built("Nothing", "model", given=(None,))
-    with pytest.raises(UserError, match=r"model.path cannot be set: .* is given the spec by position"):
-        built("needs_a_path", "model", given=(None,), path="a")
+    with pytest.raises(UserError, match=r"path is missing: .*what metarun gives by itself is called spec"):
+        built("needs_a_path", "model", given={"spec": None})
+    with pytest.raises(UserError, match=r"model.path cannot be set: .* is given its path"):
+        built("needs_a_path", "model", given={"path": None}, path="a")
 
 
 PLUGIN = """
 from metarun.algos.agnostic.maml import maml
 
 
-def twice(model, spec, inner_lr: float = 0.1, steps: int = 2):
-    return maml(model, spec, inner_lr, inner_steps=steps)
+def twice(model, inner_lr: float = 0.1, steps: int = 2):
+    return maml(model, inner_lr, inner_steps=steps)
 """
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from scenarios import generator
+from scenarios import class_spec, classification_loss, generator
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,10 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.agnostic.reptile import reptile
 from metarun.algos.dependent.protonet import protonet
-from metarun.contracts import Spec, Task
+from metarun.contracts import Task
 from metarun.engine.batch import meta_gradient
 from metarun.engine.recording import Recording
-from metarun.tasks.supervised import classification_loss
 from metarun.tree import tree_map
 
 WAYS, SHOTS, QUERIES, TASKS = 3, 2, 2, 3
@@ -351,12 +350,12 @@ CASES = [
 def test_meta_gradient_equals_plain_autograd(name, algo, engine):
     kind, steps, factory = ALGORITHMS[algo]
     model, tasks = built(name), tasks_for(name)
-    spec = Spec("classification", (6,), WAYS, "accuracy", True, SHOTS, QUERIES, WAYS, WAYS)
+    spec = class_spec((6,), WAYS, SHOTS, QUERIES, WAYS, WAYS)
     with sdpa_kernel(SDPBackend.MATH):
         expected = reference(built(name, own=True), tasks, kind, steps)
     before = [buffer.clone() for buffer in model.buffers()]
     algorithm = factory(model, spec)
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     gradients = found(engine, algorithm, theta, tasks)["weights"]
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
     for key, gradient in gradients.items():

@@ -28,6 +28,7 @@ from metarun.loop import meta_train, training_tasks
 from metarun.models.policy import GRUPolicy, Policy
 from metarun.nn.transforms import task_of
 from metarun.run import run
+from metarun.targets.scoring import loss_of
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.control import divergence
 from metarun.tasks.navigation import Navigation
@@ -96,19 +97,19 @@ def walks():
     torch.manual_seed(0)
     family = Navigation(horizon=7, shots=4, queries=5)
     model = Policy(family.spec, (4,), "tanh")
-    return family, model, maml(model, family.spec, 0.3, inner_steps=2)
+    return family, model, maml(model, 0.3, inner_steps=2)
 
 
 def pulls():
     torch.manual_seed(0)
     family = Bandit(arms=3, pulls=5, shots=2, queries=6, entropy=0.01)
     model = GRUPolicy(family.spec, width=4)
-    return family, model, rl2(model, family.spec)
+    return family, model, rl2(model)
 
 
 def problem(case):
-    family, model, algorithm = case()
-    theta = algorithm.init(model, generator())
+    family, _, algorithm = case()
+    theta = algorithm.init(generator())
     shape, weights = theta, torch.cat([leaf.flatten() for leaf in leaves(theta)])
     sizes = [leaf.numel() for leaf in leaves(theta)]
 
@@ -129,8 +130,8 @@ def test_episodes_are_those_of_adaptation_and_give_its_gradient(case):
     family, algorithm, theta_of, vector_of, weights, tasks = problem(case)
     theta = theta_of(weights)
     kept = with_kept_episodes(algorithm, family, theta, tasks)
-    fresh, again = (meta_gradient(algorithm, theta, t, family.loss) for t in (tasks, kept))
-    torch.testing.assert_close(again.score, fresh.score)
+    fresh, again = (meta_gradient(algorithm, theta, t, loss_of(family)) for t in (tasks, kept))
+    torch.testing.assert_close(again.scores, fresh.scores)
     torch.testing.assert_close(vector_of(again.grads), vector_of(fresh.grads))
     assert vector_of(fresh.grads).abs().max() > 1e-3
     assert mean_divergence(algorithm, family, theta, kept).abs() < 1e-12
@@ -186,12 +187,12 @@ def test_an_accepted_step_improves_the_surrogate_within_the_bound(case, episodes
     settings = SETTINGS._replace(cg_steps=10, cg_episodes=episodes, damping=1e-5)
     moved, result = trust_region_step(algorithm, family, theta_of, vector_of, settings, weights, tasks)
     kept = with_kept_episodes(algorithm, family, theta_of(weights), tasks)
-    before = meta_gradient(algorithm, theta_of(weights), kept, family.loss)
-    after = meta_gradient(algorithm, theta_of(moved), kept, family.loss)
+    before = meta_gradient(algorithm, theta_of(weights), kept, loss_of(family))
+    after = meta_gradient(algorithm, theta_of(moved), kept, loss_of(family))
     assert not torch.equal(moved, weights)
     assert after.loss < before.loss
     assert 1e-4 < mean_divergence(algorithm, family, theta_of(moved), kept) <= settings.kl
-    torch.testing.assert_close(result, torch.stack([before.loss, before.score]))
+    torch.testing.assert_close(result, torch.stack([before.loss, before.scores["return"]]))
 
 
 def test_fewer_episodes_are_the_first_ones():
@@ -201,7 +202,7 @@ def test_fewer_episodes_are_the_first_ones():
     # Divergences are from the policies that these episodes adapt to, so they begin at their minimum.
     assert mean_divergence(algorithm, family, theta, kept).abs() < 1e-12
     task = task_of(kept, 1)
-    state = adapted(algorithm, theta, task_of(tasks, 1).support, family.loss, 0)
+    state = adapted(algorithm, theta, task_of(tasks, 1).support, loss_of(family), 0)
     data = {name: leaf[:2] for name, leaf in at_step(task_of(tasks, 1).support, 0).items() if name != "step"}
     played = family.keep(partial(algorithm.predict, theta, state), data)
     torch.testing.assert_close(task.support["kept"]["0"]["action"], played["action"])

@@ -29,7 +29,7 @@ def blame(experiment: Experiment, training: Training) -> str:
     The batch of the step in question is drawn again and looked at; then the loss of the initial parameters on it,
     before any step of adaptation.
     """
-    family, step = experiment.family, suspect_step(training)
+    step = suspect_step(training)
     thetas = experiment.initial_thetas()
     batches = {}
     for seed in sorted({replica.config.seed for replica in experiment.replicas}):
@@ -40,7 +40,7 @@ def blame(experiment: Experiment, training: Training) -> str:
             return f"the data of training step {step + 1} hold {wrong}; mend the data, or what sample makes of them"
     for replica, theta in zip(experiment.replicas, thetas, strict=True):
         tasks = batches[replica.config.seed]
-        losses = evaluate(replica.algorithm, theta, tasks, family.loss, 0).losses
+        losses = evaluate(replica.algorithm, theta, tasks, experiment.loss, 0).losses
         if not bool(torch.isfinite(losses).all()):
             return (
                 f"the data of training step {step + 1} are finite, but on them the loss is not even with the initial "

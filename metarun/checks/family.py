@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from metarun.assemble import Experiment
-from metarun.contracts import Predict, Spec, Split, Task, Tree
+from metarun.contracts import Predict, Scores, Spec, Split, Task, Tokens, Tree
 from metarun.engine.batch import adapt_and_score
 from metarun.errors import UserError
 from metarun.random import stream
+from metarun.targets.scoring import scores_in_test
 from metarun.tree import first_tasks, leaves
 
-SUPERVISED = ("regression", "classification")
 LOOKED_AT = 4
 """Tasks in which query examples are looked for in the support set."""
 
@@ -63,15 +63,15 @@ def _check(holds: bool, sentence: str) -> None:
 
 def _check_targets(name: str, y: Tensor, examples: int, spec: Spec, ways: int) -> None:
     """Refuse targets that are not ``[tasks, examples, width]`` in the default dtype, or not one-hot."""
-    classes = spec.kind == "classification"
-    width = ways if classes else spec.outputs
+    classes = spec.offers("classes")
+    width = ways if classes else spec.target.outputs
     wanted = f"[tasks, examples, {width}]"
     dtype = torch.get_default_dtype()
     remedy = f"make it with torch.nn.functional.one_hot(labels, {width}).to({dtype})" if classes else ""
     if y.shape[1:] != (examples, width):
         if not classes:
             missing = y.ndim == 2 and width == 1
-            remedy = "add the missing axis with y[..., None]" if missing else "give each example spec.outputs numbers"
+            remedy = "add the missing axis with y[..., None]" if missing else f"give each example {width} numbers"
         what = "integer labels of shape" if classes and not y.is_floating_point() else "shape"
         has = f"{what} {_shape(y.shape)}" if y.ndim < 2 or y.shape[1] == examples else f"{what} {list(y.shape)}"
         kind = "one-hot classes" if classes else "targets"
@@ -104,22 +104,22 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
     x, y = data["x"], data["y"]
     x_name, y_name, dtype = f'{name}["x"]', f'{name}["y"]', torch.get_default_dtype()
     _check(
-        x.shape[2:] == spec.input_shape and x.ndim >= 2,
+        x.shape[2:] == spec.inputs.shape and x.ndim >= 2,
         f"{x_name} has the shape {list(x.shape)}, and must have [tasks, examples"
-        f"{''.join(f', {size}' for size in spec.input_shape)}], since spec.input_shape is {tuple(spec.input_shape)}; "
+        f"{''.join(f', {size}' for size in spec.inputs.shape)}], since spec.inputs.shape is {spec.inputs.shape}; "
         "reshape it or mend the spec",
     )
     integer = x.dtype in (torch.int32, torch.int64)
-    if spec.tokens is not None:
+    if isinstance(spec.inputs, Tokens):
         _check(integer, f"{x_name} holds token ids, so it must be of torch.int64, not {x.dtype}")
         low, high = int(x.min()), int(x.max())
-        inside = low >= 0 and high < spec.tokens.ids
-        _check(inside, f"{x_name} must hold token ids from 0 to {spec.tokens.ids - 1}, not {low} to {high}")
+        inside = low >= 0 and high < spec.inputs.ids
+        _check(inside, f"{x_name} must hold token ids from 0 to {spec.inputs.ids - 1}, not {low} to {high}")
     _check(
         integer or x.dtype == dtype, f"{x_name} is of {x.dtype}, and must be of {dtype}; convert it with .to({dtype})"
     )
     examples = x.shape[1]
-    classes = spec.kind == "classification"
+    classes = spec.offers("classes")
     if per_class is not None:
         wanted = per_class * (ways if classes else 1)
         words = f"{ways} ways with {per_class} each make {wanted}" if classes else f"the spec says {wanted}"
@@ -131,12 +131,12 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
         _check(bool((counts > 0).all()), f"{y_name} lacks a class: each of the {ways} needs an example in every task")
         if per_class is not None:
             equal = bool((counts == per_class).all())
-            _check(equal, f"{y_name} must hold each class {per_class} times (spec.shots) in every task")
+            _check(equal, f"{y_name} must hold each class {per_class} times (spec.sizes.shots) in every task")
     if "class" in data:
-        _check_indices(f'{name}["class"]', data["class"], examples, spec.training_classes, "training classes")
-    if spec.groups is not None:
-        _check("group" in data, f'{name} lacks the leaf "group", which spec.groups promises')
-        _check_indices(f'{name}["group"]', data["group"], examples, len(spec.groups), "spec.groups")
+        _check_indices(f'{name}["class"]', data["class"], examples, spec.sizes.training_classes, "training classes")
+    if spec.facts.groups is not None:
+        _check("group" in data, f'{name} lacks the leaf "group", which spec.facts.groups promises')
+        _check_indices(f'{name}["group"]', data["group"], examples, len(spec.facts.groups), "spec.facts.groups")
 
 
 def _check_leaf(name: str, leaf: Any, count: int, device: str) -> None:
@@ -176,13 +176,20 @@ def check_spec(spec: Spec) -> None:
     Raises:
         UserError: what contradicts what.
     """
-    if spec.kind == "classification":
+    if spec.offers("classes"):
         _check(
-            spec.ways is not None and spec.ways >= 2 and spec.outputs == spec.ways,
-            f"spec.ways must be at least 2 and equal to spec.outputs, and they are {spec.ways} and {spec.outputs}",
+            spec.sizes.ways is not None and spec.sizes.ways >= 2 and spec.target.outputs == spec.sizes.ways,
+            "spec.sizes.ways must be at least 2 and equal to spec.target.outputs, and they are "
+            f"{spec.sizes.ways} and {spec.target.outputs}",
         )
-    if spec.metric == "accuracy":
-        _check(spec.higher_is_better, "spec.higher_is_better must be true of an accuracy")
+    for metric in spec.metrics:
+        own = [other for other in spec.target.metrics if other.name == metric.name]
+        _check(
+            not own or own[0].higher_is_better == metric.higher_is_better,
+            f"spec.metrics and spec.target.metrics differ in whether a higher {metric.name} is better; take the metrics "
+            "of the target",
+        )
+    _check(len(spec.metrics) > 0, "spec.metrics is empty; name at least one metric, by which runs are selected")
 
 
 def check_tasks(tasks: Task, spec: Spec, split: Split, count: int, device: str) -> None:
@@ -199,7 +206,7 @@ def check_tasks(tasks: Task, spec: Spec, split: Split, count: int, device: str) 
         UserError: a sentence that names the leaf and the remedy.
     """
     _check(isinstance(tasks, Task), f"sample must return a metarun.contracts.Task, not {type(tasks).__name__}")
-    parts = {"support": spec.shots, "query": spec.queries}
+    parts = {"support": spec.sizes.shots, "query": spec.sizes.queries}
     for part in parts:
         data, name = getattr(tasks, part), f"{split} {part}"
         _check(isinstance(data, dict), f"{name} must be a dictionary of tensors, not {type(data).__name__}")
@@ -214,10 +221,10 @@ def check_tasks(tasks: Task, spec: Spec, split: Split, count: int, device: str) 
     for part, size in parts.items():
         data, name = getattr(tasks, part), f"{split} {part}"
         per_class = None if split == "train" else size
-        if spec.kind in SUPERVISED:
-            ways = (split == "train" and spec.train_ways) or spec.ways or 0
+        if spec.offers("rows"):
+            ways = (split == "train" and spec.sizes.train_ways) or spec.sizes.ways or 0
             _check_examples(name, data, spec, ways, per_class)
-        elif spec.kind == "control":
+        elif spec.offers("policy"):
             _check_episodes(name, data, per_class)
 
 
@@ -254,7 +261,7 @@ def check_draws(experiment: Experiment, test: Task) -> None:
         "sample gives the same test task again and again, so an interval over them would mean nothing; draw each task "
         "from the generator that it is given",
     )
-    if family.spec.kind in SUPERVISED:
+    if family.spec.offers("rows"):
         count = min(LOOKED_AT, len(test.query["x"]))
         shown = all(set(_rows(test.query, i)) <= set(_rows(test.support, i)) for i in range(count))
         _check(
@@ -274,29 +281,41 @@ def check_predictions(experiment: Experiment, tasks: Task) -> None:
     replica = experiment.replicas[0]
     theta = experiment.initial_thetas()[0]
 
-    def watched_loss(predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+    def watched_loss(predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
         def watched(x: Any) -> Any:
             output = predict(x)
-            if family.spec.kind in SUPERVISED and output.shape != data["y"].shape:
+            if family.spec.offers("rows") and output.shape != data["y"].shape:
                 raise UserError(
                     f"model={names['model']} with algo={names['algo']} gives outputs of shape {list(output.shape)} for "
                     f"the {len(data['y'])} examples of a task, whose targets have {list(data['y'].shape)}; let the "
-                    "model end in spec.outputs numbers per example."
+                    "model end in spec.target.outputs numbers per example."
                 )
             return output
 
-        loss, score = family.loss(watched, data)
-        results = [loss, score]
-        if family.spec.second_metric is not None:
-            results.append(family.second_score(predict, data))
-        for what, value in zip(("loss", "score", "second score"), results, strict=False):
+        found = experiment.loss(watched, data)
+        _check(
+            isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict),
+            "loss must return the loss and a dictionary of scores by metric; return loss, {metric.name: score}",
+        )
+        loss, scores = found
+        every = {**scores, **scores_in_test(family, predict, data)}
+        for metric in family.spec.metrics:
+            _check(
+                metric.name in every,
+                f"spec.metrics promises {metric.name}, and neither loss nor scores gives it; give it, or take it out",
+            )
+        _check(
+            family.spec.metrics[0].name in scores,
+            f"{family.spec.metrics[0].name}, the first metric, selects what is tested, so loss itself must give it",
+        )
+        for what, value in {"loss": loss, **every}.items():
             _check(
                 isinstance(value, Tensor) and value.shape == (),
                 f"the {what} of a task must be a single number, a tensor without axes, not "
                 f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}; take the mean over its "
                 "examples",
             )
-        return loss, score
+        return loss, scores
 
     adapt_and_score(replica.algorithm, theta, first_tasks(tasks, 1), watched_loss, 0)
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun.checks.family import SUPERVISED, named_leaves
+from metarun.checks.family import named_leaves
 from metarun.contracts import Family, Predict, Task
+from metarun.targets.scoring import loss_of, scores_in_test
 from metarun.tree import first_tasks, tree_map
 
 DIGITS = 4
@@ -24,20 +25,18 @@ def probe_score(family: Family, tasks: Task) -> list[str]:
     """
     spec, task = family.spec, first_tasks(tasks, 1)
     query = tree_map(lambda leaf: leaf[0], task.query)
-    actions = spec.outputs * (2 if spec.control is not None and spec.control.continuous else 1)
 
     def nothing(given: Any) -> Tensor:
-        if spec.kind in SUPERVISED:
+        if spec.offers("rows"):
             return torch.zeros_like(query["y"])
         observation: Tensor = given.observation
-        return observation.new_zeros(*observation.shape[:2], actions)
+        return observation.new_zeros(*observation.shape[:2], spec.target.outputs)
 
     predict: Predict = nothing
     with torch.no_grad():
-        scores = [family.loss(predict, query)[1]]
-        if spec.second_metric is not None:
-            scores.append(family.second_score(predict, query))
-    return [f"{float(score):.{DIGITS}g}" for score in scores]
+        _, scores = loss_of(family)(predict, query)
+        scores = {**scores, **scores_in_test(family, predict, query)}
+    return [f"{name} {float(score):.{DIGITS}g}" for name, score in scores.items()]
 
 
 class Fingerprint:
@@ -52,7 +51,7 @@ class Fingerprint:
         """Take in a block of tasks: names, shapes, types and bytes of its leaves."""
         if self.first:
             spec = self.family.spec
-            facts = [self.family.dataset, spec.metric, spec.higher_is_better, *probe_score(self.family, tasks)]
+            facts = [self.family.dataset, *map(list, spec.metrics), *probe_score(self.family, tasks)]
             self.hash.update(json.dumps(facts).encode())
             self.first = False
         for part in ("support", "query"):

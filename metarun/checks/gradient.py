@@ -37,7 +37,7 @@ def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Ten
     experiment = meta_step.experiment
     with plainly(), torch.backends.cudnn.flags(enabled=False):
         algorithm = experiment.replicas[0].algorithm
-        found = meta_gradient(algorithm, theta, own["tasks"], experiment.family.loss)
+        found = meta_gradient(algorithm, theta, own["tasks"], experiment.loss)
     return meta_step.layout.vector(tree_map(torch.detach, found.grads))
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from metarun.checks.family import SUPERVISED
-from metarun.contracts import Algorithm, Family, Predict, Task, Tree
+from metarun.contracts import Algorithm, Family, Predict, Scores, Task, Tree
 from metarun.engine.batch import adapt_and_score
+from metarun.targets.scoring import loss_of
 from metarun.tree import first_tasks
 
 TOLERANCE = 1e-5
@@ -18,7 +18,7 @@ def is_transductive(algorithm: Algorithm, theta: Tree, family: Family, tasks: Ta
     The first of ``tasks`` is adapted to with ``steps`` steps; then half of its queries stay, and the others become
     copies of the first one. Episodes of a policy do not see each other.
     """
-    if family.spec.kind not in SUPERVISED:
+    if not family.spec.offers("rows"):
         return False
     task = first_tasks(tasks, 1)
     x = task.query["x"]
@@ -26,11 +26,12 @@ def is_transductive(algorithm: Algorithm, theta: Tree, family: Family, tasks: Ta
     stay = (count + 1) // 2
     changed = torch.cat([x[:, :stay], x[:, :1].expand(-1, count - stay, *x.shape[2:])], 1)
 
-    def answers(predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+    loss = loss_of(family)
+
+    def answers(predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
         if "changed" not in data:
-            return family.loss(predict, data)
-        pair = torch.stack([predict(data[name])[:stay] for name in ("x", "changed")])
-        return pair, pair
+            return loss(predict, data)
+        return torch.stack([predict(data[name])[:stay] for name in ("x", "changed")]), {}
 
     looked_at = task._replace(query={"x": x, "changed": changed})
     pair = adapt_and_score(algorithm, theta, looked_at, answers, steps)[0]

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from metarun.assemble import algorithm_names, default_algorithm
+from metarun.assemble import NEEDS, algorithm_names, default_algorithm
 from metarun.command.help import description
 from metarun.contracts import Algorithm, Family, Tree
 from metarun.engine.batch import adapted, adapted_parameters
@@ -21,6 +21,7 @@ from metarun.models.policy import FastWeightsPolicy
 from metarun.nn.functional import seeded
 from metarun.nn.transforms import task_of
 from metarun.random import drawing, stream
+from metarun.targets.scoring import loss_of
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.omniglot import Omniglot
@@ -31,7 +32,7 @@ HEAD = """# Algorithms
 
 Written by `python -m metarun.command.catalogue > docs/algorithms.md` from the algorithms themselves; a test compares.
 
-- *tasks*: the kinds that it serves. Text and images are classification.
+- *needs*: what it asks of a task's target. Text and images are examples of classes.
 - *meta-learned*: the parts that the outer optimizer changes, and how many numbers they are.
 - *adapted*: numbers set for each task; 0 where the support set is read, and nothing is fitted.
 - *cost*: the products and convolutions of adapting to a task by the steps that training takes and answering one query,
@@ -70,21 +71,22 @@ def first_that_fits(name: str, tried: list[Reference]) -> tuple[Algorithm, nn.Mo
 
 def cost(algorithm: Algorithm, model: nn.Module, family: Family, theta: Tree) -> str:
     """Work of adapting to one task and answering a query, in forward passes of the model on the same examples."""
+    loss = loss_of(family)
     support, query, _ = task_of(family.sample("test", 1, stream(0, "test")), 0)
     query = tree_map(lambda leaf: leaf[:1], query)
     with Counted() as forward:
-        family.loss(model, support)
-        family.loss(model, query)
+        loss(model, support)
+        loss(model, query)
     with Counted() as adapting, drawing(torch.tensor(0), training=False):
-        state = adapted(algorithm, theta, support, family.loss, algorithm.train_steps)
-        family.loss(partial(algorithm.predict, theta, state), query)
+        state = adapted(algorithm, theta, support, loss, algorithm.train_steps)
+        loss(partial(algorithm.predict, theta, state), query)
     return f"{adapting.work / forward.work:.1f}"
 
 
 def row(name: str, tried: list[Reference]) -> tuple[str, str]:
     """(family, line of the table) of an algorithm."""
     algorithm, model, family = first_that_fits(name, tried)
-    theta = algorithm.init(model, stream(0, "algorithm"))
+    theta = algorithm.init(stream(0, "algorithm"))
     parts = ", ".join(learned(theta)) if algorithm.meta_learns else ""
     meta = f"{parts} ({size(learned(theta)):,})" if parts else "nothing"
     paper = f"[paper]({algorithm.paper})" if algorithm.paper else ""
@@ -92,13 +94,13 @@ def row(name: str, tried: list[Reference]) -> tuple[str, str]:
     cells = [
         f"`{name}`",
         what,
-        ", ".join(algorithm.kinds),
+        NEEDS[algorithm.needs],
         meta,
         f"{adapted_parameters(algorithm, theta):,}",
         cost(algorithm, model, family, theta),
         paper,
     ]
-    return algorithm.family, "| " + " | ".join(cells) + " |"
+    return algorithm.approach, "| " + " | ".join(cells) + " |"
 
 
 def catalogue() -> str:
@@ -108,7 +110,7 @@ def catalogue() -> str:
     text = HEAD
     for family, title in FAMILIES.items():
         text += f"\n## {title.capitalize()}\n\n"
-        text += "| algorithm | | tasks | meta-learned | adapted | cost | paper |\n|---|---|---|---|---|---|---|\n"
+        text += "| algorithm | | needs | meta-learned | adapted | cost | paper |\n|---|---|---|---|---|---|---|\n"
         text += "".join(f"{line}\n" for own, line in rows if own == family)
     return text
 

@@ -3,7 +3,6 @@
 An algorithm is written for one task; this module maps it over the tasks of a batch and differentiates the mean.
 """
 
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -11,20 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metarun.contracts import Algorithm, Loss, MetaGradient, Task, Tree
+from metarun.contracts import Algorithm, Loss, MetaGradient, MetaLoss, Scores, Task, Tree
 from metarun.nn.transforms import gradient, over_tasks
 from metarun.tree import learned, leaves, like, size, tree_map
 from metarun.tree import mean as mean_over_tasks
 
 
-def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
-    """Meta-loss of one task, its score and what is carried on: the algorithm's own, or those after ``train_steps``."""
-    if algorithm.carrying_loss is not None:
-        return algorithm.carrying_loss(theta, task, loss)
+def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> MetaLoss:
+    """Meta-loss of one task: the algorithm's own, or the query loss after ``train_steps``; ``carried`` is a tree."""
     if algorithm.meta_loss is not None:
-        return *algorithm.meta_loss(theta, task, loss), {}
+        found = algorithm.meta_loss(theta, task, loss)
+        return found._replace(carried=found.carried or {})
     state = adapted(algorithm, theta, task.support, loss, algorithm.train_steps)
-    return *loss(partial(algorithm.predict, theta, state), task.query), {}
+    return MetaLoss(*loss(partial(algorithm.predict, theta, state), task.query), {})
 
 
 def adapted(algorithm: Algorithm, theta: Tree, support: Tree, loss: Loss, steps: int) -> Any:
@@ -47,24 +45,24 @@ def meta_gradient(
     if algorithm.meta_grad is not None:
         return algorithm.meta_grad(theta, tasks, loss)
 
-    def mean_loss(variables: Tree) -> tuple[Tensor, tuple[Tensor, Tensor, Tree]]:
-        def one_task(task: Task) -> tuple[Tensor, Tensor, Tree]:
+    def mean_loss(variables: Tree) -> tuple[Tensor, tuple[Tensor, Scores, Tree]]:
+        def one_task(task: Task) -> MetaLoss:
             return query_loss(algorithm, {**theta, **variables}, task, loss)
 
         losses, scores, renewed = over_tasks(one_task, tasks, training=True)
-        return losses.mean(), (losses.mean(), scores.mean(), mean_over_tasks(renewed))
+        return losses.mean(), (losses.mean(), mean_over_tasks(scores), mean_over_tasks(renewed))
 
     if transformed:
-        gradients, (mean, score, renewed) = gradient(mean_loss, learned(theta), has_aux=True)
+        gradients, (mean, scores, renewed) = gradient(mean_loss, learned(theta), has_aux=True)
     else:
         variables = tree_map(lambda leaf: leaf.detach().requires_grad_(), learned(theta))
         with torch.enable_grad():
-            mean, (_, score, renewed) = mean_loss(variables)
+            mean, (_, scores, renewed) = mean_loss(variables)
         # A leaf that the meta-loss does not use (a head that only fine-tuning touches) has a gradient of zero.
         found = torch.autograd.grad(mean, list(leaves(variables)), materialize_grads=True)
         gradients = like(variables, iter(found))
     carried = tree_map(torch.detach, renewed) or theta.get("carried", {})
-    return MetaGradient(gradients, mean.detach(), score.detach(), carried)
+    return MetaGradient(gradients, mean.detach(), tree_map(torch.detach, scores), carried)
 
 
 class Evaluated(NamedTuple):
@@ -73,9 +71,8 @@ class Evaluated(NamedTuple):
     adapt_steps: list[int]
     """Those that have a state: 0 to the last for a gradient learner, 1 for a learner that needs a support set."""
     losses: Tensor
-    scores: Tensor
-    second_scores: Tensor
-    """NaN where there is no second score."""
+    scores: Scores
+    """By metric, the first one first."""
 
 
 @torch.no_grad()
@@ -85,23 +82,24 @@ def evaluate(
     tasks: Task,
     loss: Loss,
     steps: int,
-    second_score: Callable[[Tree, Any, Tree], Tensor] | None = None,
+    with_own_scores: bool = False,
 ) -> Evaluated:
-    """Query losses and scores along ``steps`` steps of adaptation, and second scores by (theta, state, query)."""
+    """Query losses and scores along ``steps`` steps of adaptation; those that only the algorithm has if asked."""
     reached: list[int] = []
 
-    def one_task(task: Task) -> tuple[Tensor, ...]:
+    def one_task(task: Task) -> tuple[Tensor, Scores]:
         reached.clear()
-        results = []
+        losses, scores = list[Tensor](), list[Scores]()
         for step, state in enumerate(islice(algorithm.adapt(theta, task.support, loss), max(steps, 1) + 1)):
             if state is not None and (step <= steps or not reached):
                 reached.append(step)
                 predict = partial(algorithm.predict, theta, state)
-                value, score = loss(predict, task.query)
-                none = torch.full_like(score, torch.nan)
-                second = none if second_score is None else second_score(theta, state, task.query)
-                results.append((value, score, second))
-        return tuple(torch.stack(column) for column in zip(*results, strict=True))
+                value, found = loss(predict, task.query)
+                if with_own_scores and algorithm.scores is not None:
+                    found = {**found, **algorithm.scores(theta, state, task.query)}
+                losses.append(value)
+                scores.append(found)
+        return torch.stack(losses), {name: torch.stack([found[name] for found in scores]) for name in scores[0]}
 
     return Evaluated(reached, *over_tasks(one_task, tasks, training=False))
 

@@ -134,7 +134,7 @@ class Stepper:
             )
         if self.wanted_map == "threads" and self.mode in ("eager", "cudagraph"):
             raise UserError("engine.task_map=threads runs recordings; choose engine=auto, replay or compile with it.")
-        if experiment.config.train.precision.name == "bfloat16" and experiment.family.spec.kind == "control":
+        if experiment.config.train.precision.name == "bfloat16" and experiment.family.spec.offers("policy"):
             raise UserError(
                 "train.precision=bfloat16 is too coarse for the baselines of policy gradients; choose float32."
             )

@@ -128,11 +128,11 @@ class MetaStep:
         return lambda given: tree_map(lambda leaf: leaf[None], function(replica(given, 0)))
 
     def gradient(self, given: Tree, narrow: bool | None = None) -> Tree:
-        """``state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and score) and what is ``carried``.
+        """``state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and first score) and what is ``carried``.
 
         ``narrow`` says whether products are of bfloat16; by default as the configuration has it.
         """
-        experiment = self.experiment
+        experiment, metric = self.experiment, self.experiment.family.spec.metrics[0].name
 
         def one(given: Tree) -> Tree:
             state, tasks = given["state"], given["tasks"]
@@ -150,10 +150,13 @@ class MetaStep:
                     experiment.algorithm,
                     self.layout.theta(state),
                     tasks,
-                    experiment.family.loss,
+                    experiment.loss,
                     transformed=self.count > 1,
                 )
-            out = {"gradient": self.layout.vector(found.grads), "result": torch.stack([found.loss, found.score])}
+            out = {
+                "gradient": self.layout.vector(found.grads),
+                "result": torch.stack([found.loss, found.scores[metric]]),
+            }
             return {**out, "carried": found.carried} if "carried" in state else out
 
         return self.over_replicas(one)(given)
@@ -180,7 +183,7 @@ class MetaStep:
             own = replica(given, index)
             tasks = own["tasks"]
             theta = self.layout.theta(own["state"])
-            expected = self.layout.vector(meta_gradient(one.algorithm, theta, tasks, experiment.family.loss).grads)
+            expected = self.layout.vector(meta_gradient(one.algorithm, theta, tasks, experiment.loss).grads)
             if (found[index] - expected).norm() > 1e-2 * expected.norm() + 1e-7:
                 raise refusal
 

@@ -32,6 +32,7 @@ from metarun.engine.replicas import OF_THE_OUTER_STEP
 from metarun.errors import UserError
 from metarun.inner import at_step
 from metarun.nn.transforms import over_tasks
+from metarun.targets.actions import RETURN
 from metarun.tasks.control import ControlFamily
 from metarun.tree import tree_map
 
@@ -59,8 +60,7 @@ def check_trust_region(experiment: Experiment) -> None:
             f"train.optimizer=trpo bounds how far policies move, and task={experiment.names['task']} has none that it "
             "can bound; choose train.optimizer=adam."
         )
-    own = (algorithm.meta_grad, algorithm.meta_loss, algorithm.carrying_loss)
-    if any(part is not None for part in own):
+    if algorithm.meta_grad is not None or algorithm.meta_loss is not None:
         raise UserError(
             f"train.optimizer=trpo steps along the gradient of the query loss after adaptation, and "
             f"algo={experiment.names['algo']} has another meta-gradient; choose algo=maml, or train.optimizer=adam."
@@ -254,4 +254,4 @@ def trust_region_step(
         losses, distances = over_tasks(one_task, tasks, training=True)
         return losses.mean().item(), distances.mean().item()
 
-    return line_search(weights, step, judge, settings), torch.stack([found.loss, found.score])
+    return line_search(weights, step, judge, settings), torch.stack([found.loss, found.scores[RETURN.name]])

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Spec
+from metarun.contracts import Numbers, Spec
 from metarun.errors import require
 
 
@@ -58,12 +58,12 @@ class Conv4(nn.Module):
         require(filters >= 1, f"filters must be at least 1, not {filters}")
         require(0 <= halvings <= 4, f"halvings must be 0 to 4, not {halvings}")
         require(
-            len(spec.input_shape) == 3 and min(spec.input_shape[1:]) >= 16,
-            f"conv4 needs images of at least 16×16, and this task's input has shape {spec.input_shape}; "
-            f"choose {'another model' if spec.tokens or spec.control else 'model=mlp'}",
+            len(spec.inputs.shape) == 3 and min(spec.inputs.shape[1:]) >= 16,
+            f"conv4 needs images of at least 16×16, and this task's input has shape {spec.inputs.shape}; "
+            f"choose {'model=mlp' if isinstance(spec.inputs, Numbers) else 'another model'}",
         )
         layers: list[nn.Module] = []
-        channels = spec.input_shape[0]
+        channels = spec.inputs.shape[0]
         for block in range(4):
             stride = 2 if downsample == "stride" and block < halvings else 1
             # A bias before a normalisation is cancelled by it.
@@ -73,12 +73,12 @@ class Conv4(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             channels = filters
         with torch.no_grad():
-            last = nn.Sequential(*layers)(torch.zeros(2, *spec.input_shape))[0]
+            last = nn.Sequential(*layers)(torch.zeros(2, *spec.inputs.shape))[0]
         self.maps = tuple(last.shape) if readout == "flatten" else None
         if readout == "mean":
             layers.append(nn.AdaptiveAvgPool2d(1))
         self.trunk = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(filters if readout == "mean" else last.numel(), spec.outputs)
+        self.head = nn.Linear(filters if readout == "mean" else last.numel(), spec.target.outputs)
         if zero_head:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from metarun.contracts import Spec
+from metarun.contracts import Moments, Spec, Tokens
 from metarun.errors import require
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -47,12 +47,18 @@ class MLP(nn.Module):
         initial_std: float | None = None,
     ) -> None:
         super().__init__()
-        require(spec.tokens is None, "mlp needs numbers, and this task has sentences; choose model=text_embedding")
-        require(spec.control is None, "mlp needs a tensor, and this task wants a policy; choose model=policy")
+        require(
+            not isinstance(spec.inputs, Tokens),
+            "mlp needs numbers, and this task has sentences; choose model=text_embedding",
+        )
+        require(
+            not isinstance(spec.inputs, Moments),
+            "mlp needs a tensor, and this task wants a policy; choose model=policy",
+        )
         require(initial_std is None or initial_std > 0, f"initial_std must be above 0, not {initial_std}")
-        layers = fully_connected(prod(spec.input_shape), widths, activation)
-        self.trunk = nn.Sequential(*([nn.Flatten()] if len(spec.input_shape) > 1 else []), *layers)
-        self.head = nn.Linear(widths[-1], spec.outputs)
+        layers = fully_connected(prod(spec.inputs.shape), widths, activation)
+        self.trunk = nn.Sequential(*([nn.Flatten()] if len(spec.inputs.shape) > 1 else []), *layers)
+        self.head = nn.Linear(widths[-1], spec.target.outputs)
         if initial_std is not None:
             for layer in self.modules():
                 if isinstance(layer, nn.Linear):

@@ -7,20 +7,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Control, Seen, Spec
+from metarun.contracts import Seen, Spec
 from metarun.errors import require
 from metarun.models.mlp import fully_connected
+from metarun.targets.actions import Actions
 
 
-def control_of(spec: Spec, model: str) -> Control:
-    """The environment that ``spec`` describes; a task without one is refused."""
+def actions_of(spec: Spec, model: str) -> Actions:
+    """The actions that ``spec`` describes; a task without any is refused."""
     require(
-        spec.control is not None,
+        isinstance(spec.target, Actions),
         f"{model} is a policy, and this task has no actions; choose a task with actions (such as bandit), or another "
         "algorithm and model",
     )
-    assert spec.control is not None
-    return spec.control
+    assert isinstance(spec.target, Actions)
+    return spec.target
 
 
 class Outputs(nn.Module):
@@ -29,13 +30,13 @@ class Outputs(nn.Module):
     Continuous actions are normal with a spread of their own for each dimension, which depends on nothing.
     """
 
-    def __init__(self, features: int, spec: Spec, continuous: bool, initial_std: float) -> None:
+    def __init__(self, features: int, actions: Actions, initial_std: float) -> None:
         super().__init__()
         require(initial_std > 0, f"initial_std must be above 0, not {initial_std}")
-        self.linear = nn.Linear(features, spec.outputs)
-        self.continuous = continuous
-        if continuous:
-            self.log_std = nn.Parameter(torch.full((spec.outputs,), math.log(initial_std)))
+        self.linear = nn.Linear(features, actions.count)
+        self.continuous = actions.continuous
+        if actions.continuous:
+            self.log_std = nn.Parameter(torch.full((actions.count,), math.log(initial_std)))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., features]`` → ``[..., outputs]``."""
@@ -61,9 +62,9 @@ class Policy(nn.Module):
         initial_std: float = 0.5,
     ) -> None:
         super().__init__()
-        control = control_of(spec, "policy")
-        self.trunk = nn.Sequential(*fully_connected(spec.input_shape[0], widths, activation))
-        self.head = Outputs(widths[-1], spec, control.continuous, initial_std)
+        actions = actions_of(spec, "policy")
+        self.trunk = nn.Sequential(*fully_connected(spec.inputs.shape[0], widths, activation))
+        self.head = Outputs(widths[-1], actions, initial_std)
 
     def forward(self, seen: Seen) -> Tensor:
         """Outputs ``[steps, episodes, outputs]``."""
@@ -76,9 +77,9 @@ def happened(seen: Seen) -> Tensor:
     return torch.cat([seen.observation, seen.action, seen.reward, seen.done, seen.action * seen.reward], -1)
 
 
-def happened_size(spec: Spec) -> int:
+def happened_size(spec: Spec, actions: Actions) -> int:
     """How many numbers ``happened`` gives for a step."""
-    return spec.input_shape[0] + 2 * spec.outputs + 2
+    return spec.inputs.shape[0] + 2 * actions.count + 2
 
 
 class GRUPolicy(nn.Module):
@@ -96,16 +97,16 @@ class GRUPolicy(nn.Module):
 
     def __init__(self, spec: Spec, width: int = 64, initial_std: float = 0.5) -> None:
         super().__init__()
-        control = control_of(spec, "gru_policy")
+        actions = actions_of(spec, "gru_policy")
         require(width >= 1, f"width must be at least 1, not {width}")
         self.width = self.memory = width
-        self.encoder = nn.Sequential(nn.Linear(happened_size(spec), width), nn.ReLU())
+        self.encoder = nn.Sequential(nn.Linear(happened_size(spec, actions), width), nn.ReLU())
         self.inputs = nn.Linear(width, 3 * width)
         self.gates = nn.Linear(width, 2 * width, bias=False)
         self.candidate = nn.Linear(width, width, bias=False)
         for layer in (self.gates, self.candidate):
             nn.init.orthogonal_(layer.weight)
-        self.head = Outputs(width, spec, control.continuous, initial_std)
+        self.head = Outputs(width, actions, initial_std)
 
     def forward(self, seen: Seen) -> tuple[Tensor, Any]:
         """Outputs ``[steps, episodes, outputs]`` and the hidden state behind them ``[episodes, width]``."""
@@ -143,18 +144,18 @@ class FastWeightsPolicy(nn.Module):
 
     def __init__(self, spec: Spec, width: int = 64, slots: int = 32, initial_std: float = 0.5) -> None:
         super().__init__()
-        control = control_of(spec, "fast_weights_policy")
+        actions = actions_of(spec, "fast_weights_policy")
         require(width >= 1, f"width must be at least 1, not {width}")
         require(slots >= 1, f"slots must be at least 1, not {slots}")
         self.width, self.slots = width, slots
         self.memory = slots * (width + 1)
-        observation = spec.input_shape[0]
+        observation = spec.inputs.shape[0]
         self.key = nn.Linear(observation, slots)
-        self.value = nn.Sequential(nn.Linear(happened_size(spec), width), nn.ReLU())
+        self.value = nn.Sequential(nn.Linear(happened_size(spec, actions), width), nn.ReLU())
         self.layers = nn.Sequential(
             nn.Linear(observation + width + 1, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU()
         )
-        self.head = Outputs(width, spec, control.continuous, initial_std)
+        self.head = Outputs(width, actions, initial_std)
 
     def forward(self, seen: Seen) -> tuple[Tensor, Any]:
         """Outputs ``[steps, episodes, outputs]``, and the memory and the last key behind them."""

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Spec
+from metarun.contracts import Numbers, Spec
 from metarun.errors import require
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -53,15 +53,15 @@ class SupernetMLP(nn.Module):
     ) -> None:
         super().__init__()
         require(
-            spec.tokens is None and spec.control is None,
+            isinstance(spec.inputs, Numbers),
             "supernet_mlp needs numbers, and this task has words or actions; choose another algorithm or model",
         )
         require(len(widths) > 0 and min(widths) > 0, f"widths must be positive, not {list(widths)}")
         check_operations(operations, ACTIVATIONS)
-        sizes = pairwise([prod(spec.input_shape), *widths])
+        sizes = pairwise([prod(spec.inputs.shape), *widths])
         layers = [MixedActivation(n_in, n_out, operations) for n_in, n_out in sizes]
-        self.trunk = nn.Sequential(*([nn.Flatten()] if len(spec.input_shape) > 1 else []), *layers)
-        self.head = nn.Linear(widths[-1], spec.outputs)
+        self.trunk = nn.Sequential(*([nn.Flatten()] if len(spec.inputs.shape) > 1 else []), *layers)
+        self.head = nn.Linear(widths[-1], spec.target.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, *input]`` → ``[examples, outputs]``."""
@@ -134,17 +134,17 @@ class SupernetConv(nn.Module):
         super().__init__()
         require(filters >= 1, f"filters must be at least 1, not {filters}")
         require(
-            len(spec.input_shape) == 3 and min(spec.input_shape[1:]) >= 16,
-            f"supernet_conv needs images of at least 16×16, and this task's input has shape {spec.input_shape}; "
+            len(spec.inputs.shape) == 3 and min(spec.inputs.shape[1:]) >= 16,
+            f"supernet_conv needs images of at least 16×16, and this task's input has shape {spec.inputs.shape}; "
             "choose another model",
         )
         check_operations(operations, CONVOLUTIONS)
-        channels = [spec.input_shape[0], *[filters] * 4]
+        channels = [spec.inputs.shape[0], *[filters] * 4]
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(channels):
             layers += [MixedConvolution(inputs, outputs, operations), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(filters, spec.outputs)
+        self.head = nn.Linear(filters, spec.target.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, channels, height, width]`` → ``[examples, outputs]``."""
@@ -154,4 +154,4 @@ class SupernetConv(nn.Module):
 
 def supernet(spec: Spec) -> nn.Module:
     """``SupernetConv`` where inputs are images, else ``SupernetMLP``; each with its own defaults."""
-    return SupernetConv(spec) if len(spec.input_shape) == 3 else SupernetMLP(spec)
+    return SupernetConv(spec) if len(spec.inputs.shape) == 3 else SupernetMLP(spec)

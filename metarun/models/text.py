@@ -13,9 +13,10 @@ from metarun.nn.ops import unit_rows
 
 def tokens_of(spec: Spec, model: str) -> Tokens:
     """The token ids that ``spec`` describes; a task without them is refused."""
-    require(spec.tokens is not None, f"{model} needs sentences, and this task has none; choose another model")
-    assert spec.tokens is not None
-    return spec.tokens
+    inputs = spec.inputs
+    require(isinstance(inputs, Tokens), f"{model} needs sentences, and this task has none; choose another model")
+    assert isinstance(inputs, Tokens)
+    return inputs
 
 
 class WeightedTerms(nn.Module):
@@ -62,7 +63,7 @@ class TextEmbedding(nn.Module):
         require(residual >= 0, f"residual must be at least 0, not {residual}")
         require(scale > 0, f"scale must be above 0, not {scale}")
         self.trunk = WeightedTerms(tokens, width, residual, scale)
-        self.head = nn.Linear(tokens.ids + width, spec.outputs)
+        self.head = nn.Linear(tokens.ids + width, spec.target.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[sentences, columns]`` → ``[sentences, outputs]``."""
@@ -120,7 +121,7 @@ class TextCNN(nn.Module):
         require(width >= 1, f"width must be at least 1, not {width}")
         require(window >= 1 and window % 2 == 1, f"window must be odd, not {window}")
         self.trunk = ConvolvedWords(tokens_of(spec, "text_cnn"), width, window)
-        self.head = nn.Linear(width, spec.outputs)
+        self.head = nn.Linear(width, spec.target.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[sentences, columns]`` → ``[sentences, outputs]``."""
@@ -179,7 +180,7 @@ class TextTransformer(nn.Module):
         require(width >= 1, f"width must be at least 1, not {width}")
         require(layers >= 1, f"layers must be at least 1, not {layers}")
         self.trunk = TransformedWords(tokens_of(spec, "text_transformer"), width, layers)
-        self.head = nn.Linear(width, spec.outputs)
+        self.head = nn.Linear(width, spec.target.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[sentences, columns]`` → ``[sentences, outputs]``."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Spec, Weights
+from metarun.contracts import Weights
 from metarun.errors import require
 from metarun.nn.substitutes import SafeForward
 
@@ -32,16 +32,16 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
 
 
 def own_network(
-    build: Callable[[], nn.Module],
-) -> tuple[Callable[[Weights, Any], Any], Callable[[nn.Module, torch.Generator], Weights]]:
+    build: Callable[[], nn.Module], model: nn.Module
+) -> tuple[Callable[[Weights, Any], Any], Callable[[torch.Generator], Weights]]:
     """A network of an algorithm's own, beside the configured model: its forward pass, and freshly drawn weights.
 
-    Weights are drawn from the generator's seed, in dtype and on device of the model that is given.
+    Weights are drawn from the generator's seed, in dtype and on device of ``model``.
     """
     with torch.random.fork_rng(devices=[]):
         forward = forward_of(build())
 
-    def drawn(model: nn.Module, generator: torch.Generator) -> Weights:
+    def drawn(generator: torch.Generator) -> Weights:
         with seeded(generator):
             return parameters_of(build().to(next(model.parameters())))
 
@@ -53,17 +53,14 @@ def parameters_of(module: nn.Module) -> Weights:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def trunk_and_head(model: nn.Module, spec: Spec, algorithm: str) -> tuple[nn.Module, nn.Linear]:
+def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Linear]:
     """The two parts of ``model`` that ``algorithm`` needs apart: features, and the linear layer on them."""
-    require(
-        spec.kind != "control",
-        f"{algorithm} learns from examples, and this task has actions; choose an algorithm that acts, such as maml",
-    )
     trunk, head = getattr(model, "trunk", None), getattr(model, "head", None)
     if not isinstance(trunk, nn.Module) or not isinstance(head, nn.Linear):
         raise ValueError(
             f"{algorithm} needs a model with a module 'trunk' (input → features) and a linear layer 'head' "
-            f"(features → output), as metarun's own models have, and {type(model).__name__} lacks them"
+            f"(features → output), as metarun's own models of examples have, and {type(model).__name__} lacks them; "
+            "for a policy choose an algorithm that acts, such as maml"
         )
     return trunk, head
 

@@ -27,7 +27,8 @@ from omegaconf import OmegaConf
 
 from metarun.errors import UserError
 from metarun.results.files import atomic_write, write_text
-from metarun.results.tables import RESULT_COLUMNS, format_score, format_score_ci
+from metarun.results.tables import RESULT_COLUMNS, metrics_of
+from metarun.targets.metric import Metric
 
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
 FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
@@ -110,7 +111,7 @@ def read_results(files: Sequence[Path]) -> pd.DataFrame:
         table["modified"] = path.stat().st_mtime
         tables.append(table.dropna(axis=1, how="all"))
     every = pd.concat(tables, ignore_index=True)
-    return every.reindex(columns=[*RESULT_COLUMNS, "directory", "overrides", "modified", "asked"])
+    return every.reindex(columns=list(dict.fromkeys([*RESULT_COLUMNS, *every.columns])))
 
 
 def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -172,6 +173,11 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
                 "meta_parameters": runs["meta_parameters"].max(),
                 "adapted_parameters": runs["adapted_parameters"].max(),
                 "higher_is_better": bool(runs["higher_is_better"].iloc[0]),
+                "metrics": metrics_of(runs.iloc[0]),
+                "further": {
+                    metric.name: (runs[metric.name].mean(skipna=False), runs[f"{metric.name}_ci95"].mean(skipna=False))
+                    for metric in metrics_of(runs.iloc[0])[1:]
+                },
                 "replicas": list(zip(runs["directory"], runs["replica"], strict=True)),
                 "episodes_hashes": set(runs["episodes_hash"]),
             }
@@ -262,33 +268,39 @@ def seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
 
 
-def table_for_people(table: pd.DataFrame, metric: str) -> list[list[str]]:
+def printed_table(table: pd.DataFrame, metric: Metric) -> list[list[str]]:
     """Header and rows of the printed table, with the differences from a reference where there are any."""
-    header = ["family", "algorithm", "before", "steps", f"{metric} ± CI95", "seeds", "std over seeds"]
+    header = ["family", "algorithm", "before", "steps", f"{metric.name} ± CI95", "seeds", "std over seeds"]
     header += ["training", "ms/task", "meta-learned", "adapted"]
     compared = "against" in table and bool(table["against"].notna().any())
     if compared:
         header.insert(5, f"− {table['reference'].iloc[0]}")
+    further = {other.name: other for metrics in table["metrics"] for other in metrics[1:]}
+    header += [f"{name} ± CI95" for name in further]
     rows = [header]
     for _, row in table.iterrows():
+        others = [
+            other.interval(*row["further"][name]) if name in row["further"] else "" for name, other in further.items()
+        ]
         rows.append(
             [
                 FAMILIES[row["family"]],
                 name_of(row) + ("" if not row["transductive"] else " (t)"),
-                format_score(row["score_before"], metric),
+                metric.text(row["score_before"]),
                 f"{row['adapt_steps']:.0f}",
-                format_score_ci(row["score"], row["ci95"], metric),
+                metric.interval(row["score"], row["ci95"]),
                 str(row["seeds"]),
-                format_score(row["seed_std"], metric),
+                metric.text(row["seed_std"]),
                 seconds(row["train_seconds"]),
                 f"{row['adapt_ms_per_task']:.2f}",
                 f"{row['meta_parameters']:.0f}",
                 f"{row['adapted_parameters']:.0f}",
+                *others,
             ]
         )
         if compared:
             sign, mark = "" if row["against"] < 0 else "+", "" if row["against_paired"] else " (u)"
-            value = sign + format_score_ci(row["against"], row["against_ci95"], metric) + mark
+            value = sign + metric.interval(row["against"], row["against_ci95"]) + mark
             rows[-1].insert(5, "" if name_of(row) == row["reference"] else value)
     return rows
 
@@ -301,7 +313,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def sentence(difference: FamilyDifference | None, table: pd.DataFrame, metric: str) -> str:
+def sentence(difference: FamilyDifference | None, table: pd.DataFrame, metric: Metric) -> str:
     """The family line."""
     if difference is None:
         missing = [FAMILIES[f] for f in ("agnostic", "dependent") if f not in set(table["family"])]
@@ -314,7 +326,7 @@ def sentence(difference: FamilyDifference | None, table: pd.DataFrame, metric: s
     elif abs(d.difference) <= d.ci95:
         verdict = "no difference beyond the interval"
     how = f"paired on {d.n_episodes} episodes" if d.paired else "not paired: the runs lack common test episodes"
-    value = format_score_ci(d.difference, d.ci95, metric)
+    value = metric.interval(d.difference, d.ci95)
     return (
         f"Families (best of each by validation): {d.dependent} (model-dependent) − {d.agnostic} (model-agnostic) = "
         f"{value}, {how}: {verdict}."
@@ -341,17 +353,17 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
     texts, tables, differences, panels = [], [], [], []
     for values, group in results.groupby(SETTING, dropna=False):
         setting = dict(zip(SETTING, values, strict=True))
-        metric = setting["metric"]
         table = summarise(with_variants(group))
+        metric = table["metrics"].iloc[0][0]
         if reference is not None:
             table = against(table, reference)
         difference = family_difference(table)
-        printed = markdown(table_for_people(table, metric))
+        printed = markdown(printed_table(table, metric))
         footnote = "(t): queries are normalised together (transductive).\n" if table["transductive"].any() else ""
         if "(u)" in printed:
             footnote += "(u): not paired, for want of common test episodes.\n"
         texts.append(f"## {setting_title(setting)}\n\n{printed}\n\n{footnote}{sentence(difference, table, metric)}")
-        tables.append(table.drop(columns=["replicas", "episodes_hashes"]).assign(**setting))
+        tables.append(table.drop(columns=["replicas", "episodes_hashes", "metrics", "further"]).assign(**setting))
         if difference is not None:
             differences.append(setting | vars(difference))
         # A long list of overrides would leave no room for the picture.

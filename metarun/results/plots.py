@@ -9,20 +9,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from metarun.results.files import atomic_write
+from metarun.targets.metric import Metric
 
 AGNOSTIC, DEPENDENT, BASELINE = "#0072B2", "#D55E00", "#777777"
 FAMILY_COLOURS = {"agnostic": AGNOSTIC, "dependent": DEPENDENT, "baseline": BASELINE}
 """Told apart by people who cannot tell red from green (Okabe and Ito 2008)."""
-
-
-def axis_label(metric: str) -> str:
-    """A metric's name with its unit."""
-    return "accuracy (%)" if metric == "accuracy" else metric.upper() if metric == "mse" else metric
-
-
-def axis_scale(metric: str) -> float:
-    """What a score is multiplied by for the axis."""
-    return 100.0 if metric == "accuracy" else 1.0
 
 
 def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Any]:
@@ -45,10 +36,10 @@ Curve = tuple[str, Sequence[Mapping[str, float | int]], int]
 """What a replica differs in, its rows of ``metrics.csv``, and the step that was tested."""
 
 
-def plot_training(path: Path, title: str, metric: str, curves: Sequence[Curve]) -> None:
+def plot_training(path: Path, title: str, metric: Metric, curves: Sequence[Curve]) -> None:
     """Scores over meta-training and the step that was tested; of several replicas the validation scores alone."""
     figure, axis = new_figure()
-    scale = axis_scale(metric)
+    scale = metric.scale
     one = len(curves) == 1
     for number, (differs, rows, selected_step) in enumerate(curves):
         colour = replica_colour(number, len(curves))
@@ -62,9 +53,11 @@ def plot_training(path: Path, title: str, metric: str, curves: Sequence[Curve]) 
                 axis.plot(*zip(*points, strict=True), label=label, color=own_colour, marker=marker, markersize=4)
         if one:
             axis.axvline(selected_step, color=DEPENDENT, linestyle=":", label=f"tested: step {selected_step}")
-    if metric == "mse" and all(y > 0 for line in axis.lines[: -1 if one else None] for y in line.get_ydata()):
+    if not metric.higher_is_better and all(
+        y > 0 for line in axis.lines[: -1 if one else None] for y in line.get_ydata()
+    ):
         axis.set_yscale("log")
-    what = axis_label(metric) if one else f"validation {axis_label(metric)}"
+    what = metric.label if one else f"validation {metric.label}"
     axis.set(title=title, xlabel="meta-step", ylabel=what)
     axis.legend(frameon=False, fontsize=None if one else 8)
     save_figure(figure, path)
@@ -78,7 +71,7 @@ def replica_colour(number: int, count: int) -> Any:
 def plot_adaptation(
     path: Path,
     title: str,
-    metric: str,
+    metric: Metric,
     adapt_steps: Sequence[int],
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
 ) -> None:
@@ -92,7 +85,7 @@ def plot_adaptation(
         lines: for each replica what it differs in, means and half-widths of intervals.
     """
     figure, axis = new_figure()
-    scale = axis_scale(metric)
+    scale = metric.scale
     for number, (differs, means, cis) in enumerate(lines):
         colour = replica_colour(number, len(lines))
         y = [scale * value for value in means]
@@ -119,11 +112,11 @@ def plot_adaptation(
         axis.set_xticks(list(adapt_steps))
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=8)
-    axis.set(title=title, xlabel="adaptation step", ylabel=f"test {axis_label(metric)}")
+    axis.set(title=title, xlabel="adaptation step", ylabel=f"test {metric.label}")
     save_figure(figure, path)
 
 
-def plot_comparison(path: Path, panels: Sequence[tuple[str, str, Any]]) -> None:
+def plot_comparison(path: Path, panels: Sequence[tuple[str, Metric, Any]]) -> None:
     """One panel a setting: each row's score with its interval over episodes, the best at the top.
 
     Args:
@@ -134,7 +127,7 @@ def plot_comparison(path: Path, panels: Sequence[tuple[str, str, Any]]) -> None:
     figure = Figure(figsize=(7.5, sum(heights) + 0.4), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (title, metric, table) in zip(axes, panels, strict=True):
-        scale = axis_scale(metric)
+        scale = metric.scale
         rows = range(len(table))
         for family, colour in FAMILY_COLOURS.items():
             chosen = [i for i in rows if table["family"].iloc[i] == family]
@@ -145,12 +138,12 @@ def plot_comparison(path: Path, panels: Sequence[tuple[str, str, Any]]) -> None:
                 axis.errorbar(x, chosen, xerr=error, fmt="o", color=colour, capsize=3, markersize=5, label=label)
         axis.set_yticks(list(rows), list(table["name"]))
         axis.set_ylim(len(table) - 0.4, -0.6)
-        if metric == "mse" and (table["score"] - table["ci95"]).min() > 0:
+        if not metric.higher_is_better and (table["score"] - table["ci95"]).min() > 0:
             axis.set_xscale("log")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel(f"test {axis_label(metric)}, 95 % interval over episodes")
+        axis.set_xlabel(f"test {metric.label}, 95 % interval over episodes")
         axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)

@@ -1,14 +1,15 @@
 """The tables that a run writes: ``metrics.csv``, ``episodes.csv``, ``result.csv``."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from metarun.results.files import write_csv
+from metarun.targets.metric import Metric
 
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds", "replica")
-EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "second_score", "replica")
+EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "replica")
+"""``score`` is the first metric; a column with the name of each further one follows."""
 RESULT_COLUMNS = (
     *(
         "run",
@@ -37,11 +38,14 @@ RESULT_COLUMNS = (
     *("meta_batch", "transductive", "train_seconds", "compile_seconds", "test_seconds", "tasks_per_second"),
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
     *("torch_version", "metarun_version", "config_hash", "episodes_hash", "higher_is_better"),
-    *("second_metric", "second_score", "second_ci95"),
     *("engine", "task_map", "precision", "replica", "varied"),
+    *("metrics", "percent"),
 )
-"""One row a replica of a run, which mostly has one; accuracies are fractions. ``episodes_hash`` is equal where the test
-episodes are."""
+"""A row per replica of a run, which mostly has one. ``score`` is in ``metric``, the first of ``metrics``, which are
+separated by semicolons; for each further one two columns follow, NAME and NAME_ci95. ``percent`` names the metrics that
+are fractions to be read as percentages. ``episodes_hash`` is equal where the test episodes are."""
+
+SEPARATOR = ";"
 
 
 def write_metrics(directory: Path, rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
@@ -62,43 +66,39 @@ class Scored(Protocol):
         """A tensor."""
 
     @property
-    def scores(self) -> Any:
-        """A tensor."""
-
-    @property
-    def second_scores(self) -> Any:
-        """A tensor."""
+    def scores(self) -> Mapping[str, Any]:
+        """A tensor for each metric."""
 
 
-def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], has_second: bool) -> None:
-    """``episodes.csv``: a row a test episode, adaptation step and replica, whose number stands with its scores.
-
-    Second scores are empty where there are none.
-    """
+def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], metrics: Sequence[Metric]) -> None:
+    """``episodes.csv``: a row per test episode, adaptation step and replica, whose number stands with its scores."""
+    first, *further = (metric.name for metric in metrics)
     rows = []
     for replica, scored in replicas:
-        columns = [values.tolist() for values in (scored.losses, scored.scores, scored.second_scores)]
-        for episode, (losses, scores, second) in enumerate(zip(*columns, strict=True)):
+        losses, scores = scored.losses.tolist(), {name: values.tolist() for name, values in scored.scores.items()}
+        for episode, of_steps in enumerate(losses):
             for i, step in enumerate(scored.adapt_steps):
-                values = (episode, step, losses[i], scores[i], second[i] if has_second else None, replica)
-                rows.append(dict(zip(EPISODES_COLUMNS, values, strict=True)))
-    write_csv(directory / "episodes.csv", EPISODES_COLUMNS, rows)
+                values = (episode, step, of_steps[i], scores[first][episode][i], replica)
+                row = dict(zip(EPISODES_COLUMNS, values, strict=True))
+                rows.append(row | {name: scores[name][episode][i] for name in further})
+    write_csv(directory / "episodes.csv", (*EPISODES_COLUMNS, *further), rows)
 
 
-def write_results(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def columns_of(metrics: Sequence[Metric]) -> tuple[str, ...]:
+    """The columns of ``result.csv``."""
+    return (*RESULT_COLUMNS, *(column for metric in metrics[1:] for column in (metric.name, f"{metric.name}_ci95")))
+
+
+def write_results(directory: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) -> None:
     """``result.csv``: the run's rows, one for each replica."""
-    write_csv(directory / "result.csv", RESULT_COLUMNS, rows)
+    write_csv(directory / "result.csv", columns_of(metrics), rows)
 
 
-def format_score(value: float | None, metric: str) -> str:
-    """A score for people: accuracy in percent, others to three decimals."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.3f}"
-
-
-def format_score_ci(value: float, ci: float, metric: str) -> str:
-    """A score and the half-width of its confidence interval, for people."""
-    if metric == "accuracy":
-        return f"{100 * value:.2f} ± {100 * ci:.2f} %"
-    return f"{value:.3f} ± {ci:.3f}"
+def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """The metrics of a row of ``result.csv``, the first one first."""
+    percent = str(row["percent"]).split(SEPARATOR)
+    first, *further = str(row["metrics"]).split(SEPARATOR)
+    return (
+        Metric(first, bool(row["higher_is_better"]), first in percent),
+        *(Metric(name, True, name in percent) for name in further),
+    )

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metarun.contracts import Control, Seen, Spec, Split, Task, Tree
+from metarun.contracts import Moments, Seen, Sizes, Spec, Split, Task, Tree
 from metarun.nn.ops import one_hot
 from metarun.random import fold, uniform
+from metarun.targets.actions import RETURN, Actions
 from metarun.tasks import control
 
 
@@ -88,14 +89,10 @@ class Bandit(control.ControlFamily):
         self.environment = Arms()
         self.dataset = self.named(f"bandit:arms={arms}:pulls={pulls}")
         self.spec = Spec(
-            kind="control",
-            input_shape=(1,),
-            outputs=arms,
-            metric="return",
-            higher_is_better=True,
-            shots=shots,
-            queries=queries,
-            control=Control("bandit", False, 1, pulls, best_arm),
+            Moments(1, "bandit", 1, pulls, best_arm),
+            Actions(arms, continuous=False),
+            Sizes(shots, queries),
+            metrics=(RETURN,),
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:

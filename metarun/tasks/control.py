@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from metarun.contracts import Predict, Seen, Spec, Split, Task, Tree
+from metarun.contracts import Predict, Scores, Seen, Spec, Split, Task, Tree
 from metarun.errors import require
 from metarun.nn.ops import one_hot
 from metarun.random import fold, uniform
+from metarun.targets.actions import RETURN
 
 RIDGE = 1e-5
 """Strength of the baseline's ridge regression, for features of order one."""
@@ -287,8 +288,8 @@ class ControlFamily:
             leaves = {name: leaf.expand(-1, episodes, *leaf.shape[2:]) for name, leaf in parameters.items()}
             return leaves, torch.randint(2**62, (count, episodes), generator=generator)
 
-        support, seed = part(self.spec.shots)
-        query, query_seed = part(self.train_queries if split == "train" else self.spec.queries)
+        support, seed = part(self.spec.sizes.shots)
+        query, query_seed = part(self.train_queries if split == "train" else self.spec.sizes.queries)
         # Drawn here and not where it is used, so that test episodes are the same on every device.
         query = {**query, **self.tape(query_seed)}
         if split == "train" and self.hindsight:
@@ -307,7 +308,7 @@ class ControlFamily:
         parameters = {name: leaf for name, leaf in data.items() if name not in ("tape", "step")}
         return {**parameters, **self.tape(fold(data["tape"], step))}
 
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
+    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
         """Surrogate loss and mean undiscounted return of a policy on the data of one task.
 
         Episodes are played by the policy, or are those that ``data`` keeps (``kept``, by adaptation step).
@@ -319,7 +320,7 @@ class ControlFamily:
         else:
             kept, output = played(self.environment, predict, self.with_tape(data), self.learning)
             old = output.detach()
-        return surrogate(kept, output, old, continuous, self.learning.entropy), kept["score"]
+        return surrogate(kept, output, old, continuous, self.learning.entropy), {RETURN.name: kept["score"]}
 
     def keep(self, predict: Predict, data: Tree) -> Tree:
         """The episodes that a policy plays, to be put into data as ``kept``: of ``played``, and its ``output``."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from metarun.errors import require
 
 
-class Sizes(NamedTuple):
+class TaskSizes(NamedTuple):
     """Of a task: classes, support examples a class, query examples a class."""
 
     ways: int
@@ -34,7 +34,7 @@ def task_sizes(
     train_ways: int | None,
     train_shots: int | None,
     train_queries: int | None,
-) -> dict[bool, Sizes]:
+) -> dict[bool, TaskSizes]:
     """Sizes of a training task (True) and of others (False); what is None in training is as in the others.
 
     Raises:
@@ -45,8 +45,8 @@ def task_sizes(
     others = {"shots": shots, "queries": queries, "train_shots": train_shots, "train_queries": train_queries}
     for name, value in others.items():
         require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
-    train = Sizes(train_ways or ways, train_shots or shots, train_queries or queries)
-    return {False: Sizes(ways, shots, queries), True: train}
+    train = TaskSizes(train_ways or ways, train_shots or shots, train_queries or queries)
+    return {False: TaskSizes(ways, shots, queries), True: train}
 
 
 def draw(allowed: Tensor, size: int, generator: torch.Generator) -> Tensor:

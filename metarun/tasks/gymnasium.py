@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarun.contracts import Control, Spec, Split, Task, Tree
+from metarun.contracts import Moments, Sizes, Spec, Split, Task, Tree
 from metarun.errors import UserError, require
 from metarun.random import fold, normal
+from metarun.targets.actions import RETURN, Actions
 from metarun.tasks import control
 
 GOALS = ("direction", "velocity")
@@ -249,19 +250,15 @@ class Gymnasium(control.ControlFamily):
         require(not set(GOALS) <= set(parameters), "a task has either a direction or a velocity, not both")
         host = Host(environment, horizon, options or {}, parameters)
         self.environment = Hosted(host)
-        self.horizon = horizon
+        self.horizon, self.actions = horizon, host.actions
         settings = [f"{name}={list(values)}" for name, values in sorted({**self.ranges, **self.choices}.items())]
         settings += [f"{name}={value}" for name, value in sorted((options or {}).items())]
         self.dataset = self.named(":".join([environment, *settings, f"horizon={horizon}"]))
         self.spec = Spec(
-            kind="control",
-            input_shape=(host.inputs,),
-            outputs=host.actions,
-            metric="return",
-            higher_is_better=True,
-            shots=shots,
-            queries=queries,
-            control=Control(environment, host.continuous, horizon),
+            Moments(host.inputs, environment, horizon),
+            Actions(host.actions, host.continuous),
+            Sizes(shots, queries),
+            metrics=(RETURN,),
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
@@ -277,6 +274,6 @@ class Gymnasium(control.ControlFamily):
         """The ``noise [..., horizon, actions]`` of actions, and the seed with which each environment will ``start``."""
         draw = normal if self.environment.continuous else control.gumbel
         return {
-            "noise": draw(fold(seed, 0), (self.horizon, self.spec.outputs)),
+            "noise": draw(fold(seed, 0), (self.horizon, self.actions)),
             "start": fold(seed, 1) & (2**31 - 1),
         }

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metarun.contracts import Control, Seen, Spec, Split, Task, Tree
+from metarun.contracts import Moments, Seen, Sizes, Spec, Split, Task, Tree
 from metarun.nn.ops import one_hot
 from metarun.random import fold, normal, uniform
+from metarun.targets.actions import RETURN, Actions
 from metarun.tasks import control
 from metarun.tasks.planning import action_values
 
@@ -113,14 +114,10 @@ class MDP(control.ControlFamily):
             return policy
 
         self.spec = Spec(
-            kind="control",
-            input_shape=(states,),
-            outputs=actions,
-            metric="return",
-            higher_is_better=True,
-            shots=shots,
-            queries=queries,
-            control=Control("mdp", False, horizon, episodes, optimal),
+            Moments(states, "mdp", horizon, episodes, optimal),
+            Actions(actions, continuous=False),
+            Sizes(shots, queries),
+            metrics=(RETURN,),
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:

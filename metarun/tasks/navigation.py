@@ -13,12 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metarun.contracts import Control, Predict, Seen, Spec, Split, Task, Tree
+from metarun.contracts import Moments, Predict, Scores, Seen, Sizes, Spec, Split, Task, Tree
 from metarun.random import normal
+from metarun.targets.actions import RETURN, Actions
+from metarun.targets.metric import Metric
 from metarun.tasks import control
 
 LARGEST_MOVE, REACHED = 0.1, 0.01
 SQUARE, RADIUS = 0.5, 1.0
+
+MEAN_ACTIONS = Metric("return of mean actions", higher_is_better=True)
 
 
 class Walk:
@@ -90,15 +94,10 @@ class Navigation(control.ControlFamily):
         self.environment = Walk()
         self.dataset = self.named(f"navigation:{goals}:horizon={horizon}")
         self.spec = Spec(
-            kind="control",
-            input_shape=(2,),
-            outputs=2,
-            metric="return",
-            higher_is_better=True,
-            shots=shots,
-            queries=queries,
-            control=Control("navigation", True, horizon, optimal=straight_to_the_goal),
-            second_metric="return of mean actions",
+            Moments(2, "navigation", horizon, optimal=straight_to_the_goal),
+            Actions(2, continuous=True),
+            Sizes(shots, queries),
+            metrics=(RETURN, MEAN_ACTIONS),
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
@@ -115,8 +114,8 @@ class Navigation(control.ControlFamily):
         """Normal ``noise [..., horizon, 2]`` of actions."""
         return {"noise": normal(seed, (self.horizon, 2))}
 
-    def second_score(self, predict: Predict, data: Tree) -> Tensor:
+    def scores(self, predict: Predict, data: Tree) -> Scores:
         """Return of the policy that always takes its mean action."""
         # Without noise every episode is the same.
         quiet = {name: leaf[:1] for name, leaf in data.items()} | {"noise": torch.zeros_like(data["noise"][:1])}
-        return control.total_return(control.rollout(self.environment, predict, quiet))
+        return {MEAN_ACTIONS.name: control.total_return(control.rollout(self.environment, predict, quiet))}

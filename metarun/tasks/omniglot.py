@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from metarun.contracts import Predict, Spec, Split, Task, Tree
+from metarun.contracts import Numbers, Sizes, Spec, Split, Task, Tree
 from metarun.data import omniglot as real
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
+from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Dealt, deal, draw, task_sizes
-from metarun.tasks.supervised import classification_loss
 
 log = logging.getLogger(__name__)
 
@@ -89,16 +89,10 @@ class Omniglot:
         self._check_sizes()
         train_images = self.images["train"]
         self.spec = Spec(
-            kind="classification",
-            input_shape=(1, image_size, image_size),
-            outputs=ways,
-            metric="accuracy",
-            higher_is_better=True,
-            shots=shots,
-            queries=queries,
-            ways=ways,
-            train_ways=self.sizes[True].ways,
-            training_classes=len(train_images),
+            Numbers((1, image_size, image_size)),
+            Classes(ways),
+            Sizes(shots, queries, ways, self.sizes[True].ways, training_classes=len(train_images)),
+            metrics=(ACCURACY,),
         )
 
     def _check_sizes(self) -> None:
@@ -141,7 +135,3 @@ class Omniglot:
 
         support, query = deal(classes, drawings, shots, generator)
         return Task(part(support), part(query))
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and accuracy of one task."""
-        return classification_loss(predict, data)

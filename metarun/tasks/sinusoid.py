@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from metarun.contracts import Predict, Spec, Split, Task, Tree
+from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
 from metarun.errors import require
-from metarun.tasks.supervised import regression_loss
+from metarun.targets.real import MSE, Real
 
 PAPER = {"amplitude": (0.1, 5.0), "phase": (0.0, math.pi), "inputs": (-5.0, 5.0)}
 
@@ -67,21 +67,18 @@ class Sinusoid:
         others = [f"{name}={list(ranges[name])}" for name in ranges if ranges[name] != PAPER[name]]
         self.dataset = ":".join(["sinusoid", *others])
         self.spec = Spec(
-            kind="regression",
-            input_shape=(1,),
-            outputs=1,
-            metric="mse",
-            higher_is_better=False,
-            shots=shots,
-            queries=queries,
-            truth=waves,
+            Numbers((1,)),
+            Real(1),
+            Sizes(shots, queries),
+            metrics=(MSE,),
+            facts=Facts(truth=waves),
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """``count`` sine waves; leaves ``[count, points, 1]``."""
         train = split == "train"
-        shots = self.train_shots if train else self.spec.shots
-        queries = self.train_queries if train else self.spec.queries
+        shots = self.train_shots if train else self.spec.sizes.shots
+        queries = self.train_queries if train else self.spec.sizes.queries
 
         def uniform(bounds: tuple[float, float], *shape: int) -> Tensor:
             low, high = bounds
@@ -92,7 +89,3 @@ class Sinusoid:
         data = {"x": x.to(self.device), "y": (amplitude * torch.sin(x - phase)).to(self.device)}
         support = {name: value[:, :shots] for name, value in data.items()}
         return Task(support, {name: value[:, shots:] for name, value in data.items()})
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
-        """Mean squared error of one task."""
-        return regression_loss(predict, data)

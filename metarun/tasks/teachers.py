@@ -5,7 +5,7 @@
 All tasks share the first layer (u, b), which is drawn once from a fixed seed; a task has read-out weights v and an
 operation g of its own: relu or sine (or tanh). With the right operation a model of this size needs no more than to fit
 v; with one and the same for all tasks it has to hold features for the others too. All splits draw v and g from the same
-distribution, each from draws of its own. ``spec.groups`` names the operations, and the data carry each task's.
+distribution, each from draws of its own. ``spec.facts.groups`` names the operations, and the data carry each task's.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from metarun.contracts import Predict, Spec, Split, Task, Tree
+from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
 from metarun.errors import require
-from metarun.tasks.supervised import regression_loss
+from metarun.targets.real import MSE, Real
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "sine": torch.sin}
 TEACHER_SEED = 20201124
@@ -63,20 +63,17 @@ class Teachers:
         self.device = device
         self.dataset = f"teachers:{inputs}-{units}:{scale:g}:{'+'.join(operations)}"
         self.spec = Spec(
-            kind="regression",
-            input_shape=(inputs,),
-            outputs=1,
-            metric="mse",
-            higher_is_better=False,
-            shots=shots,
-            queries=queries,
-            groups=tuple(operations),
+            Numbers((inputs,)),
+            Real(1),
+            Sizes(shots, queries),
+            metrics=(MSE,),
+            facts=Facts(groups=tuple(operations)),
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """``count`` tasks: ``x [count, points, inputs]``, ``y [count, points, 1]`` and ``group [count, points]``."""
-        shots, (units, inputs) = self.spec.shots, self.first.shape
-        points = shots + (shots if split == "train" else self.spec.queries)
+        shots, (units, inputs) = self.spec.sizes.shots, self.first.shape
+        points = shots + (shots if split == "train" else self.spec.sizes.queries)
         group = torch.randint(len(self.operations), (count, 1), generator=generator)
         read_out = torch.randn(count, units, 1, generator=generator) / units**0.5
         x = torch.randn(count, points, inputs, generator=generator)
@@ -87,7 +84,3 @@ class Teachers:
         data = {name: value.to(self.device) for name, value in data.items()}
         support = {name: value[:, :shots] for name, value in data.items()}
         return Task(support, {name: value[:, shots:] for name, value in data.items()})
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
-        """Mean squared error of one task."""
-        return regression_loss(predict, data)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from metarun.contracts import Predict, Spec, Split, Task, Tokens, Tree
+from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens, Tree
 from metarun.data import intents, tokens
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
-from metarun.tasks.few_shot import Dealt, Sizes, deal, draw, task_sizes
-from metarun.tasks.supervised import classification_loss
+from metarun.targets.classes import ACCURACY, Classes
+from metarun.tasks.few_shot import Dealt, TaskSizes, deal, draw, task_sizes
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Text:
         self,
         corpus: Mapping[str, Cells],
         dataset: str,
-        sizes: Mapping[bool, Sizes],
+        sizes: Mapping[bool, TaskSizes],
         grams: tuple[int, int],
         buckets: int,
         device: str,
@@ -114,18 +114,11 @@ class Text:
         self.pools = pools
         ways, shots, queries = sizes[False]
         self.spec = Spec(
-            kind="classification",
-            input_shape=(columns,),
-            outputs=ways,
-            metric="accuracy",
-            higher_is_better=True,
-            shots=shots,
-            queries=queries,
-            ways=ways,
-            train_ways=sizes[True].ways,
-            training_classes=len(labels["train"]),
-            features=tf_idf,
-            tokens=Tokens(tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
+            Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
+            Classes(ways),
+            Sizes(shots, queries, ways, sizes[True].ways, training_classes=len(labels["train"])),
+            metrics=(ACCURACY,),
+            facts=Facts(features=tf_idf),
         )
 
     def _check_sizes(self, pools: Mapping[str, Pool]) -> None:
@@ -154,10 +147,6 @@ class Text:
 
         support, query = deal(classes, sentences, shots, generator)
         return Task(part(support), part(query))
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and accuracy of one task."""
-        return classification_loss(predict, data)
 
 
 def _by_domain(domains: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

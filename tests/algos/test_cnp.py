@@ -15,6 +15,7 @@ from metarun.algos.dependent.cnp import Points, Process, cnp, drawn_context
 from metarun.models.mlp import MLP
 from metarun.random import drawing, fold, normal
 from metarun.run import run
+from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -34,7 +35,7 @@ PROCESSES = {
 def setting(name, **keys):
     family = Sinusoid(shots=6, queries=9)
     algorithm = PROCESSES[name](MLP(family.spec, (4,)), family.spec, **keys)
-    theta = algorithm.init(MLP(family.spec, (4,)), generator())
+    theta = algorithm.init(generator())
     task = family.sample("test", 1, generator(1))
     support, query = ({name: leaf[0] for name, leaf in part.items()} for part in task[:2])
     return family, algorithm, theta, type(task)(support, query, SEED)
@@ -74,7 +75,7 @@ def test_the_order_of_the_support_does_not_matter_and_queries_do_not_see_each_ot
 
 def test_the_meta_loss_of_conditional_processes_is_the_likelihood_of_support_and_query():
     family, algorithm, theta, task = setting("cnp", least_context=None)
-    loss, score = algorithm.meta_loss(theta, task, family.loss)
+    loss, score = algorithm.meta_loss(theta, task, loss_of(family))
     process = Process(1, 1, 16)
     process.load_state_dict(theta["weights"])
     x, y = points(task.support, task.query)
@@ -88,7 +89,7 @@ def test_the_meta_loss_of_conditional_processes_is_the_likelihood_of_support_and
 def test_the_meta_loss_of_attentive_processes_is_the_evidence_lower_bound_per_target():
     family, algorithm, theta, task = setting("anp", least_context=None)
     with drawing(SEED, training=True):
-        loss, score = algorithm.meta_loss(theta, task, family.loss)
+        loss, score = algorithm.meta_loss(theta, task, loss_of(family))
     process, targets = network(theta), points(task.support, task.query)
 
     def q(given):
@@ -174,7 +175,7 @@ def test_in_meta_training_points_outside_of_the_context_are_targets_alone(name):
 
     def loss(y):
         with drawing(SEED, training=True):
-            return algorithm.meta_loss(theta, task._replace(support={**task.support, "y": y}), family.loss)[0]
+            return algorithm.meta_loss(theta, task._replace(support={**task.support, "y": y}), loss_of(family))[0]
 
     hessian = torch.autograd.functional.hessian(loss, task.support["y"])[:, 0, :, 0]
     others = ~torch.eye(6, dtype=torch.bool)
@@ -184,10 +185,10 @@ def test_in_meta_training_points_outside_of_the_context_are_targets_alone(name):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_the_second_score_is_the_mean_log_likelihood_of_the_query_points(name):
+def test_the_algorithms_own_score_is_the_mean_log_likelihood_of_the_query_points(name):
     _, algorithm, theta, task = setting(name)
     state = adapted(algorithm, theta, task.support)
-    found = algorithm.second_score(theta, state, task.query)
+    found = algorithm.scores(theta, state, task.query)["log-likelihood"]
     prediction = algorithm.predict(theta, state, task.query["x"])
     if name == "cnp":
         process = Process(1, 1, 16)
@@ -260,7 +261,7 @@ def test_a_run_reports_the_log_likelihood(tmp_path, caplog):
         run(config, names, tmp_path)
     row = pd.read_csv(tmp_path / "result.csv").iloc[0]
     episodes = pd.read_csv(tmp_path / "episodes.csv")
-    assert row["second_metric"] == "log-likelihood"
-    assert row["second_score"] == pytest.approx(episodes["second_score"].mean())
-    assert row["second_ci95"] == pytest.approx(1.96 * episodes["second_score"].std() / 2)
+    assert row["metrics"] == "mse;log-likelihood"
+    assert row["log-likelihood"] == pytest.approx(episodes["log-likelihood"].mean())
+    assert row["log-likelihood_ci95"] == pytest.approx(1.96 * episodes["log-likelihood"].std() / 2)
     assert any("log-likelihood after the support set" in line for line in caplog.messages)

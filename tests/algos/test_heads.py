@@ -18,6 +18,7 @@ from metarun.algos.dependent.shared_model import shared_model
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
+from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tree import tree_map
 
@@ -81,7 +82,7 @@ def test_a_support_vector_machine_of_two_classes_is_the_binary_one():
 def test_a_ridge_head_solves_the_normal_equations():
     family, model, tasks = images()
     algorithm = metaoptnet(model, family.spec, "ridge", strength=2.0, scale=3.0)
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     support = {name: value[0] for name, value in tasks.support.items()}
     z, q = (F.relu(model.trunk[1](x.flatten(1))) for x in (support["x"], tasks.query["x"][0]))
     w = torch.linalg.inv(z.T @ z + 2.0 * torch.eye(z.shape[1])) @ z.T @ support["y"]
@@ -90,8 +91,8 @@ def test_a_ridge_head_solves_the_normal_equations():
 
 def test_multitask_gradient_takes_the_heads_as_they_are():
     family, model, tasks = images()
-    algorithm = multitask(model, family.spec, 0.3, 4)
-    theta = algorithm.init(model, generator())
+    algorithm = multitask(model, 0.3, 4)
+    theta = algorithm.init(generator())
     trunk = {name: w.clone().requires_grad_() for name, w in theta["weights"].items()}
     total = 0
     for sx, sy, qx, qy in reference.split(tasks):
@@ -106,7 +107,7 @@ def test_multitask_gradient_takes_the_heads_as_they_are():
             )
         total = total + F.cross_entropy(F.linear(z, weight.detach(), bias.detach()), y) / 3
     expected = torch.autograd.grad(total, list(trunk.values()))
-    found = meta_gradient(algorithm, theta, tasks, family.loss).grads["weights"]
+    found = meta_gradient(algorithm, theta, tasks, loss_of(family)).grads["weights"]
     for ours, theirs in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -128,14 +129,14 @@ class OfficialClassifier(nn.Module):
 def test_baselinepp_fits_the_official_classifier_by_plain_gradient_descent_from_random_weights():
     family, model, tasks = images()
     algorithm = baselinepp(model, family.spec, step_sizes=(0.7,))
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     sx, sy, qx, _ = next(reference.split(tasks))
     z, q = (F.relu(model.trunk[1](x.flatten(1))).detach() for x in (sx, qx))
     start = theta["carried"]["start"]
     torch.testing.assert_close(start["length"], start["weight"].norm(dim=1))
     classifier = OfficialClassifier(start["weight"], 2.0)
     optimizer = torch.optim.SGD(classifier.parameters(), 0.7)
-    states = algorithm.adapt(theta, {"x": sx, "y": sy}, family.loss)
+    states = algorithm.adapt(theta, {"x": sx, "y": sy}, loss_of(family))
     for _ in range(3):
         torch.testing.assert_close(algorithm.predict(theta, next(states), qx), classifier(q).detach())
         optimizer.zero_grad()
@@ -147,7 +148,7 @@ def test_baselinepp_answers_by_chance_before_its_first_step():
     family, model, _ = images()
     algorithm = baselinepp(model, family.spec)
     scored = evaluate(
-        algorithm, algorithm.init(model, generator()), family.sample("test", 400, generator(2)), family.loss, 0
+        algorithm, algorithm.init(generator()), family.sample("test", 400, generator(2)), loss_of(family), 0
     )
     mean, error = scored.scores[..., 0].mean(), scored.scores[..., 0].std() / 20
     assert abs(mean - 1 / 3) < 3 * error
@@ -157,12 +158,12 @@ def test_baselinepp_trains_the_official_classifier_of_all_classes():
     """τ is 2 with twelve training classes, 10 with more than two hundred."""
     family, model, tasks = images()
     algorithm = baselinepp(model, family.spec)
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     classifier = OfficialClassifier(theta["joint_head"]["weight"], 2.0)
     x, labels = (torch.cat([tasks.support[name], tasks.query[name]], 1).flatten(0, 1) for name in ("x", "class"))
     z = F.relu(model.trunk[1](x.flatten(1)))
     F.cross_entropy(classifier(z), labels).backward()
-    found = meta_gradient(algorithm, theta, tasks, family.loss).grads
+    found = meta_gradient(algorithm, theta, tasks, loss_of(family)).grads
     parametrization = classifier.linear.parametrizations.weight
     torch.testing.assert_close(found["joint_head"]["length"], parametrization.original0.grad[:, 0])
     torch.testing.assert_close(found["joint_head"]["weight"], parametrization.original1.grad)
@@ -172,12 +173,12 @@ def test_baselinepp_trains_the_official_classifier_of_all_classes():
 
 def test_oracle_finds_sine_waves_and_does_not_pretend_with_one_point():
     family = Sinusoid(shots=3)
-    algorithm = oracle(MLP(family.spec), family.spec)
-    theta = algorithm.init(MLP(family.spec), generator())
-    scored = evaluate(algorithm, theta, family.sample("test", 20, generator()), family.loss, 1)
+    algorithm = oracle(family.spec)
+    theta = algorithm.init(generator())
+    scored = evaluate(algorithm, theta, family.sample("test", 20, generator()), loss_of(family), 1)
     assert scored.scores.max() < 1e-20
     one = Sinusoid(shots=1)
-    assert evaluate(algorithm, theta, one.sample("test", 20, generator()), one.loss, 1).scores.mean() > 0.1
+    assert evaluate(algorithm, theta, one.sample("test", 20, generator()), loss_of(one), 1).scores.mean() > 0.1
 
 
 def stirred(theta):
@@ -188,11 +189,11 @@ def stirred(theta):
 def test_shared_model_writes_the_configured_model_and_nothing_else():
     family, model, tasks = images(lambda spec: Conv4(spec, filters=4))
     algorithm = shared_model(model, family.spec)
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     support = {name: value[0] for name, value in tasks.support.items()}
     assert algorithm.any_ways
     for some in (theta, stirred(theta)):
-        _, weights = algorithm.adapt(some, support, family.loss)
+        _, weights = algorithm.adapt(some, support, loss_of(family))
         assert {n: w.shape for n, w in weights.items()} == {n: p.shape for n, p in model.named_parameters()}
         x = tasks.query["x"][0]
         expected = torch.func.functional_call(model, weights, (x,))
@@ -204,11 +205,11 @@ def test_shared_model_writes_the_configured_model_and_nothing_else():
 def test_shared_model_relabels_its_answers_with_the_task():
     family, model, tasks = images()
     algorithm = shared_model(model, family.spec)
-    theta = stirred(algorithm.init(model, generator()))
+    theta = stirred(algorithm.init(generator()))
     support = {name: value[0] for name, value in tasks.support.items()}
     x = tasks.query["x"][0]
     answers = []
     for y in (support["y"], support["y"][:, [2, 0, 1]]):
-        _, weights = algorithm.adapt(theta, {**support, "y": y}, family.loss)
+        _, weights = algorithm.adapt(theta, {**support, "y": y}, loss_of(family))
         answers.append(algorithm.predict(theta, weights, x))
     torch.testing.assert_close(answers[0][:, [2, 0, 1]], answers[1])

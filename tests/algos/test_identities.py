@@ -29,13 +29,14 @@ from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
+from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
 def gradient(algorithm, model, tasks, loss):
-    return meta_gradient(algorithm, algorithm.init(model, generator()), tasks, loss)
+    return meta_gradient(algorithm, algorithm.init(generator()), tasks, loss)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
@@ -44,26 +45,26 @@ def test_quadratic_meta_gradients_have_their_closed_form(steps):
     alpha, tasks = 0.3, centres()
     model = Quadratic()
     offset = model.w.detach() - tasks.support["c"].mean(0)
-    second = gradient(maml(model, QUADRATIC_SPEC, alpha, steps), model, tasks, quadratic_loss)
-    first = gradient(maml(model, QUADRATIC_SPEC, alpha, steps, True), model, tasks, quadratic_loss)
+    second = gradient(maml(model, alpha, steps), model, tasks, quadratic_loss)
+    first = gradient(maml(model, alpha, steps, True), model, tasks, quadratic_loss)
     torch.testing.assert_close(second.grads["weights"]["w"], (1 - alpha) ** (2 * steps) * offset)
     torch.testing.assert_close(first.grads["weights"]["w"], (1 - alpha) ** steps * offset)
     if steps > 0:
-        moved = gradient(reptile(model, QUADRATIC_SPEC, alpha, steps, 3, "sgd"), model, tasks, quadratic_loss)
+        moved = gradient(reptile(model, alpha, steps, 3, "sgd"), model, tasks, quadratic_loss)
         torch.testing.assert_close(moved.grads["weights"]["w"], (1 - (1 - alpha) ** steps) * offset)
 
 
 def test_first_order_is_exact_where_the_hessian_is_zero():
     model, tasks = Quadratic(), centres()
-    both = [gradient(maml(model, QUADRATIC_SPEC, 0.3, 3, first), model, tasks, linear_loss) for first in (0, 1)]
+    both = [gradient(maml(model, 0.3, 3, first), model, tasks, linear_loss) for first in (0, 1)]
     torch.testing.assert_close(both[0].grads, both[1].grads)
 
 
 def test_metasgd_with_one_size_for_all_is_maml():
     model, tasks = Quadratic(), centres()
-    algorithm = metasgd(model, QUADRATIC_SPEC, (0.3, 0.3), 3)
+    algorithm = metasgd(model, (0.3, 0.3), 3)
     ours = gradient(algorithm, model, tasks, quadratic_loss)
-    theirs = gradient(maml(model, QUADRATIC_SPEC, 0.3, 3), model, tasks, quadratic_loss)
+    theirs = gradient(maml(model, 0.3, 3), model, tasks, quadratic_loss)
     torch.testing.assert_close(ours.grads["weights"], theirs.grads["weights"])
 
 
@@ -74,7 +75,7 @@ def test_imaml_by_its_equations_has_the_closed_form_of_a_quadratic_and_stands_st
     ours = gradient(imaml(model, QUADRATIC_SPEC, 0.3, 200, 1.5, 3, 0.0, "proximal", 0.0), model, tasks, quadratic_loss)
     torch.testing.assert_close(ours.grads["weights"]["w"], (1.5 / 2.5) ** 2 * offset)
     held = imaml(model, QUADRATIC_SPEC, 1e-6, 200, 1e6, 3, 0.0, "proximal", 0.0)
-    theta = held.init(model, generator())
+    theta = held.init(generator())
     *_, state = islice(held.adapt(theta, one(tasks.support), quadratic_loss), 200)
     torch.testing.assert_close(state["w"], theta["weights"]["w"], atol=1e-5, rtol=0)
 
@@ -93,11 +94,11 @@ def test_zero_steps_is_joint_training():
     family = Sinusoid(shots=6, train_queries=6)
     model = MLP(family.spec, (8,))
     tasks = family.sample("train", 3, generator())
-    ours = gradient(maml(model, family.spec, inner_steps=0), model, tasks, family.loss).grads["weights"]
+    ours = gradient(maml(model, inner_steps=0), model, tasks, loss_of(family)).grads["weights"]
     x, y = (tasks.query[name].flatten(0, 1) for name in ("x", "y"))
     plain = torch.autograd.grad((model(x) - y).square().mean(), list(model.parameters()))
     torch.testing.assert_close(list(ours.values()), list(plain))
-    joint = gradient(transfer(model, family.spec), model, tasks, family.loss).grads["weights"]
+    joint = gradient(transfer(model, family.spec), model, tasks, loss_of(family)).grads["weights"]
     x, y = (torch.cat([tasks.support[n], tasks.query[n]], 1).flatten(0, 1) for n in ("x", "y"))
     plain = torch.autograd.grad((model(x) - y).square().mean(), list(model.parameters()))
     torch.testing.assert_close(list(joint.values()), list(plain))
@@ -107,7 +108,7 @@ def test_reptile_with_one_full_batch_step_is_averaged_sgd():
     family = Sinusoid(shots=6)
     model = MLP(family.spec, (8,))
     tasks = family.sample("train", 3, generator())
-    ours = gradient(reptile(model, family.spec, 0.1, 1, 6, "sgd"), model, tasks, family.loss).grads["weights"]
+    ours = gradient(reptile(model, 0.1, 1, 6, "sgd"), model, tasks, loss_of(family)).grads["weights"]
     x, y = (tasks.support[name].flatten(0, 1) for name in ("x", "y"))
     plain = torch.autograd.grad((model(x) - y).square().mean(), list(model.parameters()))
     torch.testing.assert_close(list(ours.values()), [0.1 * g for g in plain])
@@ -117,11 +118,11 @@ def test_reptile_keeps_the_second_moments_of_its_inner_adam():
     """Two meta-steps over one task, θ standing still, equal one long run of torch's Adam moments."""
     family = Sinusoid(shots=6)
     model = MLP(family.spec, (8,))
-    algorithm = reptile(model, family.spec, 1e-12, 3, 6)
-    theta = algorithm.init(model, generator())
+    algorithm = reptile(model, 1e-12, 3, 6)
+    theta = algorithm.init(generator())
     tasks = family.sample("train", 1, generator())
     for _ in range(2):
-        theta = {**theta, "carried": meta_gradient(algorithm, theta, tasks, family.loss).carried}
+        theta = {**theta, "carried": meta_gradient(algorithm, theta, tasks, loss_of(family)).carried}
     x, y = tasks.support["x"][0], tasks.support["y"][0]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-12, betas=(0.0, 0.999))
     for _ in range(6):
@@ -147,10 +148,10 @@ def one(part):
 def test_protonet_equals_its_linear_form():
     """Equation 8: −‖z − c‖² and 2 cᵀz − cᵀc differ by a constant of the query."""
     family, model, tasks = image_setting()
-    algorithm = protonet(model, family.spec)
-    theta = algorithm.init(model, generator())
+    algorithm = protonet(model)
+    theta = algorithm.init(generator())
     support, query = one(tasks.support), one(tasks.query)
-    _, state = algorithm.adapt(theta, support, family.loss)
+    _, state = algorithm.adapt(theta, support, loss_of(family))
     logits = algorithm.predict(theta, state, query["x"])
     c = prototypes(model.trunk(support["x"]), support["y"])
     linear = 2 * model.trunk(query["x"]) @ c.T - c.square().sum(1)
@@ -161,12 +162,12 @@ def test_protonet_equals_its_linear_form():
 def test_class_order_does_not_matter(factory):
     family, model, tasks = image_setting()
     algorithm = factory(model, family.spec)
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     support, query = one(tasks.support), one(tasks.query)
     order = torch.tensor([2, 0, 1])
     logits = []
     for y in (support["y"], support["y"][:, order]):
-        *_, state = algorithm.adapt(theta, {**support, "y": y}, family.loss)
+        *_, state = algorithm.adapt(theta, {**support, "y": y}, loss_of(family))
         logits.append(algorithm.predict(theta, state, query["x"]))
     torch.testing.assert_close(logits[0][:, order], logits[1])
 
@@ -182,8 +183,8 @@ def test_ridge_equals_least_squares_on_the_augmented_system(n, d):
 
 def test_scratch_adapts_by_the_chosen_step_size():
     model, tasks = Quadratic(), centres(2)
-    algorithm = scratch(model, QUADRATIC_SPEC, [0.5, 0.25])
-    theta = algorithm.candidates(algorithm.init(model, generator()))[1]
+    algorithm = scratch(model, [0.5, 0.25])
+    theta = algorithm.candidates(algorithm.init(generator()))[1]
     _, losses, *_ = evaluate(algorithm, theta, tasks, quadratic_loss, 3)
     expected = losses[:, :1] * 0.75 ** (2 * torch.arange(4))
     torch.testing.assert_close(losses, expected)
@@ -192,8 +193,8 @@ def test_scratch_adapts_by_the_chosen_step_size():
 def test_maml_steps_after_the_first_have_their_own_size():
     """On ½‖w − c‖² a step of size α leaves (1 − α) of the error."""
     model = Quadratic()
-    algorithm = maml(model, QUADRATIC_SPEC, inner_lr=0.5, later_lr=0.1)
-    theta = algorithm.init(model, generator())
+    algorithm = maml(model, inner_lr=0.5, later_lr=0.1)
+    theta = algorithm.init(generator())
     tasks = centres()
     _, losses, *_ = evaluate(algorithm, theta, tasks, quadratic_loss, 3)
     left = torch.tensor([1.0, 0.5, 0.5 * 0.9, 0.5 * 0.9 * 0.9])
@@ -203,15 +204,15 @@ def test_maml_steps_after_the_first_have_their_own_size():
 def test_matching_with_one_shot_is_a_softmax_over_prototypes_and_sums_attention_with_more():
     family, model, tasks = image_setting()
     support, query = one(tasks.support), one(tasks.query)
-    algorithm = matching(model, family.spec, "euclidean")
-    theta = algorithm.init(model, generator())
+    algorithm = matching(model, "euclidean")
+    theta = algorithm.init(generator())
     single = {
         name: torch.stack([leaf[support["y"].argmax(1) == k][0] for k in range(3)]) for name, leaf in support.items()
     }
-    *_, state = protonet(model, family.spec).adapt(theta, single, family.loss)
-    logits = protonet(model, family.spec).predict(theta, state, query["x"])
+    *_, state = protonet(model).adapt(theta, single, loss_of(family))
+    logits = protonet(model).predict(theta, state, query["x"])
     torch.testing.assert_close(algorithm.predict(theta, single, query["x"]).exp(), logits.softmax(1), atol=2e-6, rtol=0)
-    cosine = matching(model, family.spec)
+    cosine = matching(model)
     z, q = model.trunk(support["x"]), model.trunk(query["x"])
     near = F.cosine_similarity(q[:, None], z[None], dim=-1).softmax(1)
     chances = torch.stack([near[:, support["y"].argmax(1) == k].sum(1) for k in range(3)], 1)
@@ -221,8 +222,8 @@ def test_matching_with_one_shot_is_a_softmax_over_prototypes_and_sums_attention_
 def test_relation_compares_each_query_with_each_class():
     family, model, tasks = image_setting()
     support, query = one(tasks.support), one(tasks.query)
-    algorithm = relation(model, family.spec, 5)
-    theta = algorithm.init(model, generator())
+    algorithm = relation(model, 5)
+    theta = algorithm.init(generator())
     task = Task(support, query)
     w, z, q = theta["relation"], model.trunk(support["x"]), model.trunk(query["x"])
     expected = torch.empty(len(q), 3)
@@ -232,7 +233,7 @@ def test_relation_compares_each_query_with_each_class():
             hidden = (w["layers.0.weight"] @ pair + w["layers.0.bias"]).relu()
             expected[i, k] = (w["layers.2.weight"] @ hidden + w["layers.2.bias"]).sigmoid()
     torch.testing.assert_close(algorithm.predict(theta, support, query["x"]), expected)
-    loss, score = algorithm.meta_loss(theta, task, family.loss)
+    loss, score = algorithm.meta_loss(theta, task, loss_of(family))
     torch.testing.assert_close(loss, F.mse_loss(expected, query["y"]))
     torch.testing.assert_close(score, (expected.argmax(1) == query["y"].argmax(1)).double().mean())
 
@@ -260,5 +261,5 @@ def test_relation_takes_features_for_maps_where_the_model_has_them():
     assert Conv4(spec, 4).maps is None
     model = Conv4(spec, 4, readout="flatten", halvings=2)
     assert model.maps == (4, 4, 4)
-    theta = relation(model, spec).init(model, generator())
+    theta = relation(model).init(generator())
     assert theta["relation"]["of_class.weight"].shape == (64, 4, 3, 3)

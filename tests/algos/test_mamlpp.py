@@ -17,6 +17,7 @@ from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.run import run
+from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tree import leaves, tree_map
 
@@ -25,10 +26,10 @@ OFF = {"learned_rates": False, "multi_step_epochs": 0, "batch_norm": "shared"}
 
 
 def gradients(algorithm, model, family, meta_step=0.0):
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     theta["carried"]["meta_step"] = torch.tensor(meta_step)
     tasks = family.sample("train", 4, generator(1))
-    return theta, tasks, meta_gradient(algorithm, theta, tasks, family.loss)
+    return theta, tasks, meta_gradient(algorithm, theta, tasks, loss_of(family))
 
 
 def images():
@@ -39,19 +40,19 @@ def images():
 
 def test_with_all_switches_off_it_is_maml():
     family, model = images()
-    ours = gradients(mamlpp(model, family.spec, 0.1, 2, first_order_epochs=0, **OFF), model, family)[2]
+    ours = gradients(mamlpp(model, 0.1, 2, first_order_epochs=0, **OFF), model, family)[2]
     tasks = family.sample("train", 4, generator(1))
-    plain = maml(model, family.spec, 0.1, 2)
-    expected = meta_gradient(plain, plain.init(model, generator()), tasks, family.loss)
+    plain = maml(model, 0.1, 2)
+    expected = meta_gradient(plain, plain.init(generator()), tasks, loss_of(family))
     torch.testing.assert_close(ours.grads, expected.grads, rtol=1e-10, atol=1e-13)
 
 
 def test_first_order_until_its_epoch_and_second_order_from_there_on():
     family, model = images()
-    algorithm = mamlpp(model, family.spec, 0.1, 2, first_order_epochs=3, epoch=10, **OFF)
+    algorithm = mamlpp(model, 0.1, 2, first_order_epochs=3, epoch=10, **OFF)
     for meta_step, first_order in ((29.0, True), (30.0, False)):
         theta, tasks, found = gradients(algorithm, model, family, meta_step)
-        kind, features = family.spec.kind, reference.conv4_features
+        kind, features = reference.kind_of(family), reference.conv4_features
         expected = reference.maml_gradient(features, theta["weights"], tasks, kind, 0.1, 2, first_order)
         torch.testing.assert_close(found.grads["weights"], expected, rtol=1e-8, atol=1e-11)
         assert found.carried["meta_step"] == meta_step + 1
@@ -59,7 +60,7 @@ def test_first_order_until_its_epoch_and_second_order_from_there_on():
 
 def test_no_second_order_is_first_order_for_ever():
     family, model = images()
-    never, late = (mamlpp(model, family.spec, 0.1, 2, first_order_epochs=epochs) for epochs in (None, 10**6))
+    never, late = (mamlpp(model, 0.1, 2, first_order_epochs=epochs) for epochs in (None, 10**6))
     found = [gradients(algorithm, model, family)[2].grads for algorithm in (never, late)]
     torch.testing.assert_close(*found)
 
@@ -100,9 +101,7 @@ def written_out(theta, tasks, steps, meta_step, epochs, per_step):
 @pytest.mark.parametrize("batch_norm", ["shared", "per_step", "per_step_running"])
 def test_meta_gradient(batch_norm):
     family, model = images()
-    algorithm = mamlpp(
-        model, family.spec, 0.1, 3, multi_step_epochs=4, first_order_epochs=0, batch_norm=batch_norm, epoch=10
-    )
+    algorithm = mamlpp(model, 0.1, 3, multi_step_epochs=4, first_order_epochs=0, batch_norm=batch_norm, epoch=10)
     theta, tasks, found = gradients(algorithm, model, family, 20.0)
     if batch_norm != "shared":
         assert theta["norms"]["trunk.1.weight"].shape == (4, 4)
@@ -115,7 +114,7 @@ def test_meta_gradient(batch_norm):
 def test_running_statistics_are_those_of_the_batches_seen_at_each_step():
     """One meta-step moves the averages by a tenth towards the tasks' mean; test then normalises with them alone."""
     family, model = images()
-    algorithm = mamlpp(model, family.spec, 0.1, 2, learned_rates=False, batch_norm="per_step_running")
+    algorithm = mamlpp(model, 0.1, 2, learned_rates=False, batch_norm="per_step_running")
     theta, tasks, found = gradients(algorithm, model, family)
     first = [F.conv2d(x, theta["weights"]["trunk.0.weight"], stride=2, padding=1) for x in tasks.support["x"]]
     mean = torch.stack([h.mean((0, 2, 3)) for h in first]).mean(0)
@@ -123,7 +122,7 @@ def test_running_statistics_are_those_of_the_batches_seen_at_each_step():
     torch.testing.assert_close(found.carried["mean"]["trunk.1"][0], 0.1 * mean)
     torch.testing.assert_close(found.carried["variance"]["trunk.1"][0], 0.9 + 0.1 * variance)
     # Queries do not see each other: a query's answer is the same alone.
-    state = list(algorithm.adapt(theta, {n: v[0] for n, v in tasks.support.items()}, family.loss))[-1]
+    state = list(algorithm.adapt(theta, {n: v[0] for n, v in tasks.support.items()}, loss_of(family)))[-1]
     x = tasks.query["x"][0]
     predict = partial(algorithm.predict, theta, state)
     torch.testing.assert_close(predict(x)[:1], predict(x[:1]))
@@ -143,16 +142,20 @@ def test_no_more_steps_than_were_learned(tmp_path):
     with pytest.raises(UserError, match=r"set eval\.adapt_steps=5"):
         run(*composed("algo=mamlpp", "eval.adapt_steps=6", "train.steps=1"), tmp_path)
     family = Sinusoid()
-    algorithm = mamlpp(MLP(family.spec), family.spec, inner_steps=2)
+    algorithm = mamlpp(MLP(family.spec), inner_steps=2)
     assert algorithm.max_steps == 2
-    assert mamlpp(MLP(family.spec), family.spec, inner_steps=2, **OFF).max_steps is None
-    theta = algorithm.init(MLP(family.spec), generator())
-    assert evaluate(algorithm, theta, family.sample("test", 2, generator()), family.loss, 2).adapt_steps == [0, 1, 2]
+    assert mamlpp(MLP(family.spec), inner_steps=2, **OFF).max_steps is None
+    theta = algorithm.init(generator())
+    assert evaluate(algorithm, theta, family.sample("test", 2, generator()), loss_of(family), 2).adapt_steps == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_models_without_batch_norm_have_none_of_each_step():
     family = Sinusoid()
-    theta = mamlpp(MLP(family.spec), family.spec).init(MLP(family.spec), generator())
+    theta = mamlpp(MLP(family.spec)).init(generator())
     assert set(theta) == {"weights", "rates", "carried"}
 
 
@@ -175,13 +178,13 @@ def test_the_inner_loop_leaves_every_normalisation_alone_unless_it_is_shared(nor
     support = {name: leaf[0] for name, leaf in tasks.support.items()}
     of_norm = {f"1.{name}" for name, _ in model[1].named_parameters()}
     for batch_norm, adapted in (("per_step", False), ("shared", True)):
-        algorithm = mamlpp(model, family.spec, 0.1, 2, batch_norm=batch_norm)
-        theta = algorithm.init(model, generator())
-        *_, state = algorithm.adapt(theta, support, family.loss)
+        algorithm = mamlpp(model, 0.1, 2, batch_norm=batch_norm)
+        theta = algorithm.init(generator())
+        *_, state = algorithm.adapt(theta, support, loss_of(family))
         assert (of_norm <= set(state.weights)) == (of_norm <= set(theta["rates"])) == adapted
         assert algorithm.adapted_parameters(theta) == sum(w.numel() for w in state.weights.values())
         # The meta-gradient has what the inner loop leaves alone.
-        grads = meta_gradient(algorithm, theta, tasks, family.loss).grads
+        grads = meta_gradient(algorithm, theta, tasks, loss_of(family)).grads
         found = grads["weights"] if adapted else grads["norms" if norm == "batch" else "other_norms"]
         assert of_norm <= set(found)
         assert all(found[name].any() for name in of_norm)

@@ -18,6 +18,7 @@ from metarun.engine.batch import meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.nn import substitutes
+from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -51,9 +52,9 @@ def assert_same(ours, theirs):
 
 
 def compute(algorithm, family, model, count=4):
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     tasks = family.sample("train", count, generator(1))
-    return theta, tasks, meta_gradient(algorithm, theta, tasks, family.loss).grads
+    return theta, tasks, meta_gradient(algorithm, theta, tasks, loss_of(family)).grads
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -61,10 +62,10 @@ def compute(algorithm, family, model, count=4):
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_maml(name, first_order, inner_steps):
     family, model, features = setting(name)
-    algorithm = maml(model, family.spec, 0.1, inner_steps, first_order)
+    algorithm = maml(model, 0.1, inner_steps, first_order)
     theta, tasks, grads = compute(algorithm, family, model)
     expected = reference.maml_gradient(
-        features, theta["weights"], tasks, family.spec.kind, 0.1, inner_steps, first_order
+        features, theta["weights"], tasks, reference.kind_of(family), 0.1, inner_steps, first_order
     )
     assert_same(grads["weights"], expected)
 
@@ -73,10 +74,10 @@ def test_maml(name, first_order, inner_steps):
 @pytest.mark.parametrize("first_order", [False, True])
 def test_metasgd(name, first_order):
     family, model, features = setting(name)
-    algorithm = metasgd(model, family.spec, (0.05, 0.2), 2, first_order)
+    algorithm = metasgd(model, (0.05, 0.2), 2, first_order)
     theta, tasks, grads = compute(algorithm, family, model)
     weights, rates = reference.maml_gradient(
-        features, theta["weights"], tasks, family.spec.kind, theta["rates"], 2, first_order
+        features, theta["weights"], tasks, reference.kind_of(family), theta["rates"], 2, first_order
     )
     assert_same(grads["weights"], weights)
     assert_same(grads["rates"], rates)
@@ -87,12 +88,12 @@ def test_metasgd(name, first_order):
 @pytest.mark.parametrize("first_order", [False, True])
 def test_anil_and_boil(name, part, first_order):
     family, model, features = setting(name)
-    theta, tasks, grads = compute(anil(model, family.spec, part, 0.1, 2, first_order), family, model)
+    theta, tasks, grads = compute(anil(model, part, 0.1, 2, first_order), family, model)
     expected = reference.maml_gradient(
         features,
         theta["weights"],
         tasks,
-        family.spec.kind,
+        reference.kind_of(family),
         0.1,
         2,
         first_order,
@@ -105,16 +106,16 @@ def test_anil_and_boil(name, part, first_order):
 @pytest.mark.parametrize("modulation", ["context", "film"])
 def test_adaptive(name, modulation):
     family, model, _ = setting(name)
-    algorithm = adaptive(model, family.spec, modulation, 3, 0.5, 2)
+    algorithm = adaptive(model, modulation, 3, 0.5, 2)
     theta, tasks, grads = compute(algorithm, family, model)
-    first = next(iter(algorithm.adapt(theta, {}, family.loss)))
+    first = next(iter(algorithm.adapt(theta, {}, loss_of(family))))
     own = {name: w.shape for name, w in first.items()}
     assert all((w == 0).all() for w in first.values())
     assert not set(own) & set(theta["weights"])
     numbers = sum(w.numel() for w in first.values())
     assert algorithm.adapted_parameters(theta) == numbers == (3 if modulation == "context" else 32)
     conv = name.endswith("conv4")
-    expected = reference.modulated_gradient(theta["weights"], own, tasks, family.spec.kind, conv, 0.5, 2)
+    expected = reference.modulated_gradient(theta["weights"], own, tasks, reference.kind_of(family), conv, 0.5, 2)
     assert_same(grads["weights"], expected)
 
 
@@ -134,7 +135,7 @@ def test_imaml_approaches_the_direct_solution_as_conjugate_gradients_go_on(name,
         algorithm = imaml(model, family.spec, 0.02, 8, strength, steps, 0.5, inner, hessian_damping)
         theta, tasks, grads = compute(algorithm, family, model, 2)
         arguments = (0.02, 8, strength, 0.5, inner == "descent", hessian_damping)
-        expected = reference.implicit_gradient(features, theta["weights"], tasks, family.spec.kind, *arguments)
+        expected = reference.implicit_gradient(features, theta["weights"], tasks, reference.kind_of(family), *arguments)
         errors.append(sum((grads["weights"][n] - g).square().sum() for n, g in expected.items()).sqrt().item())
     scale = sum(g.square().sum() for g in expected.values()).sqrt().item()
     assert errors[0] > 1e-3 * scale
@@ -156,7 +157,7 @@ def test_conjugate_gradients_stop_at_negative_curvature():
 
 def test_first_and_second_order_differ():
     family, model, _ = setting("images conv4")
-    both = [compute(maml(model, family.spec, 0.1, 1, first_order), family, model)[2] for first_order in (False, True)]
+    both = [compute(maml(model, 0.1, 1, first_order), family, model)[2] for first_order in (False, True)]
     difference = max((both[0]["weights"][n] - both[1]["weights"][n]).abs().max() for n in both[0]["weights"])
     assert difference > 1e-3
 
@@ -164,16 +165,16 @@ def test_first_and_second_order_differ():
 @pytest.mark.parametrize("name", SETTINGS)
 def test_reptile(name):
     family, model, features = setting(name)
-    algorithm = reptile(model, family.spec, 0.01, inner_steps=4, inner_batch=4)
+    algorithm = reptile(model, 0.01, inner_steps=4, inner_batch=4)
     theta, tasks, grads = compute(algorithm, family, model)
-    expected = reference.reptile_gradient(features, theta["weights"], tasks, family.spec.kind, 0.01, 4, 4)
+    expected = reference.reptile_gradient(features, theta["weights"], tasks, reference.kind_of(family), 0.01, 4, 4)
     assert_same(grads["weights"], expected)
 
 
 @pytest.mark.parametrize("name", SETTINGS[1:])
 def test_protonet(name):
     family, model, features = setting(name)
-    theta, tasks, grads = compute(protonet(model, family.spec), family, model)
+    theta, tasks, grads = compute(protonet(model), family, model)
     assert_same(grads["weights"], reference.protonet_gradient(features, theta["weights"], tasks))
 
 
@@ -182,7 +183,7 @@ def test_shared_params(name):
     family, model, features = setting(name)
     algorithm = shared_params(model, family.spec, strength=0.5, scale=2.0)
     theta, tasks, grads = compute(algorithm, family, model)
-    weights, solver = reference.ridge_gradient(features, theta["weights"], theta["solver"], tasks, family.spec.kind)
+    weights, solver = reference.ridge_gradient(features, theta["weights"], theta["solver"], tasks, reference.kind_of(family))
     assert_same(grads["weights"], weights)
     assert_same(grads["solver"], solver)
 

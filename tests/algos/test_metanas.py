@@ -5,14 +5,15 @@ import pytest
 import reference
 import torch
 from conftest import composed
-from scenarios import generator
+from scenarios import class_spec, generator
 
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.agnostic.metanas import metanas
-from metarun.contracts import Spec, Task
+from metarun.contracts import Task
 from metarun.engine.batch import meta_gradient
 from metarun.models.supernet import SupernetConv, SupernetMLP
 from metarun.run import run
+from metarun.targets.scoring import loss_of
 from metarun.tasks.teachers import Teachers
 from metarun.tree import leaves, tree_map
 
@@ -24,16 +25,16 @@ def setting(operations=("relu", "tanh", "sine"), **named):
     family = Teachers(shots=6)
     model = SupernetMLP(family.spec, (5, 4), operations)
     algorithm = metanas(model, family.spec, 0.1, 0.7, 2, 0.1, **named)
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     theta["architecture"] = {name: torch.randn_like(a) for name, a in theta["architecture"].items()}
     return family, model, algorithm, theta, family.sample("train", 3, generator(1))
 
 
 def test_with_one_operation_it_is_maml():
     family, model, algorithm, theta, tasks = setting(("tanh",))
-    plain = maml(model, family.spec, 0.1, 2)
-    expected = meta_gradient(plain, plain.init(model, generator()), tasks, family.loss).grads["weights"]
-    found = meta_gradient(algorithm, theta, tasks, family.loss).grads
+    plain = maml(model, 0.1, 2)
+    expected = meta_gradient(plain, plain.init(generator()), tasks, loss_of(family)).grads["weights"]
+    found = meta_gradient(algorithm, theta, tasks, loss_of(family)).grads
     for name, gradient in found["weights"].items():
         torch.testing.assert_close(gradient, expected[name])
 
@@ -66,7 +67,7 @@ def test_meta_gradient(first_order, harden_steps, warm_up, meta_step):
             a = {name: value - 0.7 * next(found) for name, value in a.items()}
         total = total + ((output(w, a, qx, 0.1) - qy) ** 2).mean() / 3
     expected = torch.autograd.grad(total, list(leaves(variables)))
-    result = meta_gradient(algorithm, theta, tasks, family.loss)
+    result = meta_gradient(algorithm, theta, tasks, loss_of(family))
     for ours, theirs in zip(leaves(result.grads), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     assert result.carried["meta_step"] == meta_step + 1
@@ -76,8 +77,8 @@ def test_a_test_task_ends_with_one_operation_in_each_layer():
     """The model of the operations of largest weight alone gives the same answers."""
     family, _, algorithm, theta, tasks = setting()
     support = {name: value[0] for name, value in tasks.support.items()}
-    *_, state = (state for _, state in zip(range(3), algorithm.adapt(theta, support, family.loss), strict=False))
-    weights = algorithm.observation.measure(theta, Task(support, {}), family.loss, 2)
+    *_, state = (state for _, state in zip(range(3), algorithm.adapt(theta, support, loss_of(family)), strict=False))
+    weights = algorithm.observation.measure(theta, Task(support, {}), loss_of(family), 2)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2))
     x = tasks.query["x"][0]
     h = x
@@ -90,7 +91,7 @@ def test_a_test_task_ends_with_one_operation_in_each_layer():
 
 
 def test_a_mixture_of_convolutions_is_the_weighted_sum_of_its_paths():
-    spec = Spec("classification", (1, 28, 28), 5, "accuracy", True, 1, 1, 5, 5)
+    spec = class_spec((1, 28, 28), 5, 1, 1, 5, 5)
     model, x = SupernetConv(spec, 4, ("conv3", "conv5", "separable", "pool")), torch.randn(3, 1, 28, 28)
     block = model.trunk[0]
     torch.nn.init.normal_(block.architecture)

@@ -10,6 +10,7 @@ from metarun.engine.batch import meta_gradient
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.text import TextCNN, TextEmbedding, TextTransformer
 from metarun.random import fold, normal
+from metarun.targets.scoring import loss_of
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
 from metarun.tasks.text import text
@@ -116,7 +117,7 @@ def navigation():
     model = Policy(family.spec, (5,), "tanh")
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     tasks = family.sample("train", 3, generator(1))
-    grads = meta_gradient(maml(model, family.spec, INNER_LR), {"weights": weights}, tasks, family.loss).grads
+    grads = meta_gradient(maml(model, INNER_LR), {"weights": weights}, tasks, loss_of(family)).grads
     return weights, tasks, flat(grads["weights"])
 
 
@@ -145,7 +146,7 @@ def test_an_episode_that_reached_its_goal_counts_no_further():
     noise = family.with_tape(dict(tasks.support))["noise"]
     episodes = walk(weights, tasks.support["goal"][0, 0], noise[0])
     assert any(len(steps) < 12 for steps in episodes)
-    grads = meta_gradient(maml(model, family.spec, INNER_LR), {"weights": weights}, tasks, family.loss).grads
+    grads = meta_gradient(maml(model, INNER_LR), {"weights": weights}, tasks, loss_of(family)).grads
     expected = maml_gradient_by_matrices(weights, tasks, score_function_terms=True)
     assert (flat(grads["weights"]) - expected).abs().max() < 1e-8 * expected.abs().max()
 
@@ -196,17 +197,17 @@ def test_every_model_is_right_in_second_order(tasks_for, model):
     family, model = tasks_for(model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     tasks = family.sample("train", 3, generator(1))
-    ours = meta_gradient(maml(model, family.spec, 0.5, 2), {"weights": weights}, tasks, family.loss).grads["weights"]
+    ours = meta_gradient(maml(model, 0.5, 2), {"weights": weights}, tasks, loss_of(family)).grads["weights"]
     leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
     total = 0
     for i in range(3):
         support, query = ({name: leaf[i] for name, leaf in part.items()} for part in tasks[:2])
         fast = leaves
         for step in range(2):
-            loss, _ = family.loss(lambda x: functional_call(model, fast, (x,)), own_tape(family, support, step))  # noqa: B023
+            loss, _ = loss_of(family)(lambda x: functional_call(model, fast, (x,)), own_tape(family, support, step))  # noqa: B023
             gradient = torch.autograd.grad(loss, list(fast.values()), create_graph=True, materialize_grads=True)
             fast = {name: w - 0.5 * g for (name, w), g in zip(fast.items(), gradient, strict=True)}
-        total = total + family.loss(lambda x: functional_call(model, fast, (x,)), query)[0] / 3  # noqa: B023
+        total = total + loss_of(family)(lambda x: functional_call(model, fast, (x,)), query)[0] / 3  # noqa: B023
     expected = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     for (name, _), g in zip(leaves.items(), expected, strict=True):
         assert (ours[name] - g).abs().max() <= 1e-9 * g.abs().max().clamp(min=1e-3), name

@@ -24,7 +24,7 @@ def task_of(algorithm_of, **named):
     algorithm = algorithm_of(model, family.spec, **named)
     tasks = family.sample("test", 1, generator(1))
     support, query = ({name: value[0] for name, value in part.items()} for part in tasks[:2])
-    return algorithm, algorithm.init(model, generator()), support, query
+    return algorithm, algorithm.init(generator()), support, query
 
 
 def test_snail_equals_convolutions_and_attention_over_each_whole_sequence():

@@ -17,6 +17,7 @@ from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.text import TextEmbedding
 from metarun.random import drawing
+from metarun.targets.scoring import loss_of
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
@@ -73,19 +74,19 @@ def case(request):
     config = OmegaConf.create({"algo": OmegaConf.create((files("metarun.conf") / "algo" / name).read_text())})
     config.algo.pop("defaults", None)  # a model or a number of test steps, which are chosen here
     try:
-        algorithm = build(config, "algo", model, family.spec)
+        algorithm = build(config, "algo", model=model, spec=family.spec)
     except UserError as error:
         # A reference policy names its environment, a method its kind of model.
         pytest.skip(str(error))
-    if family.spec.kind not in algorithm.kinds:
-        pytest.skip(f"{name} does not serve {family.spec.kind}")
-    return algorithm, family, model
+    if not family.spec.offers(algorithm.needs):
+        pytest.skip(f"{name} does not serve {tiny.__name__}")
+    return algorithm, family
 
 
 @pytest.fixture
 def learner(case):
-    algorithm, _, model = case
-    if not learned(algorithm.init(model, generator())):
+    algorithm, _ = case
+    if not learned(algorithm.init(generator())):
         pytest.skip("it learns nothing")
     return case
 
@@ -95,11 +96,11 @@ def only_task(tasks, i):
 
 
 def test_meta_gradient_is_finite_repeatable_and_leaves_its_inputs_alone(learner):
-    algorithm, family, model = learner
-    theta = algorithm.init(model, generator())
+    algorithm, family = learner
+    theta = algorithm.init(generator())
     tasks = sampled(family, "train", 3, generator(1))
     before = tree_map(torch.clone, theta), [tree_map(torch.clone, part) for part in tasks[:2]]
-    first, second = (meta_gradient(algorithm, theta, tasks, family.loss) for _ in range(2))
+    first, second = (meta_gradient(algorithm, theta, tasks, loss_of(family)) for _ in range(2))
     assert first.loss.isfinite()
     assert all(g.isfinite().all() for g in leaves(first.grads))
     assert any(g.abs().max() > 0 for g in leaves(first.grads))
@@ -109,11 +110,11 @@ def test_meta_gradient_is_finite_repeatable_and_leaves_its_inputs_alone(learner)
 
 def test_a_batch_is_the_mean_of_its_tasks(learner):
     """The engine's map equals a Python loop, so no task sees another."""
-    algorithm, family, model = learner
-    theta = algorithm.init(model, generator())
+    algorithm, family = learner
+    theta = algorithm.init(generator())
     tasks = sampled(family, "train", 3, generator(1))
-    together = meta_gradient(algorithm, theta, tasks, family.loss)
-    alone = [meta_gradient(algorithm, theta, only_task(tasks, i), family.loss) for i in range(3)]
+    together = meta_gradient(algorithm, theta, tasks, loss_of(family))
+    alone = [meta_gradient(algorithm, theta, only_task(tasks, i), loss_of(family)) for i in range(3)]
     for i, leaf in enumerate(leaves(together.grads)):
         torch.testing.assert_close(leaf, torch.stack([list(leaves(a.grads))[i] for a in alone]).mean(0))
     torch.testing.assert_close(together.loss, torch.stack([a.loss for a in alone]).mean())
@@ -121,27 +122,27 @@ def test_a_batch_is_the_mean_of_its_tasks(learner):
 
 def test_evaluation_sees_queries_only_to_score_them(case):
     """Other query targets change losses but not a single prediction, hence not the adapted state."""
-    algorithm, family, model = case
-    theta = algorithm.init(model, generator())
+    algorithm, family = case
+    theta = algorithm.init(generator())
     task = sampled(family, "test", 1, generator(2))
-    steps, losses, *_ = evaluate(algorithm, theta, task, family.loss, 2)
+    steps, losses, *_ = evaluate(algorithm, theta, task, loss_of(family), 2)
     assert steps in ([0, 1, 2], [1], [0])
     assert losses.shape == (1, len(steps))
-    if family.spec.kind == "control":
+    if family.spec.offers("policy"):
         return  # its data are no targets
     predictions = []
 
     def spy(predict, data):
         if "spied" in data:
             predictions.append(predict(data["x"]))
-        return family.loss(predict, data)
+        return loss_of(family)(predict, data)
 
     def states(query_targets):
         predictions.clear()
         support = {n: v[0] for n, v in task.support.items()}
         query = {"x": task.query["x"][0], "y": query_targets, "spied": torch.tensor(1)}
         with drawing(task.seed[0], training=False):
-            for _, state in zip(range(3), algorithm.adapt(theta, support, family.loss), strict=False):
+            for _, state in zip(range(3), algorithm.adapt(theta, support, loss_of(family)), strict=False):
                 if state is not None:
                     spy(lambda x: algorithm.predict(theta, state, x), query)  # noqa: B023
         return [p.clone() for p in predictions]
@@ -156,24 +157,24 @@ def improves(algorithm, family, theta, tasks, rate):
     optimizer = torch.optim.Adam(variables, rate)
     results = []
     for _ in range(60):
-        result = meta_gradient(algorithm, theta, tasks, family.loss)
+        result = meta_gradient(algorithm, theta, tasks, loss_of(family))
         results.append(result)
         theta = {**theta, "carried": result.carried} if result.carried else theta
         for variable, gradient in zip(variables, leaves(result.grads), strict=True):
             variable.grad = gradient.clone()
         optimizer.step()
     first, last = results[0], results[-1]
-    if family.spec.kind == "control":
-        return last.score > first.score + 0.02 * first.score.abs()
+    if family.spec.offers("policy"):
+        return last.scores["return"] > first.scores["return"] + 0.02 * first.scores["return"].abs()
     return last.loss < 0.9 * first.loss
 
 
 def test_training_improves(learner):
     """On tasks that one model can solve, with one of two step sizes: transformers and policies want the smaller."""
-    algorithm, family, model = learner
+    algorithm, family = learner
     if isinstance(family, TinyImages):
         family = TinyImages(fixed_labels=True)
-    theta = algorithm.init(model, generator())
+    theta = algorithm.init(generator())
     # Tasks whose labels or tables contradict each other have no common solution: then one task must do.
     alike = isinstance(family, Sinusoid | TinyImages | Navigation)
     tasks = sampled(family, "train", 8 if alike else 1, generator(1))
@@ -181,6 +182,6 @@ def test_training_improves(learner):
 
 
 def test_trees_keep_their_order(case):
-    algorithm, _, model = case
-    theta = algorithm.init(model, generator())
+    algorithm, _ = case
+    theta = algorithm.init(generator())
     torch.testing.assert_close(like(theta, leaves(theta)), theta, rtol=0, atol=0)

@@ -13,6 +13,7 @@ from metarun.errors import UserError
 from metarun.results import compare as module
 from metarun.results.compare import compare, episode_scores
 from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_results
+from metarun.targets.metric import Metric
 
 
 def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
@@ -48,10 +49,13 @@ def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
         "episodes_hash": "same",
         "higher_is_better": columns.get("metric", "accuracy") == "accuracy",
         "replica": 0,
+        "metrics": columns.get("metric", "accuracy"),
+        "percent": "accuracy",
     }
-    write_results(directory, [row | columns])
+    metric = Metric(row["metrics"], row["higher_is_better"], row["metrics"] == "accuracy")
+    write_results(directory, [row | columns], [metric])
     values = torch.tensor([[0.2, score] for score in scores], dtype=torch.float64)
-    write_episodes(directory, [(0, Evaluated([0, 1], values, values, values))], False)
+    write_episodes(directory, [(0, Evaluated([0, 1], values, {metric.name: values}))], [metric])
     if overrides:
         (directory / ".hydra").mkdir()
         (directory / ".hydra" / "overrides.yaml").write_text("\n".join(f"- {o}" for o in overrides))

@@ -27,6 +27,7 @@ from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.nn.functional import forward_of
 from metarun.nn.transforms import task_of
 from metarun.random import uniform
+from metarun.targets.scoring import loss_of
 from metarun.tasks import control
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
@@ -37,8 +38,8 @@ from metarun.tasks.planning import LARGEST_SUM, action_values, gamma
 def mean_score(algorithm, family, tasks=1000, seed=0):
     """Mean return and the half-width of its 99.9 % interval."""
     blocks = [family.sample("test", 200, generator(100 * seed + i)) for i in range(tasks // 200)]
-    theta = algorithm.init(None, generator())
-    scores = torch.cat([evaluate(algorithm, theta, block, family.loss, 0).scores[:, -1] for block in blocks])
+    theta = algorithm.init(generator())
+    scores = torch.cat([evaluate(algorithm, theta, block, loss_of(family), 0).scores[:, -1] for block in blocks])
     return scores.mean().item(), 3.3 * scores.std().item() / tasks**0.5
 
 
@@ -56,7 +57,7 @@ def test_navigation_pays_minus_the_distance_and_ends_at_the_goal():
     expected = -100 * (math.sqrt(2) + math.asinh(1)) / 6
     assert stood.reward.sum(0).mean().item() == pytest.approx(expected, rel=0.05)
     # Going straight takes as many steps as the longer side, each paid by the distance left; then it is over.
-    walked = control.rollout(family.environment, family.spec.control.optimal(data), data)
+    walked = control.rollout(family.environment, family.spec.inputs.optimal(data), data)
     steps = (data["goal"].abs().amax(-1) / 0.1).ceil()
     assert (walked.counts.sum(0) - steps).abs().max() <= 1
     assert -2.0 < control.total_return(walked) < -0.5
@@ -84,17 +85,17 @@ def test_goals_lie_where_they_should_and_episodes_of_a_task_share_one(goals):
 
 def test_random_and_optimal_play_of_bandits():
     family = Bandit(arms=5, pulls=10, shots=2, queries=4)
-    score, margin = mean_score(random_policy(None, family.spec), family)
+    score, margin = mean_score(random_policy(family.spec), family)
     assert abs(score - 5) < margin
     # The largest of n uniform numbers is n / (n + 1) on average.
-    score, margin = mean_score(optimal(None, family.spec), family)
+    score, margin = mean_score(optimal(family.spec), family)
     assert abs(score - 10 * 5 / 6) < margin
 
 
 @pytest.mark.parametrize(("pulls", "arms", "paper"), [(10, 5, (5.7, 6.7)), (100, 10, (76.7, 82.4))])
 def test_classic_policies_reach_the_table_of_the_rl2_paper(pulls, arms, paper):
     family = Bandit(arms=arms, pulls=pulls, shots=2, queries=2)
-    for algorithm, expected in zip((thompson(None, family.spec), ucb1(None, family.spec)), paper, strict=True):
+    for algorithm, expected in zip((thompson(family.spec), ucb1(family.spec)), paper, strict=True):
         score, margin = mean_score(algorithm, family, 400)
         assert abs(score - expected) < margin + 0.02 * expected
 
@@ -103,7 +104,7 @@ def test_exploration_from_greedy_to_the_textbook_reaches_an_independent_simulati
     family = Bandit(arms=5, pulls=100, shots=2, queries=2)
     scores = {}
     for exploration, simulated in ((0.0, 76.5), (0.05, 78.8), (1.0, 65.7)):
-        score, margin = mean_score(ucb1(None, family.spec, exploration), family, 400)
+        score, margin = mean_score(ucb1(exploration), family, 400)
         assert abs(score - simulated) < margin + 0.01 * simulated
         scores[exploration] = score
     # On the same bandits: the textbook explores too much for a hundred pulls.
@@ -125,8 +126,8 @@ def test_probability_of_being_best_equals_sampling_from_the_posterior():
 def test_policies_with_a_memory_act_the_same_step_by_step_and_all_at_once():
     family = MDP(states=3, actions=2, episodes=2, horizon=3, shots=2, queries=2)
     bandit = Bandit(arms=3, pulls=7, shots=2, queries=2)
-    cases = [(family, psrl(None, family.spec).predict), (bandit, thompson(None, bandit.spec).predict)]
-    cases += [(bandit, ucb1(None, bandit.spec).predict)]
+    cases = [(family, psrl(family.spec).predict), (bandit, thompson(bandit.spec).predict)]
+    cases += [(bandit, ucb1(bandit.spec).predict)]
     models = {family: FastWeightsPolicy(family.spec, 4, 3), bandit: GRUPolicy(bandit.spec, 5)}
     cases += [(task, lambda theta, state, seen, model=model: model(seen)) for task, model in models.items()]
     for environment, predict in cases:
@@ -148,7 +149,7 @@ def test_tables_are_distributions_and_random_play_earns_the_mean_reward():
     tasks = family.sample("test", 3, generator())
     torch.testing.assert_close(tasks.query["transitions"].sum(-1), torch.ones(3, 2, 10, 5))
     # Rewards have mean 1: 10 episodes of 10 steps earn 100.
-    score, margin = mean_score(random_policy(None, family.spec), family)
+    score, margin = mean_score(random_policy(family.spec), family)
     assert abs(score - 100) < margin
     data = {name: leaf[0] for name, leaf in tasks.query.items()}
     trial = control.rollout(family.environment, lambda seen: torch.zeros_like(seen.action), data)
@@ -184,7 +185,7 @@ def test_every_step_of_adaptation_plays_new_episodes_and_the_same_ones_when_play
 
     def actions(family, data):
         # A policy that says nothing leaves the action to its noise.
-        outputs = fresh.spec.outputs * (2 if fresh.spec.control.continuous else 1)
+        outputs = fresh.spec.target.outputs
         data = family.with_tape(data)
         return control.rollout(family.environment, lambda seen: torch.zeros(*seen.action.shape[:2], outputs), data)
 
@@ -211,20 +212,20 @@ def test_all_gradient_learners_adapt_on_the_same_tape_at_the_same_step():
     model = Policy(family.spec, (4,))
     task = task_of(family.sample("test", 1, generator()), 0)
     learners = [
-        maml(model, family.spec, 0.1),
-        reptile(model, family.spec, 0.1, inner_batch=3),
-        scratch(model, family.spec),
+        maml(model, 0.1),
+        reptile(model, 0.1, inner_batch=3),
+        scratch(model),
     ]
-    learners += [mamlpp(model, family.spec, inner_steps=3), anil(model, family.spec), metasgd(model, family.spec)]
-    learners += [adaptive(model, family.spec)]
+    learners += [mamlpp(model, inner_steps=3), anil(model), metasgd(model)]
+    learners += [adaptive(model)]
     for algorithm in learners:
         seen = []
 
         def spy(predict, data):
             seen.append((data["step"], family.with_tape(data)["noise"]))  # noqa: B023
-            return family.loss(predict, data)
+            return loss_of(family)(predict, data)
 
-        states = algorithm.adapt(algorithm.init(model, generator()), task.support, spy)
+        states = algorithm.adapt(algorithm.init(generator()), task.support, spy)
         assert len(list(islice(states, 4))) == 4
         assert [step for step, _ in seen] == [0, 1, 2]
         for step, noise in seen:
@@ -241,7 +242,7 @@ def test_adaptation_learns_nothing_that_was_not_paid():
     luck = {"luck": torch.where(support["luck"] < 0.5, 0.05, 0.95)}
     gradients = [
         support_gradient(
-            forward_of(model), weights, support | luck | {"payout": torch.tensor(p).expand(4, 2)}, family.loss
+            forward_of(model), weights, support | luck | {"payout": torch.tensor(p).expand(4, 2)}, loss_of(family)
         )
         for p in ([0.9, 0.1], [0.1, 0.9], [0.5, 0.5])
     ]
@@ -255,7 +256,7 @@ def test_adaptation_learns_nothing_that_was_not_paid():
 def test_posterior_sampling_reaches_an_independent_simulation(prior_mean, simulated):
     """A plain loop of numpy over 6,000 tables gets these, ± 0.6 each; the RL² paper has 138.1."""
     family = MDP(shots=2, queries=2)
-    score, margin = mean_score(psrl(None, family.spec, prior_mean), family, 400)
+    score, margin = mean_score(psrl(prior_mean), family, 400)
     assert margin < 4
     assert abs(score - simulated) < margin + 0.6
 

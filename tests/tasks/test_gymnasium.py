@@ -13,6 +13,7 @@ from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.policy import Policy
 from metarun.run import run
+from metarun.targets.scoring import loss_of
 from metarun.tasks import control
 from metarun.tasks.gymnasium import Gymnasium
 from metarun.tree import leaves
@@ -70,15 +71,15 @@ def test_meta_gradient_of_many_tasks_is_the_mean_of_single_ones():
     family = Gymnasium(horizon=6, shots=3, queries=3)
     torch.manual_seed(0)
     policy = Policy(family.spec, (8,), "tanh")
-    algorithm = maml(policy, family.spec, 0.1)
-    theta, tasks = algorithm.init(policy, generator()), family.sample("train", 3, generator())
-    together = meta_gradient(algorithm, theta, tasks, family.loss)
+    algorithm = maml(policy, 0.1)
+    theta, tasks = algorithm.init(generator()), family.sample("train", 3, generator())
+    together = meta_gradient(algorithm, theta, tasks, loss_of(family))
     singles = [
         meta_gradient(
             algorithm,
             theta,
             type(tasks)(*({name: leaf[i : i + 1] for name, leaf in part.items()} for part in tasks[:2])),
-            family.loss,
+            loss_of(family),
         )
         for i in range(3)
     ]
@@ -113,10 +114,10 @@ def test_first_order_training_through_the_command(tmp_path):
 def test_scores_do_not_depend_on_how_many_tasks_run_together():
     family = Gymnasium(horizon=8, shots=2, queries=2)
     policy = Policy(family.spec, (4,))
-    algorithm = maml(policy, family.spec, 0.1)
-    theta, tasks = algorithm.init(policy, generator()), family.sample("test", 3, generator())
+    algorithm = maml(policy, 0.1)
+    theta, tasks = algorithm.init(generator()), family.sample("test", 3, generator())
     first = type(tasks)(*({name: leaf[:1] for name, leaf in part.items()} for part in tasks[:2]))
-    whole, alone = (evaluate(algorithm, theta, part, family.loss, 1).scores for part in (tasks, first))
+    whole, alone = (evaluate(algorithm, theta, part, loss_of(family), 1).scores for part in (tasks, first))
     torch.testing.assert_close(whole[:1], alone)
 
 

@@ -13,7 +13,7 @@ def test_a_task_is_linear_in_the_units_of_its_own_operation_and_of_no_other():
     family = Teachers(shots=30, queries=40, units=4, scale=1.5, operations=("relu", "tanh", "sine"))
     tasks = family.sample("test", 60, generator())
     operations = {"relu": lambda h: h.clamp(min=0), "tanh": torch.tanh, "sine": torch.sin}
-    assert family.spec.groups == tuple(operations)
+    assert family.spec.facts.groups == tuple(operations)
     for i in range(60):
         x, y = (torch.cat([part[name][i] for part in tasks[:2]]) for name in ("x", "y"))
         hidden = 1.5 * (x @ family.first.to(x).T + family.bias.to(x))
@@ -21,7 +21,7 @@ def test_a_task_is_linear_in_the_units_of_its_own_operation_and_of_no_other():
         for name, operation in operations.items():
             units = operation(hidden)
             left[name] = (units @ torch.linalg.pinv(units) @ y - y).square().mean().item()
-        own = family.spec.groups[tasks.support["group"][i, 0]]
+        own = family.spec.facts.groups[tasks.support["group"][i, 0]]
         assert left.pop(own) < 1e-12
         assert min(left.values()) > 1e-6
 

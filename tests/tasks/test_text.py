@@ -16,6 +16,7 @@ from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.text import TextEmbedding
+from metarun.targets.scoring import loss_of
 from metarun.tasks.text import _parallel_splits, text, text_crosslingual
 from metarun.tree import leaves
 
@@ -67,7 +68,7 @@ def toy():
 def test_a_batch_is_balanced_and_support_and_query_share_no_sentence(toy):
     tasks = toy.sample("train", 40, generator())
     for part, shots in zip(tasks[:2], (2, 3), strict=True):
-        assert part["x"].shape == (40, 5 * shots, *toy.spec.input_shape)
+        assert part["x"].shape == (40, 5 * shots, *toy.spec.inputs.shape)
         assert (part["y"].sum(1) == shots).all()
     labels = tasks.support["y"].argmax(-1)
     assert 0.1 < (labels == torch.arange(10) // 2).double().mean() < 0.3
@@ -160,9 +161,9 @@ def test_domains_of_clinc150_are_disjoint():
 def test_the_centroid_reaches_the_published_level(shots, published):
     """78.7 ± 1.2 and 94.9 ± 0.4 % were measured with an implementation of another library."""
     family = text(shots=shots, dataset="clinc150", data_dir=real("clinc150"))
-    algorithm = centroid(None, family.spec)
+    algorithm = centroid(family.spec)
     scores = torch.cat(
-        [evaluate(algorithm, {}, family.sample("test", 50, generator(i)), family.loss, 1).scores for i in range(4)]
+        [evaluate(algorithm, {}, family.sample("test", 50, generator(i)), loss_of(family), 1).scores for i in range(4)]
     )
     assert abs(scores.mean().item() - published) < 3.3 * scores.std().item() / 200**0.5 + 0.006
 
@@ -230,8 +231,8 @@ def test_a_sentence_without_words_leaves_gradients_finite():
     tasks = family.sample("train", 2, generator())
     for part in tasks[:2]:
         part["x"][:, 0] = 0
-    for algorithm in (maml(model, family.spec, 0.5, 2), protonet(model, family.spec, "cosine")):
-        grads = meta_gradient(algorithm, algorithm.init(model, generator()), tasks, family.loss).grads
+    for algorithm in (maml(model, 0.5, 2), protonet(model, "cosine")):
+        grads = meta_gradient(algorithm, algorithm.init(generator()), tasks, loss_of(family)).grads
         assert all(leaf.isfinite().all() for leaf in leaves(grads))
 
 

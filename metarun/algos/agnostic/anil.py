@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
+from metarun.contracts import Algorithm, Loss, Tree, Weights
 from metarun.errors import require
 from metarun.inner import part_descent
 from metarun.nn.functional import forward_of, head_names, parameters_of
@@ -26,7 +26,6 @@ PAPERS = {"head": "https://arxiv.org/abs/1909.09157", "body": "https://arxiv.org
 
 def anil(
     model: nn.Module,
-    spec: Spec,
     adapts: Literal["head", "body"] = "head",
     inner_lr: float = 0.01,
     inner_steps: int = 1,
@@ -36,7 +35,6 @@ def anil(
 
     Args:
         model: a module with a part ``head``.
-        spec: the task family's; nothing is asked of it.
         adapts: what the inner loop changes.
         inner_lr: α, above 0, for mean losses.
         inner_steps: steps that the meta-loss sees, at least 1.
@@ -48,7 +46,7 @@ def anil(
     heads = head_names(model, "anil")
     names = heads if adapts == "head" else {name for name, _ in model.named_parameters()} - heads
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(model)}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
@@ -62,8 +60,8 @@ def anil(
         init,
         adapt,
         predict,
-        family="agnostic",
-        kinds=("regression", "classification", "sequence", "control"),
+        approach="agnostic",
+        needs="loss",
         paper=PAPERS[adapts],
         train_steps=inner_steps,
         adapted_parameters=lambda theta: size({name: theta["weights"][name] for name in names}),

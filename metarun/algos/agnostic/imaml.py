@@ -31,9 +31,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
+from metarun.contracts import Algorithm, Loss, MetaGradient, Scores, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.inner import support_gradient
+from metarun.inner import descent, gradient_descent, support_gradient
 from metarun.nn.functional import forward_of, parameters_of
 from metarun.nn.transforms import gradient, over_tasks
 from metarun.tree import dot, mean
@@ -83,7 +83,7 @@ def imaml(
 
     Args:
         model: any differentiable module.
-        spec: the task family's; nothing is asked of it.
+        spec: the task family's; one without a policy.
         inner_lr: step size of the inner problem, above 0, for mean losses.
         inner_steps: steps on it, at least 1.
         strength: λ, above 0.
@@ -99,9 +99,13 @@ def imaml(
     require(cg_steps >= 0, f"cg_steps must be at least 0, not {cg_steps}")
     require(damping >= 0, f"damping must be at least 0, not {damping}")
     require(hessian_damping >= 0, f"hessian_damping must be at least 0, not {hessian_damping}")
+    require(
+        not spec.offers("policy"),
+        "imaml needs a support loss that stays the same, and that of a policy does not; choose maml",
+    )
     forward = forward_of(model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(model)}
 
     def pulled(weights: Weights, at: Weights, start: Weights) -> Weights:
@@ -109,29 +113,29 @@ def imaml(
         return {name: w - inner_lr * strength * (at[name] - start[name]) for name, w in weights.items()}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        start = weights = theta["weights"]
-        while True:
-            yield weights
-            slope = support_gradient(forward, weights, support, loss)
-            stepped = {name: w - inner_lr * slope[name] for name, w in weights.items()}
-            weights = pulled(stepped, weights, start) if inner == "proximal" else stepped
+        start, descend = theta["weights"], descent(inner_lr)
+
+        def proximal(weights: Weights, slope: Weights, step: int) -> Weights:
+            return pulled(descend(weights, slope, step), weights, start)
+
+        return gradient_descent(forward, start, support, loss, proximal if inner == "proximal" else descend)
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
         return forward(state, x)
 
     def meta_grad(theta: Tree, tasks: Task, loss: Loss) -> MetaGradient:
-        def one_task(task: Task) -> tuple[Weights, Tensor, Tensor]:
+        def one_task(task: Task) -> tuple[Weights, Tensor, Scores]:
             *_, solved = islice(adapt(theta, task.support, loss), inner_steps + 1)
             if inner == "descent":
                 solved = pulled(solved, solved, theta["weights"])
 
-            def query_loss(weights: Weights) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-                value, score = loss(partial(forward, weights), task.query)
-                return value, (value, score)
+            def query_loss(weights: Weights) -> tuple[Tensor, tuple[Tensor, Scores]]:
+                value, scores = loss(partial(forward, weights), task.query)
+                return value, (value, scores)
 
-            slope, (value, score) = gradient(query_loss, solved, has_aux=True)
+            slope, (value, scores) = gradient(query_loss, solved, has_aux=True)
             if cg_steps == 0:
-                return slope, value, score
+                return slope, value, scores
 
             def product(v: Weights) -> Weights:
                 def along(weights: Weights) -> Tensor:
@@ -141,18 +145,18 @@ def imaml(
                 scale = strength + hessian_damping
                 return {name: (1 + damping) * v[name] + hessian_v[name] / scale for name in v}
 
-            return conjugate_gradients(product, slope, cg_steps), value, score
+            return conjugate_gradients(product, slope, cg_steps), value, scores
 
         with torch.no_grad():
             grads, losses, scores = over_tasks(one_task, tasks, training=True)
-            return MetaGradient({"weights": mean(grads)}, losses.mean(), scores.mean(), {})
+            return MetaGradient({"weights": mean(grads)}, losses.mean(), mean(scores), {})
 
     return Algorithm(
         init,
         adapt,
         predict,
-        family="agnostic",
-        kinds=("regression", "classification", "sequence"),
+        approach="agnostic",
+        needs="loss",
         paper="https://arxiv.org/abs/1909.04630",
         train_steps=inner_steps,
         meta_grad=meta_grad,

@@ -17,21 +17,19 @@ Expected: MSE 0.12 ± 0.02 after 10 steps, from 2.96 (``metarun algo=maml task=s
 """
 
 from collections.abc import Iterator
-from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
+from metarun.contracts import Algorithm, Loss, Tree, Weights
 from metarun.errors import require
-from metarun.inner import gradient_descent
+from metarun.inner import descent, gradient_descent
 from metarun.nn.functional import forward_of, parameters_of
 
 
 def maml(
     model: nn.Module,
-    spec: Spec,
     inner_lr: float = 0.01,
     inner_steps: int = 1,
     first_order: bool = False,
@@ -41,7 +39,6 @@ def maml(
 
     Args:
         model: any differentiable module.
-        spec: the task family's; MAML asks nothing of it.
         inner_lr: α, above 0, for mean losses.
         inner_steps: K, at least 0, the steps that the meta-loss sees. 0 is joint training.
         first_order: whether the inner gradient counts as a constant.
@@ -52,12 +49,16 @@ def maml(
     require(inner_steps >= 0, f"inner_steps must be at least 0, not {inner_steps}")
     forward = forward_of(model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(model)}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        learning_rates = chain([inner_lr], repeat(later_lr or inner_lr))
-        return gradient_descent(forward, theta["weights"], support, loss, learning_rates, first_order)
+        first, later = descent(inner_lr), descent(later_lr or inner_lr)
+
+        def update(weights: Weights, slope: Weights, step: int) -> Weights:
+            return (later if step else first)(weights, slope, step)
+
+        return gradient_descent(forward, theta["weights"], support, loss, update, first_order)
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
         return forward(state, x)
@@ -66,8 +67,8 @@ def maml(
         init,
         adapt,
         predict,
-        family="agnostic",
-        kinds=("regression", "classification", "sequence", "control"),
+        approach="agnostic",
+        needs="loss",
         paper="https://arxiv.org/abs/1703.03400",
         train_steps=inner_steps,
     )

@@ -32,14 +32,15 @@ step costs the same in all epochs.
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, Weights
+from metarun.contracts import Algorithm, Loss, MetaLoss, Task, Tree, Weights
 from metarun.errors import require
-from metarun.inner import at_step
+from metarun.inner import at_step, descent, inner_loop
 from metarun.nn.functional import Forward, forward_of, parameters_of
 from metarun.nn.normalisation import along_channels, batch_statistics, with_variance
 from metarun.nn.transforms import gradient
@@ -122,7 +123,6 @@ def step_weights(epoch: Tensor, steps: int, epochs: int) -> Tensor:
 
 def mamlpp(
     model: nn.Module,
-    spec: Spec,
     inner_lr: float = 0.1,
     inner_steps: int = 5,
     learned_rates: bool = True,
@@ -135,7 +135,6 @@ def mamlpp(
 
     Args:
         model: any differentiable module.
-        spec: the task family's; nothing is asked of it.
         inner_lr: initial α, above 0, for mean losses.
         inner_steps: S, at least 1.
         learned_rates: whether α is learned for each tensor of weights and each step.
@@ -164,7 +163,7 @@ def mamlpp(
     in_test = forward_of(with_norms(model, GivenStatistics)) if running else in_training
     by_step = learned_rates or bool(norms)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         parameters = parameters_of(model)
         weights = {name: w for name, w in parameters.items() if name not in of_norms | of_others}
         first = next(iter(weights.values()))
@@ -197,29 +196,31 @@ def mamlpp(
         theta: Tree, support: Tree, loss: Loss, forward: Forward, second_order: Tensor | bool
     ) -> Iterator[tuple[State, Tree]]:
         """States, each with the statistics of the support set that led to it (none for the first)."""
-        weights, seen = theta["weights"], cast(Tree, {})
-        step = 0
-        while True:
-            yield State(weights, step), seen
-            if by_step and step == inner_steps:
-                return
+
+        def slope(state: tuple[State, Tree], step: int) -> tuple[Weights, Tree]:
             here, now = norms_at(theta, step, forward), at_step(support, step)
 
-            def support_loss(weights: Weights, here: Forward = here, now: Tree = now) -> tuple[Tensor, Tree]:
+            def support_loss(weights: Weights) -> tuple[Tensor, Tree]:
                 value, _ = loss(partial(here, weights), now)
                 return value, (kept() if forward is in_training else {})
 
+            weights = state[0].weights
             start = {n: w.detach() for n, w in weights.items()} if second_order is False else weights
-            slope, seen = gradient(support_loss, start, has_aux=True)
+            found, seen = gradient(support_loss, start, has_aux=True)
             if second_order is False:
-                slope = {n: g.detach() for n, g in slope.items()}
+                found = {n: g.detach() for n, g in found.items()}
             if isinstance(second_order, Tensor):
-                slope = {n: g.detach() + second_order * (g - g.detach()) for n, g in slope.items()}
-            rates = (
-                {n: r[step] for n, r in theta["rates"].items()} if learned_rates else dict.fromkeys(weights, inner_lr)
-            )
-            weights = {n: w - rates[n] * slope[n] for n, w in weights.items()}
-            step += 1
+                found = {n: g.detach() + second_order * (g - g.detach()) for n, g in found.items()}
+            return found, seen
+
+        def update(state: tuple[State, Tree], found: tuple[Weights, Tree], step: int) -> tuple[State, Tree]:
+            gradients, seen = found
+            rates = {n: r[step] for n, r in theta["rates"].items()} if learned_rates else inner_lr
+            return State(descent(rates)(state[0].weights, gradients, step), step + 1), seen
+
+        # Steps that are learned one by one end with the last of them.
+        states = inner_loop((State(theta["weights"], 0), {}), slope, update)
+        return islice(states, inner_steps + 1) if by_step else states
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
         return (state for state, _ in descend(theta, support, loss, in_test, False))
@@ -227,7 +228,7 @@ def mamlpp(
     def predict(theta: Tree, state: State, x: Any) -> Tensor:
         return norms_at(theta, state.step, in_test)(state.weights, x)
 
-    def carrying_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
+    def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         carried = theta["carried"]
         now = torch.floor(carried["meta_step"] / epoch)
         second_order: Tensor | bool = first_order_epochs == 0
@@ -238,7 +239,7 @@ def mamlpp(
             statistics.append(seen)
             last = state.step == inner_steps
             if last or (multi_step_epochs and state.step):
-                value, score = loss(partial(norms_at(theta, state.step, in_training), state.weights), task.query)
+                value, scores = loss(partial(norms_at(theta, state.step, in_training), state.weights), task.query)
                 losses.append(value)
             if last:
                 break
@@ -249,18 +250,19 @@ def mamlpp(
                 new = {norm: torch.stack([seen[part][norm].detach() for seen in by_steps]) for norm in norms}
                 renewed[part] = tree_map(lambda old, n: old + MOMENTUM * (n - old), carried[part], new)
         if not multi_step_epochs:
-            return losses[-1], score, renewed
-        return (step_weights(now, inner_steps, multi_step_epochs) * torch.stack(losses)).sum(), score, renewed
+            return MetaLoss(losses[-1], scores, renewed)
+        annealed = (step_weights(now, inner_steps, multi_step_epochs) * torch.stack(losses)).sum()
+        return MetaLoss(annealed, scores, renewed)
 
     return Algorithm(
         init,
         adapt,
         predict,
-        family="agnostic",
-        kinds=("regression", "classification", "sequence", "control"),
+        approach="agnostic",
+        needs="loss",
         paper="https://arxiv.org/abs/1810.09502",
         train_steps=inner_steps,
-        carrying_loss=carrying_loss,
+        meta_loss=meta_loss,
         max_steps=inner_steps if by_step else None,
         adapted_parameters=lambda theta: size(theta["weights"]),
     )

@@ -18,17 +18,18 @@ memory-augmented neural network.
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
+from metarun.contracts import Algorithm, Loss, MetaLoss, Report, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.inner import support_gradient
+from metarun.inner import descent, inner_loop, support_gradient
 from metarun.nn.functional import forward_of, parameters_of
 from metarun.nn.ops import one_hot
+from metarun.targets.metric import Metric
 from metarun.tree import size
 
 
@@ -91,7 +92,7 @@ def metanas(
     names = [f"{layer}.architecture" for layer in layers]
     forward = forward_of(model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         parameters = parameters_of(model)
         theta: Tree = {
             "weights": {name: w for name, w in parameters.items() if name not in names},
@@ -115,18 +116,21 @@ def metanas(
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
         weights, architecture = theta["weights"], theta.get("architecture") or even(theta)
-        for step in count():
-            yield State(weights, architecture, step)
 
-            def tempered_forward(variables: Weights, x: Any, step: int = step) -> Tensor:
+        def slope(state: State, step: int) -> Weights:
+            def tempered_forward(variables: Weights, x: Any) -> Tensor:
                 hot = tempered(theta, {name: variables[name] for name in names}, step)
                 return forward({**variables, **hot}, x)
 
-            here = {**weights, **architecture}
+            here = {**state.weights, **state.architecture}
             start = {name: v.detach() for name, v in here.items()} if first_order else here
-            slope = support_gradient(tempered_forward, start, support, loss)
-            weights = {name: w - inner_lr * slope[name] for name, w in weights.items()}
-            architecture = {name: a - architecture_lr * slope[name] for name, a in architecture.items()}
+            return support_gradient(tempered_forward, start, support, loss)
+
+        def update(state: State, found: Weights, step: int) -> State:
+            weights = descent(inner_lr)(state.weights, found, step)
+            return State(weights, descent(architecture_lr)(state.architecture, found, step), step + 1)
+
+        return inner_loop(State(weights, architecture, 0), slope, update)
 
     def chosen(theta: Tree, state: State) -> Weights:
         """Logits that leave one operation a layer; the mixture as it is while it is still to harden."""
@@ -138,11 +142,11 @@ def metanas(
     def predict(theta: Tree, state: State, x: Any) -> Tensor:
         return forward({**state.weights, **chosen(theta, state)}, x)
 
-    def carrying_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor, Tree]:
+    def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         state = next(islice(adapt(theta, task.support, loss), inner_steps, None))
         weights = {**state.weights, **tempered(theta, state.architecture, inner_steps)}
-        value, score = loss(partial(forward, weights), task.query)
-        return value, score, {"meta_step": theta["carried"]["meta_step"] + 1}
+        value, scores = loss(partial(forward, weights), task.query)
+        return MetaLoss(value, scores, {"meta_step": theta["carried"]["meta_step"] + 1})
 
     def architectures(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
         """Weights of the operations ``[layers, operations]``, before one is chosen."""
@@ -155,11 +159,11 @@ def metanas(
         init,
         adapt,
         predict,
-        family="agnostic",
-        kinds=("regression", "classification", "sequence"),
+        approach="agnostic",
+        needs="loss",
         paper="https://arxiv.org/abs/1911.11090",
         train_steps=inner_steps,
-        carrying_loss=carrying_loss,
-        observation=Observation("architectures", axes, "weight", architectures),
+        meta_loss=meta_loss,
+        report=Report("architectures", axes, Metric("weight", higher_is_better=True), architectures),
         adapted_parameters=lambda theta: size(theta["weights"]) + size(even(theta)),
     )

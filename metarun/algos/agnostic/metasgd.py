@@ -10,22 +10,20 @@ https://arxiv.org/abs/1707.09835.
 """
 
 from collections.abc import Iterator
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
+from metarun.contracts import Algorithm, Loss, Tree, Weights
 from metarun.errors import require
-from metarun.inner import gradient_descent
+from metarun.inner import descent, gradient_descent
 from metarun.nn.functional import forward_of, parameters_of
 from metarun.tree import size
 
 
 def metasgd(
     model: nn.Module,
-    spec: Spec,
     initial_lr: tuple[float, float] = (0.005, 0.1),
     inner_steps: int = 1,
     first_order: bool = False,
@@ -34,7 +32,6 @@ def metasgd(
 
     Args:
         model: any differentiable module.
-        spec: the task family's; nothing is asked of it.
         initial_lr: range from which the initial α is drawn, above 0, for mean losses.
         inner_steps: steps that the meta-loss sees, at least 0; 1 in the paper.
         first_order: whether the inner gradient counts as a constant.
@@ -44,13 +41,13 @@ def metasgd(
     require(inner_steps >= 0, f"inner_steps must be at least 0, not {inner_steps}")
     forward = forward_of(model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(model)
         rates = {n: low + (high - low) * torch.rand(w.shape, generator=generator).to(w) for n, w in weights.items()}
         return {"weights": weights, "rates": rates}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        return gradient_descent(forward, theta["weights"], support, loss, repeat(theta["rates"]), first_order)
+        return gradient_descent(forward, theta["weights"], support, loss, descent(theta["rates"]), first_order)
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
         return forward(state, x)
@@ -59,8 +56,8 @@ def metasgd(
         init,
         adapt,
         predict,
-        family="agnostic",
-        kinds=("regression", "classification", "sequence", "control"),
+        approach="agnostic",
+        needs="loss",
         paper="https://arxiv.org/abs/1707.09835",
         train_steps=inner_steps,
         adapted_parameters=lambda theta: size(theta["weights"]),

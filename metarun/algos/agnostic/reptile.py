@@ -20,15 +20,15 @@ Expected: MSE 0.12 ± 0.02 after 10 steps, from 2.97 (``metarun algo=reptile tas
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, MetaGradient, Spec, Task, Tree, Weights
+from metarun.contracts import Algorithm, Loss, MetaGradient, Scores, Task, Tree, Weights
 from metarun.errors import require
-from metarun.inner import at_step, support_gradient
+from metarun.inner import at_step, inner_loop, support_gradient
 from metarun.nn.functional import forward_of, parameters_of
 from metarun.nn.transforms import over_tasks
 from metarun.tree import mean, subtract, tree_map
@@ -56,7 +56,6 @@ def minibatch(support: Tree, start: int, size: int) -> Tree:
 
 def reptile(
     model: nn.Module,
-    spec: Spec,
     inner_lr: float = 1e-3,
     inner_steps: int = 5,
     inner_batch: int = 10,
@@ -66,7 +65,6 @@ def reptile(
 
     Args:
         model: any differentiable module.
-        spec: the task family's; Reptile asks nothing of it.
         inner_lr: step size of the inner optimizer, above 0.
         inner_steps: K, at least 1.
         inner_batch: examples in an inner mini-batch, at least 1.
@@ -77,13 +75,13 @@ def reptile(
     require(inner_batch >= 1, f"inner_batch must be at least 1, not {inner_batch}")
     forward = forward_of(model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(model)
         step = next(iter(weights.values())).new_zeros(())
         carried = {"second_moment": tree_map(torch.zeros_like, weights), "step": step}
         return {"weights": weights, "carried": carried}
 
-    def update(state: State, gradient: Weights) -> State:
+    def update(state: State, gradient: Weights, k: int) -> State:
         weights, moment, step = state
         if inner_optimizer == "sgd":
             return State({n: w - inner_lr * gradient[n] for n, w in weights.items()}, moment, step)
@@ -99,37 +97,39 @@ def reptile(
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
         carried = theta["carried"]
         state = State(theta["weights"], carried["second_moment"], carried["step"])
-        for k in count():
-            yield state
+
+        def slope(state: State, k: int) -> Weights:
             batch = minibatch(support, k * inner_batch, inner_batch)
-            state = update(state, support_gradient(forward, state.weights, at_step(batch, k), loss))
+            return support_gradient(forward, state.weights, at_step(batch, k), loss)
+
+        return inner_loop(state, slope, update)
 
     def predict(theta: Tree, state: State, x: Any) -> Tensor:
         return forward(state.weights, x)
 
     def meta_grad(theta: Tree, tasks: Task, loss: Loss) -> MetaGradient:
-        def one_task(task: Task) -> tuple[Weights, Tree, Tensor, Tensor]:
+        def one_task(task: Task) -> tuple[Weights, Tree, Tensor, Scores]:
             *_, state = islice(adapt(theta, task.support, loss), inner_steps + 1)
-            query_loss, score = loss(partial(predict, theta, state), task.query)
+            query_loss, query_scores = loss(partial(predict, theta, state), task.query)
             return (
                 state.weights,
                 {"second_moment": state.second_moment, "step": state.step},
                 query_loss,
-                score,
+                query_scores,
             )
 
         with torch.no_grad():
             # The step count is the same for all tasks, but mapping may only return what it has mapped.
             adapted, carried, losses, scores = over_tasks(one_task, tasks, training=True)
             grads = {"weights": subtract(theta["weights"], mean(adapted))}
-            return MetaGradient(grads, losses.mean(), scores.mean(), mean(carried))
+            return MetaGradient(grads, losses.mean(), mean(scores), mean(carried))
 
     return Algorithm(
         init,
         adapt,
         predict,
-        family="agnostic",
-        kinds=("regression", "classification", "sequence", "control"),
+        approach="agnostic",
+        needs="loss",
         paper="https://arxiv.org/abs/1803.02999",
         train_steps=inner_steps,
         meta_grad=meta_grad,

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from metarun.algos.baselines.scratch import check_step_sizes, with_step_size
 from metarun.algos.baselines.transfer import both
-from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, Weights
+from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree, Weights
 from metarun.errors import require
 from metarun.inner import Fit, answer, fit_head, fits
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
@@ -69,16 +69,16 @@ def baselinepp(
     require(scale is None or scale > 0, f"scale must be above 0, not {scale}")
     require(task_scale is None or task_scale > 0, f"task_scale must be above 0, not {task_scale}")
     check_step_sizes(step_sizes)
-    trunk, head = trunk_and_head(model, spec, "baselinepp")
-    embed, classes = forward_of(trunk), spec.training_classes
-    if spec.kind == "classification":
+    trunk, head = trunk_and_head(model, "baselinepp")
+    embed, classes = forward_of(trunk), spec.sizes.training_classes
+    if spec.offers("classes"):
         require(classes is not None, "baselinepp needs tasks that share classes; choose another, such as multitask")
-    classes, ways = classes or 0, spec.ways or 0
+    classes, ways = classes or 0, spec.sizes.ways or 0
     joint_scale = official_scale(classes) if scale is None else scale
     own_scale = official_scale(ways) if task_scale is None else task_scale
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, spec, "baselinepp")[0])
+    def init(generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk)
         first = next(iter(weights.values()))
         return {
             "weights": weights,
@@ -98,18 +98,18 @@ def baselinepp(
 
         return answer(state, embed, theta["weights"], x, heads, logits)
 
-    def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+    def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         data = both(task)
         of_all = joint_scale * weighted_cosines(theta["joint_head"], embed(theta["weights"], data["x"]))
         correct = of_all.argmax(-1) == data["class"]
-        return cross_entropy(of_all, data["class"]), correct.to(of_all.dtype).mean()
+        return MetaLoss(cross_entropy(of_all, data["class"]), {spec.metrics[0].name: correct.to(of_all.dtype).mean()})
 
     return Algorithm(
         init,
         fits,
         predict,
-        family="baseline",
-        kinds=("classification",),
+        approach="baseline",
+        needs="classes",
         paper="https://arxiv.org/abs/1904.04232",
         meta_loss=meta_loss,
         candidates=lambda theta: [with_step_size(theta, size) for size in step_sizes],

@@ -13,37 +13,36 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from metarun.contracts import Algorithm, Loss, Spec, Tree
 
 
-def centroid(model: nn.Module, spec: Spec) -> Algorithm:
+def centroid(spec: Spec) -> Algorithm:
     """Cosine to the class means of the task's own features.
 
     Args:
-        model: not used.
         spec: the task family's; its ``features`` are what is compared.
     """
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         return {"carried": {}}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tensor | None]:
         yield None
         # The sum points where the mean points.
-        yield support["y"].T @ spec.features(support["x"])
+        yield support["y"].T @ spec.facts.features(support["x"])
 
     def predict(theta: Tree, state: Tensor, x: Any) -> Tensor:
-        return normalize(spec.features(x)) @ normalize(state).T
+        return normalize(spec.facts.features(x)) @ normalize(state).T
 
     return Algorithm(
         init,
         adapt,
         predict,
-        family="baseline",
-        kinds=("classification",),
+        approach="baseline",
+        needs="classes",
         paper="",
         meta_learns=False,
         adapted_parameters=lambda theta: 0,

@@ -24,28 +24,27 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algos.baselines.transfer import both
-from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, Weights
+from metarun.contracts import Algorithm, Loss, MetaLoss, Task, Tree, Weights
 from metarun.errors import require
 from metarun.inner import Fit, answer, fit_head, fits
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 
 
-def multitask(model: nn.Module, spec: Spec, head_lr: float = 1.0, head_steps: int = 10) -> Algorithm:
+def multitask(model: nn.Module, head_lr: float = 1.0, head_steps: int = 10) -> Algorithm:
     """Joint training of a trunk under heads of each task's own.
 
     Args:
         model: a module with ``trunk`` and ``head``.
-        spec: of a regression or classification task.
         head_lr: step size of fitting heads beside what their features admit, above 0, for mean losses.
         head_steps: K, at least 1.
     """
     require(head_lr > 0, f"head_lr must be above 0, not {head_lr}")
     require(head_steps >= 1, f"head_steps must be at least 1, not {head_steps}")
-    trunk, head = trunk_and_head(model, spec, "multitask")
+    trunk, head = trunk_and_head(model, "multitask")
     embed, read_out = forward_of(trunk), forward_of(head)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        return {"weights": parameters_of(trunk_and_head(model, spec, "multitask")[0])}
+    def init(generator: torch.Generator) -> Tree:
+        return {"weights": parameters_of(trunk)}
 
     def heads(fit: Fit, z: Tensor) -> Iterator[Weights]:
         """Heads on features ``z``, from zero."""
@@ -56,18 +55,18 @@ def multitask(model: nn.Module, spec: Spec, head_lr: float = 1.0, head_steps: in
     def predict(theta: Tree, state: Fit, x: Any) -> Tensor:
         return answer(state, embed, theta["weights"], x, partial(heads, state), read_out)
 
-    def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+    def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         data = both(task)
         z = embed(theta["weights"], data["x"])
         fitted = next(islice(heads(next(fits(theta, data, loss)), z.detach()), head_steps, None))
-        return loss(lambda x: read_out({name: w.detach() for name, w in fitted.items()}, z), data)
+        return MetaLoss(*loss(lambda x: read_out({name: w.detach() for name, w in fitted.items()}, z), data))
 
     return Algorithm(
         init,
         fits,
         predict,
-        family="baseline",
-        kinds=("regression", "classification"),
+        approach="baseline",
+        needs="rows",
         paper="https://arxiv.org/abs/2106.09017",
         train_steps=head_steps,
         meta_loss=meta_loss,

@@ -3,18 +3,15 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
-
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.contracts import Algorithm, Loss, Seen, Spec, Tree
 from metarun.errors import require
 
 
-def optimal(model: nn.Module, spec: Spec) -> Algorithm:
+def optimal(spec: Spec) -> Algorithm:
     """Reads the task's parameters off the support set.
 
     Args:
-        model: not used.
         spec: of a control task that names its best policy.
     """
     best = environment_of(spec, "optimal").optimal

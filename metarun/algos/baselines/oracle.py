@@ -10,28 +10,27 @@ Expected: MSE below 1e-10 (``metarun algo=oracle task=sinusoid``).
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
 from metarun.inner import keep_support
 
 
-def oracle(model: nn.Module, spec: Spec) -> Algorithm:
+def oracle(spec: Spec) -> Algorithm:
     """Least squares in the family's own features.
 
     Args:
-        model: not used.
         spec: of a family that names its ``truth``.
     """
     require(
-        spec.truth is not None,
+        spec.facts.truth is not None,
         "oracle needs a family whose targets have a known form, such as task=sinusoid, and the form is not known for "
         "this task; choose another reference, such as algo=scratch",
     )
-    truth = cast(Any, spec.truth)
+    truth = cast(Any, spec.facts.truth)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         return {"carried": {}}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
@@ -41,8 +40,8 @@ def oracle(model: nn.Module, spec: Spec) -> Algorithm:
         init,
         keep_support,
         predict,
-        family="baseline",
-        kinds=("regression",),
+        approach="baseline",
+        needs="numbers",
         paper="",
         meta_learns=False,
         adapted_parameters=lambda theta: 0,

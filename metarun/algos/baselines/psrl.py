@@ -15,7 +15,7 @@ Expected: 137.5 ± 0.6 (``metarun algo=psrl task=mdp eval.episodes=4000``).
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.contracts import Algorithm, Seen, Spec
@@ -51,15 +51,14 @@ def draw_table(memory: Memory, seed: Tensor, prior_mean: float) -> tuple[Tensor,
     return weights / weights.sum(-1, keepdim=True), (prior_mean + memory.paid) / precision + normal / precision.sqrt()
 
 
-def psrl(model: nn.Module, spec: Spec, prior_mean: float = 0.0) -> Algorithm:
+def psrl(spec: Spec, prior_mean: float = 0.0) -> Algorithm:
     """Posterior sampling.
 
     Args:
-        model: not used.
         spec: of ``task=mdp``.
         prior_mean: of mean rewards.
     """
-    horizon, actions = environment_of(spec, "psrl", "mdp").horizon, spec.outputs
+    horizon, actions = environment_of(spec, "psrl", "mdp").horizon, spec.target.outputs
 
     def remember(memory: Memory, now: Seen) -> Memory:
         """``memory`` with what the last action led to; ``now`` holds one step without its axis."""

@@ -7,15 +7,14 @@ Expected: MSE 3.7 ± 0.3 after 10 steps (``metarun algo=scratch task=sinusoid``)
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
+from metarun.contracts import Algorithm, Loss, Tree, Weights
 from metarun.errors import require
-from metarun.inner import gradient_descent
+from metarun.inner import descent, gradient_descent
 from metarun.nn.functional import forward_of, parameters_of
 
 STEP_SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -32,24 +31,23 @@ def with_step_size(theta: Tree, step_size: float) -> Tree:
     return {**theta, "carried": {**carried, "step_size": torch.full_like(carried["step_size"], step_size)}}
 
 
-def scratch(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SIZES) -> Algorithm:
+def scratch(model: nn.Module, step_sizes: Sequence[float] = STEP_SIZES) -> Algorithm:
     """Gradient descent from a random initialisation.
 
     Args:
         model: any differentiable module.
-        spec: the task family's; nothing is asked of it.
         step_sizes: the candidates, each above 0.
     """
     check_step_sizes(step_sizes)
     forward = forward_of(model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(model)
         step_size = next(iter(weights.values())).new_tensor(step_sizes[0])
         return {"weights": weights, "carried": {"step_size": step_size}}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
-        return gradient_descent(forward, theta["weights"], support, loss, repeat(theta["carried"]["step_size"]))
+        return gradient_descent(forward, theta["weights"], support, loss, descent(theta["carried"]["step_size"]))
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
         return forward(state, x)
@@ -58,8 +56,8 @@ def scratch(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SIZ
         init,
         adapt,
         predict,
-        family="baseline",
-        kinds=("regression", "classification", "sequence", "control"),
+        approach="baseline",
+        needs="loss",
         paper="",
         candidates=lambda theta: [with_step_size(theta, size) for size in step_sizes],
         meta_learns=False,

@@ -13,7 +13,7 @@ RL² paper has 5.7 and 74.7.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.algos.baselines.ucb1 import ArmCounts, arm_counts
@@ -35,11 +35,10 @@ def probability_of_being_best(successes: Tensor, failures: Tensor) -> Tensor:
     return best / best.sum(-1, keepdim=True)
 
 
-def thompson(model: nn.Module, spec: Spec) -> Algorithm:
+def thompson(spec: Spec) -> Algorithm:
     """Thompson sampling with uniform priors.
 
     Args:
-        model: not used.
         spec: of a bandit.
     """
     environment_of(spec, "thompson", "bandit")

@@ -14,11 +14,11 @@ Expected: MSE 1.6 ± 0.2 after 10 steps, from 2.97 (``metarun algo=transfer task
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from metarun.algos.baselines.scratch import STEP_SIZES, scratch
-from metarun.contracts import Algorithm, Loss, Spec, Task, Tree
+from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree
 from metarun.nn.functional import forward_of, trunk_and_head
 from metarun.tree import size
 
@@ -36,21 +36,21 @@ def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SI
         spec: the task family's; ``training_classes`` says whether tasks share classes.
         step_sizes: candidates for fine-tuning, each above 0.
     """
-    fine_tuning = scratch(model, spec, step_sizes)._replace(
-        kinds=("regression", "classification"), paper="https://arxiv.org/abs/1904.04232", meta_learns=True
+    fine_tuning = scratch(model, step_sizes)._replace(
+        needs="rows", paper="https://arxiv.org/abs/1904.04232", meta_learns=True
     )
-    forward, classes = forward_of(model), spec.training_classes
+    forward, classes = forward_of(model), spec.sizes.training_classes
 
-    def joint_task(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
-        return loss(lambda x: forward(theta["weights"], x), both(task))
+    def joint_task(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
+        return MetaLoss(*loss(lambda x: forward(theta["weights"], x), both(task)))
 
     if classes is None:
         return fine_tuning._replace(meta_loss=joint_task)
-    trunk, head = trunk_and_head(model, spec, "transfer")
+    trunk, head = trunk_and_head(model, "transfer")
     embed = forward_of(trunk)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        theta = fine_tuning.init(model, generator)
+    def init(generator: torch.Generator) -> Tree:
+        theta = fine_tuning.init(generator)
         weights = theta["weights"]
         for name in ("head.weight", "head.bias"):
             weights[name] = torch.zeros_like(weights[name])
@@ -58,12 +58,12 @@ def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SI
         bias = weights["head.bias"].new_zeros(classes)
         return {**theta, "joint_head": {"weight": joint.to(bias), "bias": bias}}
 
-    def joint_classification(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+    def joint_classification(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         data, joint = both(task), theta["joint_head"]
         features = {n.removeprefix("trunk."): w for n, w in theta["weights"].items() if n.startswith("trunk.")}
         logits = embed(features, data["x"]) @ joint["weight"].T + joint["bias"]
         correct = logits.argmax(-1) == data["class"]
-        return cross_entropy(logits, data["class"]), correct.to(logits.dtype).mean()
+        return MetaLoss(cross_entropy(logits, data["class"]), {spec.metrics[0].name: correct.to(logits.dtype).mean()})
 
     return fine_tuning._replace(
         init=init,

@@ -14,7 +14,7 @@ table has 6.7 and 78.0.
 
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.contracts import Algorithm, Seen, Spec
@@ -36,11 +36,10 @@ def arm_counts(seen: Seen) -> tuple[ArmCounts, ArmCounts]:
     return ArmCounts(successes, pulls), ArmCounts(successes[-1], pulls[-1])
 
 
-def ucb1(model: nn.Module, spec: Spec, exploration: float = 0.05) -> Algorithm:
+def ucb1(spec: Spec, exploration: float = 0.05) -> Algorithm:
     """UCB1 with means shrunk towards one half.
 
     Args:
-        model: not used.
         spec: of a bandit.
         exploration: c, at least 0.
     """

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
+from metarun.contracts import Algorithm, Loss, Tree, Weights
 from metarun.errors import require
 from metarun.inner import part_descent
 from metarun.nn.functional import forward_of, parameters_of, seeded
@@ -121,7 +121,6 @@ def modulated(model: nn.Module, modulation: str, context: int) -> nn.Module:
 
 def adaptive(
     model: nn.Module,
-    spec: Spec,
     modulation: Literal["context", "film"] = "context",
     context: int = 5,
     inner_lr: float = 1.0,
@@ -132,7 +131,6 @@ def adaptive(
 
     Args:
         model: a module whose ``trunk`` is a sequence of layers.
-        spec: the task family's; nothing is asked of it.
         modulation: what belongs to a task: ``context`` (CAVIA) or ``film``.
         context: length of φ, at least 1.
         inner_lr: α, above 0, for mean losses.
@@ -147,7 +145,7 @@ def adaptive(
     forward = forward_of(whole)
     start = {n: p.detach() for n, p in whole.named_parameters() if n.rpartition(".")[2] in TASK_OWN}
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         with seeded(generator):
             weights = parameters_of(modulated(model, modulation, context))
         return {"weights": {name: w for name, w in weights.items() if name not in start}}
@@ -162,8 +160,8 @@ def adaptive(
         init,
         adapt,
         predict,
-        family="dependent",
-        kinds=("regression", "classification", "sequence", "control"),
+        approach="dependent",
+        needs="loss",
         paper="https://arxiv.org/abs/1810.03642",
         train_steps=inner_steps,
         adapted_parameters=lambda theta: size(start),

@@ -43,7 +43,7 @@ from metarun.algos.dependent.cnp import (
     log_likelihood,
     points,
 )
-from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, flat
+from metarun.contracts import Algorithm, Loss, MetaLoss, Scores, Spec, Task, Tree, flat
 from metarun.errors import require
 from metarun.nn.functional import own_network
 from metarun.nn.ops import multi_head
@@ -205,7 +205,7 @@ def anp(
     """Attentive neural process.
 
     Args:
-        model: not used.
+        model: only its dtype and device are used.
         spec: of a regression task.
         deterministic: what the deterministic path makes of the r_i: ``attention``, their ``mean``, or ``none``: there
             is no such path.
@@ -223,13 +223,14 @@ def anp(
     require(heads >= 1, f"heads must be at least 1, not {heads}")
     require(width >= 1 and width % heads == 0, f"width must be a positive multiple of heads={heads}, not {width}")
     require(self_attention >= 0, f"self_attention must not be negative, and it is {self_attention}")
-    inputs = math.prod(spec.input_shape)
+    inputs = math.prod(spec.inputs.shape)
     forward, drawn = own_network(
-        lambda: AttentiveProcess(inputs, spec.outputs, width, heads, latents, deterministic, self_attention)
+        lambda: AttentiveProcess(inputs, spec.target.outputs, width, heads, latents, deterministic, self_attention),
+        model,
     )
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        return {"weights": drawn(model, generator)}
+    def init(generator: torch.Generator) -> Tree:
+        return {"weights": drawn(generator)}
 
     def noise(count: int, like: Tensor) -> Tensor:
         return normal(fresh_seed(), (count, latents)).to(like) if latents else like.new_zeros(1, 0)
@@ -246,12 +247,12 @@ def anp(
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         return answer(theta, state, x).mean.mean(0)
 
-    def score_likelihood(theta: Tree, state: Tree, data: Tree) -> Tensor:
+    def score_likelihood(theta: Tree, state: Tree, data: Tree) -> Scores:
         mean, std, _ = answer(theta, state, data["x"])
         by_sample = log_likelihood(data["y"], mean, std)
-        return (by_sample.logsumexp(0) - math.log(len(by_sample))).mean()
+        return {LOG_LIKELIHOOD.name: (by_sample.logsumexp(0) - math.log(len(by_sample))).mean()}
 
-    def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+    def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         support, targets = task.support, points(task.support, task.query)
         weight = drawn_context(support, least_context)
         # Two samples: one given the targets, for the loss; one given the context, for a score that knows no targets.
@@ -259,20 +260,20 @@ def anp(
         mean, std, kl = forward(
             theta["weights"], Asked(points(support), weight, targets.x, by_context, targets, by_targets[0])
         )
-        _, score = loss(lambda query: mean[0, len(support["y"]) :], task.query)
+        _, scores = loss(lambda query: mean[0, len(support["y"]) :], task.query)
         likelihood = log_likelihood(targets.y, mean[-1], std[-1])
-        return kl / len(likelihood) - likelihood.mean(), score
+        return MetaLoss(kl / len(likelihood) - likelihood.mean(), scores)
 
-    told_by_r = {"attention": spec.shots * width, "mean": width, "none": 0}[deterministic]
+    told_by_r = {"attention": spec.sizes.shots * width, "mean": width, "none": 0}[deterministic]
     return Algorithm(
         init,
         adapt,
         predict,
-        family="dependent",
-        kinds=("regression",),
+        approach="dependent",
+        needs="numbers",
         paper="https://arxiv.org/abs/1901.05761" if deterministic != "none" else "https://arxiv.org/abs/1807.01622",
         meta_loss=meta_loss,
-        second_metric=LOG_LIKELIHOOD,
-        second_score=score_likelihood,
+        metrics=(LOG_LIKELIHOOD,),
+        scores=score_likelihood,
         adapted_parameters=lambda theta: told_by_r + latents,
     )

@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from metarun.contracts import Algorithm, Loss, Spec, Task, Tree, flat
+from metarun.contracts import Algorithm, Loss, MetaLoss, Scores, Spec, Task, Tree, flat
 from metarun.errors import require
 from metarun.inner import keep_support
 from metarun.nn.functional import own_network
 from metarun.random import fresh_seed, uniform
+from metarun.targets.metric import Metric
 
 LEAST_STD = 0.1
-LOG_LIKELIHOOD = "log-likelihood"
+LOG_LIKELIHOOD = Metric("log-likelihood", higher_is_better=True)
+"""In nats per target."""
 
 
 class Points(NamedTuple):
@@ -118,17 +120,17 @@ def cnp(model: nn.Module, spec: Spec, width: int = 128, least_context: int | Non
     """Conditional neural process.
 
     Args:
-        model: not used.
+        model: only its dtype and device are used.
         spec: of a regression task.
         width: of every layer, at least 1.
         least_context: the fewest support points that are the context in training, at least 1; None: always all.
     """
     require(width >= 1, f"width must be at least 1, not {width}")
     require(least_context is None or least_context >= 1, f"least_context must be at least 1, not {least_context}")
-    forward, drawn = own_network(lambda: Process(math.prod(spec.input_shape), spec.outputs, width))
+    forward, drawn = own_network(lambda: Process(math.prod(spec.inputs.shape), spec.target.outputs, width), model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        return {"weights": drawn(model, generator)}
+    def init(generator: torch.Generator) -> Tree:
+        return {"weights": drawn(generator)}
 
     def distribution(theta: Tree, support: Tree, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         mean_and_std: tuple[Tensor, Tensor] = forward(theta["weights"], (points(support), weight, x))
@@ -137,24 +139,25 @@ def cnp(model: nn.Module, spec: Spec, width: int = 128, least_context: int | Non
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         return distribution(theta, state, everything(state), flat(x))[0]
 
-    def score_likelihood(theta: Tree, state: Tree, data: Tree) -> Tensor:
-        return log_likelihood(data["y"], *distribution(theta, state, everything(state), flat(data["x"]))).mean()
+    def likelihood(theta: Tree, state: Tree, data: Tree) -> Scores:
+        found = log_likelihood(data["y"], *distribution(theta, state, everything(state), flat(data["x"])))
+        return {LOG_LIKELIHOOD.name: found.mean()}
 
-    def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+    def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         targets = points(task.support, task.query)
         mean, std = distribution(theta, task.support, drawn_context(task.support, least_context), targets.x)
-        _, score = loss(lambda query: mean[len(task.support["y"]) :], task.query)
-        return -log_likelihood(targets.y, mean, std).mean(), score
+        _, scores = loss(lambda query: mean[len(task.support["y"]) :], task.query)
+        return MetaLoss(-log_likelihood(targets.y, mean, std).mean(), scores)
 
     return Algorithm(
         init,
         keep_support,
         predict,
-        family="dependent",
-        kinds=("regression",),
+        approach="dependent",
+        needs="numbers",
         paper="https://arxiv.org/abs/1807.01613",
         meta_loss=meta_loss,
-        second_metric=LOG_LIKELIHOOD,
-        second_score=score_likelihood,
+        metrics=(LOG_LIKELIHOOD,),
+        scores=likelihood,
         adapted_parameters=lambda theta: width,
     )

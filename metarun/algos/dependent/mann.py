@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from metarun.contracts import Algorithm, Loss, Observation, Spec, Task, Tree, Weights
+from metarun.contracts import Algorithm, Loss, MetaLoss, Numbers, Report, Spec, Task, Tree, Weights
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
@@ -142,19 +142,19 @@ def mann(
         require(value >= 1, f"{name} must be at least 1, not {value}")
     require(slots >= heads, f"slots must be at least heads={heads}, not {slots}")
     require(key_strength > 0, f"key_strength must be above 0, not {key_strength}")
-    trunk, head = trunk_and_head(model, spec, "mann")
+    trunk, head = trunk_and_head(model, "mann")
     features = forward_of(trunk)
-    numbers = 0 if spec.tokens else prod(spec.input_shape)
-    token = head.in_features + numbers + spec.outputs
-    look, drawn = own_network(lambda: Mann(token, spec.outputs, controller, width, heads, key_strength))
+    numbers = prod(spec.inputs.shape) if isinstance(spec.inputs, Numbers) else 0
+    token = head.in_features + numbers + spec.target.outputs
+    look, drawn = own_network(lambda: Mann(token, spec.target.outputs, controller, width, heads, key_strength), model)
 
     def embed(weights: Weights, x: Tensor) -> Tensor:
         z = normalised(features(weights, x), (-1,), 1e-5)
         return torch.cat([z, x.flatten(1)], -1) if numbers else z
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, spec, "mann")[0])
-        return {"weights": weights, "memory": drawn(model, generator)}
+    def init(generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk)
+        return {"weights": weights, "memory": drawn(generator)}
 
     def read(theta: Tree, z: Tensor, y: Tensor) -> tuple[Memory, Tensor]:
         """The memory after features ``z`` with targets ``y``, and the predictions made on the way ``[n, outputs]``."""
@@ -178,32 +178,32 @@ def mann(
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         return sequence(theta, state, x)[1]
 
-    def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+    def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         along, behind = sequence(theta, task.support, task.query["x"])
         before, _ = loss(lambda x: along, task.support)
-        after, score = loss(lambda x: behind, task.query)
+        after, scores = loss(lambda x: behind, task.query)
         n, m = len(along), len(behind)
-        return (n * before + m * after) / (n + m), score
+        return MetaLoss((n * before + m * after) / (n + m), scores)
 
     def by_instance(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
         """Accuracy on the first, second, … example of a class ``[shots]``, by what was seen before it."""
         y = task.support["y"]
         along, _ = sequence(theta, task.support, task.query["x"])
         correct = ((along.argmax(-1) == y.argmax(-1)) & along.isfinite().all(-1)).to(y.dtype)
-        each = one_hot(instance_of(y).long() - 1, spec.shots, y)
+        each = one_hot(instance_of(y).long() - 1, spec.sizes.shots, y)
         return cast(Tensor, correct @ each / each.sum(0))
 
-    instances = Observation(
-        "instances", {"instance": tuple(str(k + 1) for k in range(spec.shots))}, "accuracy", by_instance
+    instances = Report(
+        "instances", {"instance": tuple(str(k + 1) for k in range(spec.sizes.shots))}, spec.metrics[0], by_instance
     )
     return Algorithm(
         init,
         keep_support,
         predict,
-        family="dependent",
-        kinds=("regression", "classification"),
+        approach="dependent",
+        needs="rows",
         paper="https://arxiv.org/abs/1605.06065",
         meta_loss=meta_loss,
-        observation=instances if spec.kind == "classification" else None,
+        report=instances if spec.offers("classes") else None,
         adapted_parameters=lambda theta: slots * width,
     )

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Spec, Tree
+from metarun.contracts import Algorithm, Tree
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
@@ -62,7 +62,6 @@ class FullContext(nn.Module):
 
 def matching(
     model: nn.Module,
-    spec: Spec,
     distance: Literal["cosine", "euclidean"] = "cosine",
     full_context: bool = False,
     reads: int = 5,
@@ -71,20 +70,19 @@ def matching(
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: the task family's.
         distance: of a query from a support example.
         full_context: whether embeddings depend on the whole support set.
         reads: K, at least 1.
     """
     require(reads >= 1, f"reads must be at least 1, not {reads}")
-    trunk, head = trunk_and_head(model, spec, "matching")
+    trunk, head = trunk_and_head(model, "matching")
     embed = forward_of(trunk)
 
-    in_context, drawn = own_network(lambda: FullContext(head.in_features, reads))
+    in_context, drawn = own_network(lambda: FullContext(head.in_features, reads), model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, spec, "matching")[0])
-        return {"weights": weights, "context": drawn(model, generator)} if full_context else {"weights": weights}
+    def init(generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk)
+        return {"weights": weights, "context": drawn(generator)} if full_context else {"weights": weights}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
@@ -98,8 +96,8 @@ def matching(
         init,
         keep_support,
         predict,
-        family="dependent",
-        kinds=("classification",),
+        approach="dependent",
+        needs="classes",
         paper="https://arxiv.org/abs/1606.04080",
         any_ways=True,
         adapted_parameters=lambda theta: 0,

@@ -123,11 +123,11 @@ def metaoptnet(
     require(strength > 0, f"strength must be above 0, not {strength}")
     require(scale > 0, f"scale must be above 0, not {scale}")
     require(solver_steps >= 1, f"solver_steps must be at least 1, not {solver_steps}")
-    trunk, linear = trunk_and_head(model, spec, "metaoptnet")
+    trunk, linear = trunk_and_head(model, "metaoptnet")
     embed = forward_of(trunk)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, spec, "metaoptnet")[0])
+    def init(generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk)
         return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
 
     def classifier(z: Tensor, y: Tensor) -> Tensor:
@@ -147,9 +147,9 @@ def metaoptnet(
         init,
         keep_support,
         predict,
-        family="dependent",
-        kinds=("classification",),
+        approach="dependent",
+        needs="classes",
         paper="https://arxiv.org/abs/1904.03758",
         any_ways=True,
-        adapted_parameters=lambda theta: linear.in_features * spec.outputs,
+        adapted_parameters=lambda theta: linear.in_features * spec.target.outputs,
     )

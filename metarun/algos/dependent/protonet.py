@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Spec, Tree
+from metarun.contracts import Algorithm, Tree
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
@@ -36,22 +36,21 @@ def prototypes(z: Tensor, y: Tensor) -> Tensor:
 
 
 def protonet(
-    model: nn.Module, spec: Spec, distance: Literal["euclidean", "cosine"] = "euclidean", scale: float = 10.0
+    model: nn.Module, distance: Literal["euclidean", "cosine"] = "euclidean", scale: float = 10.0
 ) -> Algorithm:
     """Prototypical networks.
 
     Args:
         model: a module with ``trunk`` and ``head``; the head is not used.
-        spec: the task family's.
         distance: of a query from a prototype.
         scale: initial τ of the cosine, above 0.
     """
     require(scale > 0, f"scale must be above 0, not {scale}")
-    trunk, _ = trunk_and_head(model, spec, "protonet")
+    trunk, _ = trunk_and_head(model, "protonet")
     embed = forward_of(trunk)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, spec, "protonet")[0])
+    def init(generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk)
         if distance == "euclidean":
             return {"weights": weights}
         return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
@@ -67,8 +66,8 @@ def protonet(
         init,
         keep_support,
         predict,
-        family="dependent",
-        kinds=("classification",),
+        approach="dependent",
+        needs="classes",
         paper="https://arxiv.org/abs/1703.05175",
         any_ways=True,
         adapted_parameters=lambda theta: 0,

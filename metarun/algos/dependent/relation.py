@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, Spec, Task, Tree
+from metarun.contracts import Algorithm, Loss, MetaLoss, Task, Tree
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
@@ -74,44 +74,43 @@ class CompareMaps(nn.Module):
         return relations.view(joined.shape[:2])
 
 
-def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
+def relation(model: nn.Module, width: int = 64) -> Algorithm:
     """Relation networks.
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used. If it says in ``maps`` what
             shape its features have, they are compared as maps.
-        spec: the task family's.
         width: of the hidden linear layer of g, at least 1 (8 in the paper).
     """
     require(width >= 1, f"width must be at least 1, not {width}")
-    trunk, head = trunk_and_head(model, spec, "relation")
+    trunk, head = trunk_and_head(model, "relation")
     embed = forward_of(trunk)
     maps: tuple[int, int, int] | None = getattr(model, "maps", None)
 
     def comparer() -> nn.Module:
         return CompareVectors(head.in_features, width) if maps is None else CompareMaps(maps, width)
 
-    compare, drawn = own_network(comparer)
+    compare, drawn = own_network(comparer, model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, spec, "relation")[0])
-        return {"weights": weights, "relation": drawn(model, generator)}
+    def init(generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk)
+        return {"weights": weights, "relation": drawn(generator)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
         return cast(Tensor, compare(theta["relation"], (state["y"].T @ z, queries)))
 
-    def meta_loss(theta: Tree, task: Task, loss: Loss) -> tuple[Tensor, Tensor]:
+    def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         relations = predict(theta, task.support, task.query["x"])
-        _, score = loss(lambda x: relations, task.query)
-        return (relations - task.query["y"]).square().mean(), score
+        _, scores = loss(lambda x: relations, task.query)
+        return MetaLoss((relations - task.query["y"]).square().mean(), scores)
 
     return Algorithm(
         init,
         keep_support,
         predict,
-        family="dependent",
-        kinds=("classification",),
+        approach="dependent",
+        needs="classes",
         paper="https://arxiv.org/abs/1711.06025",
         meta_loss=meta_loss,
         any_ways=True,

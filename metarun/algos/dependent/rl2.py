@@ -20,23 +20,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from metarun.contracts import Algorithm, Loss, Seen, Spec, Tree
+from metarun.contracts import Algorithm, Loss, Seen, Tree
 from metarun.errors import require
 from metarun.nn.functional import forward_of, parameters_of
 
 
-def rl2(model: nn.Module, spec: Spec) -> Algorithm:
+def rl2(model: nn.Module) -> Algorithm:
     """A recurrent policy trained across trials.
 
     Args:
         model: a policy with a memory, whose size is its attribute ``memory``.
-        spec: of a control task.
     """
     memory = getattr(model, "memory", None)
     require(isinstance(memory, int), "rl2 needs a policy with a memory; choose model=fast_weights_policy")
     forward = forward_of(model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(model)}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree]:
@@ -49,8 +48,8 @@ def rl2(model: nn.Module, spec: Spec) -> Algorithm:
         init,
         adapt,
         predict,
-        family="dependent",
-        kinds=("control",),
+        approach="dependent",
+        needs="policy",
         paper="https://arxiv.org/abs/1611.02779",
         adapted_parameters=lambda theta: cast(int, memory),
     )

@@ -68,12 +68,12 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
     """
     for name, value in {"code": code, "rank": rank, "width": width}.items():
         require(value >= 1, f"{name} must be at least 1, not {value}")
-    trunk, head = trunk_and_head(model, spec, "shared_model")
+    trunk, head = trunk_and_head(model, "shared_model")
     forward, embed, features = forward_of(model), forward_of(trunk), head.in_features
-    classes = spec.kind == "classification"
+    classes = spec.offers("classes")
 
     def encoder() -> nn.Module:
-        return perceptron(features if classes else features + spec.outputs, width, code)
+        return perceptron(features if classes else features + spec.target.outputs, width, code)
 
     def class_writer() -> nn.Module:
         return perceptron(features + code, width, features + 1)
@@ -81,7 +81,7 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
     with torch.random.fork_rng(devices=[]):
         encode, write_class = forward_of(encoder()), forward_of(class_writer())
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
+    def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(model)
         like = next(iter(weights.values()))
         if classes:
@@ -91,7 +91,7 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
         with seeded(generator):
             theta = {
                 "weights": weights,
-                "reader": parameters_of(trunk_and_head(model, spec, "shared_model")[0]),
+                "reader": parameters_of(trunk),
                 "encoder": parameters_of(encoder().to(like)),
                 "writers": writers,
             }
@@ -115,8 +115,8 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
         init,
         adapt,
         predict,
-        family="dependent",
-        kinds=("regression", "classification"),
+        approach="dependent",
+        needs="rows",
         paper="https://arxiv.org/abs/1609.09106",
         any_ways=classes,
         adapted_parameters=lambda theta: size(parameters_of(model)),

@@ -54,11 +54,11 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
     """
     require(strength > 0, f"strength must be above 0, not {strength}")
     require(scale > 0, f"scale must be above 0, not {scale}")
-    trunk, head = trunk_and_head(model, spec, "shared_params")
+    trunk, head = trunk_and_head(model, "shared_params")
     embed = forward_of(trunk)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, spec, "shared_params")[0])
+    def init(generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk)
         first = next(iter(weights.values()))
         solver = {
             "log_strength": first.new_tensor(log(strength)),
@@ -77,9 +77,9 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
         init,
         keep_support,
         predict,
-        family="dependent",
-        kinds=("regression", "classification"),
+        approach="dependent",
+        needs="rows",
         paper="https://arxiv.org/abs/1805.08136",
         any_ways=True,
-        adapted_parameters=lambda theta: (head.in_features + 1) * spec.outputs,
+        adapted_parameters=lambda theta: (head.in_features + 1) * spec.target.outputs,
     )

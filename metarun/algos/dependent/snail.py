@@ -127,13 +127,13 @@ def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) ->
         network: width of a token → the network on (support tokens, query tokens).
         paper: its source.
     """
-    trunk, head = trunk_and_head(model, spec, name)
+    trunk, head = trunk_and_head(model, name)
     embed = forward_of(trunk)
-    read, drawn = own_network(lambda: network(head.in_features + spec.outputs))
+    read, drawn = own_network(lambda: network(head.in_features + spec.target.outputs), model)
 
-    def init(model: nn.Module, generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk_and_head(model, spec, name)[0])
-        return {"weights": weights, "reader": drawn(model, generator)}
+    def init(generator: torch.Generator) -> Tree:
+        weights = parameters_of(trunk)
+        return {"weights": weights, "reader": drawn(generator)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
@@ -144,8 +144,8 @@ def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) ->
         init,
         keep_support,
         predict,
-        family="dependent",
-        kinds=("regression", "classification"),
+        approach="dependent",
+        needs="rows",
         paper=paper,
         adapted_parameters=lambda theta: 0,
     )
@@ -160,11 +160,11 @@ def snail(model: nn.Module, spec: Spec, width: int = 128) -> Algorithm:
         width: filters of a dense block, at least 4; attention has a quarter to four times as many channels.
     """
     require(width >= 4, f"width must be at least 4, not {width}")
-    length = spec.shots * (spec.ways or 1) + 1
+    length = spec.sizes.shots * (spec.sizes.ways or 1) + 1
     return reader(
         model,
         spec,
         "snail",
-        lambda token: Snail(token, spec.outputs, length, width),
+        lambda token: Snail(token, spec.target.outputs, length, width),
         "https://arxiv.org/abs/1707.03141",
     )

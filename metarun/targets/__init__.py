@@ -1,0 +1,1 @@
+"""What tasks ask for: losses, scores and rows of each kind of target."""

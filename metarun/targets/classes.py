@@ -1,0 +1,39 @@
+"""Classes: cross-entropy and accuracy."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from metarun.contracts import Need, Rows, Scores, Tree
+from metarun.targets.metric import Metric
+from metarun.targets.weights import mean_over
+
+ACCURACY = Metric("accuracy", higher_is_better=True, percent=True)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Targets ``y [examples, ways]`` that are one-hot classes."""
+
+    ways: int
+    metrics: tuple[Metric, ...] = (ACCURACY,)
+    offers: tuple[Need, ...] = ("loss", "rows", "classes")
+
+    @property
+    def outputs(self) -> int:
+        """A logit per class."""
+        return self.ways
+
+    def loss(self, output: Tensor, data: Tree) -> Tensor:
+        """Mean cross-entropy in nats."""
+        return mean_over(-(data["y"] * log_softmax(output, -1)).sum(-1), data)
+
+    def scores(self, output: Tensor, data: Tree) -> Scores:
+        """The accuracy, a fraction; an output that is not finite counts as wrong."""
+        correct = (output.argmax(-1) == data["y"].argmax(-1)) & output.isfinite().all(-1)
+        return {ACCURACY.name: mean_over(correct.to(output.dtype), data)}
+
+    def rows(self, z: Tensor, data: Tree) -> Rows:
+        """A row per example."""
+        return Rows(z, data["y"], data.get("weight"))
