@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 METARUN = Path(sys.executable).with_name("metarun")
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
 def metarun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -34,14 +34,13 @@ def metarun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def readme_blocks() -> list[tuple[str, str]]:
-    """Language and text of each block of code in the section on adding one's own."""
-    section = README.read_text().partition("## Adding your own\n")[2].partition("\n## ")[0]
-    return re.findall(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+def code_blocks() -> list[tuple[str, str]]:
+    """Language and text of each block of code on the page about extending metarun."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_the_examples_of_the_readme_run_as_they_are_printed(tmp_path):
-    blocks = readme_blocks()
+def test_the_examples_of_the_documentation_run_as_they_are_printed(tmp_path):
+    blocks = code_blocks()
     assert [language for language, _ in blocks] == ["python", "yaml", "python", "yaml", "bash"]
     for language, text in blocks:
         if language != "bash":
