@@ -34,7 +34,9 @@ class Points:
 
     dataset = "points"
 
-    def __init__(self, shots=1, queries=1, spoil=None, better="higher", inputs=Numbers((2,)), training_classes=None, groups=None):
+    def __init__(
+        self, shots=1, queries=1, spoil=None, better="higher", inputs=Numbers((2,)), training_classes=None, groups=None
+    ):
         metric = ACCURACY._replace(higher_is_better=better == "higher")
         sizes = Sizes(shots, queries, 5, training_classes=training_classes)
         self.spec = Spec(inputs, Classes(5), sizes, (metric,), Facts(groups=groups))

@@ -82,9 +82,9 @@ def needs_a_path(path: str, device: str = "cpu"):
     return path
 
 
-def built(target, group="task", given=(), **keys):
+def built(target, group="task", given=None, **keys):
     config = OmegaConf.create({group: {"_target_": f"test_plugins.{target}", **keys}})
-    return build(config, group, *given, device="cpu", data_dir="data")
+    return build(config, group, **(given or {"device": "cpu", "data_dir": "data"}))
 
 
 def test_a_class_without_its_own_init_is_checked_by_its_parents():

@@ -183,7 +183,9 @@ def test_shared_params(name):
     family, model, features = setting(name)
     algorithm = shared_params(model, family.spec, strength=0.5, scale=2.0)
     theta, tasks, grads = compute(algorithm, family, model)
-    weights, solver = reference.ridge_gradient(features, theta["weights"], theta["solver"], tasks, reference.kind_of(family))
+    weights, solver = reference.ridge_gradient(
+        features, theta["weights"], theta["solver"], tasks, reference.kind_of(family)
+    )
     assert_same(grads["weights"], weights)
     assert_same(grads["solver"], solver)
 
