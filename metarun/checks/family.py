@@ -186,8 +186,8 @@ def check_spec(spec: Spec) -> None:
         own = [other for other in spec.target.metrics if other.name == metric.name]
         _check(
             not own or own[0].higher_is_better == metric.higher_is_better,
-            f"spec.metrics and spec.target.metrics differ in whether a higher {metric.name} is better; take the metrics "
-            "of the target",
+            f"spec.metrics and spec.target.metrics differ in whether a higher {metric.name} is better; take those of "
+            "the target",
         )
     _check(len(spec.metrics) > 0, "spec.metrics is empty; name at least one metric, by which runs are selected")
 
