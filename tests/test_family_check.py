@@ -29,13 +29,16 @@ from metarun.tasks.sinusoid import Sinusoid
 QUICK = ("train.steps=2", "train.meta_batch=2", "train.eval_every=1", "train.val_episodes=4", "eval.episodes=4")
 
 
+PLANE = Numbers((2,))
+
+
 class Points:
     """Five classes of points around means that differ from task to task; ``spoil`` changes what is sampled."""
 
     dataset = "points"
 
     def __init__(
-        self, shots=1, queries=1, spoil=None, better="higher", inputs=Numbers((2,)), training_classes=None, groups=None
+        self, shots=1, queries=1, spoil=None, better="higher", inputs=PLANE, training_classes=None, groups=None
     ):
         metric = ACCURACY._replace(higher_is_better=better == "higher")
         sizes = Sizes(shots, queries, 5, training_classes=training_classes)
