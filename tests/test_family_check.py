@@ -38,10 +38,18 @@ class Points:
     dataset = "points"
 
     def __init__(
-        self, shots=1, queries=1, spoil=None, better="higher", inputs=PLANE, training_classes=None, groups=None
+        self,
+        shots=1,
+        queries=1,
+        spoil=None,
+        better="higher",
+        inputs=PLANE,
+        train_ways=None,
+        training_classes=None,
+        groups=None,
     ):
         metric = ACCURACY._replace(higher_is_better=better == "higher")
-        sizes = Sizes(shots, queries, 5, training_classes=training_classes)
+        sizes = Sizes(shots, queries, 5, train_ways, training_classes)
         self.spec = Spec(inputs, Classes(5), sizes, (metric,), Facts(groups=groups))
         self.spoil = spoil or (lambda tasks, split: tasks)
 
@@ -135,8 +143,8 @@ def test_what_keeps_its_promises_passes():
     check_tasks(seven, training.spec, "train", 3, "cpu")
     images = TinyImages()
     check_tasks(images.sample("train", 3, stream(0, "train")), images.spec, "train", 3, "cpu")
-    tokens = Tokens(9, 5, 3, torch.ones(9))
-    ids = Points(tokens=tokens, spoil=lambda tasks, split: Task(*({**p, "x": p["x"].abs().long()} for p in tasks[:2])))
+    tokens = Tokens(2, 9, 5, 3, torch.ones(9))
+    ids = Points(inputs=tokens, spoil=lambda tasks, split: Task(*({**p, "x": p["x"].abs().long()} for p in tasks[:2])))
     check_tasks(ids.sample("test", 3, stream(0, "test")), ids.spec, "test", 3, "cpu")
 
 
@@ -150,7 +158,7 @@ def test_a_regression_target_without_its_axis_is_refused():
     """``[n]`` against outputs ``[n, 1]`` would be a mean over n² pairs."""
     with pytest.raises(UserError, match=r'val query\["y"\] has shape \[tasks, examples\].*y\[\.\.\., None\]'):
         check_tasks(*regression(y=lambda y: y[..., 0]), "val", 3, "cpu")
-    with pytest.raises(UserError, match=r"must hold targets \[tasks, examples, 1\].*spec.target.outputs"):
+    with pytest.raises(UserError, match=r"must hold targets \[tasks, examples, 1\].*give each example 1 numbers"):
         check_tasks(*regression(y=lambda y: y.repeat(1, 1, 2)), "val", 3, "cpu")
 
 

@@ -66,29 +66,44 @@ def tables():
 TINY = (sinusoid, images, sentences, walks, pulls, tables)
 
 
-@pytest.fixture(params=[(name, tiny) for name in ALGORITHMS for tiny in TINY], ids=lambda p: f"{p[0]}-{p[1].__name__}")
-def case(request):
-    name, tiny = request.param
+def built(name, tiny):
+    """The algorithm in the file ``name`` on a tiny family, and the family; None where it does not fit."""
     torch.manual_seed(0)
     family, model = tiny()
     config = OmegaConf.create({"algo": OmegaConf.create((files("metarun.conf") / "algo" / name).read_text())})
     config.algo.pop("defaults", None)  # a model or a number of test steps, which are chosen here
     try:
         algorithm = build(config, "algo", model=model, spec=family.spec)
-    except UserError as error:
+    except UserError:
         # A reference policy names its environment, a method its kind of model.
-        pytest.skip(str(error))
-    if not family.spec.offers(algorithm.needs):
-        pytest.skip(f"{name} does not serve {tiny.__name__}")
-    return algorithm, family
+        return None
+    return (algorithm, family) if family.spec.offers(algorithm.needs) else None
 
 
-@pytest.fixture
-def learner(case):
-    algorithm, _ = case
-    if not learned(algorithm.init(generator())):
-        pytest.skip("it learns nothing")
-    return case
+def pairs():
+    """Every algorithm with each tiny family that it fits, and whether it learns anything there."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name in ALGORITHMS:
+            for tiny in TINY:
+                if found := built(name, tiny):
+                    learns = bool(learned(found[0].init(generator())))
+                    yield pytest.param((name, tiny), id=f"{name.removesuffix('.yaml')}-{tiny.__name__}"), learns
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+PAIRS = list(pairs())
+
+
+@pytest.fixture(params=[pair for pair, _ in PAIRS])
+def case(request):
+    return built(*request.param)
+
+
+@pytest.fixture(params=[pair for pair, learns in PAIRS if learns])
+def learner(request):
+    return built(*request.param)
 
 
 def only_task(tasks, i):
