@@ -1,4 +1,4 @@
-"""``docs/algorithms.md``: what each algorithm learns and adapts, read off the algorithms themselves.
+"""The page ``docs/algorithms.md``: what each algorithm learns and adapts, read from the algorithms themselves.
 
 python -m metarun.command.catalogue > docs/algorithms.md
 """
@@ -30,17 +30,19 @@ from metarun.tree import learned, size, tree_map
 
 HEAD = """# Algorithms
 
-Written by `python -m metarun.command.catalogue > docs/algorithms.md` from the algorithms themselves; a test compares.
+`python -m metarun.command.catalogue > docs/algorithms.md` generates this page from the algorithms themselves, and a
+test checks that it is up to date.
 
-- *needs*: what it asks of a task's target. Text and images are examples of classes.
-- *meta-learned*: the parts that the outer optimizer changes, and how many numbers they are.
-- *adapted*: numbers set for each task; 0 where the support set is read, and nothing is fitted.
-- *cost*: the products and convolutions of adapting to a task by the steps that training takes and answering one query,
-  in forward passes of the model on the same examples. Gradients of meta-training come on top.
+- *needs*: what the algorithm asks of a task's target. Text and images are examples of classes.
+- *meta-learned*: the parts that the outer optimizer changes, and the number of parameters in them.
+- *adapted*: how many numbers adaptation sets per task; 0 where the support set is read and nothing is fitted.
+- *cost*: the products and convolutions of adapting to one task, with the number of steps used in training, and
+  answering one query, in units of a forward pass of the model on the same examples. The gradients of meta-training are
+  extra.
 
-Numbers are of 5-way 1-shot images of 28×28 with conv4, of ten points of a sine wave with the mlp where images are not
-served, and of a bandit of five arms (`psrl`: a table) with a policy with a memory where neither is; all with the
-algorithm's own defaults.
+The numbers are for 5-way 1-shot images of 28×28 with conv4. Where an algorithm does not serve images, they are for ten
+points of a sine wave with the mlp, and where it serves neither, for a bandit with five arms (`psrl`: a tabular MDP) and
+a policy with a memory. All use the algorithm's own defaults.
 """
 FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baselines"}
 
@@ -62,7 +64,7 @@ def references() -> list[Reference]:
 
 
 def first_that_fits(name: str, tried: list[Reference]) -> tuple[Algorithm, nn.Module, Family]:
-    """An algorithm on the first reference that it serves, with the model that it takes there."""
+    """The algorithm built for the first reference that it serves, with its model and that reference's family."""
     for family, model in tried:
         if found := default_algorithm(name, family, model):
             return *found, family
@@ -84,7 +86,7 @@ def cost(algorithm: Algorithm, model: nn.Module, family: Family, theta: Tree) ->
 
 
 def row(name: str, tried: list[Reference]) -> tuple[str, str]:
-    """(family, line of the table) of an algorithm."""
+    """An algorithm's family and its line of the table."""
     algorithm, model, family = first_that_fits(name, tried)
     theta = algorithm.init(stream(0, "algorithm"))
     parts = ", ".join(learned(theta)) if algorithm.meta_learns else ""

@@ -1,4 +1,4 @@
-"""``metarun --help``, written for people; the members of each group are read from the configuration files."""
+"""The text of ``metarun --help``; the members of each group are read from the configuration files."""
 
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -6,37 +6,37 @@ from pathlib import Path
 
 HEAD = """metarun: meta-learning experiments from the command line
 
-  metarun [KEY=VALUE ...]      meta-train, select on validation tasks, meta-test, write tables and pictures
-  metarun-compare PATH...      put runs side by side on the same test episodes
-                               (--against ALGO: with each one's difference from ALGO)
+  metarun [KEY=VALUE ...]      meta-train, select on validation tasks, meta-test, write tables and plots
+  metarun-compare PATH...      compare runs on the same test episodes
+                               (--against ALGO adds each run's difference from ALGO)
 
 Without arguments: metarun algo=maml task=sinusoid
 """
 
 KEYS = """
 Keys
-  seed                     of initial weights and training tasks
+  seed                     for initial weights and training tasks
   device                   auto, cpu, cuda or cuda:N
-  data_dir                 where data sets lie (METARUN_DATA_DIR, else data)
+  data_dir                 folder of the data sets (default: METARUN_DATA_DIR, else data)
   resume                   directory of an interrupted run, to be continued there
   train.steps              meta-steps
-  train.meta_batch         tasks a meta-step
+  train.meta_batch         tasks per meta-step
   train.optimizer          adam, adamw, sgd, or for policies trpo
   train.lr                 learning rate of the outer optimizer
-  train.eval_every         meta-steps between validations; the best is tested
+  train.eval_every         meta-steps between validations; the best parameters are tested
   train.task_chunk         tasks computed at a time, with the same gradient, where memory is short
   train.precision          float32, tf32 or bfloat16
-  replicas.count           seeds trained side by side in one process, a row each
-  replicas.over            or values: replicas.over='{algo.inner_lr: [0.1, 0.03]}'
-  engine                   what runs the meta-steps; auto measures and says what it chose
+  replicas.count           seeds trained together in one process, one row each
+  replicas.over            or one run per value: replicas.over='{algo.inner_lr: [0.1, 0.03]}'
+  engine                   what runs the meta-steps; auto says what it chose and why
   engine.task_map          auto, vmap or threads
-  engine.threads           of torch on the CPU
+  engine.threads           torch's threads on the CPU
   eval.episodes            test tasks, the same for every algorithm and seed
   eval.adapt_steps         adaptation steps in validation and test
-  eval.seed                of validation and test tasks
-  task.ways                classes a task
-  task.shots               support examples (a class)
-  task.queries             examples that score a task (a class)
+  eval.seed                for validation and test tasks
+  task.ways                classes per task
+  task.shots               support examples (per class in classification)
+  task.queries             query examples of a test task (per class in classification)
   algo.inner_lr            step size of adaptation
   algo.inner_steps         adaptation steps in training
   algo.first_order         whether to drop second derivatives
@@ -57,13 +57,13 @@ HYDRA_FULL_ERROR=1 shows the traceback of an error."""
 
 
 def description(text: str) -> str:
-    """The first comment line of a configuration file that is not Hydra's package directive."""
+    """The first comment line of a configuration file, leaving out Hydra's package directive."""
     lines = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     return next((line for line in lines if not line.startswith("@package")), "")
 
 
 def members(root: Traversable | Path, group: str) -> dict[str, str]:
-    """Name → description of each member of a group, in order."""
+    """Name → description of each member of a group, sorted by name."""
     folder = root / group
     if not folder.is_dir():
         return {}
@@ -72,7 +72,7 @@ def members(root: Traversable | Path, group: str) -> dict[str, str]:
 
 
 def help_text(config_dirs: list[str]) -> str:
-    """The whole help, with the members that ``--config-dir`` adds."""
+    """The whole help text, including the members in ``config_dirs``."""
     roots: list[Traversable | Path] = [files("metarun.conf"), *map(Path, config_dirs)]
     text = HEAD
     for group, what in {
@@ -80,7 +80,7 @@ def help_text(config_dirs: list[str]) -> str:
         "task": "task families",
         "model": "models; each task names a default",
         "engine": "what runs the meta-steps",
-        "experiment": "settings of a paper",
+        "experiment": "settings from papers",
     }.items():
         found: dict[str, str] = {}
         for root in roots:
