@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from metarun.assemble import algorithm_names, default_algorithm
+from metarun.assemble import algorithm_names, aliases, default_algorithm
 from metarun.command.help import description
 from metarun.contracts import Algorithm, Family, Tree
 from metarun.engine.batch import adapted, adapted_parameters
@@ -31,6 +31,7 @@ HEAD = """# Algorithms
 
 Written by `python -m metarun.command.catalogue > docs/algorithms.md` from the algorithms themselves; a test compares.
 
+- *algorithm*: what `algo=` takes. A second name is an alias; `cavia` is `adaptive` with a context vector on every task.
 - *tasks*: the kinds that it serves. Text and images are classification.
 - *meta-learned*: the parts that the outer optimizer changes, and how many numbers they are.
 - *adapted*: numbers set for each task; 0 where the support set is read, and nothing is fitted.
@@ -89,8 +90,9 @@ def row(name: str, tried: list[Reference]) -> tuple[str, str]:
     meta = f"{parts} ({size(learned(theta)):,})" if parts else "nothing"
     paper = f"[paper]({algorithm.paper})" if algorithm.paper else ""
     what = description((files("metarun.conf") / "algo" / f"{name}.yaml").read_text()).rpartition(" (")[0]
+    others = sorted(alias for alias, original in aliases().items() if original == name)
     cells = [
-        f"`{name}`",
+        ", ".join(f"`{own}`" for own in (name, *others)),
         what,
         ", ".join(algorithm.kinds),
         meta,
