@@ -1,6 +1,7 @@
 """From a configuration to a family, a model and an algorithm that fit each other."""
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import cast
 
@@ -96,9 +97,20 @@ def constants(model: nn.Module) -> list[Tensor]:
 
 
 def algorithm_names() -> list[str]:
-    """The members of the group ``algo``."""
+    """The members of the group ``algo``, without aliases."""
     paths = (files("metarun.conf") / "algo").iterdir()
-    return sorted(path.name.removesuffix(".yaml") for path in paths if path.name.endswith(".yaml"))
+    members = {path.name.removesuffix(".yaml") for path in paths if path.name.endswith(".yaml")}
+    return sorted(members - set(aliases()))
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """Alias → the algorithm whose configuration it takes; an alias has no ``_target_`` itself."""
+    found = {}
+    for path in (files("metarun.conf") / "algo").iterdir():
+        if path.name.endswith(".yaml") and "_target_:" not in (text := path.read_text()):
+            found[path.name.removesuffix(".yaml")] = str(cast(DictConfig, OmegaConf.create(text)).defaults[0])
+    return found
 
 
 def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algorithm, nn.Module] | None:

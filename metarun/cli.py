@@ -236,12 +236,12 @@ def main() -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # A log that cannot be written (a full disk) must not bury the sentence under tracebacks of its own.
     logging.raiseExceptions = wants_traceback()
-    register_schema()
     # As with python -m: what stands in the current folder can be named by _target_.
     sys.path.append(str(Path.cwd()))
     try:
         options, overrides = options_first(arguments_of_resumed_run(arguments))
         sys.argv[1:] = [*options, *overrides]
+        register_schema(*map(Path, config_dirs(options)))
         entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
         entry(job)()
     except KeyboardInterrupt:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_method
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from metarun.command.presets import register_presets
 from metarun.errors import UserError
 
 Optimizer = Enum("Optimizer", ["adam", "adamw", "sgd", "trpo"])
@@ -101,9 +104,10 @@ class Config:
     algo: Any = MISSING
 
 
-def register_schema() -> None:
-    """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
+def register_schema(*config_dirs: Traversable) -> None:
+    """Put the schema, and the presets of metarun and of the user's folders, where Hydra finds them."""
     ConfigStore.instance().store("schema", Config)
+    register_presets(files("metarun.conf"), *config_dirs)
 
 
 LOWER_BOUNDS: dict[str, float] = {

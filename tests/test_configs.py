@@ -6,6 +6,9 @@ import pytest
 from conftest import composed, experiment_of
 from omegaconf import OmegaConf
 
+from metarun.assemble import algorithm_names, aliases
+from metarun.command.presets import sections
+from metarun.config import register_schema
 from metarun.errors import UserError
 from metarun.run import run
 
@@ -33,7 +36,7 @@ def names(group):
 
 
 @pytest.mark.parametrize("task", names("task"))
-@pytest.mark.parametrize("algo", names("algo"))
+@pytest.mark.parametrize("algo", algorithm_names())
 def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
     more = ("train.steps=20", "train.eval_every=20") if task in TWENTY else ()
     config, chosen = composed(f"algo={algo}", f"task={task}", *QUICK, *SMALL.get(task, ()), *more)
@@ -53,7 +56,7 @@ def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
         )
         assert any(reason in said for reason in reasons), said
         assert "fit it:" not in said or algo not in said.rpartition("fit it:")[2]
-        assert f"{algo}_{task}" not in names("preset")
+        assert algo not in sections(task, (CONF,))
     else:
         assert (tmp_path / "result.csv").exists()
 
@@ -94,11 +97,152 @@ def test_an_experiment_wins_over_the_preset_and_the_command_line_over_both():
     assert experiment_of("algo=protonet", "task=omniglot", "task.dataset=procedural").config.task.train_ways == 60
 
 
-@pytest.mark.parametrize("preset", names("preset/by_model"))
-def test_what_a_preset_sets_of_a_model_is_set_of_that_model_alone(preset):
-    algo, task, model = preset.split("_", 2)
-    overrides = (f"algo={algo}", f"task={task}", "task.dataset=procedural")
-    own = OmegaConf.load(CONF / "preset" / "by_model" / f"{preset}.yaml").model
-    built = experiment_of(*overrides, f"model={model}").config.model
-    assert {key: built[key] for key in own} == own
-    assert not set(own) & set(experiment_of(*overrides, "model=mlp").config.model)
+def flat(config, prefix=""):
+    """Dotted key → value."""
+    found = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def plain(config):
+    return OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+
+
+PRESETS = [(task, section) for task in names("preset") for section in sections(task, (CONF,))]
+TUNED = [(t, s) for t, s in PRESETS if t != "text_crosslingual" and "/" not in s and s not in aliases()]
+
+
+def test_every_preset_names_what_there_is():
+    for task, section in PRESETS:
+        algo, _, model = section.partition("/")
+        assert task in names("task")
+        assert algo in names("algo")
+        assert model in ["", *names("model")]
+
+
+@pytest.mark.parametrize(("task", "algo"), TUNED)
+def test_a_preset_states_only_what_it_changes(task, algo):
+    inherited = flat(plain(composed(f"algo={algo}", f"task={task}", "~preset", "~preset@_global_")[0]))
+    own = flat(plain(sections(task, (CONF,))[algo]))
+    assert own
+    assert not [key for key, value in own.items() if key in inherited and inherited[key] == value]
+
+
+def test_a_variant_of_a_task_has_its_presets():
+    for algo in ("protonet", "maml"):
+        variant, config = (plain(composed(f"algo={algo}", f"task={t}")[0]) for t in ("text_crosslingual", "text"))
+        assert all(variant[group] == config[group] for group in ("algo", "train", "eval"))
+        assert (config["task"]["train_ways"], variant["task"]["train_ways"]) == (
+            20 if algo == "protonet" else None,
+            None,
+        )
+
+
+def test_what_a_preset_sets_of_a_model_is_set_of_that_model_alone():
+    pairs = [(task, *section.split("/")) for task, section in PRESETS if "/" in section]
+    assert pairs
+    for task, algo, model in pairs:
+        own = plain(sections(task, (CONF,))[f"{algo}/{model}"])["model"]
+        built = plain(composed(f"algo={algo}", f"task={task}", f"model={model}")[0])["model"]
+        assert {key: built[key] for key in own} == own
+        assert set(own).isdisjoint(composed(f"algo={algo}", f"task={task}", "model=mlp")[0].model)
+
+
+@pytest.mark.parametrize("task", ["sinusoid", "omniglot", "text_crosslingual"])
+@pytest.mark.parametrize("alias", sorted(aliases()))
+def test_an_alias_is_the_algorithm_with_its_presets(alias, task):
+    original = aliases()[alias]
+    first, second = (composed(f"algo={name}", f"task={task}")[0] for name in (alias, original))
+    if (alias, task) == ("cavia", "omniglot"):  # where algo=adaptive is FiLM
+        assert (first.algo.modulation, second.algo.modulation) == ("context", "film")
+    else:
+        assert first == second
+    assert f"algo={original}" in (CONF / "algo" / f"{alias}.yaml").read_text().splitlines()[0]
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    """A function that writes files into a folder of the user and composes with it as ``--config-dir`` does."""
+
+    def compose_with(files, *overrides):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        register_schema(tmp_path)
+        return composed(f"hydra.searchpath=[file://{tmp_path}]", *overrides)[0]
+
+    yield compose_with
+    register_schema()
+
+
+MINE = "# mine\n_target_: metarun.algos.agnostic.maml.maml\ninner_lr: 0.02\n"
+LINES = "# mine\n_target_: metarun.tasks.sinusoid.Sinusoid\nshots: 7\n"
+
+
+def test_a_strangers_algorithm_has_the_budget_of_the_task(own_folder):
+    config = own_folder({"algo/mine.yaml": MINE}, "algo=mine", "task=omniglot")
+    assert config.train == composed("algo=anp", "task=omniglot")[0].train
+    assert (config.train.steps, config.train.meta_batch, config.algo.inner_lr) == (3000, 8, 0.02)
+
+
+def test_a_strangers_task_has_the_defaults_of_all_or_a_budget_that_it_states(own_folder):
+    defaults = OmegaConf.load(CONF / "config.yaml")
+    files = {"task/lines.yaml": LINES, "task/quick.yaml": "# @package _global_\n# q\ntask: {}\ntrain:\n  steps: 9\n"}
+    plain = own_folder(files, "task=lines")
+    assert (plain.train.steps, plain.eval.adapt_steps) == (defaults.train.steps, defaults.eval.adapt_steps)
+    assert plain.task.shots == 7
+    assert own_folder(files, "task=quick").train.steps == 9
+
+
+def test_what_is_set_later_wins(own_folder):
+    """Defaults, task, algorithm, preset, experiment, command line."""
+    preset = "mamlpp:\n  algo: {inner_steps: 4}\n  train: {steps: 31, lr: 0.5, clip: 3.0}\n"
+    files = {
+        "task/lines.yaml": "# @package _global_\n# l\ndefaults: [sinusoid, _self_]\n"
+        "train: {steps: 30, meta_batch: 2, eval_every: 5}\neval: {adapt_steps: 9}\n",
+        "preset/lines.yaml": preset,
+        "experiment/mine.yaml": "# @package _global_\ntrain: {lr: 0.25, clip: 2.0}\n",
+    }
+    config = own_folder(files, "algo=mamlpp", "task=lines", "experiment=mine", "train.clip=1.5")
+    assert config.train.val_episodes == OmegaConf.load(CONF / "config.yaml").train.val_episodes
+    assert config.train.schedule.name == "cosine"  # of the task that it extends
+    assert (config.train.meta_batch, config.train.eval_every) == (2, 5)
+    assert (config.algo.inner_steps, config.eval.adapt_steps) == (4, 4)  # the algorithm: as many as trained
+    assert (config.train.steps, config.train.lr, config.train.clip) == (31, 0.25, 1.5)
+
+
+def test_strangers_presets(own_folder):
+    files = {
+        "algo/mine.yaml": MINE,
+        "task/lines.yaml": LINES,
+        "preset/omniglot/mine.yaml": "# @package _global_\ntrain:\n  steps: 11\n",
+        "preset/omniglot/protonet.yaml": "# @package _global_\ntrain:\n  steps: 12\n",
+        "preset/sinusoid.yaml": "mine:\n  train:\n    steps: 13\nmine/mlp:\n  model:\n    widths: [5]\n",
+        "preset/lines.yaml": "presets_of: sinusoid\ntrain:\n  clip: 7.0\n",
+    }
+    assert own_folder(files, "algo=mine", "task=omniglot").train.steps == 11
+    replaced = own_folder(files, "algo=protonet", "task=omniglot")
+    assert (replaced.train.steps, replaced.train.meta_batch) == (12, 8)
+    mine = own_folder(files, "algo=mine", "task=sinusoid")
+    assert (mine.train.steps, mine.model.widths) == (13, [5])
+    assert own_folder(files, "algo=mine", "task=lines").train.steps == 13
+    borrowed = own_folder(files, "algo=cnp", "task=lines")
+    assert (borrowed.train.steps, borrowed.train.clip) == (10000, 7.0)
+    assert own_folder(files, "algo=mine", "task=text", "preset=sinusoid/mine").train.steps == 13
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "lines.yaml is not YAML"),
+        ("- a", "must hold a section for each algorithm"),
+        ("maml: 3", "must hold sections with keys such as algo and train, and maml is 3"),
+        ("presets_of: nothing", "presets_of must name a task with sections, and nothing has none"),
+        ("presets_of: lines", "presets_of must name a task with sections, and lines has none"),
+    ],
+)
+def test_a_file_of_presets_that_cannot_be_understood_is_named(own_folder, text, words):
+    with pytest.raises(UserError, match=words):
+        own_folder({"task/lines.yaml": LINES, "preset/lines.yaml": text}, "task=lines")

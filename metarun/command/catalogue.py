@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from metarun.assemble import NEEDS, algorithm_names, default_algorithm
+from metarun.assemble import NEEDS, algorithm_names, aliases, default_algorithm
 from metarun.command.help import description
 from metarun.contracts import Algorithm, Family, Tree
 from metarun.engine.batch import adapted, adapted_parameters
@@ -33,6 +33,7 @@ HEAD = """# Algorithms
 `python -m metarun.command.catalogue > docs/algorithms.md` generates this page from the algorithms themselves, and a
 test checks that it is up to date.
 
+- *algorithm*: the value of `algo=`. A second name is an alias; `cavia` is `adaptive` with a context vector on every task.
 - *needs*: what the algorithm asks of a task's target. Text and images are examples of classes.
 - *meta-learned*: the parts that the outer optimizer changes, and the number of parameters in them.
 - *adapted*: how many numbers adaptation sets per task; 0 where the support set is read and nothing is fitted.
@@ -93,8 +94,9 @@ def row(name: str, tried: list[Reference]) -> tuple[str, str]:
     meta = f"{parts} ({size(learned(theta)):,})" if parts else "nothing"
     paper = f"[paper]({algorithm.paper})" if algorithm.paper else ""
     what = description((files("metarun.conf") / "algo" / f"{name}.yaml").read_text()).rpartition(" (")[0]
+    others = sorted(alias for alias, original in aliases().items() if original == name)
     cells = [
-        f"`{name}`",
+        ", ".join(f"`{own}`" for own in (name, *others)),
         what,
         NEEDS[algorithm.needs],
         meta,

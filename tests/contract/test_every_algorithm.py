@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from scenarios import TinyImages, generator, sampled
 
+from metarun.assemble import algorithm_names
 from metarun.config import build
 from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
@@ -25,7 +26,7 @@ from metarun.tasks.sinusoid import Sinusoid
 from metarun.tasks.text import text
 from metarun.tree import learned, leaves, like, tree_map
 
-ALGORITHMS = sorted(p.name for p in (files("metarun.conf") / "algo").iterdir() if p.name.endswith(".yaml"))
+ALGORITHMS = [f"{name}.yaml" for name in algorithm_names()]
 pytestmark = pytest.mark.usefixtures("float64")
 
 
