@@ -216,7 +216,7 @@ def config_dirs(arguments: list[str]) -> list[str]:
     """The values of ``--config-dir`` among the arguments."""
     return [
         value
-        for option, value in zip(arguments, [*arguments[1:], ""], strict=True)
+        for option, value in zip(arguments, [*arguments, ""][1:], strict=True)
         if option in ("--config-dir", "-cd") and value
     ] + [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
 
