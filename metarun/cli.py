@@ -15,11 +15,12 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from metarun.command import lock
 from metarun.command.help import help_text
+from metarun.command.terminal import PrintableRecord, printable
 from metarun.config import check_ranges, register_schema
 from metarun.errors import UserError
 
@@ -73,6 +74,24 @@ def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
 
 def job(config: DictConfig) -> float:
     """One run inside Hydra; returns the validation score, or NaN for a run that failed."""
+    # Here too, because a launcher may run it in another process.
+    logging.setLogRecordFactory(PrintableRecord)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if Path.cwd() in directory.parents:
+        directory = directory.relative_to(Path.cwd())
+    try:
+        lock.acquire(directory)
+    except UserError as error:
+        fail(str(error))
+        return float("nan")
+    try:
+        return owned_job(config, directory)
+    finally:
+        lock.release(directory)
+
+
+def owned_job(config: DictConfig, directory: Path) -> float:
+    """The run of a job whose directory belongs to this process."""
     try:
         # Here too, because whoever mistyped a number should not wait for torch.
         check_ranges(config)
@@ -86,9 +105,6 @@ def job(config: DictConfig) -> float:
 
     failed_before = len(failures)
     state = HydraConfig.get()
-    directory = Path(state.runtime.output_dir)
-    if Path.cwd() in directory.parents:
-        directory = directory.relative_to(Path.cwd())
     names = {group: state.runtime.choices[group] for group in ("algo", "task", "model")}
     try:
         return run(config, names, directory)
@@ -140,27 +156,6 @@ def sentence_of(error: BaseException) -> str:
         return f"{key}: {str(cause.msg or cause).splitlines()[0]}."
     text = " ".join(str(error).split())
     return text if text.endswith(".") else f"{text}."
-
-
-class RefuseUsedDirectory(Callback):
-    """Keep a new run out of the directory of another one, before Hydra writes anything there."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the directory of a single run."""
-        if config.resume is None:
-            self.check(config, "hydra.run.dir", "checkpoints/last.pt", "result.csv")
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the directory of a sweep."""
-        self.check(config, "hydra.sweep.dir", "*/checkpoints/last.pt", "*/result.csv")
-
-    def check(self, config: DictConfig, key: str, *patterns: str) -> None:
-        """Leave with a sentence if the directory under ``key`` holds a run."""
-        HydraConfig.instance().set_config(config)
-        directory = Path(str(OmegaConf.select(config, key)))
-        if any(True for pattern in patterns for _ in directory.glob(pattern)):
-            # Hydra turns an exception of a callback into a warning and goes on; SystemExit passes.
-            sys.exit(f"metarun: {directory} holds a run already; continue it with resume=DIR, or choose another {key}.")
 
 
 def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -236,6 +231,7 @@ def main() -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # A log that cannot be written (a full disk) must not bury the sentence under tracebacks of its own.
     logging.raiseExceptions = wants_traceback()
+    logging.setLogRecordFactory(PrintableRecord)
     register_schema()
     # As with python -m: what stands in the current folder can be named by _target_.
     sys.path.append(str(Path.cwd()))
@@ -249,7 +245,7 @@ def main() -> Any:
     except (HydraException, OmegaConfBaseException, UserError) as error:
         if wants_traceback():
             raise
-        sys.exit(f"metarun: {sentence_of(error)}")
+        sys.exit(printable(f"metarun: {sentence_of(error)}"))
     except OSError as error:
         if wants_traceback():
             raise
@@ -261,5 +257,7 @@ def main() -> Any:
         if wants_traceback():
             raise
         sys.exit(f"metarun: {type(error).__name__}: {' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where).")
+    finally:
+        lock.release_all()
     if failures:
         sys.exit(1)
