@@ -23,6 +23,7 @@ from metarun.command.help import help_text
 from metarun.command.terminal import PrintableRecord, printable
 from metarun.config import check_ranges, register_schema
 from metarun.errors import UserError
+from metarun.results.files import has_checkpoint, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ def job(config: DictConfig) -> float:
     except UserError as error:
         fail(str(error))
         return float("nan")
+    for folder in (directory, directory / "checkpoints"):
+        remove_leftovers(folder)
     try:
         return owned_job(config, directory)
     finally:
@@ -113,7 +116,7 @@ def owned_job(config: DictConfig, directory: Path) -> float:
             raise
         fail(str(error))
     except (Interrupted, KeyboardInterrupt) as error:
-        if (directory / "checkpoints" / "last.pt").exists():
+        if has_checkpoint(directory):
             log.info("Stopped; go on with: metarun resume='%s'", directory)
         raise KeyboardInterrupt from error
     except Exception as error:
@@ -184,7 +187,7 @@ def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
         return arguments
     directory = Path(given[-1].removeprefix("resume=").strip("'\""))
     path = directory / ".hydra" / "overrides.yaml"
-    if not (directory / "checkpoints" / "last.pt").is_file() or not path.is_file():
+    if not has_checkpoint(directory) or not path.is_file():
         raise UserError(
             f"There is nothing to resume in {directory}: it has no checkpoints/last.pt or no .hydra; name the "
             "directory that the run printed, or start again without resume."

@@ -82,7 +82,7 @@ def read(path: Path) -> Owner | None:
 def _create(path: Path) -> None:
     """Make the lock of this process, whole at once; FileExistsError if there is one."""
     text = json.dumps(asdict(this_process()))
-    complete = path.with_name(f"{FILE}.{os.getpid()}.part")
+    complete = path.with_name(f"{FILE}.{os.getpid()}.new")
     try:
         complete.write_text(text)
         os.link(complete, path)
@@ -98,7 +98,7 @@ def _create(path: Path) -> None:
 
 def _take_away(path: Path, stale: Owner) -> None:
     """Remove the lock of ``stale``; another process may just have done the same and made its own, which stays."""
-    aside = path.with_name(f"{FILE}.{os.getpid()}.stale.part")
+    aside = path.with_name(f"{FILE}.{os.getpid()}.stale")
     try:
         path.rename(aside)
     except FileNotFoundError:
