@@ -189,7 +189,10 @@ def test_one_failed_job_does_not_lose_the_others(tmp_path):
     done = metarun("-m", "algo.inner_lr=0,0.01", *QUICK, "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 1
     assert "inner_lr must be above 0" in done.stdout + done.stderr
-    assert len(list((tmp_path / "sweep").rglob("result.csv"))) == 1
+    assert [path.parent.name for path in (tmp_path / "sweep").rglob("episodes.csv")] == ["1_maml_sinusoid"]
+    refused = (tmp_path / "sweep" / "0_maml_sinusoid" / "result.csv").read_text()
+    assert "failed" in refused
+    assert "inner_lr must be above 0" in refused
 
 
 def test_help_names_every_member_and_key_and_does_not_wait_for_torch(tmp_path):

@@ -1,6 +1,5 @@
 """What happens to directories before Hydra writes into them: one owner for each, and never two runs in one."""
 
-import csv
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,8 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from metarun.command import lock
+from metarun.command import lock, sweep
 from metarun.errors import UserError
+from metarun.results.status import PLAN, rows_of, runs_under
 
 UNIQUE_SUBDIR = ("${hydra:job.num}_", "${hydra:job.num}/", "${hydra:job.num}-", "${hydra.job.num}_")
 """How ``hydra.sweep.subdir`` begins where no two jobs can share a folder."""
@@ -25,13 +25,7 @@ def holds_a_run(directory: Path) -> bool:
     """Whether something would be lost if another run wrote into ``directory``: a checkpoint, or a completed result."""
     if any((directory / "checkpoints").glob("*.pt")):
         return True
-    try:
-        with (directory / "result.csv").open(newline="", errors="replace") as file:
-            return any(row.get("status") == "completed" for row in csv.DictReader(file))
-    except FileNotFoundError:
-        return False
-    except (OSError, csv.Error):
-        return True
+    return any(row.get("status") == "completed" for row in rows_of(directory / "result.csv"))
 
 
 def jobs_of(config: DictConfig) -> list[list[str]] | None:
@@ -98,21 +92,21 @@ class OneOwner(Callback):
     def take_run(self, config: DictConfig, directory: Path) -> None:
         """Own the directory of a single run; a new one needs one that holds none."""
         lock.acquire(directory)
+        if (directory / PLAN).exists():
+            raise UserError(f"{directory} holds a sweep; choose another hydra.run.dir.")
         if config.resume is None and holds_a_run(directory):
             raise UserError(
                 f"{directory} holds a run already; continue it with resume=DIR, or choose another hydra.run.dir."
             )
 
     def take_sweep(self, config: DictConfig, directory: Path) -> None:
-        """Own the directory of a sweep."""
+        """Own the directory of a sweep, new or begun before by the same command."""
         jobs = jobs_of(config)
         if jobs is not None:
             refuse_shared_folders(config, jobs)
         lock.acquire(directory)
-        if any(holds_a_run(folder) for folder in (directory, *directory.glob("*/"))):
-            raise UserError(
-                f"{directory} holds a run already; continue it with resume=DIR, or choose another hydra.sweep.dir."
-            )
+        holds_runs = any(holds_a_run(folder) for folder in (directory, *runs_under(directory)))
+        sweep.begin(directory, sweep.plan_of(config, jobs), holds_runs)
 
     def leave_if_refused(self, take: Callable[[DictConfig, Path], None], config: DictConfig, key: str) -> None:
         """Turn what ``take`` refuses into the end of the process."""

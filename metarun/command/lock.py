@@ -74,7 +74,7 @@ def read(path: Path) -> Owner | None:
         owner = Owner(**json.loads(text))
         if isinstance(owner.host, str) and type(owner.pid) is int and isinstance(owner.started, str):
             return owner
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     return Owner("another host" if abs(age) < HALF_WRITTEN_SECONDS else platform.node(), 0, "unknown")
 

@@ -100,7 +100,7 @@ def read_results(files: Sequence[Path]) -> pd.DataFrame:
             table = pd.read_csv(path, dtype={"run": str, "config_hash": str, "episodes_hash": str})
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a table ({error}); remove it or run again.") from error
-        missing = [column for column in RESULT_COLUMNS if column not in table]
+        missing = [column for column in RESULT_COLUMNS if column not in table and column != "reason"]
         if missing:
             raise UserError(f"{path} is not a result table of metarun: it lacks the column {missing[0]}.")
         table["directory"] = str(path.parent)
@@ -118,7 +118,8 @@ def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     notes = []
     finished = results[results["status"] == "completed"]
     for _, row in results[results["status"] != "completed"].iterrows():
-        notes.append(f"left out: {row['directory']} ({row['status']})")
+        why = "" if pd.isna(row["reason"]) else f": {str(row['reason']).rstrip('.')}"
+        notes.append(f"left out: {row['directory']} ({row['status']}{why})")
     newest = finished.sort_values("modified", kind="stable").drop_duplicates(
         ["config_hash", "asked", "episodes_hash", *SETTING], keep="last"
     )

@@ -1,7 +1,7 @@
 """Files of tensors that notice when they are damaged: torch's own format with a checksum.
 
-``torch.save`` writes a zip archive, and a zip archive may end with a comment. The comment holds the SHA-256 of all bytes
-before it, so that every bit of the file counts and ``torch.load`` still reads it.
+``torch.save`` writes a zip archive, and a zip archive may end with a comment. The comment holds the SHA-256 of all
+bytes before it, so that every bit of the file counts and ``torch.load`` still reads it.
 """
 
 import hashlib

@@ -38,7 +38,7 @@ RESULT_COLUMNS = (
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
     *("torch_version", "metarun_version", "config_hash", "episodes_hash", "higher_is_better"),
     *("second_metric", "second_score", "second_ci95"),
-    *("engine", "task_map", "precision", "replica", "varied"),
+    *("engine", "task_map", "precision", "replica", "varied", "reason"),
 )
 """One row a replica of a run, which mostly has one; accuracies are fractions. ``episodes_hash`` is equal where the test
 episodes are."""
