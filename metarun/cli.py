@@ -9,31 +9,31 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import metarun
+from metarun.command import lock, sweep
 from metarun.command.help import help_text
-from metarun.config import check_ranges, register_schema
+from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
+from metarun.command.sweep import closing_words, finished
+from metarun.command.terminal import PrintableRecord, printable
+from metarun.config import check_ranges, config_hash, register_schema
 from metarun.errors import UserError
+from metarun.results.files import has_checkpoint, remove_leftovers
+from metarun.results.status import mark, rows_of
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE_ON_RESUME = ("device=", "data_dir=", "hydra.job_logging", "hydra.verbose")
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-WITH_A_VALUE = (
-    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"),
-    "--experimental-rerun",
-)
-"""Hydra's options that are followed by a value."""
 
 failures: list[str] = []
 """Jobs of this process that ended without a result; a sweep goes on past them."""
@@ -73,43 +73,84 @@ def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
 
 def job(config: DictConfig) -> float:
     """One run inside Hydra; returns the validation score, or NaN for a run that failed."""
-    try:
-        # Here too, because whoever mistyped a number should not wait for torch.
-        check_ranges(config)
-    except UserError as error:
-        if wants_traceback():
-            raise
-        fail(str(error))
-        return float("nan")
-    from metarun.loop import Interrupted
-    from metarun.run import run
-
-    failed_before = len(failures)
-    state = HydraConfig.get()
-    directory = Path(state.runtime.output_dir)
+    # Here too, because a launcher may run it in another process.
+    logging.setLogRecordFactory(PrintableRecord)
+    directory = Path(HydraConfig.get().runtime.output_dir)
     if Path.cwd() in directory.parents:
         directory = directory.relative_to(Path.cwd())
-    names = {group: state.runtime.choices[group] for group in ("algo", "task", "model")}
     try:
-        return run(config, names, directory)
+        lock.acquire(directory)
     except UserError as error:
-        if wants_traceback():
-            raise
         fail(str(error))
-    except (Interrupted, KeyboardInterrupt) as error:
-        if (directory / "checkpoints" / "last.pt").exists():
+        return float("nan")
+    try:
+        return owned_job(config, directory)
+    finally:
+        lock.release(directory)
+
+
+def owned_job(config: DictConfig, directory: Path) -> float:
+    """The run of a job whose directory belongs to this process."""
+    state = HydraConfig.get()
+    names = {group: str(state.runtime.choices[group]) for group in ("algo", "task", "model")}
+    of_a_sweep = state.mode == RunMode.MULTIRUN
+    for folder in (directory, directory / "checkpoints"):
+        remove_leftovers(folder)
+    try:
+        # Before torch is imported, because whoever mistyped a number should not wait for it.
+        check_ranges(config)
+        if of_a_sweep and (score := finished(config, directory)) is not None:
+            log.info("%s has completed already.", directory)
+            return score
+        from metarun.run import run
+
+        resume = config.resume is not None or (of_a_sweep and has_checkpoint(directory))
+        return run(config, names, directory, resume)
+    except KeyboardInterrupt:
+        if has_checkpoint(directory) and not of_a_sweep:
             log.info("Stopped; go on with: metarun resume='%s'", directory)
-        raise KeyboardInterrupt from error
+        raise
     except Exception as error:
         if wants_traceback():
             raise
-        sentence = sentence_of_system_error(error, directory) if isinstance(error, OSError) else None
-        if sentence is None:
-            (directory / "error.txt").write_text(traceback.format_exc())
-            sentence = f"{type(error).__name__}: {error} (the traceback is in {directory / 'error.txt'})."
+        sentence = why_it_failed(error, directory)
+        note_failure(config, names, directory, sentence)
         fail(sentence)
-    assert len(failures) > failed_before
-    return float("nan")
+        return float("nan")
+
+
+def why_it_failed(error: Exception, directory: Path) -> str:
+    """What ended a run, in one sentence; what nobody has foreseen leaves its traceback in ``error.txt``."""
+    if isinstance(error, UserError):
+        return str(error)
+    sentence = sentence_of_system_error(error, directory) if isinstance(error, OSError) else None
+    if sentence is not None:
+        return sentence
+    place = directory / "error.txt"
+    try:
+        place.write_text(traceback.format_exc())
+    except OSError:
+        return f"{type(error).__name__}: {error}."
+    return f"{type(error).__name__}: {error} (the traceback is in {place})."
+
+
+def note_failure(config: DictConfig, names: dict[str, str], directory: Path, sentence: str) -> None:
+    """Leave the sentence in ``result.csv``, also where the run was refused before it could write any row."""
+    known = []
+    if not rows_of(directory / "result.csv"):
+        row = {
+            "run": directory.name,
+            "seed": config.seed,
+            "replica": 0,
+            "metarun_version": metarun.__version__,
+            **names,
+        }
+        # A configuration that is wrong may have no fingerprint.
+        with suppress(OmegaConfBaseException, ValueError, TypeError):
+            row["config_hash"] = config_hash(config)
+        known = [row]
+    with suppress(OSError):
+        mark(directory, known, "failed", " ".join(sentence.split()))
 
 
 def sentence_of(error: BaseException) -> str:
@@ -142,85 +183,6 @@ def sentence_of(error: BaseException) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-class RefuseUsedDirectory(Callback):
-    """Keep a new run out of the directory of another one, before Hydra writes anything there."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the directory of a single run."""
-        if config.resume is None:
-            self.check(config, "hydra.run.dir", "checkpoints/last.pt", "result.csv")
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the directory of a sweep."""
-        self.check(config, "hydra.sweep.dir", "*/checkpoints/last.pt", "*/result.csv")
-
-    def check(self, config: DictConfig, key: str, *patterns: str) -> None:
-        """Leave with a sentence if the directory under ``key`` holds a run."""
-        HydraConfig.instance().set_config(config)
-        directory = Path(str(OmegaConf.select(config, key)))
-        if any(True for pattern in patterns for _ in directory.glob(pattern)):
-            # Hydra turns an exception of a callback into a warning and goes on; SystemExit passes.
-            sys.exit(f"metarun: {directory} holds a run already; continue it with resume=DIR, or choose another {key}.")
-
-
-def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's options with their values, and the overrides: it reads no override that stands after an option."""
-    options, overrides = [], []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("-"):
-            overrides.append(argument)
-            continue
-        options.append(argument)
-        if rest and (argument in WITH_A_VALUE or (argument in ("--info", "-i") and "=" not in rest[0])):
-            options.append(rest.pop(0))
-    return options, overrides
-
-
-def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
-    """For ``resume=DIR``: the overrides and ``--config-dir`` that the run began with, all written to DIR.
-
-    Raises:
-        UserError: DIR is not the directory of a run, or keys are given that would make it another run.
-    """
-    given = [argument for argument in arguments if argument.startswith("resume=")]
-    if not given or given[-1] in ("resume=", "resume=null"):
-        return arguments
-    directory = Path(given[-1].removeprefix("resume=").strip("'\""))
-    path = directory / ".hydra" / "overrides.yaml"
-    if not (directory / "checkpoints" / "last.pt").is_file() or not path.is_file():
-        raise UserError(
-            f"There is nothing to resume in {directory}: it has no checkpoints/last.pt or no .hydra; name the "
-            "directory that the run printed, or start again without resume."
-        )
-    before = [str(override) for override in OmegaConf.load(path)]
-    quoted = "'" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'"
-    options, overrides = options_first([argument for argument in arguments if argument not in given])
-    changed = [a for a in overrides if not a.startswith(MAY_CHANGE_ON_RESUME)]
-    if changed:
-        raise UserError(
-            f"{changed[0]} would make the run in {directory} another one: resume with no other keys than device and "
-            "data_dir, or start a new run."
-        )
-    if not config_dirs(arguments):
-        sources = OmegaConf.select(OmegaConf.load(path.with_name("hydra.yaml")), "hydra.runtime.config_sources")
-        for source in sources:
-            if source.provider == "command-line":
-                options += ["--config-dir", source.path]
-    kept = [override for override in before if not override.startswith("resume=")]
-    return [*options, *kept, *overrides, f"resume={quoted}", f"hydra.run.dir={quoted}"]
-
-
-def config_dirs(arguments: list[str]) -> list[str]:
-    """The values of ``--config-dir`` among the arguments."""
-    return [
-        value
-        for option, value in zip(arguments, [*arguments, ""][1:], strict=True)
-        if option in ("--config-dir", "-cd") and value
-    ] + [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
-
-
 def main() -> Any:
     """Entry point of ``metarun``; exits with 1 after an error, 130 after an interruption."""
     arguments = sys.argv[1:]
@@ -236,10 +198,11 @@ def main() -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # A log that cannot be written (a full disk) must not bury the sentence under tracebacks of its own.
     logging.raiseExceptions = wants_traceback()
+    logging.setLogRecordFactory(PrintableRecord)
     # As with python -m: what stands in the current folder can be named by _target_.
     sys.path.append(str(Path.cwd()))
     try:
-        options, overrides = options_first(arguments_of_resumed_run(arguments))
+        options, overrides = options_first(arguments_of_resumed(arguments))
         sys.argv[1:] = [*options, *overrides]
         register_schema(*map(Path, config_dirs(options)))
         entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
@@ -249,7 +212,7 @@ def main() -> Any:
     except (HydraException, OmegaConfBaseException, UserError) as error:
         if wants_traceback():
             raise
-        sys.exit(f"metarun: {sentence_of(error)}")
+        sys.exit(printable(f"metarun: {sentence_of(error)}"))
     except OSError as error:
         if wants_traceback():
             raise
@@ -261,5 +224,10 @@ def main() -> Any:
         if wants_traceback():
             raise
         sys.exit(f"metarun: {type(error).__name__}: {' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where).")
-    if failures:
+    finally:
+        said, complete = closing_words(sweep.begun)
+        if said:
+            print(said, flush=True)
+        lock.release_all()
+    if failures or not complete:
         sys.exit(1)

@@ -1,8 +1,17 @@
-"""The one exception that a user sees as a sentence."""
+"""The exceptions that a user sees as a sentence, or as the end of a run that was stopped."""
 
 
 class UserError(Exception):
     """Something the user can mend; its text is one sentence that says what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the process; its number stands first among the arguments."""
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with, as a shell has it."""
+        return 128 + int(self.args[0])
 
 
 def require(condition: bool, sentence: str) -> None:

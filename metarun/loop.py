@@ -20,7 +20,7 @@ from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
 from metarun.engine.meta_step import MetaStep, replica
 from metarun.engine.optimizer import learning_rates
-from metarun.errors import UserError
+from metarun.errors import Stopped, UserError
 from metarun.evaluation import better, episodes, validate
 from metarun.nn.transforms import stacked
 from metarun.random import stream
@@ -31,7 +31,7 @@ from metarun.tree import tree_map
 log = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """The user stopped the run; its state is saved."""
 
 
@@ -212,7 +212,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
             validate_and_save()
             write_metrics(directory, training.rows)
             if stopped:
-                raise Interrupted
+                raise Interrupted(stopped[0])
         while training.step < steps:
             tasks = training_tasks(experiment, seeds, meta_batch, training.step)
             out = stepper({"state": training.state, "tasks": tasks, "rates": rates[training.step]})
@@ -236,7 +236,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
             if stopped:
                 check_finite(experiment, training, directory)
                 save(experiment, training, directory)
-                raise Interrupted
+                raise Interrupted(stopped[0])
     if not any(best and math.isfinite(best.val_score) for best in training.best):
         raise UserError(f"No validation gave a finite {metric}; lower algo.inner_lr or eval.adapt_steps.")
     return training

@@ -21,6 +21,7 @@ from metarun.evaluation import Tested, measured, meta_test, metrics_of, reports_
 from metarun.loop import meta_train
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.reports import described, plot_measured, write_measured
+from metarun.results.status import mark
 from metarun.results.tables import SEPARATOR, write_episodes, write_results
 from metarun.state import Best, Training
 from metarun.tree import learned, leaves, size
@@ -194,8 +195,11 @@ def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], direct
             log.info("  %s", line)
 
 
-def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
+def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool | None = None) -> float:
     """Meta-train, select, meta-test; write tables and pictures into ``directory``.
+
+    ``resume`` says whether to go on from the checkpoint in ``directory``; None leaves that to ``config.resume``.
+    ``result.csv`` says ``running`` from the beginning, and is written anew as the last of all files.
 
     Returns:
         The validation score that selected the tested parameters: what a sweeper may optimise. Of several replicas the
@@ -211,9 +215,10 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
             torch.cuda.set_device(experiment.device)
         reset_peak_memory(experiment.device)
         rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
+        mark(directory, rows, "running")
         finished: list[tuple[dict[str, Any], Tested]] = []
         try:
-            training = meta_train(experiment, directory, resume=config.resume is not None)
+            training = meta_train(experiment, directory, resume=config.resume is not None if resume is None else resume)
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
                 diverged = not bool(training.state["weights"][row["replica"]].isfinite().all())
                 if best is None or diverged or not math.isfinite(best.val_score):
@@ -225,22 +230,17 @@ def run(config: DictConfig, names: dict[str, str], directory: Path) -> float:
             if not finished:
                 raise UserError("Every replica diverged; lower train.lr or algo.inner_lr, or set train.clip=1.")
         except BaseException as error:
-            if not (directory / "result.csv").exists():
-                stopped = type(error).__name__ in ("Interrupted", "KeyboardInterrupt")
-                write_results(
-                    directory,
-                    [row | {"status": "interrupted" if stopped else "failed"} for row in rows],
-                    metrics_of(experiment),
-                )
+            stopped = isinstance(error, KeyboardInterrupt)
+            mark(directory, rows, "interrupted" if stopped else "failed")
             raise
         scored = [(row["replica"], tested.scored) for row, tested in finished]
         write_episodes(directory, scored, metrics_of(experiment))
-        write_results(directory, rows, metrics_of(experiment))
         write_pictures(experiment, training, finished, directory)
         for row, tested in finished:
             report(experiment, row, tested)
         thetas = [(row["replica"], training.best[row["replica"]]) for row, _ in finished]
         write_reports(experiment, [(index, best.theta) for index, best in thetas if best], directory)
+        write_results(directory, rows, metrics_of(experiment))
         for row in rows:
             if row["status"] == "failed":
                 log.warning("  %s diverged and has no score; lower its step size, or set train.clip=1", row["varied"])

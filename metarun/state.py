@@ -74,10 +74,10 @@ SAVED_AS_IT_IS = (
 
 
 def save(experiment: Experiment, training: Training, directory: Path) -> None:
-    """Write ``last.pt``, all that a resumed run needs."""
+    """Write ``last.pt``, all that a resumed run needs; the former one is kept."""
     content: dict[str, Any] = {name: getattr(training, name) for name in SAVED_AS_IT_IS}
     content["best"] = [vars(best) if best else None for best in training.best]
-    checkpoint.save(directory / "checkpoints" / "last.pt", _identity(experiment) | content)
+    checkpoint.save_last(directory, _identity(experiment) | content)
 
 
 def save_best(experiment: Experiment, training: Training, directory: Path) -> None:
@@ -88,13 +88,13 @@ def save_best(experiment: Experiment, training: Training, directory: Path) -> No
 
 
 def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Training:
-    """The state that ``last.pt`` holds.
+    """The state that ``last.pt`` holds, or ``previous.pt`` where that is damaged.
 
     Raises:
         UserError: the checkpoint is missing, broken, of another configuration or of other data.
     """
     path = directory / "checkpoints" / "last.pt"
-    content = checkpoint.load(path, experiment.device, config_hash(experiment.config))
+    content = checkpoint.load_last(directory, experiment.device, config_hash(experiment.config))
     if content["replicas"] != _identity(experiment)["replicas"]:
         raise UserError(f"The checkpoint {path} is of other replicas; resume with no other keys, or start a new run.")
     if content["dataset"] != experiment.family.dataset:

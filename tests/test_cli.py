@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from metarun.results import sealed
+
 QUICK = ("train.steps=4", "train.eval_every=2", "train.val_episodes=4", "eval.episodes=4", "eval.adapt_steps=1")
 
 
@@ -36,7 +38,7 @@ def test_a_run_leaves_its_files_and_says_where(finished):
     assert left == {
         *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
         *("metrics.csv", "episodes.csv", "result.csv", "training.png", "adaptation.png", "run.log"),
-        *("checkpoints/last.pt", "checkpoints/best.pt"),
+        *("checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt"),
     }
     log = (finished / "run.log").read_text()
     assert "mse before adaptation" in log
@@ -140,6 +142,7 @@ def test_a_broken_checkpoint_and_one_of_another_configuration_are_refused(finish
     before = (run / "result.csv").read_bytes()
     path = run / "checkpoints" / "last.pt"
     whole = path.read_bytes()
+    path.with_name("previous.pt").unlink()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         path.write_bytes(broken)
         done = metarun(f"resume={run}", cwd=tmp_path)
@@ -173,18 +176,23 @@ class Malicious:
 
 def test_a_checkpoint_cannot_run_code(finished, tmp_path):
     run = copy_of(finished, tmp_path / "run")
-    torch.save({"format": 1, "theta": Malicious()}, run / "checkpoints" / "last.pt")
-    done = metarun(f"resume={run}", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "is broken" in done.stdout + done.stderr
-    assert not (tmp_path / "executed").exists()
+    for write in (torch.save, lambda content, path: sealed.save(path, content)):
+        for name in ("last.pt", "previous.pt"):
+            write({"format": 3, "theta": Malicious()}, run / "checkpoints" / name)
+        done = metarun(f"resume={run}", cwd=tmp_path)
+        assert done.returncode == 1
+        assert "is broken" in done.stdout + done.stderr
+        assert not (tmp_path / "executed").exists()
 
 
 def test_one_failed_job_does_not_lose_the_others(tmp_path):
     done = metarun("-m", "algo.inner_lr=0,0.01", *QUICK, "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 1
     assert "inner_lr must be above 0" in done.stdout + done.stderr
-    assert len(list((tmp_path / "sweep").rglob("result.csv"))) == 1
+    assert [path.parent.name for path in (tmp_path / "sweep").rglob("episodes.csv")] == ["1_maml_sinusoid"]
+    refused = (tmp_path / "sweep" / "0_maml_sinusoid" / "result.csv").read_text()
+    assert "failed" in refused
+    assert "inner_lr must be above 0" in refused
 
 
 def test_help_names_every_member_and_key_and_does_not_wait_for_torch(tmp_path):

@@ -1,45 +1,53 @@
 """Tensors that take seconds to make, kept between runs.
 
 The folder is ``METARUN_CACHE_DIR``, else ``metarun`` in the user's cache directory (``XDG_CACHE_HOME``, else
-``~/.cache``). It can be deleted at any time.
+``~/.cache``). It can be deleted at any time, and where it cannot be written it is done without.
 """
 
 import hashlib
 import logging
 import os
-import pickle
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor
 
-from metarun.results.files import atomic_write
+from metarun.results import sealed
+from metarun.results.files import remove_leftovers
 
 log = logging.getLogger(__name__)
 
+A_DAY = 24 * 3600.0
+"""Seconds after which an unfinished file of the cache, which processes share, belongs to one that was killed."""
+
 
 def cache_dir() -> Path:
-    """Where cached tensors live."""
+    """Where cached tensors live; a temporary folder for a user without a home directory."""
     if folder := os.environ.get("METARUN_CACHE_DIR"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metarun"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "metarun"
+    try:
+        return Path.home() / ".cache" / "metarun"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "metarun"
 
 
 def cached(name: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors that ``make()`` returns, read from the cache if they were made under ``key`` before."""
     path = cache_dir() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     try:
-        return cast(dict[str, Tensor], torch.load(path, weights_only=True))
+        return cast(dict[str, Tensor], sealed.load(path))
     except FileNotFoundError:
         pass
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        log.warning("The cached %s cannot be read (%s); it is made again.", path, error)
+    except sealed.Damaged as error:
+        log.warning("The cached %s cannot be used (%s); it is made again.", path, error)
     tensors = make()
     try:
-        with atomic_write(path) as file:
-            torch.save(tensors, file)
+        remove_leftovers(path.parent, A_DAY)
+        sealed.save(path, tensors)
     except OSError as error:
         log.warning("%s cannot be cached in %s (%s), so each run makes it again.", name, path.parent, error)
     return tensors

@@ -11,6 +11,7 @@ one compares it with the function on other inputs first.
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -144,13 +145,26 @@ def with_wide_products(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def compiler_cache() -> Path:
-    """The folder where compiled graphs are kept between runs; torch's own variable moves it."""
-    path = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled")))
+def compiler_cache() -> Path | None:
+    """The folder where compiled graphs are kept between runs; torch's own variable moves it.
+
+    None where ours cannot be written: the compiler then has its own, in the system's temporary folder.
+    """
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    # Importing the compiler sets the variable to that temporary folder; the user has not asked for it.
+    default = str(Path(tempfile.gettempdir(), "torchinductor_"))
+    if not os.environ.get(variable, default).startswith(default):
+        return Path(os.environ[variable])
+    path = (cache_dir() / "compiled").absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # Only writing tells whether one may.
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        log.debug("The compiler's cache cannot be made: %s", error)
+        log.debug("The compiler's cache cannot be written: %s", error)
+        os.environ.pop(variable, None)
+        return None
+    os.environ[variable] = str(path)
     return path
 
 

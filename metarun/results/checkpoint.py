@@ -1,22 +1,46 @@
-"""Checkpoints: whole or not there, and read without running code from them."""
+"""Checkpoints: whole or not there, verified when they are read, and read without running code from them.
 
-import pickle
-import zipfile
+``last.pt`` is kept together with the one before it, ``previous.pt``, which is used where the last one is damaged.
+"""
+
+import logging
+import os
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from metarun.errors import UserError
-from metarun.results.files import atomic_write
+from metarun.results import sealed
+from metarun.results.files import LAST, PREVIOUS
 
-FORMAT = 2
+log = logging.getLogger(__name__)
+
+FORMAT = 3
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` (tensors, numbers, texts in dicts and lists) atomically."""
-    with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **content}, file)
+    sealed.save(path, {"format": FORMAT, **content})
+
+
+def second_name(path: Path, other: Path) -> None:
+    """Give the file ``path`` the name ``other`` as well, whatever had it; without links it only moves there."""
+    aside = other.with_name(f".{other.name}.{os.getpid()}.part")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+        aside.replace(other)
+        # Renaming one name of a file to another name of the same file does nothing at all.
+        aside.unlink(missing_ok=True)
+    except OSError:
+        path.replace(other)
+
+
+def save_last(directory: Path, content: dict[str, Any]) -> None:
+    """Write ``last.pt``, and keep the former one as ``previous.pt``."""
+    path = directory / "checkpoints" / LAST
+    if path.is_file():
+        second_name(path, path.with_name(PREVIOUS))
+    save(path, content)
 
 
 def load(path: Path, device: str, config_hash: str) -> dict[str, Any]:
@@ -26,11 +50,11 @@ def load(path: Path, device: str, config_hash: str) -> dict[str, Any]:
         UserError: missing, broken, from another version or of another configuration.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = sealed.load(path, device)
     except FileNotFoundError as error:
         raise UserError(f"There is no checkpoint {path}; name the directory of a run that wrote one.") from error
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"The checkpoint {path} is broken; start that run again.") from error
+    except sealed.Damaged as error:
+        raise UserError(f"The checkpoint {path} is broken ({error}); start that run again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of metarun; start that run again.")
     if content["config_hash"] != config_hash:
@@ -39,3 +63,28 @@ def load(path: Path, device: str, config_hash: str) -> dict[str, Any]:
             "resume, device and data_dir, or start a new run."
         )
     return cast(dict[str, Any], content)
+
+
+def load_last(directory: Path, device: str, config_hash: str) -> dict[str, Any]:
+    """Read ``last.pt``, or ``previous.pt`` with a warning where the last one is damaged; that one then takes its place.
+
+    Raises:
+        UserError: both are missing or broken, or they are of another version or configuration.
+    """
+    path = directory / "checkpoints" / LAST
+    previous = path.with_name(PREVIOUS)
+    try:
+        sealed.verify(path)
+    except (OSError, sealed.Damaged) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"is broken ({error})"
+        try:
+            content = load(previous, device, config_hash)
+        except UserError:
+            raise UserError(
+                f"The checkpoint {path} {why}, and there is no whole one before it; start that run again."
+            ) from error
+        words = "The checkpoint %s %s; the run goes on from the one before it, of step %s."
+        log.warning(words, path, why, content["step"])
+        second_name(previous, path)
+        return content
+    return load(path, device, config_hash)

@@ -89,6 +89,14 @@ def with_varied(given: frozenset[str], varied: Any) -> frozenset[str]:
     return frozenset(kept | {word for word in own if word.partition("=")[0] not in NOT_A_VARIANT})
 
 
+def with_later_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of an earlier version, with the columns that have been added since."""
+    if "metric" in table and "metrics" not in table:
+        percent = table["metric"].where(table["metric"] == "accuracy", "")
+        table = table.assign(metrics=table["metric"], percent=percent)
+    return table if "reason" in table else table.assign(reason=None)
+
+
 def read_results(files: Sequence[Path]) -> pd.DataFrame:
     """All rows, with columns ``directory`` and ``overrides`` added.
 
@@ -101,6 +109,7 @@ def read_results(files: Sequence[Path]) -> pd.DataFrame:
             table = pd.read_csv(path, dtype={"run": str, "config_hash": str, "episodes_hash": str})
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a table ({error}); remove it or run again.") from error
+        table = with_later_columns(table)
         missing = [column for column in RESULT_COLUMNS if column not in table]
         if missing:
             raise UserError(f"{path} is not a result table of metarun: it lacks the column {missing[0]}.")
@@ -119,7 +128,8 @@ def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     notes = []
     finished = results[results["status"] == "completed"]
     for _, row in results[results["status"] != "completed"].iterrows():
-        notes.append(f"left out: {row['directory']} ({row['status']})")
+        why = "" if pd.isna(row["reason"]) else f": {str(row['reason']).rstrip('.')}"
+        notes.append(f"left out: {row['directory']} ({row['status']}{why})")
     newest = finished.sort_values("modified", kind="stable").drop_duplicates(
         ["config_hash", "asked", "episodes_hash", *SETTING], keep="last"
     )

@@ -4,17 +4,26 @@ import csv
 import io
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
+"""The newest checkpoint of a run and the one before it."""
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether the run in ``directory`` has left a checkpoint from which it can go on."""
+    return any((directory / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of ``path`` when the block ends well, and leaves it alone if not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -27,6 +36,15 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(directory: Path, age: float = 0.0) -> None:
+    """Delete what killed processes left unfinished in ``directory``, if it is older than ``age`` seconds."""
+    for path in directory.glob(".*.part"):
+        # Another process may be faster, or own the file.
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -39,7 +39,7 @@ RESULT_COLUMNS = (
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
     *("torch_version", "metarun_version", "config_hash", "episodes_hash", "higher_is_better"),
     *("engine", "task_map", "precision", "replica", "varied"),
-    *("metrics", "percent"),
+    *("metrics", "percent", "reason"),
 )
 """A row per replica of a run, which mostly has one. ``score`` is in ``metric``, the first of ``metrics``, which are
 separated by semicolons; for each further one two columns follow, NAME and NAME_ci95. ``percent`` names the metrics that

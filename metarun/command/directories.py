@@ -1,0 +1,122 @@
+"""What happens to directories before Hydra writes into them: one owner for each, and never two runs in one."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from metarun.command import lock, sweep
+from metarun.errors import UserError
+from metarun.results.status import PLAN, rows_of, runs_under
+
+UNIQUE_SUBDIR = ("${hydra:job.num}_", "${hydra:job.num}/", "${hydra:job.num}-", "${hydra.job.num}_")
+"""How ``hydra.sweep.subdir`` begins where no two jobs can share a folder."""
+
+
+def holds_a_run(directory: Path) -> bool:
+    """Whether something would be lost if another run wrote into ``directory``: a checkpoint, or a completed result."""
+    if any((directory / "checkpoints").glob("*.pt")):
+        return True
+    return any(row.get("status") == "completed" for row in rows_of(directory / "result.csv"))
+
+
+def jobs_of(config: DictConfig) -> list[list[str]] | None:
+    """The overrides of each job of a sweep, in order; None where a sweeper decides as it goes."""
+    if config.hydra.sweeper._target_ != "hydra._internal.core_plugins.basic_sweeper.BasicSweeper":
+        return None
+    fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*fixed, *config.hydra.overrides.task])
+    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+def folders_of(config: DictConfig, jobs: Sequence[Sequence[str]]) -> list[str]:
+    """The folder of each job within the sweep's directory, found by composing its configuration."""
+    loader, found = GlobalHydra.instance().config_loader(), []
+    for number, overrides in enumerate(jobs):
+        composed = loader.load_sweep_config(config, list(overrides))
+        with open_dict(composed):
+            composed.hydra.job.id = composed.hydra.job.num = number
+        HydraConfig.instance().set_config(composed)
+        found.append(str(OmegaConf.select(composed, "hydra.sweep.subdir")))
+    HydraConfig.instance().set_config(config)
+    return found
+
+
+def refuse_shared_folders(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+    """Refuse a sweep in which jobs would write into the same folder.
+
+    Raises:
+        UserError: the folder and the jobs.
+    """
+    unresolved: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    if str(unresolved["subdir"]).startswith(UNIQUE_SUBDIR):
+        return
+    folders = folders_of(config, jobs)
+    folder, count = Counter(folders).most_common(1)[0]
+    if count > 1:
+        sharing = [" ".join(job) for job, own in zip(jobs, folders, strict=True) if own == folder]
+        raise UserError(
+            f"{count} jobs of the sweep would share the folder {folder!r} ({sharing[0]}; {sharing[1]}): begin "
+            "hydra.sweep.subdir with ${hydra:job.num}_, or leave it as it is."
+        )
+
+
+def directory_under(config: DictConfig, key: str) -> Path:
+    """The directory that a key names."""
+    HydraConfig.instance().set_config(config)
+    return Path(str(OmegaConf.select(config, key)))
+
+
+class OneOwner(Callback):
+    """Take possession of the directory of a run or a sweep, or leave with a sentence, before Hydra writes there.
+
+    Hydra turns an exception of a callback into a warning and goes on; SystemExit passes.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the directory of a single run."""
+        self.leave_if_refused(self.take_run, config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the directory of a sweep."""
+        self.leave_if_refused(self.take_sweep, config, "hydra.sweep.dir")
+
+    def take_run(self, config: DictConfig, directory: Path) -> None:
+        """Own the directory of a single run; a new one needs one that holds none."""
+        lock.acquire(directory)
+        if (directory / PLAN).exists():
+            raise UserError(f"{directory} holds a sweep; choose another hydra.run.dir.")
+        if config.resume is None and holds_a_run(directory):
+            raise UserError(
+                f"{directory} holds a run already; continue it with resume=DIR, or choose another hydra.run.dir."
+            )
+
+    def take_sweep(self, config: DictConfig, directory: Path) -> None:
+        """Own the directory of a sweep, new or begun before by the same command."""
+        jobs = jobs_of(config)
+        if jobs is not None:
+            refuse_shared_folders(config, jobs)
+        lock.acquire(directory)
+        holds_runs = any(holds_a_run(folder) for folder in (directory, *runs_under(directory)))
+        sweep.begin(directory, sweep.plan_of(config, jobs), holds_runs)
+
+    def leave_if_refused(self, take: Callable[[DictConfig, Path], None], config: DictConfig, key: str) -> None:
+        """Turn what ``take`` refuses into the end of the process."""
+        directory = directory_under(config, key)
+        try:
+            take(config, directory)
+        except UserError as error:
+            sys.exit(f"metarun: {error}")
+        except OSError as error:
+            sys.exit(
+                f"metarun: the output directory cannot be written ({error.strerror or error}: {error.filename}); "
+                f"choose another with {key}=DIR."
+            )

@@ -1,0 +1,116 @@
+"""``resume=DIR``: the command that a run or a sweep began with, put together from its directory."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from metarun.command.sweep import read_plan
+from metarun.errors import UserError
+from metarun.results.files import has_checkpoint
+from metarun.results.status import PLAN
+
+MAY_CHANGE_ON_RESUME = ("device=", "data_dir=", "hydra.job_logging", "hydra.verbose")
+MAY_CHANGE_IN_A_SWEEP = (*MAY_CHANGE_ON_RESUME, "hydra/launcher=", "hydra.launcher.")
+
+WITH_A_VALUE = (
+    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"),
+    "--experimental-rerun",
+)
+"""Hydra's options that are followed by a value."""
+
+
+def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options with their values, and the overrides: it reads no override that stands after an option."""
+    options, overrides = [], []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
+        if rest and (argument in WITH_A_VALUE or (argument in ("--info", "-i") and "=" not in rest[0])):
+            options.append(rest.pop(0))
+    return options, overrides
+
+
+def config_dirs(arguments: list[str]) -> list[str]:
+    """The values of ``--config-dir`` among the arguments."""
+    return [
+        value
+        for option, value in zip(arguments, [*arguments, ""][1:], strict=True)
+        if option in ("--config-dir", "-cd") and value
+    ] + [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
+
+
+def key_of(override: str) -> str:
+    """The key of an override."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def quoted(directory: Path) -> str:
+    """A directory as the value of an override."""
+    return "'" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def kept_by_run(directory: Path) -> tuple[list[str], list[str]]:
+    """The overrides and the config directories that the run in ``directory`` began with.
+
+    Raises:
+        UserError: there is no run to be resumed.
+    """
+    path = directory / ".hydra" / "overrides.yaml"
+    if (directory / PLAN).is_file():
+        raise UserError(f"{directory} holds a sweep: resume it with metarun -m resume='{directory}'.")
+    if not has_checkpoint(directory) or not path.is_file():
+        raise UserError(
+            f"There is nothing to resume in {directory}: it has no checkpoints/last.pt or no .hydra; name the "
+            "directory that the run printed, or start again without resume."
+        )
+    sources = OmegaConf.select(OmegaConf.load(path.with_name("hydra.yaml")), "hydra.runtime.config_sources")
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    return [str(override) for override in OmegaConf.load(path)], folders
+
+
+def kept_by_sweep(directory: Path) -> tuple[list[str], list[str]]:
+    """The overrides and the config directories that the sweep in ``directory`` began with.
+
+    Raises:
+        UserError: there is no sweep to be resumed.
+    """
+    plan = read_plan(directory)
+    if plan is None:
+        raise UserError(
+            f"There is no sweep to resume in {directory}: it has no {PLAN}; name the directory of a sweep, or leave "
+            "out -m to resume a single run."
+        )
+    return [*plan.hydra, *plan.overrides], plan.config_dirs
+
+
+def arguments_of_resumed(arguments: list[str]) -> list[str]:
+    """For ``resume=DIR``: the overrides and ``--config-dir`` that the run or the sweep began with, all written to DIR.
+
+    Raises:
+        UserError: DIR holds nothing to resume, or keys are given that would make it something else.
+    """
+    given = [argument for argument in arguments if argument.startswith("resume=")]
+    if not given or given[-1] in ("resume=", "resume=null"):
+        return arguments
+    directory = Path(given[-1].removeprefix("resume=").strip("'\""))
+    options, overrides = options_first([argument for argument in arguments if argument not in given])
+    sweep = bool({"-m", "--multirun"} & set(options))
+    before, folders = (kept_by_sweep if sweep else kept_by_run)(directory)
+    changed = [a for a in overrides if not a.startswith(MAY_CHANGE_IN_A_SWEEP if sweep else MAY_CHANGE_ON_RESUME)]
+    if changed:
+        raise UserError(
+            f"{changed[0]} would make the {'sweep' if sweep else 'run'} in {directory} another one: resume with no "
+            f"other keys than device and data_dir{', and those of the launcher' if sweep else ''}, or start a new one."
+        )
+    if not config_dirs(arguments):
+        options += [word for folder in folders for word in ("--config-dir", folder)]
+    replaced = {"resume", *map(key_of, overrides)}
+    kept = [override for override in before if key_of(override) not in replaced]
+    place = [f"hydra.sweep.dir={quoted(directory)}"]
+    if not sweep:
+        place = [f"resume={quoted(directory)}", f"hydra.run.dir={quoted(directory)}"]
+    return [*options, *kept, *overrides, *place]
