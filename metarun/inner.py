@@ -8,10 +8,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from metarun.contracts import Loss, Tree, Weights
+from metarun.contracts import Loss, Task, Tree, Weights
 from metarun.nn.functional import Forward
 from metarun.nn.ops import channels_last
+from metarun.nn.padding import present_weight, weighing
 from metarun.nn.transforms import gradient
+from metarun.tree import tree_map
 
 Update = Callable[[Weights, Weights, int], Weights]
 """(weights, gradient of the support loss, number of the step) → the next weights."""
@@ -95,12 +97,36 @@ def keep_support(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None
     yield support
 
 
+def both(task: Task) -> Tree:
+    """Support and query examples of a task as one data set."""
+    return {name: torch.cat([task.support[name], task.query[name]]) for name in task.support}
+
+
+def padding_first(data: Tree) -> Tree:
+    """The examples in their order, with padding before all others; ``data`` itself where there is none."""
+    if "weight" not in data:
+        return data
+    order = (data["weight"] > 0).to(torch.uint8).argsort(stable=True)
+    return tree_map(lambda leaf: leaf[order], data)
+
+
+def weight_together(support: Tree, x: Tensor) -> Tensor | None:
+    """The weights of the support examples and of ``x``, on which a model is called here; None: no padding."""
+    own, asked = support.get("weight"), present_weight()
+    if own is None and asked is None:
+        return None
+    parts = zip((own, asked), (support["x"], x), strict=True)
+    like = cast(Tensor, own if asked is None else asked)
+    return torch.cat([like.new_ones(len(part)) if weight is None else weight for weight, part in parts])
+
+
 def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings of the support examples and of ``x``, made in one batch, whose statistics they share."""
     n, both = len(support["x"]), torch.cat([support["x"], x])
     # The weights are the same for all tasks, so these are plain convolutions, which a GPU wants so; a CPU does not
     # (docs/performance.md).
-    z = embed(weights, channels_last(both) if both.is_cuda and both.ndim == 4 else both)
+    with weighing(weight_together(support, x)):
+        z = embed(weights, channels_last(both) if both.is_cuda and both.ndim == 4 else both)
     return z[:n], z[n:]
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import UserError
+from metarun.nn.padding import weight_of_rows
 
 
 def normalised(x: Tensor, dims: tuple[int, ...], epsilon: float) -> Tensor:
@@ -34,8 +35,13 @@ def with_variance(
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every channel of ``x [batch, channels, ...]``."""
+    """Mean and variance of every channel of ``x [batch, channels, ...]``, over what is no padding."""
     dims = tuple(d for d in range(x.ndim) if d != 1)
+    weight = weight_of_rows(len(x))
+    if weight is not None:
+        share = (weight / (weight.sum() * x[0, 0].numel())).view(-1, *[1] * (x.ndim - 1))
+        mean = (x * share).sum(dims)
+        return mean, ((x - along_channels(mean, x)).square() * share).sum(dims)
     mean = x.mean(dims)
     centred = x - along_channels(mean, x)
     return mean, (centred * centred).mean(dims)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,36 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] - b[None]).square().sum(-1)
 
 
+def mean_row(z: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean ``[d]`` of the rows of ``z [n, d]``, each by its ``weight [n]``; None: all alike."""
+    return z.mean(0) if weight is None else weight @ z / weight.sum()
+
+
+def without_padding(z: Tensor, weight: Tensor | None) -> Tensor:
+    """``z [n, d]`` with rows of zeros where the ``weight [n]`` is 0; None: there is no padding."""
+    return z if weight is None else z * (weight > 0).to(z.dtype)[:, None]
+
+
+def seen(logits: Tensor, weight: Tensor | None) -> Tensor:
+    """``logits [..., n]`` for a softmax that gives nothing where the ``weight [n]`` is 0; None: there is no padding."""
+    return logits if weight is None else logits.masked_fill(weight == 0, -math.inf)
+
+
+def kept(weight: Tensor, new: Any, old: Any) -> Any:
+    """The ``new`` state of a recurrent network (a tuple of tensors), or the ``old`` one after padding of weight 0."""
+    states = [torch.where(weight > 0, after, before) for after, before in zip(new, old, strict=True)]
+    return type(new)(*states) if hasattr(new, "_fields") else tuple(states)
+
+
+def class_means(z: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean ``[ways, d]`` of the rows of ``z [n, d]`` of each class, from one-hot ``y [n, ways]``, zero for padding.
+
+    Where there is padding (a ``weight [n]``), a class may be absent: its mean is zero.
+    """
+    counts = y.sum(0)[:, None]
+    return (y.T @ z) / (counts if weight is None else counts.clamp(min=1))
+
+
 def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int, weight: Tensor | None = None) -> Tensor:
     """Values ``[n, width]`` weighed for every query ``[m, width]`` by scaled dot products, a share of the width a head.
 
@@ -35,8 +66,7 @@ def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int, weight
         return z.view(len(z), heads, -1).movedim(1, 0)
 
     q, k, v = map(by_head, (queries, keys, values))
-    logits = q @ k.transpose(1, 2) / math.sqrt(k.shape[-1])
-    weights = (logits if weight is None else logits.masked_fill(weight == 0, -math.inf)).softmax(-1)
+    weights = seen(q @ k.transpose(1, 2) / math.sqrt(k.shape[-1]), weight).softmax(-1)
     return torch.cat((weights @ v).unbind(0), -1)
 
 

@@ -37,6 +37,7 @@ from metarun.nn.noise import (
     rrelu,
 )
 from metarun.nn.normalisation import all_frozen, batch_norm, instance_norm, layer_norm, weight_norm
+from metarun.nn.padding import present_weight
 from metarun.nn.recurrent import gru_cell, lstm_cell, plain_cell, recurrent, single_step
 from metarun.nn.transforms import plain
 
@@ -180,8 +181,13 @@ BY_TORCH: dict[Any, Formula] = {
 """What plain autograd, which checks the formulas, has in place of them."""
 
 
-def draws_nothing(function: Any, args: Any, named: dict[str, Any]) -> bool:
-    """Whether torch's own function draws no random numbers in this call, so that it can stand in for the formula."""
+def by_torch(function: Any, args: Any, named: dict[str, Any]) -> bool:
+    """Whether torch's own function can stand in for the formula in this call.
+
+    It cannot where it draws random numbers, or has to leave padding out of a batch.
+    """
+    if function in (F.batch_norm, torch.batch_norm) and present_weight() is not None:
+        return False
     if function in (F.multi_head_attention_forward, F.scaled_dot_product_attention):
         place = 10 if function is F.multi_head_attention_forward else 4
         return not (args[place] if len(args) > place else named.get("dropout_p", 0.0))
@@ -193,7 +199,7 @@ def draws_nothing(function: Any, args: Any, named: dict[str, Any]) -> bool:
 class Substituted(TorchFunctionMode):
     """Inside, torch's functions that ``FORMULAS`` names are computed by its formulas, for one module's forward pass.
 
-    Where gradients are plain autograd's (`metarun.nn.transforms.plainly`), only what draws random numbers is.
+    Where gradients are plain autograd's (`metarun.nn.transforms.plainly`), only what torch's own functions cannot do is.
     """
 
     def __init__(self, buffers: dict[int, str], of: str) -> None:
@@ -208,7 +214,7 @@ class Substituted(TorchFunctionMode):
                 return args[0]
             raise UserError(refusal_of_writing(self.of, written))
         formula = FORMULAS.get(function)
-        if formula is not None and plain.get() and draws_nothing(function, args, named):
+        if formula is not None and plain.get() and by_torch(function, args, named):
             formula = BY_TORCH.get(function, function)
         if formula is not None:
             return formula(*args, **named)

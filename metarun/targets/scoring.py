@@ -5,18 +5,20 @@ from typing import cast
 from torch import Tensor
 
 from metarun.contracts import Family, Loss, Predict, RowTarget, Scores, Tree
+from metarun.nn.padding import weighing
 
 
 def loss_of(family: Family) -> Loss:
-    """The family's own loss, or else its target's on ``predict(data["x"])``."""
+    """The family's own loss, or else its target's on ``predict(data["x"])``; models leave padding out in both."""
     own: Loss | None = getattr(family, "loss", None)
-    if own is not None:
-        return own
-    target = cast(RowTarget, family.spec.target)
+
+    def of_target(predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
+        target, output = cast(RowTarget, family.spec.target), predict(data["x"])
+        return target.loss(output, data), target.scores(output, data)
 
     def loss(predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
-        output = predict(data["x"])
-        return target.loss(output, data), target.scores(output, data)
+        with weighing(data.get("weight")):
+            return (own or of_target)(predict, data)
 
     return loss
 
@@ -24,4 +26,5 @@ def loss_of(family: Family) -> Loss:
 def scores_in_test(family: Family, predict: Predict, data: Tree) -> Scores:
     """Scores that the family gives in tests alone; none where it has no such method."""
     own = getattr(family, "scores", None)
-    return own(predict, data) if own is not None else {}
+    with weighing(data.get("weight")):
+        return own(predict, data) if own is not None else {}

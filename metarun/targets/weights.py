@@ -12,9 +12,15 @@ def weight_of(data: Tree) -> Tensor:
 
 
 def mean_over(values: Tensor, data: Tree) -> Tensor:
-    """Mean of ``values [examples]``, each by its weight in ``data``."""
+    """Mean of ``values [examples, ...]`` over examples, each by its weight in ``data``, and over all other axes."""
     if "weight" not in data:
         return values.mean()
     weight: Tensor = data["weight"]
     # Padding may hold anything, infinity included, which a product with 0 would keep.
-    return values.masked_fill(weight == 0, 0.0) @ weight / weight.sum()
+    of_example = values if values.ndim == 1 else values.flatten(1).mean(1)
+    return of_example.masked_fill(weight == 0, 0.0) @ weight / weight.sum()
+
+
+def count_of(data: Tree) -> Tensor | int:
+    """How many examples there are, padding left out."""
+    return data["weight"].sum() if "weight" in data else len(data["y"])

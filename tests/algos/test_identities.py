@@ -22,13 +22,14 @@ from metarun.algos.agnostic.reptile import reptile
 from metarun.algos.baselines.scratch import scratch
 from metarun.algos.baselines.transfer import transfer
 from metarun.algos.dependent.matching import matching
-from metarun.algos.dependent.protonet import protonet, prototypes
+from metarun.algos.dependent.protonet import protonet
 from metarun.algos.dependent.relation import CompareMaps, relation
 from metarun.algos.dependent.shared_params import ridge, shared_params
 from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
+from metarun.nn.ops import class_means
 from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 
@@ -153,7 +154,7 @@ def test_protonet_equals_its_linear_form():
     support, query = one(tasks.support), one(tasks.query)
     _, state = algorithm.adapt(theta, support, loss_of(family))
     logits = algorithm.predict(theta, state, query["x"])
-    c = prototypes(model.trunk(support["x"]), support["y"])
+    c = class_means(model.trunk(support["x"]), support["y"])
     linear = 2 * model.trunk(query["x"]) @ c.T - c.square().sum(1)
     torch.testing.assert_close(logits.softmax(1), linear.softmax(1))
 

@@ -10,7 +10,7 @@ from scenarios import TinyImages, generator
 from metarun.algos.dependent.incontext import incontext
 from metarun.algos.dependent.mann import instance_of, mann
 from metarun.algos.dependent.matching import FullContext
-from metarun.algos.dependent.snail import Attend, Dense, Snail, snail
+from metarun.algos.dependent.snail import Attend, Dense, Sequences, Snail, snail
 from metarun.contracts import Task
 from metarun.models.mlp import MLP
 
@@ -47,7 +47,7 @@ def test_snail_equals_convolutions_and_attention_over_each_whole_sequence():
         return network.out(x)[-1]
 
     expected = torch.stack([whole(torch.cat([support, query[None]])) for query in queries])
-    torch.testing.assert_close(network((support, queries)), expected)
+    torch.testing.assert_close(network(Sequences(support, queries)), expected)
     assert sum(isinstance(block, Dense) for block in network.blocks) == 2 * math.ceil(math.log2(8))
 
 
@@ -174,4 +174,4 @@ def test_full_context_embeddings_equal_torchs_lstms():
         r = torch.softmax(h @ support.T, 1) @ support
         h, c = cell(torch.cat([queries, r], 1), (h, c))
         h = h + queries
-    torch.testing.assert_close(module((z, queries)), (support, h))
+    torch.testing.assert_close(module((z, queries, None)), (support, h))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from metarun.contracts import Algorithm, Loss, MetaGradient, Scores, Task, Tree, Weights
 from metarun.errors import require
-from metarun.inner import at_step, inner_loop, support_gradient
+from metarun.inner import at_step, inner_loop, padding_first, support_gradient
 from metarun.nn.functional import forward_of, parameters_of
 from metarun.nn.transforms import over_tasks
 from metarun.tree import mean, subtract, tree_map
@@ -46,7 +46,17 @@ class State(NamedTuple):
 
 
 def minibatch(support: Tree, start: int, size: int) -> Tree:
-    """``size`` examples from ``start`` on, going round; the whole support set where it is no larger."""
+    """``size`` examples from ``start`` on, going round; the whole support set where it is no larger.
+
+    Padding is not counted, and if the support set has any, it comes first.
+    """
+    if "weight" in support:
+        weight = support["weight"]
+        place, real = torch.arange(min(size, len(weight)), device=weight.device), (weight > 0).sum()
+        going_round = len(weight) - real + (torch.where(real > size, start, 0) + place) % real
+        # A window that is larger than the support set is filled up with padding.
+        chosen = torch.where(place < real, going_round, place - real)
+        return tree_map(lambda leaf: leaf[chosen], support)
 
     def window(x: Tensor) -> Tensor:
         return x if size >= len(x) else x.roll(-start % len(x), 0)[:size]
@@ -97,6 +107,7 @@ def reptile(
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[State]:
         carried = theta["carried"]
         state = State(theta["weights"], carried["second_moment"], carried["step"])
+        support = padding_first(support)
 
         def slope(state: State, k: int) -> Weights:
             batch = minibatch(support, k * inner_batch, inner_batch)

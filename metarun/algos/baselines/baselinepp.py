@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from metarun.algos.baselines.scratch import check_step_sizes, with_step_size
-from metarun.algos.baselines.transfer import both
+from metarun.algos.baselines.transfer import over_training_classes
 from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.inner import Fit, answer, fit_head, fits
+from metarun.inner import Fit, answer, both, fit_head, fits
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 from metarun.nn.ops import unit_rows
+from metarun.nn.padding import weighing
 
 STEP_SIZES = (0.01, 0.1, 1.0, 10.0)
 
@@ -100,9 +100,9 @@ def baselinepp(
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         data = both(task)
-        of_all = joint_scale * weighted_cosines(theta["joint_head"], embed(theta["weights"], data["x"]))
-        correct = of_all.argmax(-1) == data["class"]
-        return MetaLoss(cross_entropy(of_all, data["class"]), {spec.metrics[0].name: correct.to(of_all.dtype).mean()})
+        with weighing(data.get("weight")):
+            of_all = joint_scale * weighted_cosines(theta["joint_head"], embed(theta["weights"], data["x"]))
+        return over_training_classes(of_all, data, spec.metrics[0].name)
 
     return Algorithm(
         init,

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algos.baselines.transfer import both
 from metarun.contracts import Algorithm, Loss, MetaLoss, Task, Tree, Weights
 from metarun.errors import require
-from metarun.inner import Fit, answer, fit_head, fits
+from metarun.inner import Fit, answer, both, fit_head, fits
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.padding import weighing
+from metarun.targets.weights import mean_over
 
 
 def multitask(model: nn.Module, head_lr: float = 1.0, head_steps: int = 10) -> Algorithm:
@@ -50,14 +51,15 @@ def multitask(model: nn.Module, head_lr: float = 1.0, head_steps: int = 10) -> A
         """Heads on features ``z``, from zero."""
         outputs = fit.support["y"].shape[-1]
         start = {name: z.new_zeros(outputs, *p.shape[1:]) for name, p in head.named_parameters()}
-        return fit_head(fit, read_out, start, z, head_lr / (1 + z.square().sum(-1).mean()))
+        return fit_head(fit, read_out, start, z, head_lr / (1 + mean_over(z.square().sum(-1), fit.support)))
 
     def predict(theta: Tree, state: Fit, x: Any) -> Tensor:
         return answer(state, embed, theta["weights"], x, partial(heads, state), read_out)
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         data = both(task)
-        z = embed(theta["weights"], data["x"])
+        with weighing(data.get("weight")):
+            z = embed(theta["weights"], data["x"])
         fitted = next(islice(heads(next(fits(theta, data, loss)), z.detach()), head_steps, None))
         return MetaLoss(*loss(lambda x: read_out({name: w.detach() for name, w in fitted.items()}, z), data))
 

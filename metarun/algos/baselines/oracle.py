@@ -15,6 +15,7 @@ from torch import Tensor
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
 from metarun.inner import keep_support
+from metarun.nn.ops import without_padding
 
 
 def oracle(spec: Spec) -> Algorithm:
@@ -34,7 +35,8 @@ def oracle(spec: Spec) -> Algorithm:
         return {"carried": {}}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        return cast(Tensor, truth(x) @ (torch.linalg.pinv(truth(state["x"])) @ state["y"]))
+        known = without_padding(truth(state["x"]), state.get("weight"))
+        return cast(Tensor, truth(x) @ (torch.linalg.pinv(known) @ state["y"]))
 
     return Algorithm(
         init,

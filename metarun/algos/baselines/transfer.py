@@ -14,18 +14,26 @@ Expected: MSE 1.6 ± 0.2 after 10 steps, from 2.97 (``metarun algo=transfer task
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from metarun.algos.baselines.scratch import STEP_SIZES, scratch
 from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree
+from metarun.inner import both
 from metarun.nn.functional import forward_of, trunk_and_head
+from metarun.nn.padding import weighing
+from metarun.targets.weights import mean_over
 from metarun.tree import size
 
 
-def both(task: Task) -> Tree:
-    """Support and query examples of a task as one data set."""
-    return {name: torch.cat([task.support[name], task.query[name]]) for name in task.support}
+def over_training_classes(logits: Tensor, data: Tree, score: str) -> MetaLoss:
+    """Mean cross-entropy of ``logits [examples, training classes]``, and the accuracy, under the name ``score``."""
+    correct = logits.argmax(-1) == data["class"]
+    if "weight" in data:
+        loss = mean_over(cross_entropy(logits, data["class"], reduction="none"), data)
+    else:
+        loss = cross_entropy(logits, data["class"])
+    return MetaLoss(loss, {score: mean_over(correct.to(logits.dtype), data)})
 
 
 def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SIZES) -> Algorithm:
@@ -61,9 +69,9 @@ def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SI
     def joint_classification(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         data, joint = both(task), theta["joint_head"]
         features = {n.removeprefix("trunk."): w for n, w in theta["weights"].items() if n.startswith("trunk.")}
-        logits = embed(features, data["x"]) @ joint["weight"].T + joint["bias"]
-        correct = logits.argmax(-1) == data["class"]
-        return MetaLoss(cross_entropy(logits, data["class"]), {spec.metrics[0].name: correct.to(logits.dtype).mean()})
+        with weighing(data.get("weight")):
+            logits = embed(features, data["x"]) @ joint["weight"].T + joint["bias"]
+        return over_training_classes(logits, data, spec.metrics[0].name)
 
     return fine_tuning._replace(
         init=init,

@@ -36,18 +36,18 @@ from metarun.algos.dependent.cnp import (
     LOG_LIKELIHOOD,
     Points,
     as_normal,
-    average,
     drawn_context,
-    everything,
     layers,
     log_likelihood,
     points,
 )
 from metarun.contracts import Algorithm, Loss, MetaLoss, Scores, Spec, Task, Tree, flat
 from metarun.errors import require
+from metarun.inner import both
 from metarun.nn.functional import own_network
-from metarun.nn.ops import multi_head
+from metarun.nn.ops import mean_row, multi_head
 from metarun.random import fresh_seed, normal
+from metarun.targets.weights import count_of, mean_over, weight_of
 
 Path = Literal["attention", "mean", "none"]
 
@@ -113,7 +113,7 @@ class LatentPath(nn.Module):
 
     def forward(self, given: Points, weight: Tensor) -> Latent:
         """q(z | s), where s is the mean over the points of weight 1."""
-        s = self.hidden(average(self.encoder(given, weight), weight)).relu()
+        s = self.hidden(mean_row(self.encoder(given, weight), weight)).relu()
         return Latent(self.mean(s), 0.1 + 0.9 * self.spread(s).sigmoid())
 
 
@@ -131,6 +131,8 @@ class Asked(NamedTuple):
     """In training: what q(z | s_T) is made from."""
     target_noise: Tensor | None = None
     """In training: standard normal numbers ``[latents]``, for the sample of z given the targets."""
+    target_weight: Tensor | None = None
+    """In training: ``[targets]``, 0 where a target is padding."""
 
 
 class Answer(NamedTuple):
@@ -166,7 +168,7 @@ class AttentiveProcess(nn.Module):
             return asked.x[:, :0]
         r = self.encoder(asked.context, asked.weight)
         if self.path == "mean":
-            return average(r, asked.weight).expand(len(asked.x), -1)
+            return mean_row(r, asked.weight).expand(len(asked.x), -1)
         found: Tensor = self.cross_attention(self.embed(asked.x), self.embed(asked.context.x), r, asked.weight)
         return found
 
@@ -177,9 +179,9 @@ class AttentiveProcess(nn.Module):
             return asked.noise, none
         prior = self.latent(asked.context, asked.weight)
         z = prior.sample(asked.noise)
-        if asked.targets is None:
+        if asked.targets is None or asked.target_weight is None:
             return z, none
-        posterior = self.latent(asked.targets, torch.ones_like(asked.targets.y[:, 0]))
+        posterior = self.latent(asked.targets, asked.target_weight)
         return torch.cat([z, posterior.sample(asked.target_noise)[None]]), divergence(posterior, prior)
 
     def forward(self, asked: Asked) -> Answer:
@@ -241,7 +243,7 @@ def anp(
         yield {**support, "noise": noise(samples, support["y"])}
 
     def answer(theta: Tree, state: Tree, x: Any) -> Answer:
-        found: Answer = forward(theta["weights"], Asked(points(state), everything(state), flat(x), state["noise"]))
+        found: Answer = forward(theta["weights"], Asked(points(state), weight_of(state), flat(x), state["noise"]))
         return found
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
@@ -250,19 +252,21 @@ def anp(
     def score_likelihood(theta: Tree, state: Tree, data: Tree) -> Scores:
         mean, std, _ = answer(theta, state, data["x"])
         by_sample = log_likelihood(data["y"], mean, std)
-        return {LOG_LIKELIHOOD.name: (by_sample.logsumexp(0) - math.log(len(by_sample))).mean()}
+        return {LOG_LIKELIHOOD.name: mean_over(by_sample.logsumexp(0) - math.log(len(by_sample)), data)}
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
-        support, targets = task.support, points(task.support, task.query)
+        support, data = task.support, both(task)
+        targets, target_weight = points(data), weight_of(data)
         weight = drawn_context(support, least_context)
         # Two samples: one given the targets, for the loss; one given the context, for a score that knows no targets.
         by_context, by_targets = noise(1, targets.y), noise(1, targets.y)
         mean, std, kl = forward(
-            theta["weights"], Asked(points(support), weight, targets.x, by_context, targets, by_targets[0])
+            theta["weights"],
+            Asked(points(support), weight, targets.x, by_context, targets, by_targets[0], target_weight),
         )
         _, scores = loss(lambda query: mean[0, len(support["y"]) :], task.query)
         likelihood = log_likelihood(targets.y, mean[-1], std[-1])
-        return MetaLoss(kl / len(likelihood) - likelihood.mean(), scores)
+        return MetaLoss(kl / count_of(data) - mean_over(likelihood, data), scores)
 
     told_by_r = {"attention": spec.sizes.shots * width, "mean": width, "none": 0}[deterministic]
     return Algorithm(

@@ -26,10 +26,12 @@ from torch.nn.functional import softplus
 
 from metarun.contracts import Algorithm, Loss, MetaLoss, Scores, Spec, Task, Tree, flat
 from metarun.errors import require
-from metarun.inner import keep_support
+from metarun.inner import both, keep_support
 from metarun.nn.functional import own_network
 from metarun.random import fresh_seed, uniform
+from metarun.nn.ops import mean_row
 from metarun.targets.metric import Metric
+from metarun.targets.weights import mean_over, weight_of
 
 LEAST_STD = 0.1
 LOG_LIKELIHOOD = Metric("log-likelihood", higher_is_better=True)
@@ -49,9 +51,9 @@ class Points(NamedTuple):
         return torch.cat([self.x, self.y], -1)
 
 
-def points(*parts: Tree) -> Points:
-    """The examples of support or query sets, one set after the other."""
-    return Points(torch.cat([flat(part["x"]) for part in parts]), torch.cat([part["y"] for part in parts]))
+def points(data: Tree) -> Points:
+    """Examples as points."""
+    return Points(flat(data["x"]), data["y"])
 
 
 def layers(*widths: int) -> nn.Sequential:
@@ -62,32 +64,28 @@ def layers(*widths: int) -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
-def everything(support: Tree) -> Tensor:
-    """Weights ``[support]`` with which all support points are the context."""
-    return torch.ones_like(support["y"][:, 0])
-
-
 def drawn_context(support: Tree, least: int | None) -> Tensor:
     """Weights ``[support]``, 1 for a random context of at least ``least`` points and 0 for the rest; None: all points.
 
-    The size of the context is uniform on ``least``, …, all. A smaller support set is all context.
+    The size of the context is uniform on ``least``, …, all. A smaller support set is all context. Padding is no point.
 
     Raises:
         UserError: the task has no seed to draw from.
     """
-    whole = everything(support)
+    whole = weight_of(support)
     n = len(whole)
     if least is None or least >= n:
         return whole
     numbers = uniform(fresh_seed(), (n + 1,))
-    size, order = least + (numbers[0] * (n - least + 1)).floor(), numbers[1:]
+    order = numbers[1:]
+    if "weight" in support:
+        # The points have the numbers that they would have without padding, which comes after all of them.
+        order = torch.where(whole > 0, order[(whole.cumsum(0) - 1).clamp(min=0).long()], 2.0)
+        n = whole.sum()
+    size = least + (numbers[0] * (n - least + 1)).floor()
     rank = (order[None] < order[:, None]).sum(1)
-    return (rank < size).to(whole.dtype)
-
-
-def average(r: Tensor, weight: Tensor) -> Tensor:
-    """Mean ``[width]`` of ``r [points, width]`` over the points of weight 1."""
-    return weight @ r / weight.sum()
+    chosen = (rank < size).to(whole.dtype)
+    return chosen * whole if "weight" in support else chosen
 
 
 def as_normal(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +110,7 @@ class Process(nn.Module):
     def forward(self, given: tuple[Points, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Support points, their weights and targets ``x [targets, inputs]`` → μ and σ ``[targets, outputs]``."""
         support, weight, x = given
-        r = average(self.encoder(support.pairs()), weight)
+        r = mean_row(self.encoder(support.pairs()), weight)
         return as_normal(self.decoder(torch.cat([x, r.expand(len(x), -1)], -1)))
 
 
@@ -137,17 +135,17 @@ def cnp(model: nn.Module, spec: Spec, width: int = 128, least_context: int | Non
         return mean_and_std
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        return distribution(theta, state, everything(state), flat(x))[0]
+        return distribution(theta, state, weight_of(state), flat(x))[0]
 
     def likelihood(theta: Tree, state: Tree, data: Tree) -> Scores:
-        found = log_likelihood(data["y"], *distribution(theta, state, everything(state), flat(data["x"])))
-        return {LOG_LIKELIHOOD.name: found.mean()}
+        found = log_likelihood(data["y"], *distribution(theta, state, weight_of(state), flat(data["x"])))
+        return {LOG_LIKELIHOOD.name: mean_over(found, data)}
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
-        targets = points(task.support, task.query)
-        mean, std = distribution(theta, task.support, drawn_context(task.support, least_context), targets.x)
+        targets, weight = both(task), drawn_context(task.support, least_context)
+        mean, std = distribution(theta, task.support, weight, flat(targets["x"]))
         _, scores = loss(lambda query: mean[len(task.support["y"]) :], task.query)
-        return MetaLoss(-log_likelihood(targets.y, mean, std).mean(), scores)
+        return MetaLoss(-mean_over(log_likelihood(targets["y"], mean, std), targets), scores)
 
     return Algorithm(
         init,

@@ -33,17 +33,17 @@ class Layer(nn.Module):
 
     def forward(self, given: Sequences) -> Sequences:
         """Shapes stay."""
-        support, _ = given
+        support, query, weight = given
         read = self.before(support)
         keys, values = self.key(read), self.value(read)
 
         def layer(x: Tensor) -> Tensor:
-            x = x + self.mix(multi_head(self.query(self.before(x)), keys, values, self.heads))
+            x = x + self.mix(multi_head(self.query(self.before(x)), keys, values, self.heads, weight))
             out: Tensor = x + self.perceptron(self.behind(x))
             return out
 
-        together = layer(torch.cat(given))
-        return together[: len(support)], together[len(support) :]
+        together = layer(torch.cat([support, query]))
+        return Sequences(together[: len(support)], together[len(support) :], weight)
 
 
 class Transformer(nn.Module):
@@ -57,8 +57,8 @@ class Transformer(nn.Module):
 
     def forward(self, given: Sequences) -> Tensor:
         """One answer for each query."""
-        support, query = given
-        out: Tensor = self.out(self.layers((self.embed(support), self.embed(query)))[1])
+        support, query, weight = given
+        out: Tensor = self.out(self.layers(Sequences(self.embed(support), self.embed(query), weight)).query)
         return out
 
 

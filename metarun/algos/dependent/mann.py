@@ -38,10 +38,12 @@ from torch.func import vmap
 
 from metarun.contracts import Algorithm, Loss, MetaLoss, Numbers, Report, Spec, Task, Tree, Weights
 from metarun.errors import require
-from metarun.inner import embed_together, keep_support
+from metarun.inner import embed_together, keep_support, padding_first
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
 from metarun.nn.normalisation import normalised
-from metarun.nn.ops import lstm, one_hot, unit_rows
+from metarun.nn.ops import kept, lstm, one_hot, unit_rows
+from metarun.nn.padding import weighing
+from metarun.targets.weights import count_of
 
 USAGE_DECAY = 0.99
 
@@ -114,7 +116,10 @@ def written(memory: Memory, look: Look) -> Memory:
 
 
 def instance_of(y: Tensor) -> Tensor:
-    """Which example of its class each row of one-hot ``y [examples, ways]`` is, in its order: 1 for the first."""
+    """Which example of its class each row of one-hot ``y [examples, ways]`` is, in its order: 1 for the first.
+
+    0 for padding, whose row is zero.
+    """
     return (y.cumsum(0) * y).sum(-1)
 
 
@@ -156,12 +161,16 @@ def mann(
         weights = parameters_of(trunk)
         return {"weights": weights, "memory": drawn(generator)}
 
-    def read(theta: Tree, z: Tensor, y: Tensor) -> tuple[Memory, Tensor]:
-        """The memory after features ``z`` with targets ``y``, and the predictions made on the way ``[n, outputs]``."""
+    def read(theta: Tree, z: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Memory, Tensor]:
+        """The memory after features ``z`` with targets ``y``, and the predictions made on the way ``[n, outputs]``.
+
+        Padding, whose ``weight`` is 0, comes first and leaves the memory empty.
+        """
         memory, outputs = empty(z, controller, slots, width, heads), []
-        for token in torch.cat([z, torch.cat([torch.zeros_like(y[:1]), y[:-1]])], -1):
+        for i, token in enumerate(torch.cat([z, torch.cat([torch.zeros_like(y[:1]), y[:-1]])], -1)):
             seen, output = look(theta["memory"], (memory, token))
-            memory = written(memory, seen)
+            new = written(memory, seen)
+            memory = new if weight is None else kept(weight[i], new, memory)
             outputs.append(output)
         return memory, torch.stack(outputs)
 
@@ -170,25 +179,32 @@ def mann(
         return cast(Tensor, vmap(lambda token: look(theta["memory"], (memory, token))[1])(tokens))
 
     def sequence(theta: Tree, support: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions along the support set, and of queries behind it."""
+        """Predictions along the support set, whose padding comes first, and of queries behind it."""
         z, queries = embed_together(embed, theta["weights"], support, x)
-        memory, along = read(theta, z, support["y"])
+        memory, along = read(theta, z, support["y"], support.get("weight"))
         return along, answers(theta, memory, support["y"][-1], queries)
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        return sequence(theta, state, x)[1]
+        return sequence(theta, padding_first(state), x)[1]
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
-        along, behind = sequence(theta, task.support, task.query["x"])
-        before, _ = loss(lambda x: along, task.support)
+        support = padding_first(task.support)
+        with weighing(task.query.get("weight")):
+            along, behind = sequence(theta, support, task.query["x"])
+        before, _ = loss(lambda x: along, support)
         after, scores = loss(lambda x: behind, task.query)
-        n, m = len(along), len(behind)
+        n, m = count_of(support), count_of(task.query)
         return MetaLoss((n * before + m * after) / (n + m), scores)
 
     def by_instance(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
-        """Accuracy on the first, second, … example of a class ``[shots]``, by what was seen before it."""
-        y = task.support["y"]
-        along, _ = sequence(theta, task.support, task.query["x"])
+        """Accuracy on the first, second, … example of a class ``[shots]``, by what was seen before it.
+
+        NaN where a task has no class of so many examples.
+        """
+        support = padding_first(task.support)
+        with weighing(task.query.get("weight")):
+            along, _ = sequence(theta, support, task.query["x"])
+        y = support["y"]
         correct = ((along.argmax(-1) == y.argmax(-1)) & along.isfinite().all(-1)).to(y.dtype)
         each = one_hot(instance_of(y).long() - 1, spec.sizes.shots, y)
         return cast(Tensor, correct @ each / each.sum(0))

@@ -24,7 +24,7 @@ from metarun.contracts import Algorithm, Tree
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
-from metarun.nn.ops import lstm, squared_distances, unit_rows
+from metarun.nn.ops import kept, lstm, seen, squared_distances, unit_rows
 
 LEAST_CHANCE = 1e-6
 """Added to each chance: a class to which no attention goes at all still has a logarithm."""
@@ -39,22 +39,24 @@ class FullContext(nn.Module):
         self.forwards, self.backwards = (nn.Linear(2 * width, 4 * width) for _ in range(2))
         self.reading = nn.Linear(3 * width, 4 * width)
 
-    def along(self, gates: nn.Module, z: Tensor) -> Tensor:
-        """Hidden states of an LSTM over the rows of ``z [examples, width]``."""
+    def along(self, gates: nn.Module, z: Tensor, weight: Tensor | None) -> Tensor:
+        """Hidden states of an LSTM over the rows of ``z [examples, width]``, which padding leaves as they are."""
         hidden = cell = torch.zeros_like(z[0])
         states = []
-        for row in z:
-            hidden, cell = lstm(gates(torch.cat([row, hidden])), cell)
+        for i, row in enumerate(z):
+            new = lstm(gates(torch.cat([row, hidden])), cell)
+            hidden, cell = new if weight is None else kept(weight[i], new, (hidden, cell))
             states.append(hidden)
         return torch.stack(states)
 
-    def forward(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Features of support set and queries → their embeddings, of the same shapes."""
-        z, queries = given
-        support = z + self.along(self.forwards, z) + self.along(self.backwards, z.flip(0)).flip(0)
+    def forward(self, given: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Features of support set and queries, and the support set's weights → embeddings of both."""
+        z, queries, weight = given
+        back = None if weight is None else weight.flip(0)
+        support = z + self.along(self.forwards, z, weight) + self.along(self.backwards, z.flip(0), back).flip(0)
         hidden, cell = queries, torch.zeros_like(queries)
         for _ in range(self.reads):
-            read = (hidden @ support.T).softmax(-1) @ support
+            read = seen(hidden @ support.T, weight).softmax(-1) @ support
             hidden, cell = lstm(self.reading(torch.cat([queries, hidden, read], -1)), cell)
             hidden = hidden + queries
         return support, hidden
@@ -87,9 +89,9 @@ def matching(
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
         if full_context:
-            z, queries = in_context(theta["context"], (z, queries))
+            z, queries = in_context(theta["context"], (z, queries, state.get("weight")))
         near = unit_rows(queries) @ unit_rows(z).T if distance == "cosine" else -squared_distances(queries, z)
-        chances: Tensor = near.softmax(-1) @ state["y"] + LEAST_CHANCE
+        chances: Tensor = seen(near, state.get("weight")).softmax(-1) @ state["y"] + LEAST_CHANCE
         return chances.log()
 
     return Algorithm(

@@ -27,7 +27,7 @@ from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
-from metarun.nn.ops import full_precision
+from metarun.nn.ops import full_precision, without_padding
 
 CORRECTIONS = 4
 """Of the active set: what is below its bound leaves it, what would pay to move off its bound enters."""
@@ -140,7 +140,9 @@ def metaoptnet(
         z, queries = embed_together(embed, theta["weights"], state, x)
         # Which dual variables are zero is not told by rounded products.
         with full_precision(z):
-            weights = classifier(z.to(theta["scale"].dtype), state["y"])
+            # A row of zeros meets no other in a Gram matrix, and adds nothing to what the dual variables weigh.
+            z = without_padding(z.to(theta["scale"].dtype), state.get("weight"))
+            weights = classifier(z, state["y"])
         return cast(Tensor, theta["scale"] * queries @ weights)
 
     return Algorithm(

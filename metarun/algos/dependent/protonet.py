@@ -27,12 +27,7 @@ from metarun.contracts import Algorithm, Tree
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
-from metarun.nn.ops import squared_distances, unit_rows
-
-
-def prototypes(z: Tensor, y: Tensor) -> Tensor:
-    """Mean embedding of each class ``[ways, features]`` from ``z [examples, features]``, one-hot ``y``."""
-    return (y.T @ z) / y.sum(0)[:, None]
+from metarun.nn.ops import class_means, squared_distances, unit_rows
 
 
 def protonet(
@@ -57,7 +52,7 @@ def protonet(
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
-        centres = prototypes(z, state["y"])
+        centres = class_means(z, state["y"], state.get("weight"))
         if distance == "euclidean":
             return -squared_distances(queries, centres)
         return cast(Tensor, theta["scale"] * unit_rows(queries) @ unit_rows(centres).T)

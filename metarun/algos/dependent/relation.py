@@ -22,6 +22,8 @@ from metarun.contracts import Algorithm, Loss, MetaLoss, Task, Tree
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
+from metarun.nn.padding import weighing
+from metarun.targets.weights import mean_over
 
 FILTERS = 64
 
@@ -101,9 +103,10 @@ def relation(model: nn.Module, width: int = 64) -> Algorithm:
         return cast(Tensor, compare(theta["relation"], (state["y"].T @ z, queries)))
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
-        relations = predict(theta, task.support, task.query["x"])
+        with weighing(task.query.get("weight")):
+            relations = predict(theta, task.support, task.query["x"])
         _, scores = loss(lambda x: relations, task.query)
-        return MetaLoss((relations - task.query["y"]).square().mean(), scores)
+        return MetaLoss(mean_over((relations - task.query["y"]).square(), task.query), scores)
 
     return Algorithm(
         init,

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
 from metarun.errors import require
 from metarun.nn.functional import forward_of, parameters_of, seeded, trunk_and_head
+from metarun.nn.ops import class_means, mean_row
+from metarun.nn.padding import weighing
 from metarun.tree import size
 
 
@@ -99,9 +101,11 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights | None]:
         yield None
-        z, y = embed(theta["reader"], support["x"]), support["y"]
-        examples = (y.T @ z) / y.sum(0)[:, None] if classes else torch.cat([z, y], -1)
-        of_task = encode(theta["encoder"], examples).mean(0)
+        y, weight = support["y"], support.get("weight")
+        with weighing(weight):
+            z = embed(theta["reader"], support["x"])
+        examples = class_means(z, y, weight) if classes else torch.cat([z, y], -1)
+        of_task = mean_row(encode(theta["encoder"], examples), None if classes else weight)
         weights = {name: written(w, theta["writers"][name], of_task) for name, w in theta["weights"].items()}
         if classes:
             rows = write_class(theta["class_writer"], torch.cat([examples, of_task.expand(len(examples), -1)], -1))

@@ -27,6 +27,8 @@ from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
 from metarun.inner import embed_together, keep_support
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.ops import without_padding
+from metarun.targets.weights import count_of
 
 
 def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
@@ -68,8 +70,9 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
         return {"weights": weights, "solver": solver}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        solver, root = theta["solver"], len(state["x"]) ** 0.5
+        solver, root = theta["solver"], count_of(state) ** 0.5
         z, queries = map(with_bias, embed_together(embed, theta["weights"], state, x))
+        z = without_padding(z, state.get("weight"))
         w = ridge(z / root, state["y"], solver["log_strength"].exp())
         return cast(Tensor, solver["scale"] * (queries / root) @ w + solver["shift"])
 

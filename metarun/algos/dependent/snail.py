@@ -16,18 +16,31 @@ Inputs are the features of the model's trunk. Where we deviate: support and quer
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.inner import embed_together, keep_support
+from metarun.inner import embed_together, keep_support, padding_first
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
+from metarun.nn.ops import seen, without_padding
 
-Sequences = tuple[Tensor, Tensor]
-"""Activations of the support set ``[examples, channels]``, and of each query at the place behind it."""
+
+class Sequences(NamedTuple):
+    """Activations along the support set, and of each query at the place after it."""
+
+    support: Tensor
+    """``[examples, channels]``."""
+    query: Tensor
+    """``[queries, channels]``."""
+    weight: Tensor | None = None
+    """Of the support examples ``[examples]``: 0 for padding, which comes before all others; None: there is none."""
+
+    def where_real(self) -> "Sequences":
+        """Zero in padding, as before the start of a sequence."""
+        return self._replace(support=without_padding(self.support, self.weight))
 
 
 class Dense(nn.Module):
@@ -40,7 +53,7 @@ class Dense(nn.Module):
 
     def forward(self, given: Sequences) -> Sequences:
         """Channels grow by ``filters``."""
-        support, query = given
+        support, query, weight = given.where_real()
         # Row n of this is what stands ``dilation`` places before place n; the last row is for the query.
         before = torch.cat([support.new_zeros(self.dilation, support.shape[1]), support])[: len(support) + 1]
         early = self.before(before)
@@ -49,7 +62,7 @@ class Dense(nn.Module):
             value, gate = (self.now(x) + early).chunk(2, -1)
             return torch.cat([x, value.tanh() * gate.sigmoid()], -1)
 
-        return joined(support, early[: len(support)]), joined(query, early[len(support)])
+        return Sequences(joined(support, early[: len(support)]), joined(query, early[len(support)]), weight)
 
 
 class Attend(nn.Module):
@@ -62,16 +75,21 @@ class Attend(nn.Module):
 
     def forward(self, given: Sequences) -> Sequences:
         """Channels grow by ``values``."""
-        support, query = given
+        support, query, weight = given
         n, root = len(support), math.sqrt(self.key.out_features)
         keys, values = self.key(support), self.value(support)
         later = torch.ones(n, n, dtype=torch.bool, device=support.device).triu(1)
-        among = (self.query(support) @ keys.T / root).masked_fill(later, -math.inf).softmax(-1)
+        among = (self.query(support) @ keys.T / root).masked_fill(later, -math.inf)
+        if weight is not None:
+            # Nobody but itself sees padding, which would have nothing to see otherwise.
+            alone = torch.eye(n, dtype=torch.bool, device=support.device)
+            among = among.masked_fill((weight == 0) & ~alone, -math.inf)
+        among = among.softmax(-1)
         asked = self.query(query)
         own = (asked * self.key(query)).sum(-1, keepdim=True)
-        weights = (torch.cat([asked @ keys.T, own], -1) / root).softmax(-1)
+        weights = (torch.cat([seen(asked @ keys.T, weight), own], -1) / root).softmax(-1)
         read = weights[:, :n] @ values + weights[:, n:] * self.value(query)
-        return torch.cat([support, among @ values], -1), torch.cat([query, read], -1)
+        return Sequences(torch.cat([support, among @ values], -1), torch.cat([query, read], -1), weight)
 
 
 class Snail(nn.Module):
@@ -103,7 +121,7 @@ class Snail(nn.Module):
 
     def forward(self, given: Sequences) -> Tensor:
         """One answer for each query."""
-        out: Tensor = self.out(self.blocks(given)[1])
+        out: Tensor = self.out(self.blocks(given).query)
         return out
 
 
@@ -136,8 +154,10 @@ def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) ->
         return {"weights": weights, "reader": drawn(generator)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        z, queries = embed_together(embed, theta["weights"], state, x)
-        answers: Tensor = read(theta["reader"], (labelled(z, state["y"]), unlabelled(queries, state["y"])))
+        support = padding_first(state)
+        z, queries = embed_together(embed, theta["weights"], support, x)
+        y, weight = support["y"], support.get("weight")
+        answers: Tensor = read(theta["reader"], Sequences(labelled(z, y), unlabelled(queries, y), weight))
         return answers
 
     return Algorithm(
