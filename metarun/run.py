@@ -7,192 +7,17 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
-import metarun
-from metarun.assemble import Experiment, Replica, assemble
-from metarun.config import config_hash
-from metarun.contracts import Tree
-from metarun.engine.batch import adapted_parameters
-from metarun.engine.process import peak_memory_mb, reset_peak_memory, settings_of
-from metarun.engine.replicas import label
+from metarun.assemble import assemble
+from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.errors import UserError
-from metarun.evaluation import Tested, measured, meta_test, metrics_of, reports_of
+from metarun.evaluation import Tested, meta_test, metrics_of
 from metarun.loop import meta_train
-from metarun.results.plots import plot_adaptation, plot_training
-from metarun.results.reports import described, plot_measured, write_measured
+from metarun.results.of_run import identity_columns, measured_columns, say, write_pictures, write_reports
 from metarun.results.status import mark
-from metarun.results.tables import SEPARATOR, write_episodes, write_results
-from metarun.state import Best, Training
-from metarun.tree import learned, leaves, size
+from metarun.results.tables import write_episodes, write_results
 
 log = logging.getLogger(__name__)
-
-FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
-
-
-def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, Any]:
-    """The columns of ``result.csv`` that are known of a replica before training."""
-    replica = experiment.replicas[index]
-    config, spec = replica.config, experiment.family.spec
-    return {
-        "run": run,
-        "algo": experiment.names["algo"],
-        "family": experiment.algorithm.approach,
-        "task": experiment.names["task"],
-        "dataset": experiment.family.dataset,
-        "model": experiment.names["model"],
-        "seed": config.seed,
-        "ways": spec.sizes.ways,
-        "shots": spec.sizes.shots,
-        "queries": spec.sizes.queries,
-        "metric": spec.metrics[0].name,
-        "meta_batch": config.train.meta_batch,
-        "device": torch.cuda.get_device_name(experiment.device) if experiment.device != "cpu" else "cpu",
-        "torch_version": torch.__version__,
-        "metarun_version": metarun.__version__,
-        "config_hash": config_hash(config),
-        "higher_is_better": spec.metrics[0].higher_is_better,
-        "precision": config.train.precision.name,
-        "replica": index,
-        "varied": label(replica.differs),
-        "metrics": SEPARATOR.join(metric.name for metric in metrics_of(experiment)),
-        "percent": SEPARATOR.join(metric.name for metric in metrics_of(experiment) if metric.percent),
-    }
-
-
-def measured_columns(
-    experiment: Experiment, replica: Replica, training: Training, best: Best, tested: Tested
-) -> dict[str, Any]:
-    """The columns of ``result.csv`` that a finished replica adds; times are those of all replicas together."""
-    theta, steps = best.theta, tested.scored.adapt_steps
-    metrics = metrics_of(experiment)
-    scores = tested.scored.scores[metrics[0].name]
-    further: dict[str, Any] = {}
-    for metric in metrics[1:]:
-        last = tested.scored.scores[metric.name][:, -1]
-        further |= {metric.name: last.mean().item(), f"{metric.name}_ci95": confidence(last).item()}
-    trained_tasks = training.step * experiment.config.train.meta_batch * len(experiment.replicas)
-    return {
-        "status": "completed",
-        "adapt_steps": steps[-1],
-        "score_before": scores[:, 0].mean().item() if steps[0] == 0 < steps[-1] else None,
-        "score": scores[:, -1].mean().item(),
-        "ci95": confidence(scores)[-1].item(),
-        **further,
-        "n_episodes": len(scores),
-        "episodes_hash": tested.episodes_hash,
-        "transductive": tested.transductive,
-        "val_score": best.val_score,
-        "selected_step": best.step,
-        "meta_steps": training.step,
-        "train_seconds": round(training.seconds, 3),
-        "compile_seconds": round(training.compile_seconds, 3),
-        "engine": training.engine,
-        "task_map": training.task_map,
-        "test_seconds": round(tested.seconds, 3),
-        "tasks_per_second": round(trained_tasks / training.step_seconds, 1) if training.step else None,
-        "adapt_ms_per_task": round(tested.adapt_ms_per_task, 4),
-        "peak_memory_mb": round(peak_memory_mb(experiment.device), 1),
-        "meta_parameters": size(learned(theta)) if experiment.algorithm.meta_learns else 0,
-        "adapted_parameters": adapted_parameters(replica.algorithm, theta),
-        "dtype": str(next(leaves(theta), torch.empty(0)).dtype).removeprefix("torch."),
-    }
-
-
-def confidence(scores: Tensor) -> Tensor:
-    """Half-width of the 95 % confidence interval of the mean over the first axis."""
-    half_width: Tensor = 1.96 * scores.std(0) / len(scores) ** 0.5
-    return half_width
-
-
-def setting_of(experiment: Experiment) -> str:
-    """Ways and shots in words."""
-    spec = experiment.family.spec
-    return f"{spec.sizes.ways}-way {spec.sizes.shots}-shot" if spec.sizes.ways else f"{spec.sizes.shots}-shot"
-
-
-def report(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
-    """Print a replica's row."""
-    metric, *further = metrics_of(experiment)
-    before = "no score without a support set" if row["score_before"] is None else metric.text(row["score_before"])
-    steps, scores = row["adapt_steps"], tested.scored.scores[metric.name]
-    after = "after the support set" if row["score_before"] is None else f"after {steps} step{'s' * (steps != 1)}"
-    log.info("")
-    log.info(
-        "%s (%s) on %s, %s, %s test episodes of %s%s",
-        row["algo"],
-        FAMILY_NAMES[row["family"]],
-        row["task"],
-        setting_of(experiment),
-        row["n_episodes"],
-        row["dataset"],
-        f", {row['varied']}" if row["varied"] else "",
-    )
-    if steps == 0:
-        after = "without a support set"
-    else:
-        log.info("  %s before adaptation   %s", metric.name, before)
-    log.info(
-        "  %s %s   %s   (95 %% CI over episodes)",
-        metric.name,
-        after,
-        metric.interval(row["score"], row["ci95"]),
-    )
-    for other in further:
-        log.info("  %s %s   %s", other.name, after, other.interval(row[other.name], row[f"{other.name}_ci95"]))
-    diverged = int((~scores[:, -1].isfinite()).sum())
-    if diverged:
-        log.warning("  %d of %d episodes diverged: their score is not a number", diverged, row["n_episodes"])
-    if len(tested.scored.adapt_steps) > 1:
-        change = scores[:, -1] - scores[:, 0]
-        worse = int(((change < 0) if metric.higher_is_better else (change > 0)).sum())
-        if worse:
-            log.info("  %d of %d episodes score worse after adaptation than before", worse, row["n_episodes"])
-    log.info(
-        "  step %s of %s selected by validation (%s), trained in %.0f s, tested in %.1f s",
-        row["selected_step"],
-        row["meta_steps"],
-        metric.text(row["val_score"]),
-        row["train_seconds"],
-        row["test_seconds"],
-    )
-
-
-def write_pictures(
-    experiment: Experiment, training: Training, finished: list[tuple[dict[str, Any], Tested]], directory: Path
-) -> None:
-    """``training.png`` and ``adaptation.png``, a line for each replica that finished."""
-    first, metric = finished[0][0], experiment.family.spec.metrics[0]
-    title = f"{first['algo']} on {first['task']}"
-    if len(finished) == 1:
-        title += f", {first['varied'] or 'seed ' + str(first['seed'])}"
-    if training.step:
-        curves = [(row["varied"], training.rows[row["replica"]], row["selected_step"]) for row, _ in finished]
-        plot_training(directory / "training.png", title, metric, curves)
-    lines = []
-    for row, tested in finished:
-        scores = tested.scored.scores[metric.name]
-        lines.append((row["varied"], scores.mean(0).tolist(), confidence(scores).tolist()))
-    steps = finished[0][1].scored.adapt_steps
-    plot_adaptation(directory / "adaptation.png", title, metric, steps, lines)
-
-
-def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:
-    """What is shown besides scores, if anything: a table of all replicas, a picture and lines of the first."""
-    title = f"{experiment.names['algo']} on {experiment.names['task']}"
-    if len(thetas) > 1:
-        title += f", {label(experiment.replicas[thetas[0][0]].differs)}"
-    of_replicas = [
-        [(report.name, measured(experiment, index, theta, report)) for report in reports_of(experiment, index)]
-        for index, theta in thetas
-    ]
-    for reports in zip(*of_replicas, strict=True):
-        (name, first), numbers = reports[0], [numbers for _, numbers in reports]
-        write_measured(directory / f"{name}.csv", numbers)
-        plot_measured(directory / f"{name}.png", title, first)
-        for line in described(first):
-            log.info("  %s", line)
 
 
 def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool | None = None) -> float:
@@ -237,7 +62,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool
         write_episodes(directory, scored, metrics_of(experiment))
         write_pictures(experiment, training, finished, directory)
         for row, tested in finished:
-            report(experiment, row, tested)
+            say(experiment, row, tested)
         thetas = [(row["replica"], training.best[row["replica"]]) for row, _ in finished]
         write_reports(experiment, [(index, best.theta) for index, best in thetas if best], directory)
         write_results(directory, rows, metrics_of(experiment))

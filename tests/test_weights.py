@@ -16,9 +16,6 @@ from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.models.supernet import supernet
 from metarun.models.text import TextEmbedding
-from metarun.nn.functional import forward_of, parameters_of
-from metarun.nn.padding import weighing
-from metarun.nn.transforms import plainly
 from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tasks.text import text
@@ -137,7 +134,9 @@ def uneven(family, split, sizes):
     batch = sampled(family, split, len(sizes), generator(1))
     tasks = []
     for i, (shots, queries) in enumerate(sizes):
-        support, query = (fewer(chosen(part, i), n, random) for part, n in zip(batch[:2], (shots, queries), strict=True))
+        support, query = (
+            fewer(chosen(part, i), n, random) for part, n in zip(batch[:2], (shots, queries), strict=True)
+        )
         tasks.append((support, query))
     alone = [
         Task(*(tree_map(lambda leaf: leaf[None], part) for part in task), batch.seed[i : i + 1])
@@ -172,7 +171,9 @@ def test_padding_changes_nothing(case):
         close(found.loss, torch.stack([e.loss for e in expected]).mean(), tolerance)
         for metric, value in found.scores.items():
             close(value, torch.stack([e.scores[metric] for e in expected]).mean(), tolerance)
-        carried = [torch.stack(parts).mean(0) for parts in zip(*(list(leaves(e.carried)) for e in expected), strict=True)]
+        carried = [
+            torch.stack(parts).mean(0) for parts in zip(*(list(leaves(e.carried)) for e in expected), strict=True)
+        ]
         close(list(leaves(found.carried)), carried, tolerance)
     alone, batch = uneven(family, "test", sizes)
     found = evaluate(algorithm, theta, batch, loss, 2, with_own_scores=True)

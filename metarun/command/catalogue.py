@@ -33,7 +33,7 @@ HEAD = """# Algorithms
 `python -m metarun.command.catalogue > docs/algorithms.md` generates this page from the algorithms themselves, and a
 test checks that it is up to date.
 
-- *algorithm*: the value of `algo=`. A second name is an alias. `cavia` is `adaptive` with a context vector for any task.
+- *algorithm*: the value of `algo=`. A second name is an alias. `cavia` is `adaptive` with a context vector on any task.
 - *needs*: what the algorithm asks of a task's target. Text and images are examples of classes.
 - *meta-learned*: the parts that the outer optimizer changes, and the number of parameters in them.
 - *adapted*: how many numbers adaptation sets per task; 0 where the support set is read and nothing is fitted.

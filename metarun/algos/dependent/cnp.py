@@ -28,8 +28,8 @@ from metarun.contracts import Algorithm, Loss, MetaLoss, Scores, Spec, Task, Tre
 from metarun.errors import require
 from metarun.inner import both, keep_support
 from metarun.nn.functional import own_network
-from metarun.random import fresh_seed, uniform
 from metarun.nn.ops import mean_row
+from metarun.random import fresh_seed, uniform
 from metarun.targets.metric import Metric
 from metarun.targets.weights import mean_over, weight_of
 
