@@ -35,12 +35,12 @@ def one_step(overrides: list[str]) -> float:
     meta_step = MetaStep(experiment)
     seeds = [one.config.seed for one in experiment.replicas]
     tasks = training_tasks(experiment, seeds, experiment.config.train.meta_batch, 0)
-    given = {"state": meta_step.initial_state(), "tasks": tasks, "rates": rates_of(experiment)[0]}
+    given = {"train_state": meta_step.initial_train_state(), "tasks": tasks, "rates": rates_of(experiment)[0]}
     # The first step of any size loads libraries, so a small one comes before.
     small = experiment_of("algo=maml", "task=sinusoid", "engine=eager")
     small_step = MetaStep(small)
     tasks = training_tasks(small, [0], 1, 0)
-    small_step.whole({"state": small_step.initial_state(), "tasks": tasks, "rates": rates_of(small)[0]})
+    small_step.whole({"train_state": small_step.initial_train_state(), "tasks": tasks, "rates": rates_of(small)[0]})
     resident = next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
     CLEAR_REFS.write_text("5")
     Stepper(experiment, meta_step).run(given)

@@ -54,7 +54,7 @@ class Own:
         order = [torch.from_numpy(w) for w in problem.weights()]
         theta = like(template, iter(order))
         weights = self.meta_step.layout.vector(theta)[None]
-        self.state: Tree = {**self.meta_step.initial_state(), "weights": weights}
+        self.state: Tree = {**self.meta_step.initial_train_state(), "weights": weights}
         self.batches = [self.tasks(problem.batch(i)) for i in range(4)]
         self.stepper = Stepper(self.experiment, self.meta_step)
         for number in range(2):
@@ -69,14 +69,14 @@ class Own:
 
     def given(self, number: int) -> Tree:
         """What a step is given."""
-        return {"state": self.state, "tasks": self.batches[number % 4], "rates": {"lr": torch.tensor([1e-3])}}
+        return {"train_state": self.state, "tasks": self.batches[number % 4], "rates": {"lr": torch.tensor([1e-3])}}
 
     def gradient(self) -> np.ndarray[Any, Any]:
         """The first meta-gradient in one vector, out of the first moment of the engine's own step."""
-        moment: torch.Tensor = self.stepper.run(self.given(0))["state"]["moments"]["mean"][0]
+        moment: torch.Tensor = self.stepper.run(self.given(0))["train_state"]["moments"]["mean"][0]
         vector: np.ndarray[Any, Any] = (moment / 0.1).numpy()
         return vector
 
     def step(self, number: int) -> None:
         """One meta-step."""
-        self.state = self.stepper.run(self.given(number))["state"]
+        self.state = self.stepper.run(self.given(number))["train_state"]

@@ -45,7 +45,7 @@ def steps_of(engines: list[str], *overrides: str) -> tuple[dict[str, Callable[[]
     meta_step = MetaStep(experiment)
     seeds = [one.config.seed for one in experiment.replicas]
     tasks = training_tasks(experiment, seeds, experiment.config.train.meta_batch, 0)
-    given = {"state": meta_step.initial_state(), "tasks": tasks, "rates": rates_of(experiment)[0]}
+    given = {"train_state": meta_step.initial_train_state(), "tasks": tasks, "rates": rates_of(experiment)[0]}
     with Counted() as counted:
         meta_step.whole(given)
     found: dict[str, Callable[[], object]] = {}

@@ -93,7 +93,7 @@ def check_finite(experiment: Experiment, training: Training, directory: Path) ->
 
     Of several replicas those that are not finite are let be, as long as one is.
     """
-    finite = training.state["weights"].isfinite().all(-1)
+    finite = training.train_state["weights"].isfinite().all(-1)
     if training.window:
         finite = finite & torch.stack(training.window)[..., 0].isfinite().all(0)
     if bool(finite.any()):
@@ -130,7 +130,7 @@ def select(
     """
     values, improved = [], False
     for index, one in enumerate(experiment.replicas):
-        now = meta_step.layout.theta(replica(training.state, index))
+        now = meta_step.layout.theta(replica(training.train_state, index))
         theta, val_loss, val_score = validate(experiment, one, now, validation)
         values.append((val_loss, val_score))
         best = training.best[index]
@@ -215,8 +215,8 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
                 raise Interrupted(stopped[0])
         while training.step < steps:
             tasks = training_tasks(experiment, seeds, meta_batch, training.step)
-            out = stepper({"state": training.state, "tasks": tasks, "rates": rates[training.step]})
-            training.state = out["state"]
+            out = stepper({"train_state": training.train_state, "tasks": tasks, "rates": rates[training.step]})
+            training.train_state = out["train_state"]
             training.window.append(out["result"])
             training.step += 1
             progress.update()

@@ -45,7 +45,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool
         try:
             training = meta_train(experiment, directory, resume=config.resume is not None if resume is None else resume)
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
-                diverged = not bool(training.state["weights"][row["replica"]].isfinite().all())
+                diverged = not bool(training.train_state["weights"][row["replica"]].isfinite().all())
                 if best is None or diverged or not math.isfinite(best.val_score):
                     row["status"] = "failed"
                     continue

@@ -29,7 +29,7 @@ class Best:
 class Training:
     """Everything that changes during meta-training; lists have an item for each replica."""
 
-    state: Tree
+    train_state: Tree
     """Leaves ``[replicas, ...]``; see `metarun.engine.meta_step`."""
     best: list[Best | None]
     rows: list[list[dict[str, float | int]]]
@@ -54,7 +54,7 @@ class Training:
 def start(meta_step: MetaStep) -> Training:
     """The state before the first step."""
     count = meta_step.count
-    return Training(meta_step.initial_state(), [None] * count, [[] for _ in range(count)])
+    return Training(meta_step.initial_train_state(), [None] * count, [[] for _ in range(count)])
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
 
 
 SAVED_AS_IT_IS = (
-    *("step", "state", "rows", "window", "seconds", "compile_seconds", "step_seconds"),
+    *("step", "train_state", "rows", "window", "seconds", "compile_seconds", "step_seconds"),
     *("engine", "task_map", "device", "threads"),
 )
 
@@ -103,8 +103,8 @@ def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Tra
             f"{experiment.family.dataset}; set data_dir to where the former lie."
         )
     training = start(meta_step)
-    shapes = [leaf.shape for leaf in leaves(training.state)]
-    if shapes != [leaf.shape for leaf in leaves(content["state"])]:
+    shapes = [leaf.shape for leaf in leaves(training.train_state)]
+    if shapes != [leaf.shape for leaf in leaves(content["train_state"])]:
         raise UserError(f"The checkpoint {path} does not fit the model that is built now; start a new run.")
     for name in SAVED_AS_IT_IS:
         setattr(training, name, content[name])

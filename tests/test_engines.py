@@ -65,7 +65,11 @@ def setting(name, *more):
 def given(experiment, meta_step, step, state=None):
     seeds = [one.config.seed for one in experiment.replicas]
     tasks = training_tasks(experiment, seeds, experiment.config.train.meta_batch, step)
-    return {"state": state or meta_step.initial_state(), "tasks": tasks, "rates": rates_of(experiment)[step]}
+    return {
+        "train_state": state or meta_step.initial_train_state(),
+        "tasks": tasks,
+        "rates": rates_of(experiment)[step],
+    }
 
 
 @pytest.mark.usefixtures("float64")
@@ -76,7 +80,7 @@ def test_a_recording_and_chunks_of_tasks_give_what_the_step_gives(name):
     meta_step = MetaStep(experiment)
     first = given(experiment, meta_step, 0)
     recording = Recording(meta_step.whole, first)
-    second = given(experiment, meta_step, 1, meta_step.whole(first)["state"])
+    second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
     kept = tree_map(torch.clone, second)
     expected = meta_step.whole(second)
     torch.testing.assert_close(recording(second), expected, rtol=1e-12, atol=1e-15)
@@ -101,12 +105,12 @@ def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
     first = given(experiment, meta_step, 0)
     recording = Recording(meta_step.whole, first)
     compiled = recording.compiled(first)
-    state = first["state"]
+    state = first["train_state"]
     for step in range(3):
         now = given(experiment, meta_step, step, state)
         expected = meta_step.whole(now)
         torch.testing.assert_close(compiled(now), expected, rtol=1e-9, atol=1e-11)
-        state = expected["state"]
+        state = expected["train_state"]
 
 
 def test_wide_products_are_the_same_products():
@@ -132,10 +136,10 @@ def test_wide_products_are_the_same_products():
 
 def steps_of(experiment, count=3):
     meta_step = MetaStep(experiment)
-    stepper, state = Stepper(experiment, meta_step), meta_step.initial_state()
+    stepper, state = Stepper(experiment, meta_step), meta_step.initial_train_state()
     for step in range(count):
         out = stepper(given(experiment, meta_step, step, state))
-        state = out["state"]
+        state = out["train_state"]
     return stepper, out
 
 
@@ -274,10 +278,10 @@ def test_replicas_that_differ_in_a_number_equal_separate_runs(key):
     own_states = [None] * len(alone)
     for step in range(3):
         out = meta_step.whole(given(together, meta_step, step, states))
-        states = out["state"]
+        states = out["train_state"]
         for index, (experiment, steps) in enumerate(zip(alone, own, strict=True)):
             single = steps.whole(given(experiment, steps, step, own_states[index]))
-            own_states[index] = single["state"]
+            own_states[index] = single["train_state"]
             mine = tree_map(lambda leaf, i=index: leaf[i : i + 1], out)
             torch.testing.assert_close(mine, single, rtol=1e-7, atol=1e-10)
     # The values make a difference, or this would show nothing.
@@ -407,7 +411,7 @@ def test_a_captured_step_gives_what_the_step_gives(name):
     meta_step = MetaStep(experiment)
     first = given(experiment, meta_step, 0)
     captured = Captured(Recording(meta_step.whole, first), first)
-    second = given(experiment, meta_step, 1, meta_step.whole(first)["state"])
+    second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
     expected = meta_step.whole(second)
     for leaf, other in zip(leaves(captured(second)), leaves(expected), strict=True):
         assert (leaf - other).norm() <= 5e-3 * other.norm() + 1e-6

@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         loop.meta_train(experiment, tmp_path, resume=False)
     kept = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     assert kept["step"] == 20
-    assert all(leaf.isfinite().all() for leaf in leaves(kept["state"]))
+    assert all(leaf.isfinite().all() for leaf in leaves(kept["train_state"]))
 
 
 def test_the_best_by_validation_is_what_is_kept(tmp_path):

@@ -280,5 +280,5 @@ def test_ordinary_models_run_unchanged(name, algo, tmp_path):
     small = ("task.train_ways=null", "eval.adapt_steps=1", "task.train_queries=2", "task.queries=2")
     experiment = experiment_of(f"algo={algo}", *ORDINARY[name], *budget, *small)
     training = meta_train(experiment, tmp_path, resume=False)
-    assert bool(training.state["weights"].isfinite().all())
+    assert bool(training.train_state["weights"].isfinite().all())
     assert training.best[0] is not None

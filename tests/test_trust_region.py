@@ -237,19 +237,19 @@ def test_a_resumed_run_takes_the_same_steps(tmp_path):
             meta_train(experiment, tmp_path / "stopped", resume=False)
     resumed = meta_train(experiment_of(*TINY, *SHORT, "train.steps=4"), tmp_path / "stopped", resume=True)
     assert resumed.engine == "eager"
-    torch.testing.assert_close(resumed.state, whole.state, rtol=0, atol=0)
+    torch.testing.assert_close(resumed.train_state, whole.train_state, rtol=0, atol=0)
     assert len(resumed.rows[0]) == len(whole.rows[0])
 
 
 def test_replicas_take_the_steps_of_separate_runs():
     both = experiment_of(*TINY, *SHORT, "replicas.count=2")
     meta_step = MetaStep(both)
-    given = {"state": meta_step.initial_state(), "tasks": training_tasks(both, [0, 1], 3, 0), "rates": {}}
-    together = meta_step.whole(given)["state"]["weights"]
+    given = {"train_state": meta_step.initial_train_state(), "tasks": training_tasks(both, [0, 1], 3, 0), "rates": {}}
+    together = meta_step.whole(given)["train_state"]["weights"]
     alone = experiment_of(*TINY, *SHORT, "seed=1")
     meta_step = MetaStep(alone)
-    given = {"state": meta_step.initial_state(), "tasks": training_tasks(alone, [1], 3, 0), "rates": {}}
-    torch.testing.assert_close(together[1:], meta_step.whole(given)["state"]["weights"])
+    given = {"train_state": meta_step.initial_train_state(), "tasks": training_tasks(alone, [1], 3, 0), "rates": {}}
+    torch.testing.assert_close(together[1:], meta_step.whole(given)["train_state"]["weights"])
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ SMALL = 1e-3
 def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Tensor:
     """Meta-gradient ``[numbers]`` of the first replica by plain autograd, at parameters changed by a share."""
     own = replica(given, 0)
-    weights = own["state"]["weights"]
+    weights = own["train_state"]["weights"]
     signs = torch.ones_like(weights)
     signs[::2] = -1
-    theta = meta_step.layout.theta({**own["state"], "weights": weights * (1 + jitter * signs)})
+    theta = meta_step.layout.theta({**own["train_state"], "weights": weights * (1 + jitter * signs)})
     experiment = meta_step.experiment
     with plainly(), torch.backends.cudnn.flags(enabled=False):
         algorithm = experiment.replicas[0].algorithm

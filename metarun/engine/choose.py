@@ -90,7 +90,7 @@ def agrees(found: Tree, expected: Tree, given: Tree) -> bool:
     def near(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return bool((a - b).double().norm() <= tolerance * b.double().norm() + 1e-7 * b.numel() ** 0.5)
 
-    old, new, other = (tree["state"]["weights"] for tree in (given, expected, found))
+    old, new, other = (tree["train_state"]["weights"] for tree in (given, expected, found))
     pairs = zip(leaves(found), leaves(expected), strict=True)
     return near(other - old, new - old, 10 * TOLERANCE) and all(near(a, b, TOLERANCE) for a, b in pairs)
 

@@ -2,7 +2,7 @@
 
 Everything that a step reads is in one tree, every leaf ``[replicas, ...]``:
 
-- ``state``: the learned numbers in one vector (``weights``), what the optimizer remembers (``moments``), what an
+- ``train_state``: the learned numbers in one vector (``weights``), what the optimizer remembers (``moments``), what an
   algorithm replaces by itself (``carried``);
 - ``tasks``: a batch of tasks, a ``Task`` on its whole way;
 - ``rates``: the learning rate of this step (``lr``), and the values of every hyperparameter in which replicas differ.
@@ -107,7 +107,7 @@ class MetaStep:
             check_trust_region(experiment)
             self.trust_region = TrustRegion(**train.trust_region)
 
-    def initial_state(self) -> Tree:
+    def initial_train_state(self) -> Tree:
         """The state of all replicas before the first step."""
 
         def one(theta: Tree) -> Tree:
@@ -128,14 +128,14 @@ class MetaStep:
         return lambda given: tree_map(lambda leaf: leaf[None], function(replica(given, 0)))
 
     def gradient(self, given: Tree, narrow: bool | None = None) -> Tree:
-        """``state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and first score) and what is ``carried``.
+        """``train_state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and first score) and what is ``carried``.
 
         ``narrow`` says whether products are of bfloat16; by default as the configuration has it.
         """
         experiment, metric = self.experiment, self.experiment.family.spec.metrics[0].name
 
         def one(given: Tree) -> Tree:
-            state, tasks = given["state"], given["tasks"]
+            state, tasks = given["train_state"], given["tasks"]
             others = [(named, given["rates"][key]) for key, named in experiment.placeholders.items()]
             with (
                 Substitute(others) if others else nullcontext(),
@@ -182,16 +182,16 @@ class MetaStep:
         for index, one in enumerate(experiment.replicas):
             own = replica(given, index)
             tasks = own["tasks"]
-            theta = self.layout.theta(own["state"])
+            theta = self.layout.theta(own["train_state"])
             expected = self.layout.vector(meta_gradient(one.algorithm, theta, tasks, experiment.loss).grads)
             if (found[index] - expected).norm() > 1e-2 * expected.norm() + 1e-7:
                 raise refusal
 
     def update(self, given: Tree) -> Tree:
-        """``state``, ``rates`` and what ``gradient`` gives → ``state`` and ``result``."""
+        """``train_state``, ``rates`` and what ``gradient`` gives → ``train_state`` and ``result``."""
 
         def one(given: Tree) -> Tree:
-            state, rates, gradient = given["state"], given["rates"], given["gradient"]
+            state, rates, gradient = given["train_state"], given["rates"], given["gradient"]
             largest = rates.get("train.clip", self.clip)
             if largest is not None:
                 gradient = clipped(gradient, largest)
@@ -200,12 +200,12 @@ class MetaStep:
                 self.optimizer, state["weights"], gradient, state["moments"], rates["lr"], decay
             )
             new = {"weights": weights, "moments": moments}
-            return {"state": {**new, "carried": given["carried"]} if "carried" in state else new}
+            return {"train_state": {**new, "carried": given["carried"]} if "carried" in state else new}
 
         return {**self.over_replicas(one)(given), "result": given["result"]}
 
     def whole(self, given: Tree) -> Tree:
-        """``state``, ``tasks`` and ``rates`` → the next ``state`` and ``result``, all tasks at once."""
+        """``train_state``, ``tasks`` and ``rates`` → the next ``train_state`` and ``result``, all tasks at once."""
         if self.trust_region is not None:
             results = [self.within_trust_region(replica(given, index), index) for index in range(self.count)]
             together: Tree = stacked(results)
@@ -214,7 +214,7 @@ class MetaStep:
 
     def within_trust_region(self, given: Tree, index: int) -> Tree:
         """``whole`` of the replica ``index``, given its leaves; it branches on values, so it is not mapped."""
-        state, settings = given["state"], self.trust_region
+        state, settings = given["train_state"], self.trust_region
         assert settings is not None
 
         def theta_of(weights: Tensor) -> Tree:
@@ -225,7 +225,7 @@ class MetaStep:
         weights, result = trust_region_step(
             algorithm, family, theta_of, self.layout.vector, settings, state["weights"], given["tasks"]
         )
-        return {"state": {**state, "weights": weights}, "result": result}
+        return {"train_state": {**state, "weights": weights}, "result": result}
 
 
 def parts_of(given: Tree, chunk: int) -> list[Tree]:

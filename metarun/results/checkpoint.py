@@ -14,7 +14,7 @@ from metarun.results.files import LAST, PREVIOUS
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
