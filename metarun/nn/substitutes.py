@@ -199,7 +199,7 @@ def by_torch(function: Any, args: Any, named: dict[str, Any]) -> bool:
 class Substituted(TorchFunctionMode):
     """Inside, torch's functions that ``FORMULAS`` names are computed by its formulas, for one module's forward pass.
 
-    Where gradients are plain autograd's (`metarun.nn.transforms.plainly`), only what torch's own functions cannot do is.
+    Where gradients are plain autograd's (`metarun.nn.transforms.plainly`), only what torch cannot do by itself is.
     """
 
     def __init__(self, buffers: dict[int, str], of: str) -> None:

@@ -31,7 +31,7 @@ from metarun.nn.functional import own_network
 from metarun.nn.ops import mean_row
 from metarun.random import fresh_seed, uniform
 from metarun.targets.metric import Metric
-from metarun.targets.weights import mean_over, weight_of
+from metarun.targets.weights import count_of, mean_over, weight_of
 
 LEAST_STD = 0.1
 LOG_LIKELIHOOD = Metric("log-likelihood", higher_is_better=True)
@@ -72,16 +72,14 @@ def drawn_context(support: Tree, least: int | None) -> Tensor:
     Raises:
         UserError: the task has no seed to draw from.
     """
-    whole = weight_of(support)
-    n = len(whole)
-    if least is None or least >= n:
+    whole, n = weight_of(support), count_of(support)
+    if least is None or least >= len(whole):
         return whole
-    numbers = uniform(fresh_seed(), (n + 1,))
+    numbers = uniform(fresh_seed(), (len(whole) + 1,))
     order = numbers[1:]
     if "weight" in support:
         # The points have the numbers that they would have without padding, which comes after all of them.
         order = torch.where(whole > 0, order[(whole.cumsum(0) - 1).clamp(min=0).long()], 2.0)
-        n = whole.sum()
     size = least + (numbers[0] * (n - least + 1)).floor()
     rank = (order[None] < order[:, None]).sum(1)
     chosen = (rank < size).to(whole.dtype)
