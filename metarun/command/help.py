@@ -9,6 +9,7 @@ HEAD = """metarun: meta-learning experiments from the command line
   metarun [KEY=VALUE ...]      meta-train, select on validation tasks, meta-test, write tables and pictures
   metarun-compare PATH...      put runs side by side on the same test episodes
                                (--against ALGO: with each one's difference from ALGO)
+  metarun-status DIR           what has become of runs and sweeps: progress, failures, time left
 
 Without arguments: metarun algo=maml task=sinusoid
 """
@@ -18,7 +19,7 @@ Keys
   seed                     of initial weights and training tasks
   device                   auto, cpu, cuda or cuda:N
   data_dir                 where data sets lie (METARUN_DATA_DIR, else data)
-  resume                   directory of an interrupted run, to be continued there
+  resume                   directory of an interrupted run, or with -m of a sweep, to be continued there
   train.steps              meta-steps
   train.meta_batch         tasks a meta-step
   train.optimizer          adam, adamw, sgd, or for policies trpo
@@ -50,6 +51,7 @@ Examples
   metarun -m algo=maml,reptile,shared_params,scratch task=sinusoid seed=0,1
   metarun algo=maml task=sinusoid replicas.count=5
   metarun resume=outputs/2026-01-31/12-00-00-000000_maml_sinusoid
+  metarun -m resume=outputs/sweeps/2026-01-31/12-00-00-000000
   metarun-compare outputs
 
 Results go to outputs/. Hydra's own options: metarun --hydra-help. Tab completion: eval "$(metarun -sc install=bash)"

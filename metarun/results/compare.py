@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
+from metarun.command.terminal import printable
 from metarun.errors import UserError
 from metarun.results.files import atomic_write, write_text
+from metarun.results.status import loaded
 from metarun.results.tables import RESULT_COLUMNS, format_score, format_score_ci
 
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
@@ -76,7 +77,10 @@ def overrides_of(directory: Path) -> frozenset[str]:
     path = directory / ".hydra" / "overrides.yaml"
     if not path.is_file():
         return frozenset()
-    overrides = [str(item) for item in OmegaConf.load(path)]
+    # As text: what stands in somebody's directory is never resolved.
+    overrides = loaded(path)
+    if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
+        raise UserError(f"{path} does not hold the keys of a run; remove it, or leave that run out.")
     return frozenset(o for o in overrides if o.partition("=")[0].lstrip("+~") not in NOT_A_VARIANT)
 
 
@@ -100,6 +104,9 @@ def read_results(files: Sequence[Path]) -> pd.DataFrame:
             table = pd.read_csv(path, dtype={"run": str, "config_hash": str, "episodes_hash": str})
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a table ({error}); remove it or run again.") from error
+        for column in table.select_dtypes(exclude=["number", "bool"]):
+            # Names come from data, and are shown on terminals and in pictures.
+            table[column] = [printable(v.replace("\n", " ")) if isinstance(v, str) else v for v in table[column]]
         missing = [column for column in RESULT_COLUMNS if column not in table and column != "reason"]
         if missing:
             raise UserError(f"{path} is not a result table of metarun: it lacks the column {missing[0]}.")
@@ -358,7 +365,7 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
         # A long list of overrides would leave no room for the picture.
         names = [shorten(name_of(row), 48, placeholder=" …") for _, row in table.iterrows()]
         panels.append((setting_title(setting), metric, table.assign(name=names)))
-    text = "\n\n".join(texts + [f"Note: {note}." for note in notes]) + "\n"
+    text = printable("\n\n".join(texts + [f"Note: {note}." for note in notes]) + "\n")
     everything = pd.concat(tables, ignore_index=True)
     columns = [*SETTING, *(column for column in everything if column not in SETTING)]
     for name, frame in {"comparison": everything[columns], "families": pd.DataFrame(differences)}.items():
@@ -384,7 +391,7 @@ def main() -> None:
         print(compare(arguments.paths, out, arguments.against))
         print(f"files: {out}/comparison.csv, families.csv, comparison.md, comparison.png")
     except UserError as error:
-        sys.exit(f"metarun-compare: {error}")
+        sys.exit(printable(f"metarun-compare: {error}"))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
