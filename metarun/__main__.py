@@ -1,5 +1,44 @@
-"""``python -m metarun`` is the command ``metarun``."""
+"""The commands: ``metarun`` (also ``python -m metarun``), ``metarun-compare`` and ``metarun-status``.
 
-from metarun.cli import main
+Before anything else is imported, a signal that stops the process is made to do so in silence: there is nothing to save,
+and an import that is broken off would print a traceback.
+"""
 
-main()
+import os
+import signal
+from types import FrameType
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    # Windows has no SIGHUP; nohup makes it ignored, and so it stays.
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) != signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _leave)
+
+
+def main() -> None:
+    """Entry point of ``metarun``."""
+    from metarun.cli import main as command
+
+    command()
+
+
+def compare() -> None:
+    """Entry point of ``metarun-compare``."""
+    from metarun.results.compare import main as command
+
+    command()
+
+
+def status() -> None:
+    """Entry point of ``metarun-status``."""
+    from metarun.results.status import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -24,10 +25,11 @@ import metarun
 from metarun.command import lock, sweep
 from metarun.command.help import help_text
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
+from metarun.command.signals import handled_by, install, stop
 from metarun.command.sweep import closing_words, finished
 from metarun.command.terminal import PrintableRecord, printable
 from metarun.config import check_ranges, config_hash, register_schema
-from metarun.errors import UserError
+from metarun.errors import Stopped, UserError
 from metarun.results.files import has_checkpoint, remove_leftovers
 from metarun.results.status import mark, rows_of
 
@@ -105,8 +107,10 @@ def owned_job(config: DictConfig, directory: Path) -> float:
         from metarun.run import run
 
         resume = config.resume is not None or (of_a_sweep and has_checkpoint(directory))
-        return run(config, names, directory, resume)
+        with handled_by(stop):
+            return run(config, names, directory, resume)
     except KeyboardInterrupt:
+        note(config, names, directory, "interrupted")
         if has_checkpoint(directory) and not of_a_sweep:
             log.info("Stopped; go on with: metarun resume='%s'", directory)
         raise
@@ -114,7 +118,7 @@ def owned_job(config: DictConfig, directory: Path) -> float:
         if wants_traceback():
             raise
         sentence = why_it_failed(error, directory)
-        note_failure(config, names, directory, sentence)
+        note(config, names, directory, "failed", sentence)
         fail(sentence)
         return float("nan")
 
@@ -134,8 +138,8 @@ def why_it_failed(error: Exception, directory: Path) -> str:
     return f"{type(error).__name__}: {error} (the traceback is in {place})."
 
 
-def note_failure(config: DictConfig, names: dict[str, str], directory: Path, sentence: str) -> None:
-    """Leave the sentence in ``result.csv``, also where the run was refused before it could write any row."""
+def note(config: DictConfig, names: dict[str, str], directory: Path, status: str, sentence: str = "") -> None:
+    """Leave the end of a run in ``result.csv``, also where it came before the run could write any row."""
     known = []
     if not rows_of(directory / "result.csv"):
         row = {
@@ -150,7 +154,7 @@ def note_failure(config: DictConfig, names: dict[str, str], directory: Path, sen
             row["config_hash"] = config_hash(config)
         known = [row]
     with suppress(OSError):
-        mark(directory, known, "failed", " ".join(sentence.split()))
+        mark(directory, known, status, " ".join(sentence.split()))
 
 
 def sentence_of(error: BaseException) -> str:
@@ -183,8 +187,24 @@ def sentence_of(error: BaseException) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
+def say_how_it_ended() -> bool:
+    """Print the table of a sweep, if there was one, and give up all directories; returns whether all jobs completed."""
+    said, complete = closing_words(sweep.begun)
+    if said:
+        with suppress(BrokenPipeError):
+            print(said, flush=True)
+    lock.release_all()
+    return complete
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """End the process on a signal while nothing is trained: an import or a composition is not worth unwinding."""
+    say_how_it_ended()
+    os._exit(128 + number)
+
+
 def main() -> Any:
-    """Entry point of ``metarun``; exits with 1 after an error, 130 after an interruption."""
+    """The command ``metarun``; exits with 1 after an error, with 128 + the signal's number where one stopped it."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         try:
@@ -199,6 +219,7 @@ def main() -> Any:
     # A log that cannot be written (a full disk) must not bury the sentence under tracebacks of its own.
     logging.raiseExceptions = wants_traceback()
     logging.setLogRecordFactory(PrintableRecord)
+    install(leave)
     # As with python -m: what stands in the current folder can be named by _target_.
     sys.path.append(str(Path.cwd()))
     try:
@@ -207,8 +228,8 @@ def main() -> Any:
         register_schema(*map(Path, config_dirs(options)))
         entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
         entry(job)()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(error.exit_code if isinstance(error, Stopped) else 130)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         if wants_traceback():
             raise
@@ -225,9 +246,6 @@ def main() -> Any:
             raise
         sys.exit(f"metarun: {type(error).__name__}: {' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where).")
     finally:
-        said, complete = closing_words(sweep.begun)
-        if said:
-            print(said, flush=True)
-        lock.release_all()
+        complete = say_how_it_ended()
     if failures or not complete:
         sys.exit(1)

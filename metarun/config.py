@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -131,6 +132,21 @@ LOWER_BOUNDS: dict[str, float] = {
     "eval.adapt_steps": 0,
     "eval.seed": 0,
 }
+UPPER_BOUNDS: dict[str, float] = {
+    "seed": 2**63 - 1,
+    "eval.seed": 2**63 - 1,
+    "train.steps": 10**12,
+    "train.meta_batch": 10**6,
+    "train.log_every": 10**7,
+    "train.val_episodes": 10**6,
+    "train.trust_region.cg_steps": 10**6,
+    "train.trust_region.backtracks": 10**6,
+    "eval.episodes": 10**7,
+    "eval.adapt_steps": 10**6,
+    "engine.threads": 1024,
+    "replicas.count": 10_000,
+}
+"""Beyond anything that is meant: a slip of the pen that would cost the machine its memory before it is noticed."""
 ABOVE_ZERO = ("train.lr", "train.decay", "train.clip", "train.trust_region.kl", "train.trust_region.backtrack")
 AT_MOST_ONE = ("train.final", "train.trust_region.backtrack")
 
@@ -141,6 +157,12 @@ def check_ranges(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not value >= bound:
             raise UserError(f"{key} must be at least {bound:g}, not {value}.")
+        if value is not None and value == float("inf"):
+            raise UserError(f"{key} must be a finite number, not {value}.")
+    for key, bound in UPPER_BOUNDS.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value > bound:
+            raise UserError(f"{key} must be at most {bound}, not {value}.")
     for key in AT_MOST_ONE:
         if not OmegaConf.select(config, key) <= 1:
             raise UserError(f"{key} must be at most 1, not {OmegaConf.select(config, key)}.")
@@ -182,6 +204,15 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
     return True
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a value from YAML, or in its lists and mappings, is infinite or not a number."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _words(hint: Any) -> str:
@@ -264,6 +295,8 @@ def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = 
             raise UserError(f"{group}.{key} is unknown: {name} does not take it.")
         if key in hints and not _fits(value, hints[key]):
             raise UserError(f"{group}.{key} must be {_words(hints[key])}, not {value!r}.")
+        if not _is_finite(value):
+            raise UserError(f"{group}.{key} must be finite, not {value!r}; null turns off what may be turned off.")
     context = {key: value for key, value in context.items() if key in signature.parameters or takes_any}
     check_call(group, name, signature, keys, context)
     try:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from metarun.assemble import Experiment, sample_tasks
 from metarun.checks.diagnosis import blame
 from metarun.checks.family import check_family
+from metarun.command.signals import handled_by
 from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
 from metarun.engine.meta_step import MetaStep, replica
@@ -37,20 +37,16 @@ class Interrupted(Stopped):
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that the loop stops between two steps; a second one kills."""
+    """Collect signals that ask to stop in a list, so that the loop stops between two steps; a second one kills."""
     received: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise Stopped(number)
         received.append(number)
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled_by(handler):
         yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Task:
@@ -66,26 +62,43 @@ def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: i
     return together
 
 
-def rates_of(experiment: Experiment) -> list[Tree]:
-    """What differs between replicas in each meta-step: ``lr`` ``[replicas]`` along its schedule, and other keys."""
-    steps = max(experiment.config.train.steps, 1)
-    dtype = torch.get_default_dtype()
+class Rates:
+    """What differs between replicas in each meta-step: ``lr`` ``[replicas]`` along its schedule, and other keys.
 
-    def put(values: Tensor) -> Tensor:
-        return values.to(experiment.device, dtype)
+    The schedule is computed for a block of steps at a time, with the numbers of the whole one.
+    """
 
-    schedules = []
-    for one in experiment.replicas:
-        train = one.config.train
-        schedule = train.schedule.name
-        schedules.append(learning_rates(schedule, train.lr, steps, train.final, train.decay, train.decay_every))
-    lr = put(torch.stack(schedules, 1))
-    others = {
-        key: put(torch.tensor([one.differs[key] for one in experiment.replicas]))
-        for key in experiment.replicas[0].differs
-        if key not in ("seed", "train.lr", "train.final")
-    }
-    return [{"lr": row, **others} for row in lr]
+    BLOCK = 4096
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.device, self.first, self.block = experiment.device, -1, torch.empty(0)
+        self.steps = max(experiment.config.train.steps, 1)
+        self.schedules = [
+            (train.schedule.name, train.lr, self.steps, train.final, train.decay, train.decay_every)
+            for train in (one.config.train for one in experiment.replicas)
+        ]
+        self.others = {
+            key: self._put(torch.tensor([one.differs[key] for one in experiment.replicas]))
+            for key in experiment.replicas[0].differs
+            if key not in ("seed", "train.lr", "train.final")
+        }
+
+    def _put(self, values: Tensor) -> Tensor:
+        return values.to(self.device, torch.get_default_dtype())
+
+    def __getitem__(self, step: int) -> Tree:
+        """Those of a step, from 0 to ``train.steps`` − 1."""
+        first = step - step % self.BLOCK
+        if first != self.first:
+            last = min(first + self.BLOCK, self.steps)
+            rates = [learning_rates(*schedule, first=first, last=last) for schedule in self.schedules]
+            self.first, self.block = first, self._put(torch.stack(rates, 1))
+        return {"lr": self.block[step - first], **self.others}
+
+
+def rates_of(experiment: Experiment) -> Rates:
+    """The learning rates of every meta-step, and what else differs between replicas."""
+    return Rates(experiment)
 
 
 def check_finite(experiment: Experiment, training: Training, directory: Path) -> None:
@@ -174,7 +187,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
 
     Raises:
         UserError: the loss is no longer finite, or no validation score was a number.
-        Interrupted: on SIGINT or SIGTERM, after writing a checkpoint.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after writing a checkpoint.
     """
     train, metric = experiment.config.train, experiment.family.spec.metrics[0].name
     meta_step = MetaStep(experiment)

@@ -57,7 +57,11 @@ def test_the_examples_of_the_documentation_run_as_they_are_printed(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     run = next(path.parent for path in (tmp_path / "outputs").rglob("result.csv") if "lines" in str(path))
     assert "lines:steepest=3" in (run / "result.csv").read_text()
-    resumed = metarun(f"resume={run}", cwd=tmp_path)
+    # What stands in a directory does not decide where the configuration comes from.
+    refused = metarun(f"resume={run}", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "name it again with --config-dir, or say trust=true" in refused.stderr
+    resumed = metarun(f"resume={run}", "--config-dir", "my_conf", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
 
 

@@ -9,6 +9,7 @@ HEAD = """metarun: meta-learning experiments from the command line
   metarun [KEY=VALUE ...]      meta-train, select on validation tasks, meta-test, write tables and plots
   metarun-compare PATH...      compare runs on the same test episodes
                                (--against ALGO adds each run's difference from ALGO)
+  metarun-status DIR           progress of runs and sweeps: failures, time left
 
 Without arguments: metarun algo=maml task=sinusoid
 """
@@ -18,7 +19,7 @@ Keys
   seed                     for initial weights and training tasks
   device                   auto, cpu, cuda or cuda:N
   data_dir                 folder of the data sets (default: METARUN_DATA_DIR, else data)
-  resume                   directory of an interrupted run, to be continued there
+  resume                   directory of an interrupted run (with -m: sweep), to be continued there
   train.steps              meta-steps
   train.meta_batch         tasks per meta-step
   train.optimizer          adam, adamw, sgd, or for policies trpo
@@ -50,6 +51,7 @@ Examples
   metarun -m algo=maml,reptile,shared_params,scratch task=sinusoid seed=0,1
   metarun algo=maml task=sinusoid replicas.count=5
   metarun resume=outputs/2026-01-31/12-00-00-000000_maml_sinusoid
+  metarun -m resume=outputs/sweeps/2026-01-31/12-00-00-000000
   metarun-compare outputs
 
 Results go to outputs/. Hydra's own options: metarun --hydra-help. Tab completion: eval "$(metarun -sc install=bash)"

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from metarun.command.sweep import read_plan
+from metarun.command.trust import refuse_distrusted
 from metarun.errors import UserError
 from metarun.results.files import has_checkpoint
-from metarun.results.status import PLAN
+from metarun.results.status import PLAN, loaded
 
 MAY_CHANGE_ON_RESUME = ("device=", "data_dir=", "hydra.job_logging", "hydra.verbose")
 MAY_CHANGE_IN_A_SWEEP = (*MAY_CHANGE_ON_RESUME, "hydra/launcher=", "hydra.launcher.")
@@ -67,9 +66,15 @@ def kept_by_run(directory: Path) -> tuple[list[str], list[str]]:
             f"There is nothing to resume in {directory}: it has no checkpoints/last.pt or no .hydra; name the "
             "directory that the run printed, or start again without resume."
         )
-    sources = OmegaConf.select(OmegaConf.load(path.with_name("hydra.yaml")), "hydra.runtime.config_sources")
-    folders = [source.path for source in sources if source.provider == "command-line"]
-    return [str(override) for override in OmegaConf.load(path)], folders
+    overrides, settings = loaded(path), loaded(path.with_name("hydra.yaml"))
+    try:
+        sources = settings["hydra"]["runtime"]["config_sources"]
+        folders = [str(source["path"]) for source in sources if source["provider"] == "command-line"]
+    except (KeyError, TypeError):
+        folders = None
+    if folders is None or not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
+        raise UserError(f"The files in {path.parent} are not those of a run; start it again without resume.")
+    return overrides, folders
 
 
 def kept_by_sweep(directory: Path) -> tuple[list[str], list[str]]:
@@ -90,8 +95,11 @@ def kept_by_sweep(directory: Path) -> tuple[list[str], list[str]]:
 def arguments_of_resumed(arguments: list[str]) -> list[str]:
     """For ``resume=DIR``: the overrides and ``--config-dir`` that the run or the sweep began with, all written to DIR.
 
+    With ``trust=true`` also those are taken from DIR that could run code.
+
     Raises:
-        UserError: DIR holds nothing to resume, or keys are given that would make it something else.
+        UserError: DIR holds nothing to resume, or what is not trusted, or keys are given that would make it something
+            else.
     """
     given = [argument for argument in arguments if argument.startswith("resume=")]
     if not given or given[-1] in ("resume=", "resume=null"):
@@ -100,15 +108,19 @@ def arguments_of_resumed(arguments: list[str]) -> list[str]:
     options, overrides = options_first([argument for argument in arguments if argument not in given])
     sweep = bool({"-m", "--multirun"} & set(options))
     before, folders = (kept_by_sweep if sweep else kept_by_run)(directory)
+    trusted = "trust=true" in overrides
+    overrides = [override for override in overrides if override not in ("trust=true", "trust=false")]
     changed = [a for a in overrides if not a.startswith(MAY_CHANGE_IN_A_SWEEP if sweep else MAY_CHANGE_ON_RESUME)]
     if changed:
         raise UserError(
             f"{changed[0]} would make the {'sweep' if sweep else 'run'} in {directory} another one: resume with no "
             f"other keys than device and data_dir{', and those of the launcher' if sweep else ''}, or start a new one."
         )
+    replaced = {"resume", *map(key_of, overrides)}
+    if not trusted:
+        refuse_distrusted(directory, before, [*replaced], folders, bool(config_dirs(arguments)))
     if not config_dirs(arguments):
         options += [word for folder in folders for word in ("--config-dir", folder)]
-    replaced = {"resume", *map(key_of, overrides)}
     kept = [override for override in before if key_of(override) not in replaced]
     place = [f"hydra.sweep.dir={quoted(directory)}"]
     if not sweep:

@@ -128,7 +128,7 @@ class MetaStep:
         return lambda given: tree_map(lambda leaf: leaf[None], function(replica(given, 0)))
 
     def gradient(self, given: Tree, narrow: bool | None = None) -> Tree:
-        """``train_state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and first score) and what is ``carried``.
+        """``train_state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and first score) and ``carried``.
 
         ``narrow`` says whether products are of bfloat16; by default as the configuration has it.
         """

@@ -66,9 +66,16 @@ def outer_step(
 
 
 def learning_rates(
-    schedule: str, lr: float, steps: int, final: float = 0.0, decay: float = 0.5, decay_every: int = 2000
+    schedule: str,
+    lr: float,
+    steps: int,
+    final: float = 0.0,
+    decay: float = 0.5,
+    decay_every: int = 2000,
+    first: int = 0,
+    last: int | None = None,
 ) -> Tensor:
-    """The learning rate of every meta-step ``[steps]`` in float64.
+    """The learning rate of every meta-step from ``first`` up to ``last`` (all: ``[steps]``) in float64.
 
     Args:
         schedule: ``constant``; ``linear`` or ``cosine``, from ``lr`` to ``lr · final``; ``step``, times ``decay`` every
@@ -78,8 +85,10 @@ def learning_rates(
         final: at the end of the whole schedule, as a share of ``lr``.
         decay: a factor.
         decay_every: steps.
+        first: the first step that is wanted, counted from 0.
+        last: the step after the last one that is wanted; None: ``steps``.
     """
-    time = torch.arange(steps, dtype=torch.float64)
+    time = torch.arange(first, steps if last is None else last, dtype=torch.float64)
     match schedule:
         case "linear":
             return lr * (1 + (final - 1) * time / steps)

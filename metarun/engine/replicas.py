@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 from itertools import product
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,6 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from metarun.errors import UserError
 
 OF_THE_OUTER_STEP = ("train.lr", "train.weight_decay", "train.clip", "train.final")
+
+MOST = 10_000
+"""Replicas in one process; each has a configuration and a model, and a slip of the pen makes a billion of them."""
 
 
 def varied_keys(config: DictConfig) -> dict[str, list[float]]:
@@ -46,6 +49,8 @@ def varied_keys(config: DictConfig) -> dict[str, list[float]]:
 def replica_configs(config: DictConfig) -> list[tuple[DictConfig, dict[str, float]]]:
     """The configuration of each replica as a run of its own, with the keys in which it differs: grid times seeds."""
     over, count = varied_keys(config), config.replicas.count
+    if (replicas := prod(map(len, over.values())) * count) > MOST:
+        raise UserError(f"replicas.count and replicas.over make {replicas} runs; {MOST} are the most in one process.")
     found = []
     for values in product(*over.values()):
         for offset in range(count):

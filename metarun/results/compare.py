@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
+from metarun.command.terminal import printable
 from metarun.errors import UserError
 from metarun.results.files import atomic_write, write_text
+from metarun.results.status import loaded
 from metarun.results.tables import RESULT_COLUMNS, metrics_of
 from metarun.targets.metric import Metric
 
@@ -77,7 +78,10 @@ def overrides_of(directory: Path) -> frozenset[str]:
     path = directory / ".hydra" / "overrides.yaml"
     if not path.is_file():
         return frozenset()
-    overrides = [str(item) for item in OmegaConf.load(path)]
+    # As text: what stands in somebody's directory is never resolved.
+    overrides = loaded(path)
+    if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
+        raise UserError(f"{path} does not hold the keys of a run; remove it, or leave that run out.")
     return frozenset(o for o in overrides if o.partition("=")[0].lstrip("+~") not in NOT_A_VARIANT)
 
 
@@ -379,7 +383,7 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
         # A long list of overrides would leave no room for the picture.
         names = [shorten(name_of(row), 48, placeholder=" …") for _, row in table.iterrows()]
         panels.append((setting_title(setting), metric, table.assign(name=names)))
-    text = "\n\n".join(texts + [f"Note: {note}." for note in notes]) + "\n"
+    text = printable("\n\n".join(texts + [f"Note: {note}." for note in notes]) + "\n")
     everything = pd.concat(tables, ignore_index=True)
     columns = [*SETTING, *(column for column in everything if column not in SETTING)]
     for name, frame in {"comparison": everything[columns], "families": pd.DataFrame(differences)}.items():
@@ -405,7 +409,7 @@ def main() -> None:
         print(compare(arguments.paths, out, arguments.against))
         print(f"files: {out}/comparison.csv, families.csv, comparison.md, comparison.png")
     except UserError as error:
-        sys.exit(f"metarun-compare: {error}")
+        sys.exit(printable(f"metarun-compare: {error}"))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:

@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 
 from metarun.results.files import atomic_write
 from metarun.targets.metric import Metric
+
+# Names come from data: a dollar sign in one begins no formula.
+rcParams["text.parse_math"] = False
 
 AGNOSTIC, DEPENDENT, BASELINE = "#0072B2", "#D55E00", "#777777"
 FAMILY_COLOURS = {"agnostic": AGNOSTIC, "dependent": DEPENDENT, "baseline": BASELINE}

@@ -1,0 +1,118 @@
+"""What a directory may say that somebody else may have written: values for keys that exist here, and nothing that runs.
+
+SECURITY.md says what is trusted and what is not.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+
+from metarun.command.terminal import printable
+from metarun.errors import UserError
+
+KEYS = ("seed", "device", "data_dir", "resume", "train", "eval", "engine", "replicas", "task", "model", "algo")
+GROUPS = ("task", "model", "algo", "engine", "eval", "experiment", "preset")
+TAKE_MORE = ("task", "model", "algo")
+"""Groups whose target may take arguments that its YAML does not list, given as ``+algo.name=value``."""
+MEMBER = re.compile(r"null|[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+IMPORTING = ("task.environment",)
+"""Keys in whose values a colon names a Python module to be imported (gymnasium's ``module:Name-v0``)."""
+
+
+def values_of(override: Override) -> list[object]:
+    """The value of an override, or those that it sweeps over."""
+    value = override._value
+    return list(value.list) if isinstance(value, ChoiceSweep) else [value]
+
+
+def distrusted_of_hydra(key: str, override: Override) -> str | None:
+    """Why an override of Hydra itself is refused: only the name of a launcher or sweeper and its numbers are taken."""
+    if key in ("hydra/launcher", "hydra/sweeper"):
+        return None if MEMBER.fullmatch(override.get_value_element_as_str()) else "which names no member of the group"
+    numbers = isinstance(override.value(), int | float | None)
+    if key.startswith(("hydra.launcher.", "hydra.sweeper.")) and numbers and not override.is_add():
+        return None
+    return "which changes how Hydra works"
+
+
+def distrusted(text: str) -> str | None:
+    """Why an override from a directory is refused; None if it is a plain value for a key that exists here."""
+    if "${" in text:
+        return "which asks for a resolver"
+    if re.search(r"(?<![A-Za-z0-9])_(target|args|partial|recursive|convert)_(?![A-Za-z0-9])", text):
+        return "which names code to be run"
+    try:
+        override = OverridesParser.create().parse_overrides([text])[0]
+    except HydraException:
+        return "which is no override"
+    key = override.key_or_group
+    top, _, rest = key.replace("/", ".").partition(".")
+    if override.is_delete() or override.package is not None:
+        return "which takes the configuration apart"
+    if top == "hydra":
+        return distrusted_of_hydra(key, override)
+    if key in GROUPS or (top in GROUPS and "/" in key):
+        members = all(
+            MEMBER.fullmatch(str(value)) for value in [v if v is not None else "null" for v in values_of(override)]
+        )
+        return None if members else "which names no member of the group"
+    if top not in KEYS:
+        return "and there is no such key"
+    if override.is_add() and not (top in TAKE_MORE and rest.isidentifier()):
+        return "which adds a key"
+    if key in IMPORTING and ":" in override.get_value_element_as_str():
+        return "which names a module to be imported"
+    return None
+
+
+def refuse_links(directory: Path) -> None:
+    """Refuse a directory in which a name leads elsewhere: what is written there would land in another file.
+
+    Raises:
+        UserError: the name.
+    """
+    inside = directory.resolve()
+    for path in [
+        *directory.glob("*"),
+        *directory.glob(".hydra/*"),
+        *directory.glob("checkpoints/*"),
+        directory / ".hydra",
+    ]:
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise UserError(
+                f"{printable(str(path))} is a link to a place outside of {directory}, where a resumed run would write; "
+                "replace it by a file, or say trust=true if you know who made it."
+            )
+
+
+def refuse_distrusted(
+    directory: Path, overrides: Iterable[str], taken: Sequence[str], needed: Sequence[str], given: bool
+) -> None:
+    """Refuse to go on with what a directory says, where that could run code.
+
+    Args:
+        directory: of a run or a sweep.
+        overrides: that it would go on with.
+        taken: the keys of those that the user has given anew and that are not taken from it.
+        needed: configuration directories that it began with.
+        given: whether the user has named one.
+
+    Raises:
+        UserError: the first thing that is not trusted.
+    """
+    refuse_links(directory)
+    for text in overrides:
+        if text.partition("=")[0].lstrip("+~") not in taken and (why := distrusted(text)):
+            raise UserError(
+                f"{directory} says {printable(text)}, {why}, and what stands in a directory is not trusted "
+                "(SECURITY.md); say trust=true if you know who wrote it."
+            )
+    if needed and not given:
+        raise UserError(
+            f"{directory} says that its configuration comes from {printable(needed[0])}, and what stands in a "
+            "directory is not trusted (SECURITY.md); name it again with --config-dir, or say trust=true."
+        )
