@@ -1,6 +1,6 @@
 """The command ``metarun``: Hydra's entry point and the boundary where errors become sentences.
 
-torch is imported only once a configuration is composed, so help, completion and most errors come at once.
+torch is imported only after a configuration is composed, so that help, completion and most errors appear at once.
 """
 
 import difflib
@@ -38,24 +38,24 @@ log = logging.getLogger(__name__)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 failures: list[str] = []
-"""Jobs of this process that ended without a result; a sweep goes on past them."""
+"""Sentences of the jobs of this process that failed; a sweep continues after a failure."""
 
 
 def wants_traceback() -> bool:
-    """Whether the user asked for tracebacks."""
+    """Whether the user has asked for tracebacks."""
     return os.environ.get("METARUN_FULL_ERROR") == "1"
 
 
 def fail(sentence: str) -> None:
-    """Note that a job failed, and say why, on the screen and in ``run.log``."""
+    """Record that a job failed, and log the reason on the screen and in ``run.log``."""
     failures.append(sentence)
     log.error("metarun: %s", " ".join(sentence.split()))
 
 
 def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
-    """What the system refused and what to do, in one sentence; None where the error says neither file nor reason.
+    """What the system refused and what to do, in one sentence; None if it names no file and the disk is not full.
 
-    A run writes into its ``directory`` and reads elsewhere, so a path tells a full disk from missing data.
+    A run writes to its ``directory`` and reads elsewhere, so the path distinguishes a full disk from missing data.
     """
     reason = error.strerror or str(error)
     path = None if error.filename is None else Path(os.fsdecode(error.filename))
@@ -64,7 +64,7 @@ def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
     if own or error.errno in NO_ROOM:
         return (
             f"The system refused: {reason}{place}; make room or choose another place with hydra.run.dir=DIR. What was "
-            "written before is whole."
+            "written before is intact."
         )
     if path is None:
         return None
@@ -158,7 +158,7 @@ def note(config: DictConfig, names: dict[str, str], directory: Path, status: str
 
 
 def sentence_of(error: BaseException) -> str:
-    """What Hydra's and OmegaConf's errors mean, in one sentence."""
+    """An error of Hydra or OmegaConf as one sentence that says what to do."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -210,13 +210,13 @@ def main() -> Any:
         try:
             print(help_text(config_dirs(arguments)), flush=True)
         except BrokenPipeError:
-            # A pager was closed early; what is left in the buffer must go nowhere.
+            # A pager was closed early; what is left in the buffer must not be written.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    # Hydra would print and exit by itself; this makes it raise, so that one place makes sentences of errors.
+    # Hydra would print the error and exit; this makes it raise, so that errors become sentences in one place.
     os.environ["METARUN_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # A log that cannot be written (a full disk) must not bury the sentence under tracebacks of its own.
+    # A log that cannot be written (a full disk) must not bury the sentence under further tracebacks.
     logging.raiseExceptions = wants_traceback()
     logging.setLogRecordFactory(PrintableRecord)
     install(leave)

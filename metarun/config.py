@@ -1,4 +1,4 @@
-"""The schema of the configuration, its checks, and the one place that turns it into objects."""
+"""The schema of the configuration, its checks, and ``build``, which turns it into objects."""
 
 import hashlib
 import inspect
@@ -29,7 +29,7 @@ TaskMap = Enum("TaskMap", ["auto", "vmap", "threads"])
 
 @dataclass
 class TrustRegionConfig:
-    """The outer step of ``train.optimizer=trpo``."""
+    """Settings of ``train.optimizer=trpo``."""
 
     kl: float = MISSING
     cg_steps: int = MISSING
@@ -73,7 +73,7 @@ class EngineConfig:
 
 @dataclass
 class ReplicasConfig:
-    """Runs that are trained side by side in one process."""
+    """Runs that are trained together in one process."""
 
     count: int = MISSING
     over: Any = None
@@ -152,7 +152,11 @@ AT_MOST_ONE = ("train.final", "train.trust_region.backtrack")
 
 
 def check_ranges(config: DictConfig) -> None:
-    """Refuse values out of range with a sentence."""
+    """Refuse values that are out of range.
+
+    Raises:
+        UserError: the key and its range.
+    """
     for key, bound in LOWER_BOUNDS.items():
         value = OmegaConf.select(config, key)
         if value is not None and not value >= bound:
@@ -176,7 +180,7 @@ NOT_IN_NUMBERS = ("device", "data_dir", "resume", "engine", "replicas")
 
 
 def config_hash(config: DictConfig) -> str:
-    """Fingerprint of all that determines a run's numbers: not where and how it runs, nor where its data lie."""
+    """A hash of everything that determines a run's numbers, but not of where and how it runs or where its data are."""
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     kept = {key: value for key, value in plain.items() if key not in NOT_IN_NUMBERS}
@@ -185,7 +189,7 @@ def config_hash(config: DictConfig) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from YAML is what a type annotation asks for; unknown annotations accept anything."""
+    """Whether a value from YAML matches a type annotation; unknown annotations accept anything."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
@@ -233,7 +237,7 @@ def _words(hint: Any) -> str:
 
 
 def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of what ``target`` takes, one by one: a name that exists for type checkers alone is left out."""
+    """The evaluated annotations of ``target``'s arguments, without those that only type checkers can evaluate."""
     # A class takes what its __init__ takes, which may be inherited.
     called: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     function = inspect.unwrap(called)
@@ -241,7 +245,7 @@ def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():
         holder = types.SimpleNamespace(__annotations__={name: annotation})
-        # Evaluating what a stranger wrote in quotes can fail in any way; such an argument is not checked.
+        # Evaluating an annotation in quotes can fail in any way; such an argument is not checked.
         with suppress(Exception):
             found |= get_type_hints(holder, scope)
     return found
@@ -251,7 +255,7 @@ def check_call(group: str, name: str, signature: inspect.Signature, keys: Iterab
     """Refuse a call that lacks an argument, or a key of the name of an argument that is given.
 
     Raises:
-        UserError: the argument, and where to give it.
+        UserError: the argument, and where to set it.
     """
     if both := sorted(set(given) & set(keys)):
         raise UserError(f"{group}.{both[0]} cannot be set: {name} is given its {both[0]}.")
@@ -277,7 +281,7 @@ def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = 
         context: further arguments by name, of which the target gets those that it takes.
 
     Raises:
-        UserError: the target does not exist, or a key is unknown to it, of a wrong type or out of range.
+        UserError: the target does not exist, or a key is unknown, of the wrong type or out of range.
     """
     keys: Any = OmegaConf.to_container(config[group], resolve=True)
     if not isinstance(keys, dict) or not isinstance(keys.get("_target_"), str):

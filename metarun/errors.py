@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user can mend; its text is one sentence that says what to do."""
+    """An error that the user can fix; its text is one sentence that says what to do."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,6 +21,6 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, in one short line."""
+    """The type of an error and the first line of its message, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]

@@ -50,7 +50,7 @@ def stop_on_signal() -> Iterator[list[int]]:
 
 
 def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Task:
-    """``count`` tasks for each of ``seeds``, with leaves ``[replicas, tasks, ...]``."""
+    """``count`` training tasks for each of ``seeds``, with leaves ``[replicas, tasks, ...]``."""
 
     def drawn(seed: int) -> Task:
         return sample_tasks(experiment, "train", count, stream(seed, "train", step))
@@ -102,9 +102,9 @@ def rates_of(experiment: Experiment) -> Rates:
 
 
 def check_finite(experiment: Experiment, training: Training, directory: Path) -> None:
-    """Stop a run whose losses or parameters are no longer finite, before anything bad is saved.
+    """Stop a run whose losses or parameters are no longer finite, before they are saved.
 
-    Of several replicas those that are not finite are let be, as long as one is.
+    Of several replicas, some may diverge: the run stops only when none is finite.
     """
     finite = training.train_state["weights"].isfinite().all(-1)
     if training.window:
@@ -119,7 +119,7 @@ def check_finite(experiment: Experiment, training: Training, directory: Path) ->
 
 
 def log_rows(training: Training, val: list[tuple[float, float]] | None) -> None:
-    """Close the window of steps with a row for ``metrics.csv`` of each replica."""
+    """Close the window of steps: add one row for ``metrics.csv`` per replica."""
     means = (
         torch.stack(training.window).mean(0).tolist()
         if training.window
@@ -136,10 +136,10 @@ def log_rows(training: Training, val: list[tuple[float, float]] | None) -> None:
 def select(
     experiment: Experiment, meta_step: MetaStep, training: Training, validation: list[Task]
 ) -> tuple[list[tuple[float, float]], bool]:
-    """Validate every replica and keep its parameters where they are the best so far.
+    """Validate every replica, and keep its parameters if they are the best so far.
 
     Returns:
-        Validation loss and score of each, and whether any has improved.
+        Validation loss and score of each replica, and whether any has improved.
     """
     values, improved = [], False
     for index, one in enumerate(experiment.replicas):
@@ -160,13 +160,13 @@ class Clock:
         self.last = time.perf_counter()
 
     def read(self) -> float:
-        """Those seconds; from now on it counts anew."""
+        """Those seconds; counting starts again from zero."""
         before, self.last = self.last, time.perf_counter()
         return self.last - before
 
 
 def account(training: Training, stepper: Stepper, seconds: float, compiled: float) -> None:
-    """Add ``seconds`` of meta-steps, what was compiled in them apart; ``compiled`` is from before this process."""
+    """Add ``seconds`` of meta-steps, with compilation counted separately; ``compiled`` is from before this process."""
     compiling = compiled + stepper.compile_seconds - training.compile_seconds
     training.seconds += seconds
     training.step_seconds += seconds - compiling
@@ -176,18 +176,18 @@ def account(training: Training, stepper: Stepper, seconds: float, compiled: floa
 
 
 def newest(training: Training, metric: str) -> dict[str, str]:
-    """What a progress bar shows of the first replica."""
+    """What the progress bar shows, of the first replica."""
     row, best = training.rows[0][-1], training.best[0]
     values = {"loss": f"{row['train_loss']:.4g}", metric: f"{row['train_score']:.4g}"}
     return values if best is None else {**values, "best val": f"{best.val_score:.4g}"}
 
 
 def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Training:
-    """Meta-train to ``train.steps``, validating and saving as it goes; ``best`` is set at the end.
+    """Meta-train for ``train.steps`` with regular validation and checkpoints; ``best`` is set at the end.
 
     Raises:
-        UserError: the loss is no longer finite, or no validation score was a number.
-        Interrupted: on SIGINT, SIGTERM or SIGHUP, after writing a checkpoint.
+        UserError: the loss is no longer finite, or no validation score was finite.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
     """
     train, metric = experiment.config.train, experiment.family.spec.metrics[0].name
     meta_step = MetaStep(experiment)
@@ -198,11 +198,11 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
     same_device = training.device == torch.device(experiment.device).type
     kept = (training.engine, training.task_map) if training.step and same_device else None
     if kept is not None:
-        # Validation and test too, if nothing else is left to do.
+        # Set here, so that validation and test use it even if no step is left to do.
         torch.set_num_threads(training.threads)
     stepper, compiled = Stepper(experiment, meta_step, kept), training.compile_seconds
     rates = rates_of(experiment)
-    # Read once: a key of the configuration costs as much as several operations of a step.
+    # Read once, because reading a key of the configuration costs as much as several operations of a step.
     seeds, meta_batch = [one.config.seed for one in experiment.replicas], train.meta_batch
     eval_every, log_every = train.eval_every, train.log_every
 

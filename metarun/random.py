@@ -1,13 +1,14 @@
-"""Random numbers: generators for what is drawn before a step, and plain arithmetic from a seed for what is drawn in it.
+"""Random numbers: generators for draws before a meta-step, and arithmetic from a seed for draws inside it.
 
-`stream` gives a generator for each purpose of a run: initial weights, tasks of training, validation and test.
+`stream` gives a separate generator for each purpose of a run: initial weights, and tasks of training, validation and
+test.
 
-A generator keeps a state and works neither under ``torch.func.vmap`` nor in a recorded or compiled step. Here a number
-is a function of a seed and a counter: SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195).
-The same seed gives the same numbers, whatever runs the step, and in a resumed run too.
+A generator keeps a state, so it works neither under ``torch.func.vmap`` nor in a recorded or compiled step. Inside a
+step, a number is therefore a function of a seed and a counter: SplitMix64 (Steele, Lea, Flood 2014,
+https://doi.org/10.1145/2660193.2660195). The same seed gives the same numbers on every engine and in a resumed run.
 
-Whatever belongs to one task (dropout, samples of a latent variable) is drawn from the task's own seed: ``drawing``
-makes it the source of ``fresh_seed``, which counts the draws in the order in which the program makes them.
+All randomness that belongs to one task (dropout, samples of a latent variable) is drawn from the task's own seed:
+``drawing`` makes it the source of ``fresh_seed``, which counts the draws in program order.
 """
 
 import math
@@ -36,10 +37,10 @@ GOLDEN = -7046029254386353131
 
 
 def mixed(z: Tensor) -> Tensor:
-    """The output function of SplitMix64: integers of 64 bits → well-mixed integers of 64 bits."""
+    """The output function of SplitMix64: 64-bit integers → well-mixed 64-bit integers."""
 
     def shifted(z: Tensor, bits: int) -> Tensor:
-        # Logical shift to the right: the sign's copies are masked away.
+        # A logical shift to the right: the copies of the sign bit are masked out.
         return (z >> bits) & ((1 << (64 - bits)) - 1)
 
     z = (z ^ shifted(z, 30)) * -4658895280553007687
@@ -53,14 +54,14 @@ def fold(seed: Tensor, index: int | Tensor) -> Tensor:
     if isinstance(offset, int):
         # Wrapped to 64 bits here: a tensor made of a number could not be captured as a CUDA graph.
         offset = (offset + 2**63) % 2**64 - 2**63
-    # Mixed twice, so that the streams of a seed share nothing with the numbers drawn from the seed itself.
+    # Mixed twice, so that the streams of a seed share nothing with numbers drawn from the seed itself.
     return mixed(mixed(seed) + offset)
 
 
 def uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Numbers inside (0, 1) for every integer of ``seed [...]``: ``[..., *shape]``, in the default dtype."""
-    # Without the mask, which changes nothing, the compiler takes the product for an index, which must not overflow in
-    # C++, and gets some numbers wrong.
+    # Without the mask, which changes nothing, the compiler treats the product as an index, which must not overflow in
+    # C++, and computes some numbers incorrectly.
     counter = torch.arange(1, math.prod(shape) + 1, device=seed.device) & (2**62 - 1)
     z = mixed(seed[..., None] + counter * GOLDEN)
     bits = (z >> 41) & ((1 << 23) - 1)
@@ -81,7 +82,7 @@ def normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass
 class Draws:
-    """Where the random numbers of one task come from while it is adapted and scored."""
+    """The source of one task's random numbers while it is adapted and scored."""
 
     seed: Tensor | None
     """An integer, or None where the caller has no seed to give."""
@@ -96,7 +97,7 @@ current: ContextVar[Draws | None] = ContextVar("draws", default=None)
 
 @contextmanager
 def drawing(seed: Tensor | None, training: bool) -> Iterator[None]:
-    """Inside, ``fresh_seed`` draws from ``seed``, and ``in_training`` says ``training``."""
+    """Inside, ``fresh_seed`` draws from ``seed``, and ``in_training`` returns ``training``."""
     token = current.set(Draws(seed, training))
     try:
         yield
@@ -105,13 +106,13 @@ def drawing(seed: Tensor | None, training: bool) -> Iterator[None]:
 
 
 def in_training() -> bool:
-    """Whether a task of meta-training is being computed; False in validation, in test and outside of any task."""
+    """Whether a training task is being computed; False in validation, in test and outside any task."""
     draws = current.get()
     return draws is not None and draws.training
 
 
 def fresh_seed() -> Tensor:
-    """An integer that no other call for the same task has been given.
+    """An integer that no other call for the same task returns.
 
     Raises:
         UserError: there is no task with a seed to draw from.

@@ -1,4 +1,4 @@
-"""One run from configuration to tables and pictures."""
+"""One run from configuration to tables and plots."""
 
 import logging
 import math
@@ -27,11 +27,10 @@ def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool
     ``result.csv`` says ``running`` from the beginning, and is written anew as the last of all files.
 
     Returns:
-        The validation score that selected the tested parameters: what a sweeper may optimise. Of several replicas the
-        best one's.
+        The validation score of the selected parameters, which a sweeper may optimise; of several replicas, the best.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: anything that the user can fix.
         Interrupted: the user stopped the run.
     """
     with settings_of(config):

@@ -10,7 +10,7 @@ from metarun.contracts import Task, Tree
 
 
 def branches(tree: Any) -> Mapping[str, Any]:
-    """What a tree holds, by name: of a ``Task`` its fields, but for a seed that it has not."""
+    """The branches of a tree by name; for a ``Task`` its fields, without a missing seed."""
     if not isinstance(tree, Task):
         return cast(Mapping[str, Any], tree)
     return {name: value for name, value in tree._asdict().items() if value is not None}
@@ -25,7 +25,7 @@ def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> dict[st
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Apply ``function`` leaf by leaf to trees of one structure (the first one's), which is that of the result."""
+    """Apply ``function`` leaf by leaf to trees of the same structure; the result has that structure too."""
     other_branches = [branches(other) for other in others]
     mapped: dict[str, Any] = {
         key: tree_map(function, value, *(other[key] for other in other_branches))
@@ -46,7 +46,7 @@ def leaves(tree: Tree | Task) -> Iterator[Tensor]:
 
 
 def like(tree: Tree, values: Iterator[Tensor]) -> dict[str, Any]:
-    """A tree of ``tree``'s structure with ``values`` as leaves, in the order of ``leaves``."""
+    """A tree with the structure of ``tree`` and ``values`` as leaves, in the order of ``leaves``."""
     return tree_map(lambda _: next(values), tree)
 
 
@@ -56,22 +56,22 @@ def subtract(a: Tree, b: Tree) -> dict[str, Any]:
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
-    """The inner product of two trees of one structure."""
+    """The inner product of two trees of the same structure."""
     return torch.stack([(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]).sum()
 
 
 def mean(tree: Tree) -> dict[str, Any]:
-    """Mean of every leaf over its leading axis."""
+    """The mean of every leaf over its leading axis."""
     return tree_map(lambda x: x.mean(0), tree)
 
 
 def size(tree: Tree) -> int:
-    """How many numbers a tree holds."""
+    """The number of elements in all leaves of a tree."""
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
 def learned(theta: Tree) -> dict[str, Any]:
-    """The part of ``theta`` that the outer optimizer steps: all but ``carried``."""
+    """The part of ``theta`` that the outer optimizer updates: everything except ``carried``."""
     return {key: value for key, value in theta.items() if key != "carried"}
 
 

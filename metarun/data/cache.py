@@ -1,4 +1,4 @@
-"""Tensors that take seconds to make, kept between runs.
+"""Tensors that take seconds to compute, cached between runs.
 
 The folder is ``METARUN_CACHE_DIR``, else ``metarun`` in the user's cache directory (``XDG_CACHE_HOME``, else
 ``~/.cache``). It can be deleted at any time, and where it cannot be written it is done without.
@@ -36,7 +36,7 @@ def cache_dir() -> Path:
 
 
 def cached(name: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that ``make()`` returns, read from the cache if they were made under ``key`` before."""
+    """The tensors that ``make()`` returns, read from the cache if it holds them under ``key``."""
     path = cache_dir() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     try:
         return cast(dict[str, Tensor], sealed.load(path))

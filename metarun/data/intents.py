@@ -1,10 +1,10 @@
-"""Sentences with labels, from the files of their publishers.
+"""Labelled sentences, from the published files.
 
 - ``data_dir/clinc150``: ``data_full.json`` and ``domains.json`` of CLINC150 (Larson et al. 2019,
   https://aclanthology.org/D19-1131, CC BY 3.0): 150 intents in 10 domains, 150 sentences each.
 - ``data_dir/banking77``: ``train.csv`` and ``test.csv`` of BANKING77 (Casanueva et al. 2020,
   https://aclanthology.org/2020.nlp4convai-1.5, CC BY 4.0): 77 intents.
-- ``fewshot_label_splits/NN/labels.{train,valid,test}.txt`` in either folder, if they are there: an intent a line
+- ``fewshot_label_splits/NN/labels.{train,valid,test}.txt`` in either folder, if they exist: one intent per line
   (Dopierre et al. 2021, https://aclanthology.org/2021.acl-long.191, Apache-2.0).
 - ``data_dir/xsid``: ``LANGUAGE.{valid,test}.conll`` of xSID (van der Goot et al. 2021,
   https://aclanthology.org/2021.naacl-main.197, CC BY-SA 4.0).
@@ -42,7 +42,7 @@ class Sentence(NamedTuple):
     label: str
     language: str
     meaning: str
-    """Equal for translations of each other."""
+    """The same for sentences that are translations of each other."""
 
 
 def is_there(data_dir: str, name: str) -> bool:
@@ -51,7 +51,11 @@ def is_there(data_dir: str, name: str) -> bool:
 
 
 def _read(path: Path, name: str, parse: Callable[[str], Any]) -> Any:
-    """What ``parse`` makes of a file of data set ``name``."""
+    """The result of ``parse`` on the text of a file of data set ``name``.
+
+    Raises:
+        UserError: the file cannot be read, or is not the published one.
+    """
     try:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -66,7 +70,7 @@ def _read(path: Path, name: str, parse: Callable[[str], Any]) -> Any:
 
 
 def _table(*columns: str) -> Callable[[str], list[dict[str, str]]]:
-    """A parser of CSV text that must have ``columns``."""
+    """A parser for CSV text that requires ``columns``."""
 
     def parse(text: str) -> list[dict[str, str]]:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
@@ -78,7 +82,7 @@ def _table(*columns: str) -> Callable[[str], list[dict[str, str]]]:
 
 
 def clinc150(data_dir: str) -> dict[str, list[str]]:
-    """Sentences by intent, all parts of the published file together, without the out-of-scope ones."""
+    """Sentences by intent, from all parts of the published file, without out-of-scope sentences."""
 
     def parse(text: str) -> dict[str, list[str]]:
         content = json.loads(text)
@@ -93,10 +97,10 @@ def clinc150(data_dir: str) -> dict[str, list[str]]:
 
 
 def clinc150_domains(data_dir: str, known: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Intents by domain, each one of ``known``, those of the sentences."""
+    """Intents by domain; each intent must be one of ``known``, the intents of the sentences."""
 
     def parse(text: str) -> dict[str, list[str]]:
-        # The published file spells intents with spaces where data_full.json has underscores, or not at all.
+        # The published file spells intents with spaces where data_full.json has underscores.
         found = {str(domain): [str(i).replace(" ", "_") for i in names] for domain, names in json.loads(text).items()}
         if len(found) < DOMAINS or not known.keys() >= {intent for names in found.values() for intent in names}:
             raise ValueError(f"{DOMAINS} domains of the intents of data_full.json expected")
@@ -107,7 +111,7 @@ def clinc150_domains(data_dir: str, known: Mapping[str, Any]) -> dict[str, list[
 
 
 def banking77(data_dir: str) -> dict[str, list[str]]:
-    """Sentences by intent, both parts together."""
+    """Sentences by intent, from both parts."""
     intents: dict[str, list[str]] = {}
     for part in ("train", "test"):
         path = Path(data_dir) / "banking77" / f"{part}.csv"
@@ -117,12 +121,12 @@ def banking77(data_dir: str) -> dict[str, list[str]]:
 
 
 def has_label_splits(data_dir: str, name: str) -> bool:
-    """Whether published splits of the labels are there."""
+    """Whether the folder of published label splits exists."""
     return (Path(data_dir) / FOLDERS[name] / "fewshot_label_splits").is_dir()
 
 
 def label_split(data_dir: str, name: str, number: str, known: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Labels of the parts train, val and test by ``fewshot_label_splits/NUMBER``."""
+    """Labels of train, val and test according to ``fewshot_label_splits/NUMBER``."""
     split: dict[str, list[str]] = {}
     elsewhere: set[str] = set()
     for part, published in PARTS.items():
@@ -140,7 +144,7 @@ def label_split(data_dir: str, name: str, number: str, known: Mapping[str, Any])
 
 
 def _headers(text: str) -> list[dict[str, str]]:
-    """The comment lines ``# key = value`` of every sentence of a CoNLL file."""
+    """The comment lines ``# key = value`` of every sentence of a CoNLL file, as mappings."""
     blocks = [
         dict(line[2:].split(" = ", 1) for line in block.splitlines() if line.startswith("# ") and " = " in line)
         for block in text.split("\n\n")
@@ -152,9 +156,9 @@ def _headers(text: str) -> list[dict[str, str]]:
 
 
 def _english(header: Mapping[str, str], english: list[str]) -> str:
-    """The English sentence that a header's sentence translates, or is.
+    """The English original of a header's sentence, or that sentence itself if it is English.
 
-    Translations name it, but for the Norwegian files, whose ids start with its position: ``12/3``.
+    Translations name the original, except in the Norwegian files, whose ids start with its position: ``12/3``.
     """
     position = header.get("id", "").split("/")[0]
     if "text-en" not in header and position.isdigit() and 1 <= int(position) <= len(english):
@@ -173,14 +177,14 @@ def xsid(data_dir: str) -> list[Sentence]:
         english = [header["text"] for header in _read(folder / f"en.{part}.conll", "xsid", _headers)]
         for language in languages:
             for header in _read(folder / f"{language}.{part}.conll", "xsid", _headers):
-                # A few of the named sentences differ by stray signs from the English file's.
+                # A few of the named originals differ from the English file by stray punctuation.
                 meaning = "".join(WORD_CHARACTERS.findall(_english(header, english).lower()))
                 sentences.append(Sentence(header["text"], header["intent"], language, meaning))
     return sentences
 
 
 def nusax(data_dir: str) -> list[Sentence]:
-    """All sentences of every language; the published id tells which translate each other."""
+    """All sentences of every language; sentences with the same published id are translations of each other."""
     folder = Path(data_dir) / "nusax_senti"
     languages = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not languages:

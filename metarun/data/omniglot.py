@@ -1,10 +1,10 @@
-"""The Omniglot data set, as its publishers ship it.
+"""The Omniglot data set, as published.
 
 ``data_dir/omniglot`` holds ``images_background.zip`` and ``images_evaluation.zip`` of
 https://github.com/brendenlake/omniglot (folder ``python``), or the folders unpacked from them, with entries
-``images_background/<alphabet>/<characterNN>/<drawing>.png``: 1,623 characters, 20 drawings each, 105×105
-pixels of 1 bit. ``splits_vinyals/{train,val,test}.txt``, if they are there, assign characters to the splits of
-Vinyals et al. 2016 (https://arxiv.org/abs/1606.04080) in lines ``<alphabet>/<characterNN>/rotNNN``.
+``images_background/<alphabet>/<characterNN>/<drawing>.png``: 1,623 characters with 20 drawings each, of 105×105
+1-bit pixels. If they exist, ``splits_vinyals/{train,val,test}.txt`` assign characters to the splits of Vinyals et al.
+2016 (https://arxiv.org/abs/1606.04080), in lines ``<alphabet>/<characterNN>/rotNNN``.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ HOW_TO_GET_IT = (
 
 
 def _sources(folder: Path) -> list[Path]:
-    """For each half of the data set its unpacked folder, else its zip, if there."""
+    """For each half of the data set, its unpacked folder or else its zip, if either exists."""
     places = [(folder / half, folder / f"{half}.zip") for half in MD5]
     return [path for pair in places if (path := next((p for p in pair if p.exists()), None))]
 
@@ -60,7 +60,7 @@ def download(data_dir: str, upstream: str = UPSTREAM) -> None:
     """Fetch the halves that are missing, check their md5 sums, and put them in place.
 
     Raises:
-        UserError: the network or the checksum failed; no partial file stays.
+        UserError: the download failed or its checksum is wrong; no partial file remains.
     """
     folder = Path(data_dir) / "omniglot"
     for half, md5 in MD5.items():
@@ -82,7 +82,7 @@ def download(data_dir: str, upstream: str = UPSTREAM) -> None:
 
 
 def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Path inside the data set and content of every PNG in an unpacked folder or a zip."""
+    """The path inside the data set and the content of every PNG in an unpacked folder or a zip."""
     if source.is_dir():
         for path in sorted(source.rglob("*.png")):
             try:
@@ -112,7 +112,7 @@ def _read(folder: Path, size: int) -> dict[str, Tensor]:
     for source in _sources(folder):
         for name, content in _entries(source):
             try:
-                # 1-bit pixels must become 8-bit before resizing, or PIL takes the nearest ones.
+                # 1-bit images must become 8-bit before resizing, or PIL resizes by nearest neighbour.
                 image = Image.open(io.BytesIO(content)).convert("L")
             except (UnidentifiedImageError, OSError, SyntaxError) as error:
                 raise UserError(f"{source}: {name} is not a readable image; {HOW_TO_GET_IT}.") from error
@@ -130,7 +130,7 @@ def _read(folder: Path, size: int) -> dict[str, Tensor]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Changes when a zip changes; unpacked folders are read each time."""
+    """A cache key that changes when a zip changes; unpacked folders are not cached."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _sources(folder)]
     return f"{folder.resolve()} {stats}"
 
@@ -155,10 +155,10 @@ def _vinyals_split(folder: Path, names: list[str]) -> dict[str, list[str]]:
 
 
 def characters(data_dir: str, size: int, split: Literal["auto", "vinyals", "random"]) -> tuple[dict[str, Tensor], str]:
-    """Images of each split as uint8 ``[characters, drawings, size, size]``, and the split's name.
+    """Images of each split as uint8 ``[characters, drawings, size, size]``, and the name of the split.
 
     Raises:
-        UserError: data missing, damaged or incomplete.
+        UserError: the data are missing, damaged or incomplete.
     """
     folder = Path(data_dir) / "omniglot"
     missing = len(MD5) - len(_sources(folder))

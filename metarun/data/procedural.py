@@ -1,8 +1,8 @@
-"""Characters drawn by metarun itself, so that few-shot classification needs no download.
+"""Procedurally generated characters, so that few-shot classification needs no download.
 
 A character is one to three strokes, each a smooth curve through a few random points (Catmull-Rom splines).
-A drawing of it moves every point a little, turns, scales, shears and shifts the whole, and inks it with a pen
-of its own thickness. All of it is a function of fixed seeds: the same characters on every machine.
+Each drawing moves every point a little, rotates, scales, shears and shifts the whole character, and has its own pen
+thickness. Everything is a function of fixed seeds, so the characters are the same on every machine.
 """
 
 import math
@@ -16,14 +16,14 @@ CHARACTERS = {"train": 600, "val": 100, "test": 200}
 DRAWINGS = 20
 STROKES, POINTS, SAMPLES = 3, 4, 24
 VERSION = 1
-"""Part of the cache's key: raise it when the drawing changes."""
+"""Part of the cache key; increase it when the drawing code changes."""
 
 JITTER = 0.09
-"""Standard deviation of a point's move, where the character is 2 wide."""
+"""Standard deviation of the displacement of a point, for characters of width 2."""
 
 
 def _catmull_rom(points: Tensor) -> Tensor:
-    """Curve through ``points [..., POINTS, 2]``: ``[..., (POINTS − 1) * SAMPLES, 2]``."""
+    """A smooth curve through ``points [..., POINTS, 2]``: ``[..., (POINTS − 1) * SAMPLES, 2]``."""
     first = 2 * points[..., :1, :] - points[..., 1:2, :]
     last = 2 * points[..., -1:, :] - points[..., -2:-1, :]
     p = torch.cat([first, points, last], -2)
@@ -49,7 +49,7 @@ def _affine(drawings: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _draw(size: int, characters: int, generator: torch.Generator) -> Tensor:
-    """uint8 ``[characters, DRAWINGS, size, size]``."""
+    """Drawings of random characters: uint8 ``[characters, DRAWINGS, size, size]``."""
     points = 1.6 * torch.rand(characters, STROKES, POINTS, 2, generator=generator) - 0.8
     strokes = torch.randint(1, STROKES + 1, (characters, 1, 1, 1), generator=generator)
     used = torch.arange(STROKES)[None, :, None, None] < strokes
@@ -60,7 +60,7 @@ def _draw(size: int, characters: int, generator: torch.Generator) -> Tensor:
         moved = points[i] + JITTER * torch.randn(DRAWINGS, STROKES, POINTS, 2, generator=generator)
         linear, shift = _affine(DRAWINGS, generator)
         curve = _catmull_rom(moved)
-        # Strokes that this character lacks are drawn far outside.
+        # Strokes that this character lacks are moved far outside the image.
         curve = torch.where(used[i], curve, torch.full_like(curve, 99.0)).flatten(1, 2)
         curve = curve @ linear.transpose(1, 2) + shift
         distance = torch.cdist(pixels.expand(DRAWINGS, -1, -1), curve).amin(-1)

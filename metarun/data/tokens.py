@@ -21,13 +21,13 @@ from metarun.nn.ops import unit_rows
 
 UNKNOWN = 1024
 MAX_WORDS, MAX_GRAMS = 48, 512
-"""A longer sentence is cut."""
+"""Longer sentences are truncated."""
 
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def words(sentence: str) -> list[str]:
-    """Lower-case words and single punctuation marks."""
+    """The words of a sentence in lower case, and its punctuation marks one by one."""
     return WORD.findall(sentence.lower())
 
 
@@ -49,7 +49,7 @@ def spread(text: str, buckets: int) -> int:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Turns sentences into rows; made by `fit`.
+    """Turns sentences into rows of ids; created by `fit`.
 
     Args:
         vocabulary: the words of the training classes.
@@ -67,12 +67,12 @@ class Tokenizer:
 
     @property
     def first_bucket(self) -> int:
-        """The id of the first bucket; smaller ones are words."""
+        """The id of the first bucket; smaller ids are words."""
         return 1 + len(self.vocabulary) + UNKNOWN
 
     @property
     def ids(self) -> int:
-        """How many ids there are."""
+        """The number of ids."""
         return self.first_bucket + self.buckets
 
     def word_id(self, word: str) -> int:
@@ -81,7 +81,7 @@ class Tokenizer:
 
     def __call__(self, sentences: Iterable[str]) -> Tensor:
         """Rows ``[sentences, columns]`` of int32; the columns after ``MAX_WORDS`` are the n-grams'."""
-        # The same words come again and again: what is known of one is kept.
+        # Cached, because the same words occur again and again.
         word_id = cache(self.word_id)
         gram_ids = cache(lambda part: [self.first_bucket + spread(g, self.buckets) for g in grams_of(part, self.grams)])
         rows = []
@@ -94,15 +94,15 @@ class Tokenizer:
 
 
 def fit(sentences: Sequence[str], buckets: int, grams: tuple[int, int]) -> Tokenizer:
-    """The tokenizer whose vocabulary are the words that occur twice or more in ``sentences``."""
+    """A tokenizer whose vocabulary is the words that occur at least twice in ``sentences``."""
     counts = Counter(word for sentence in sentences for word in words(sentence))
     return Tokenizer(tuple(sorted(word for word, count in counts.items() if count > 1)), buckets, grams)
 
 
 def inverse_document_frequency(rows: Tensor, ids: int) -> Tensor:
-    """ln((1 + n) / (1 + n_i)) + 1 for every id i, where n_i of the n rows hold it: ``[ids]``; 0 for padding."""
+    """ln((1 + n) / (1 + n_i)) + 1 for every id i that n_i of the n rows contain: ``[ids]``; 0 for padding."""
     ordered = rows.long().sort(1).values
-    # In order, an id is new to its row where it differs from the one before.
+    # In sorted order, an id occurs for the first time in its row where it differs from the previous one.
     new = torch.cat([torch.ones_like(ordered[:, :1], dtype=torch.bool), ordered[:, 1:] != ordered[:, :-1]], 1)
     here = torch.bincount(ordered[new], minlength=ids)
     weights = torch.log((1 + len(rows)) / (1 + here)) + 1

@@ -1,13 +1,13 @@
-"""A language made up by metarun, so that text tasks need no download, and its translations.
+"""An artificial language and its translations, so that text tasks need no download.
 
 A meaning is three concepts: an action, an object and a quality. A class is the set of sentences that share
 one triple. Each concept has several surface words that look nothing alike, so that sentences of one class may
-have no word in common: who has learned which words mean the same needs one example where others need many.
-Sentences also hold function words and words of other concepts, as noise. Classes of different splits are
+have no word in common: a learner that knows which words are synonyms needs one example where others need many.
+Sentences also contain function words and words of other concepts, as noise. Classes of different splits are
 different triples of the same concepts.
 
-Other languages have the same grammar with words of their own, but for a share of cognates, which differ from
-a common root in one letter. All of it is a function of a fixed seed: the same on every machine.
+Other languages have the same grammar and different words, except for a share of cognates, which differ from a common
+root in one letter. Everything is a function of a fixed seed, so it is the same on every machine.
 """
 
 import random
@@ -20,10 +20,10 @@ KINDS, CONCEPTS, SYNONYMS, FUNCTION_WORDS = 3, 15, 5, 30
 
 CLASSES = {"train": 150, "val": 40, "test": 100}
 SENTENCES = 40
-"""Of each class."""
+"""Sentences per class."""
 
 LANGUAGES, SHARED_CLASSES, MEANINGS, COGNATES = 16, 12, 120, 0.6
-"""Of the parallel corpus: languages, classes (the same in all), sentences of each class, share of cognates."""
+"""Of the parallel corpus: languages, classes (the same in all), sentences per class, share of cognates."""
 
 SEED = 150
 LETTERS = ("bdfgklmnprstvz", "aeiou")
@@ -47,7 +47,7 @@ def _triples(randomness: random.Random) -> list[tuple[int, ...]]:
 
 
 def _sentence(triple: tuple[int, ...], randomness: random.Random) -> list[int]:
-    """Positions of its words in a lexicon: function words first, then the surface words of every concept."""
+    """A random sentence for ``triple`` as positions in the lexicon (function words, then the words of each concept)."""
 
     def surface(kind: int, concept: int) -> int:
         return FUNCTION_WORDS + (kind * CONCEPTS + concept) * SYNONYMS + randomness.randrange(SYNONYMS)
@@ -61,7 +61,7 @@ def _sentence(triple: tuple[int, ...], randomness: random.Random) -> list[int]:
 
 
 def _lexicon(randomness: random.Random) -> list[str]:
-    """Function words, which are short, then all surface words."""
+    """The function words, which are short, then all surface words."""
     return _new_words(FUNCTION_WORDS, 1, randomness) + _new_words(KINDS * CONCEPTS * SYNONYMS, 3, randomness)
 
 

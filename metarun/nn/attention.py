@@ -12,7 +12,7 @@ from metarun.nn.noise import dropped
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Softmax of scaled dot products ``[..., queries, keys]``; ``mask`` is added to them, or says where they count."""
+    """Softmax of scaled dot products ``[..., queries, keys]``; ``mask`` is added, or is True where they count."""
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * factor
     if mask is not None:
@@ -30,7 +30,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1; arguments of torch's own."""
+    """Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1; arguments of torch's own function."""
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if enable_gqa:
@@ -41,7 +41,7 @@ def scaled_dot_product_attention(
 
 
 def blocked(mask: Tensor | None, like: Tensor) -> Tensor | float:
-    """A mask of ``nn.MultiheadAttention``, where True means closed, as numbers to be added."""
+    """A mask of ``nn.MultiheadAttention``, where True means blocked, as numbers to be added."""
     if mask is None:
         return 0.0
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask

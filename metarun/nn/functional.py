@@ -16,16 +16,16 @@ Forward = Callable[[Weights, Any], Tensor]
 
 
 def forward_of(module: nn.Module) -> Forward:
-    """The forward pass of ``module`` as a function of its parameters; what they leave out stays as the module has it.
+    """The forward pass of ``module`` as a function of its parameters; missing parameters are taken from the module.
 
-    Torch's own layers are right inside (`metarun.nn.substitutes`).
+    Torch's own layers have correct derivatives inside (`metarun.nn.substitutes`).
     """
     return SafeForward(module)
 
 
 @contextmanager
 def seeded(generator: torch.Generator) -> Iterator[None]:
-    """Modules built inside are initialised from ``generator``'s seed; torch's global generator is left as it was."""
+    """Inside, modules are initialised from ``generator``'s seed; torch's global generator is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator.initial_seed())
         yield
@@ -49,7 +49,7 @@ def own_network(
 
 
 def parameters_of(module: nn.Module) -> Weights:
-    """A copy of the parameters of ``module`` by name; frozen ones (``requires_grad=False``) are constants instead."""
+    """A copy of the parameters of ``module`` by name, except for frozen ones (``requires_grad=False``)."""
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -66,7 +66,11 @@ def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Line
 
 
 def head_names(model: nn.Module, algorithm: str) -> set[str]:
-    """Names of the parameters of ``model.head``; a model that has none, or nothing else, is refused."""
+    """The names of the parameters of ``model.head``.
+
+    Raises:
+        ValueError: the model has no head, or nothing but a head.
+    """
     names = {name for name, _ in model.named_parameters()}
     heads = {name for name in names if name.startswith("head.")}
     kind = type(model).__name__

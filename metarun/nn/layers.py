@@ -1,4 +1,4 @@
-"""Tables of rows, bilinear products and learned slopes by plain formulas."""
+"""Embeddings, bilinear products and PReLU by plain formulas."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from metarun.errors import UserError
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """He et al. 2015, https://arxiv.org/abs/1502.01852, equation 1; arguments of ``F.prelu``.
 
-    Under two maps torch's own derivative takes the wrong axis for the channels.
+    Under two nested vmaps, torch's own derivative takes the wrong axis for the channels.
     """
     slope = weight.view(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 and input.ndim > 1 else weight
     return torch.where(input > 0, input, slope * input)
@@ -56,7 +56,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Sums, means or maxima of rows of ``weight``; arguments of ``F.embedding_bag`` for bags of one size."""
+    """Sums, means or maxima of rows of ``weight``; arguments of ``F.embedding_bag``, for bags of equal size."""
     if offsets is not None:
         raise UserError("nn.EmbeddingBag with offsets is not supported here: give it bags of one size, padded.")
     rows = embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
@@ -65,7 +65,7 @@ def embedding_bag(
         counts = (input != padding_idx % len(weight)).to(rows.dtype)
     if mode == "max":
         rows = rows.masked_fill(counts[..., None] == 0, -torch.inf)
-        # A bag of padding alone is zero.
+        # A bag that contains only padding is zero.
         return rows.amax(-2).masked_fill((counts.sum(-1) == 0)[..., None], 0.0)
     factors = counts if per_sample_weights is None else counts * per_sample_weights
     total = (rows * factors[..., None]).sum(-2)

@@ -1,6 +1,6 @@
 """Dropout and other random numbers of a forward pass, drawn from the task's seed (`metarun.random`).
 
-Dropout is on in meta-training alone; in validation and test it is off, as if ``eval()`` had been called.
+Dropout is on only in meta-training; in validation and test it is off, as if ``eval()`` had been called.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from metarun.errors import UserError
 
 
 def kept(input: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
-    """1 with probability 1 − ``p`` and else 0, in ``shape``, drawn from the task's seed."""
+    """A mask of ``shape``, drawn from the task's seed: 1 with probability 1 − ``p``, and 0 otherwise."""
     return (random.uniform(random.fresh_seed(), shape).to(input.device) >= p).to(input.dtype)
 
 
 def changed(input: Tensor, scale: Tensor, shift: Tensor | float, inplace: bool) -> Tensor:
-    """``input · scale + shift``, written over ``input`` if asked."""
+    """``input · scale + shift``, in place if asked for."""
     return input.mul_(scale).add_(shift) if inplace else input * scale + shift
 
 
 def dropped(input: Tensor, p: float, training: bool, inplace: bool, shape: tuple[int, ...], alpha: bool) -> Tensor:
-    """Dropout with one decision for each number of ``shape``, which broadcasts over ``input``.
+    """Dropout with one independent decision per element of ``shape``, which broadcasts over ``input``.
 
     Srivastava et al. 2014; with ``alpha`` as Klambauer et al. 2017 (https://arxiv.org/abs/1706.02515, §5), which keeps
     mean 0 and variance 1.
@@ -54,7 +54,7 @@ def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace
 
 
 def of_features(input: Tensor, spatial: int | None) -> tuple[int, ...]:
-    """The shape with one number for each channel of each example; a missing batch axis is recognised by ``spatial``."""
+    """The shape with one element per channel and example; ``spatial`` tells whether the batch axis is missing."""
     leading = 1 if spatial is not None and input.ndim == spatial + 1 else 2
     return (*input.shape[:leading], *[1] * (input.ndim - leading))
 
@@ -80,12 +80,12 @@ def rrelu(
 
 
 def like_options(input: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    """Type and device for numbers like ``input``."""
+    """Dtype and device for numbers like ``input``, unless ``options`` name others."""
     return {"dtype": options.get("dtype") or input.dtype, "device": options.get("device") or input.device}
 
 
 def drawn(numbers: Callable[[Tensor, tuple[int, ...]], Tensor], size: tuple[Any, ...], **options: Any) -> Tensor:
-    """Random numbers of the task's seed for a call such as ``torch.rand(2, 3)`` or ``torch.rand((2, 3))``."""
+    """Random numbers from the task's seed for a call such as ``torch.rand(2, 3)`` or ``torch.rand((2, 3))``."""
     shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     return numbers(random.fresh_seed(), shape).to(dtype=options.get("dtype"), device=options.get("device"))
 
@@ -111,5 +111,5 @@ def randn_like(input: Tensor, **options: Any) -> Tensor:
 
 
 def bernoulli(input: Tensor, **options: Any) -> Tensor:
-    """``torch.bernoulli`` from the task's seed; ``input`` holds probabilities."""
+    """``torch.bernoulli`` from the task's seed; ``input`` contains probabilities."""
     return (random.uniform(random.fresh_seed(), tuple(input.shape)).to(input) < input).to(input.dtype)

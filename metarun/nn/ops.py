@@ -1,4 +1,4 @@
-"""Small pieces of arithmetic that several algorithms and models share, right under the transforms of ``torch.func``."""
+"""Small functions that several algorithms and models share, correct under the transforms of ``torch.func``."""
 
 import math
 from collections.abc import Iterator
@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images ``[n, channels, height, width]`` with channels innermost in memory, under ``torch.func.vmap`` too, where
-    torch's own way is not supported."""
+    """Images ``[n, channels, height, width]`` with channels innermost in memory.
+
+    This also works under ``torch.func.vmap``, which does not support torch's own memory format.
+    """
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -56,10 +58,10 @@ def class_means(z: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int, weight: Tensor | None = None) -> Tensor:
-    """Values ``[n, width]`` weighed for every query ``[m, width]`` by scaled dot products, a share of the width a head.
+    """Multi-head scaled dot-product attention of ``queries [m, width]`` to ``keys`` and ``values [n, width]``.
 
-    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, §3.2: ``[m, width]``, not yet mixed. Values whose ``weight
-    [n]`` is 0 are not seen.
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, §3.2. The result ``[m, width]`` concatenates the heads,
+    without the output projection. Values whose ``weight [n]`` is 0 are ignored.
     """
 
     def by_head(z: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int, weight
 
 @contextmanager
 def full_precision(like: Tensor) -> Iterator[None]:
-    """Inside, products on the device of ``like`` are not rounded by autocast."""
+    """Inside, autocast is off on the device of ``like``."""
     device = like.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         yield
@@ -81,14 +83,15 @@ def full_precision(like: Tensor) -> Iterator[None]:
 def lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """One step of an LSTM (Hochreiter and Schmidhuber 1997): hidden state and cell ``[..., width]``.
 
-    ``gates [..., 4 width]`` are linear in input and hidden state. Written out, so that it maps and differentiates.
+    ``gates [..., 4 width]`` are linear in the input and the hidden state. Written out, so that it can be mapped and
+    differentiated twice.
     """
     enter, keep, leave, new = gates.chunk(4, -1)
-    # Kept rather than forgotten before anything is learned (Gers et al. 2000).
+    # A forget-gate bias of 1, so that the cell remembers before anything is learned (Gers et al. 2000).
     cell = (keep + 1).sigmoid() * cell + enter.sigmoid() * new.tanh()
     return leave.sigmoid() * cell.tanh(), cell
 
 
 def one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
-    """``index [...]`` as ``[..., size]`` in the dtype of ``like``; torch's own fails under ``grad`` inside ``vmap``."""
+    """One-hot ``[..., size]`` of ``index [...]`` in the dtype of ``like``; torch's fails in ``grad`` under ``vmap``."""
     return (index[..., None] == torch.arange(size, device=index.device)).to(like.dtype)

@@ -1,4 +1,4 @@
-"""Recurrent layers and cells step by step, with torch's parameters, since the fused ones cannot be mapped."""
+"""Recurrent layers and cells computed step by step, since torch's fused ones work neither under vmap nor twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,11 @@ from metarun.errors import UserError
 from metarun.nn.noise import dropped
 
 Cell = Callable[..., Any]
-"""(input times its weights, state, weights of the state, bias) → the next state."""
+"""(input already multiplied by its weights, state, weights of the state, bias) → next state."""
 
 
 def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], hidden_weight: Tensor, bias: Tensor | None) -> Any:
-    """One step of an LSTM (Hochreiter and Schmidhuber 1997) as torch has it; ``x`` is already times its weights."""
+    """One step of an LSTM (Hochreiter and Schmidhuber 1997) as in torch; ``x`` is already multiplied by its weights."""
     hidden, cell = state
     gates = x + F.linear(hidden, hidden_weight, bias)
     enter, keep, new, leave = gates.chunk(4, -1)
@@ -24,7 +24,7 @@ def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], hidden_weight: Tensor, bi
 
 
 def gru_cell(x: Tensor, hidden: Tensor, hidden_weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One step of a gated recurrent unit (Cho et al. 2014) as torch has it: the reset gate acts after the product."""
+    """One step of a gated recurrent unit (Cho et al. 2014) as in torch: the reset gate acts after the product."""
     x_reset, x_update, x_new = x.chunk(3, -1)
     h_reset, h_update, h_new = F.linear(hidden, hidden_weight, bias).chunk(3, -1)
     reset, update = (x_reset + h_reset).sigmoid(), (x_update + h_update).sigmoid()
@@ -53,7 +53,7 @@ def single_step(cell: Cell) -> Cell:
 
 
 def one_direction(cell: Cell, x: Tensor, state: Any, weights: list[Tensor], biases: bool, back: bool) -> Any:
-    """A layer in one direction: ``x [steps, batch, numbers]`` → outputs of all steps and the last state."""
+    """A layer in one direction: ``x [steps, batch, features]`` → outputs of all steps, and the last state."""
     projected = len(weights) == (5 if biases else 3)
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if biases else (None, None)
@@ -67,7 +67,7 @@ def one_direction(cell: Cell, x: Tensor, state: Any, weights: list[Tensor], bias
 
 
 def recurrent(name: str, cell: Cell) -> Cell:
-    """``torch.lstm`` and its siblings for padded batches: several layers, both directions, dropout in between."""
+    """``torch.lstm`` and its siblings for padded batches: several layers, both directions, dropout between layers."""
 
     def run(
         input: Tensor,

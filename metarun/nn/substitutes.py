@@ -1,15 +1,15 @@
-"""What stands in for torch's own functions whose derivatives are wrong or missing under ``torch.func``.
+"""Substitutes for those of torch's functions whose derivatives are wrong or missing under ``torch.func``.
 
-Models are ordinary modules. Under ``torch.func.vmap`` some of torch's functions give a wrong second derivative in
-silence (batch, layer and instance normalisation), others none at all (fused recurrent layers and attention), and
-dropout has no generator to draw from. ``Substituted`` is a mode: inside it these functions, and the modules that call
-them, are computed by their plain formulas. What cannot be made right is refused by name.
+Models are ordinary modules. Under ``torch.func.vmap``, some of torch's functions silently give a wrong second
+derivative (batch, layer and instance normalisation), others give none at all (fused recurrent layers and attention),
+and dropout has no generator to draw from. Inside the mode ``Substituted``, these functions, and the modules that call
+them, are computed by their plain formulas. Functions that cannot be made correct are refused by name.
 
 A module's ``train()`` and ``eval()`` mean what they mean in torch: batch statistics and dropout, or running statistics
-and none. Three things differ, because a task may not leave anything behind for the next one:
+and none. Three things differ, because a task must not influence the next one:
 
 - running statistics are read, never written;
-- dropout is on in meta-training alone; in validation and test it is off, as if ``eval()`` had been called;
+- dropout is on only in meta-training; in validation and test it is off, as if ``eval()`` had been called;
 - a normalisation whose parameters are all frozen (``requires_grad=False``) uses its running statistics.
 """
 
@@ -101,7 +101,7 @@ DRAWING = {
     *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
     *(torch.rrelu, torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli),
 }
-"""Those of them that draw random numbers."""
+"""The functions among them that draw random numbers."""
 
 
 REFUSED: dict[Any, str] = {
@@ -137,7 +137,7 @@ REFUSED: dict[Any, str] = {
 
 
 def norm_by_torch(function: Any) -> Formula:
-    """Torch's own normalisation, which leaves running statistics alone and takes frozen ones as they are."""
+    """Torch's own normalisation, without updates of running statistics; frozen modules use theirs."""
 
     def norm(
         input: Tensor,
@@ -160,7 +160,7 @@ def norm_by_torch(function: Any) -> Formula:
 
 
 def attention_by_torch(function: Any) -> Formula:
-    """Torch's own attention in its plain implementation, the one that can be differentiated twice."""
+    """Torch's own attention in its plain implementation, which can be differentiated twice."""
 
     def attend(*args: Any, **named: Any) -> Any:
         with sdpa_kernel(SDPBackend.MATH):
@@ -178,7 +178,7 @@ BY_TORCH: dict[Any, Formula] = {
     torch._weight_norm: weight_norm,
     F.embedding_bag: embedding_bag,
 }
-"""What plain autograd, which checks the formulas, has in place of them."""
+"""Replacements for the formulas where plain autograd checks them."""
 
 
 def by_torch(function: Any, args: Any, named: dict[str, Any]) -> bool:
@@ -197,13 +197,13 @@ def by_torch(function: Any, args: Any, named: dict[str, Any]) -> bool:
 
 
 class Substituted(TorchFunctionMode):
-    """Inside, torch's functions that ``FORMULAS`` names are computed by its formulas, for one module's forward pass.
+    """Inside, the functions in ``FORMULAS`` are computed by its formulas, for the forward pass of one module.
 
     Where gradients are plain autograd's (`metarun.nn.transforms.plainly`), only what torch cannot do by itself is.
     """
 
     def __init__(self, buffers: dict[int, str], of: str) -> None:
-        """``buffers`` are the names of the module's buffers by identity, ``of`` the name of its class."""
+        """``buffers`` maps the identities of the module's buffers to their names; ``of`` is the name of its class."""
         super().__init__()
         self.buffers, self.of = buffers, of
 
@@ -233,7 +233,7 @@ class Substituted(TorchFunctionMode):
 
 
 def refusal_of_writing(of: str, buffer: str) -> str:
-    """Why a forward pass may not write to a buffer, in one sentence."""
+    """The sentence that refuses a forward pass that writes to a buffer."""
     return (
         f"model: the forward pass of {of} writes to its buffer {buffer}, which all tasks would share; call eval() on "
         "the module that does, or make the buffer a parameter."
@@ -241,18 +241,22 @@ def refusal_of_writing(of: str, buffer: str) -> str:
 
 
 class SafeForward:
-    """The forward pass of a module, by substitutes, and with its buffers guarded."""
+    """The forward pass of a module with substituted functions and guarded buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.of = module, type(module).__name__
         for part in module.modules():
             if isinstance(part, nn.RNNBase):
-                # It would look for the memory of weights that have none inside a transform.
+                # It would ask for the memory address of weights, which they lack inside a transform.
                 part.flatten_parameters = lambda: None  # type: ignore[method-assign]
         self.owners = [(name, part) for name, part in module.named_modules() if part._buffers]
 
     def __call__(self, weights: Any, x: Any) -> Any:
-        """The output for ``x`` with ``weights`` in place of the parameters of the same names."""
+        """The output for ``x``, with ``weights`` in place of the parameters of the same names.
+
+        Raises:
+            UserError: the forward pass writes to a buffer, or calls a function that is refused.
+        """
         held = [
             (f"{name}.{key}" if name else key, part, key, buffer, buffer._version)
             for name, part in self.owners

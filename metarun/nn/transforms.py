@@ -1,7 +1,8 @@
-"""Mapping a function over tasks and differentiating it: by ``torch.func``, or by plain autograd to check that.
+"""Mapping a function over tasks and differentiating it: with ``torch.func``, or with plain autograd as a check.
 
-Algorithms map and differentiate with ``over_tasks`` and ``gradient`` alone. Inside ``plainly`` both do without any
-transform of ``torch.func``: a loop over tasks, and ``torch.autograd.grad`` on a graph. The results must be the same.
+Algorithms map and differentiate with ``over_tasks`` and ``gradient`` alone. Inside ``plainly``, neither uses a
+transform of ``torch.func``: tasks are looped over, and ``torch.autograd.grad`` works on a graph. The results must be
+the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ plain: ContextVar[bool] = ContextVar("plain", default=False)
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Inside, ``over_tasks`` loops and ``gradient`` is plain autograd's."""
+    """Inside, ``over_tasks`` loops over tasks and ``gradient`` uses plain autograd."""
     token = plain.set(True)
     try:
         yield
@@ -31,15 +32,15 @@ def plainly() -> Iterator[None]:
 
 
 def gradient(function: Callable[..., Any], at: Tree, has_aux: bool = False) -> Any:
-    """Derivative of ``function``, a tree → a scalar, at a tree: one of the same structure.
+    """The derivative of ``function`` (tree → scalar) at the tree ``at``, a tree of the same structure.
 
-    The derivative can be differentiated again. With ``has_aux`` the function returns a pair (scalar, anything), and the
-    result is a pair (derivative, anything).
+    The derivative can be differentiated again. With ``has_aux``, ``function`` returns a pair (scalar, anything), and
+    the result is the pair (derivative, anything).
     """
     if not plain.get():
         return grad(function, has_aux=has_aux)(at)
     with torch.enable_grad():
-        # A view, so that only what depends on the argument counts, and not what the function knows otherwise.
+        # A view, so that only the dependence on the argument counts, and not tensors that the function closes over.
         variables = tree_map(lambda w: w.view_as(w) if w.requires_grad else w.detach().requires_grad_(), at)
         out = function(variables)
         value, aux = out if has_aux else (out, None)
@@ -49,7 +50,7 @@ def gradient(function: Callable[..., Any], at: Tree, has_aux: bool = False) -> A
 
 
 def stacked(results: list[Any]) -> Any:
-    """Results of one structure (tensors in tuples and dictionaries) as one, with a leading axis."""
+    """Results of the same structure (tensors in tuples and dictionaries), stacked along a new leading axis."""
     first = results[0]
     if isinstance(first, Tensor):
         return torch.stack(results)
@@ -60,10 +61,10 @@ def stacked(results: list[Any]) -> Any:
 
 
 def over_tasks(function: Callable[[Task], Any], tasks: Task, training: bool) -> Any:
-    """``function`` of one task for each of ``tasks`` (leaves ``[tasks, ...]``): its results with a leading axis.
+    """Apply ``function``, written for one task, to each of ``tasks``: its results with a leading axis of tasks.
 
-    Inside, random numbers are drawn from each task's own seed (`metarun.random`); ``training`` says whether this is
-    meta-training.
+    Leaves of ``tasks`` are ``[tasks, ...]``. Random numbers are drawn from each task's own seed (`metarun.random`), and
+    ``training`` says whether this is meta-training.
     """
 
     def one(task: Task) -> Any:
@@ -79,5 +80,5 @@ def over_tasks(function: Callable[[Task], Any], tasks: Task, training: bool) -> 
 
 
 def task_of(tasks: Task, index: int) -> Task:
-    """The ``index``-th of ``tasks``."""
+    """The task at ``index`` of a batch."""
     return tree_map(lambda leaf: leaf[index], tasks)

@@ -15,7 +15,7 @@ from metarun.results.plots import AGNOSTIC, new_figure, save_figure
 from metarun.targets.metric import Metric
 
 COLOURS = (AGNOSTIC, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-"""Of operations (Okabe and Ito 2008)."""
+"""Colours of operations (Okabe and Ito 2008)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Measured:
     numbers: Any
     """An array ``[episodes, …]``."""
     groups: Sequence[str]
-    """The kind of each task; the same for all where a family has one kind."""
+    """The kind of each task; the same for all if the task family has only one kind."""
 
 
 def write_measured(path: Path, measured: Sequence[Measured]) -> None:
