@@ -41,8 +41,9 @@ class Task(NamedTuple):
 
     Supervised families hold ``x [examples, *input]`` and ``y``: targets ``[examples, outputs]``, or one-hot classes
     ``[examples, ways]``, so that the number of ways can be read off the shape. Where tasks differ in size, both parts
-    also carry ``weight [examples]``: 1 for an example, 0 for padding, whose target is zero. Training tasks may carry
-    ``class``, the identity ``[examples]`` of each example's class among all training classes.
+    also carry ``weight [examples]``: 1 for an example, 0 for padding, which may stand anywhere and whose target is
+    zero. Training tasks may carry ``class``, the identity ``[examples]`` of each example's class among all training
+    classes.
     Control families hold what an environment is made of, ``[episodes, ...]`` each; and of their randomness a seed for
     each support episode, from which every step of adaptation draws, or the random numbers of a query episode.
     """
@@ -170,7 +171,10 @@ class Sizes:
     """How large tasks are; of validation and test tasks where nothing else is said."""
 
     shots: int
-    """Support examples per class for classification, per task otherwise; episodes or trials for control."""
+    """Support examples per class for classification, per task otherwise; episodes or trials for control.
+
+    The most of them where tasks differ in size.
+    """
     queries: int
     """Likewise of query examples."""
     ways: int | None = None
@@ -221,7 +225,7 @@ class Report(NamedTuple):
     value: Metric
     """What a number means."""
     measure: Callable[..., Tensor]
-    """Numbers of one task, shaped as ``axes``. Of an algorithm: (theta, task, loss, adaptation steps); of a family:
+    """Numbers of one task, shaped as ``axes``; NaN where it has nothing to measure. Of an algorithm: (theta, task, loss, adaptation steps); of a family:
     (predict, task), where ``predict`` is the adapted learner."""
 
 

@@ -19,6 +19,7 @@ from metarun.contracts import Algorithm, Family, Loss, Report, Scores, Split, Ta
 from metarun.engine import batch
 from metarun.engine.recording import release_gpu_memory
 from metarun.errors import UserError
+from metarun.nn.padding import weighing
 from metarun.nn.transforms import over_tasks
 from metarun.random import stream
 from metarun.results.reports import Measured
@@ -154,9 +155,18 @@ def reports_of(experiment: Experiment, index: int) -> list[Report]:
 
         def of_family(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
             state = batch.adapted(algorithm, theta, task.support, loss, steps)
-            return measure(partial(algorithm.predict, theta, state), task)
+            with weighing(task.query.get("weight")):
+                return measure(partial(algorithm.predict, theta, state), task)
 
         found.append(own._replace(measure=of_family))
+    return found
+
+
+def groups_of(tasks: Task) -> list[int]:
+    """The kind of each task, by its first example that is no padding."""
+    group: Tensor = tasks.support["group"]
+    first = tasks.support["weight"].argmax(1) if "weight" in tasks.support else group.new_zeros(len(group))
+    found: list[int] = group.gather(1, first[:, None])[:, 0].tolist()
     return found
 
 
@@ -170,7 +180,7 @@ def measured(experiment: Experiment, index: int, theta: Tree, report: Report) ->
         )
         numbers.append(found.cpu())
         names = family.spec.facts.groups
-        groups += [names[i] for i in block.support["group"][:, 0].tolist()] if names else [""] * len(found)
+        groups += [names[i] for i in groups_of(block)] if names else [""] * len(found)
     return Measured(index, report.axes, report.value, torch.cat(numbers).numpy(), groups)
 
 

@@ -61,8 +61,9 @@ def _check(holds: bool, sentence: str) -> None:
         raise UserError(f"task: {sentence}.")
 
 
-def _check_targets(name: str, y: Tensor, examples: int, spec: Spec, ways: int) -> None:
-    """Refuse targets that are not ``[tasks, examples, width]`` in the default dtype, or not one-hot."""
+def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) -> None:
+    """Refuse targets that are not ``[tasks, examples, width]`` in the default dtype, not one-hot, or not 0 in padding."""
+    examples = weight.shape[1]
     classes = spec.offers("classes")
     width = ways if classes else spec.target.outputs
     wanted = f"[tasks, examples, {width}]"
@@ -77,9 +78,41 @@ def _check_targets(name: str, y: Tensor, examples: int, spec: Spec, ways: int) -
         kind = "one-hot classes" if classes else "targets"
         _check(False, f"{name} has {has}, and must hold {kind} {wanted}, where x has {examples} examples; {remedy}")
     _check(y.dtype == dtype, f"{name} is of {y.dtype}, and must be of {dtype}; convert it with .to({dtype})")
+    padding = weight == 0
+    _check(
+        not bool(y[padding].any()),
+        f"{name} has targets where the weight is 0; make all rows of padding zero, such as with y * weight[..., None]",
+    )
     if classes:
-        one_hot = bool(((y == 0) | (y == 1)).all()) and bool((y.sum(-1) == 1).all())
+        one_hot = bool(((y == 0) | (y == 1)).all()) and bool((y[~padding].sum(-1) == 1).all())
         _check(one_hot, f"{name} is not one-hot: each row must hold a single 1 among zeros; {remedy}")
+
+
+def _check_weight(name: str, weight: Tensor, examples: int) -> None:
+    """Refuse weights that do not say of each example whether it is padding, and tasks of padding alone."""
+    dtype = torch.get_default_dtype()
+    _check(
+        weight.shape[1:] == (examples,) and weight.dtype == dtype,
+        f"{name} must hold a number for each example, [tasks, {examples}] of {dtype}, and is of {weight.dtype} with "
+        f"shape {list(weight.shape)}; make it with real.to({dtype})",
+    )
+    _check(
+        bool(((weight == 0) | (weight == 1)).all()),
+        f"{name} must be 1 for an example and 0 for padding, and holds other numbers; weigh errors in a loss of the "
+        "family's own",
+    )
+    _check(bool((weight.sum(1) > 0).all()), f"{name} leaves a task without any example; draw at least one per task")
+
+
+def _check_classes(name: str, y: Tensor, shots: int | None, padded: bool) -> None:
+    """Refuse support sets that lack a class, or have another number of each than ``shots``; more, if tasks differ."""
+    counts = y.sum(1)
+    there = bool((counts > 0).all())
+    _check(there, f"{name} lacks a class: each of the {y.shape[2]} needs an example in every task")
+    if shots is not None:
+        fits = bool((counts <= shots if padded else counts == shots).all())
+        times = f"at most {shots}" if padded else f"{shots}"
+        _check(fits, f"{name} must hold each class {times} times (spec.sizes.shots) in every task")
 
 
 def _check_indices(name: str, index: Tensor, examples: int, count: int | None, what: str) -> None:
@@ -120,18 +153,18 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
     )
     examples = x.shape[1]
     classes = spec.offers("classes")
-    if per_class is not None:
-        wanted = per_class * (ways if classes else 1)
-        words = f"{ways} ways with {per_class} each make {wanted}" if classes else f"the spec says {wanted}"
-        _check(examples == wanted, f"{name} has {examples} examples per task, and {words}; mend sample or the spec")
     _check(examples >= 1, f"{name} has no examples; draw at least one per task")
-    _check_targets(y_name, y, examples, spec, ways)
+    padded = "weight" in data
+    weight = data["weight"] if padded else x.new_ones(x.shape[:2], dtype=dtype)
+    _check_weight(f'{name}["weight"]', weight, examples)
+    if per_class is not None:
+        wanted, most = per_class * (ways if classes else 1), int(weight.sum(1).max())
+        words = f"{ways} ways with {per_class} each make {wanted}" if classes else f"the spec says {wanted}"
+        fits = most <= wanted if padded else most == wanted
+        _check(fits, f"{name} has {most} examples per task, and {words}; mend sample or the spec")
+    _check_targets(y_name, y, weight, spec, ways)
     if classes and name.endswith("support"):
-        counts = y.sum(1)
-        _check(bool((counts > 0).all()), f"{y_name} lacks a class: each of the {ways} needs an example in every task")
-        if per_class is not None:
-            equal = bool((counts == per_class).all())
-            _check(equal, f"{y_name} must hold each class {per_class} times (spec.sizes.shots) in every task")
+        _check_classes(y_name, y, per_class, padded)
     if "class" in data:
         _check_indices(f'{name}["class"]', data["class"], examples, spec.sizes.training_classes, "training classes")
     if spec.facts.groups is not None:
@@ -218,6 +251,12 @@ def check_tasks(tasks: Task, spec: Spec, split: Split, count: int, device: str) 
         f"the {split} tasks hold {wrong}; fill the empty cells of the data or leave those rows out, and look for "
         "divisions by zero in sample",
     )
+    weighted = ["weight" in getattr(tasks, part) for part in parts]
+    _check(
+        all(weighted) or not any(weighted),
+        f'of the {split} tasks, one of support and query has a leaf "weight" and the other has none; give both of them '
+        "one, of ones where nothing is padding",
+    )
     for part, size in parts.items():
         data, name = getattr(tasks, part), f"{split} {part}"
         per_class = None if split == "train" else size
@@ -238,7 +277,8 @@ def _equal(a: Task, b: Task) -> bool:
 
 def _rows(data: Tree, task: int) -> list[bytes]:
     """Each example of one task, input and target, as bytes."""
-    columns = [data[key][task].flatten(1).cpu().numpy() for key in ("x", "y")]
+    real = data["weight"][task] > 0 if "weight" in data else slice(None)
+    columns = [data[key][task][real].flatten(1).cpu().numpy() for key in ("x", "y")]
     return [b"".join(column[i].tobytes() for column in columns) for i in range(len(columns[0]))]
 
 

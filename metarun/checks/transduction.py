@@ -22,6 +22,8 @@ def is_transductive(algorithm: Algorithm, theta: Tree, family: Family, tasks: Ta
         return False
     task = first_tasks(tasks, 1)
     x = task.query["x"]
+    if "weight" in task.query:
+        x = x[:, task.query["weight"][0] > 0]
     count = x.shape[1]
     stay = (count + 1) // 2
     changed = torch.cat([x[:, :stay], x[:, :1].expand(-1, count - stay, *x.shape[2:])], 1)

@@ -63,11 +63,21 @@ def winners(measured: Measured) -> dict[str, dict[str, Counter[str]]]:
     }
 
 
+def mean_and_half_width(numbers: Any) -> tuple[Any, Any]:
+    """Mean over episodes of ``numbers [episodes, ...]`` and half-width of its 95 % interval.
+
+    Episodes whose number is NaN, since they have nothing to measure there, do not count.
+    """
+    there = np.ma.masked_invalid(numbers)
+    half_width = 1.96 * there.std(0, ddof=1) / np.sqrt(there.count(0))
+    return there.mean(0).filled(np.nan), half_width.filled(np.nan)
+
+
 def described(measured: Measured) -> list[str]:
     """Lines to be read."""
     if len(measured.axes) == 1:
         ((axis, names),) = measured.axes.items()
-        means = measured.numbers.mean(0)
+        means, _ = mean_and_half_width(measured.numbers)
         shown = [i for i in range(len(names)) if i < 2 or (i + 1) % 5 == 0 or i == len(names) - 1]
         values = ", ".join(f"{names[i]}: {measured.value.text(means[i])}" for i in shown)
         return [f"{measured.value.name} by {axis}   {values}"]
@@ -84,9 +94,8 @@ def plot_measured(path: Path, title: str, measured: Measured) -> None:
         ((axis_name, names),) = measured.axes.items()
         figure, axis = new_figure()
         scale = measured.value.scale
-        spread = 1.96 * measured.numbers.std(0, ddof=1) / len(measured.numbers) ** 0.5
-        mean = measured.numbers.mean(0)
-        axis.errorbar(names, scale * mean, yerr=scale * spread, color=AGNOSTIC, marker="o", markersize=4, capsize=2)
+        mean, half_width = mean_and_half_width(measured.numbers)
+        axis.errorbar(names, scale * mean, yerr=scale * half_width, color=AGNOSTIC, marker="o", markersize=4, capsize=2)
         axis.set(title=title, xlabel=axis_name, ylabel=f"test {measured.value.label}")
         save_figure(figure, path)
         return

@@ -16,7 +16,7 @@ from metarun.data import omniglot as real
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Dealt, deal, draw, task_sizes
+from metarun.tasks.few_shot import Dealt, Shots, deal, draw, task_sizes, with_padding
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,13 @@ class Omniglot:
 
     Args:
         ways: classes of a task, at least 2.
-        shots: support images a class, at least 1.
+        shots: support images per class, at least 1; or a range from which each task draws how many.
         queries: images a class that score a validation or test task, at least 1.
         train_ways: classes of a training task, for learners that allow it; null: ``ways``.
-        train_shots: support images a class in training; null: ``shots``.
+        train_shots: support images per class in training, or a range; null: ``shots``.
         train_queries: query images a class in training; null: ``queries``.
+        uneven: whether each class draws its own number of support images from a range, instead of each task one for
+            all.
         dataset: ``omniglot``, ``procedural``, or ``auto``: real if it is there, else procedural.
         split: ``vinyals`` (by the files of ``splits_vinyals``), ``random`` (1100/100/423 characters by a
             fixed seed), or ``auto``: vinyals if its files are there. Procedural characters have their own.
@@ -47,11 +49,12 @@ class Omniglot:
     def __init__(
         self,
         ways: int = 5,
-        shots: int = 1,
+        shots: Shots = 1,
         queries: int = 15,
         train_ways: int | None = None,
-        train_shots: int | None = None,
+        train_shots: Shots | None = None,
         train_queries: int | None = None,
+        uneven: bool = False,
         dataset: Literal["auto", "omniglot", "procedural"] = "auto",
         split: Literal["auto", "vinyals", "random"] = "auto",
         rotations: Literal["classes", "task", "none"] = "classes",
@@ -60,7 +63,7 @@ class Omniglot:
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        self.sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries)
+        self.sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
         require(16 <= image_size <= 105, f"image_size must be from 16 to 105, not {image_size}")
 
         if dataset == "auto":
@@ -77,7 +80,8 @@ class Omniglot:
             characters, split_name = real.characters(data_dir, image_size, split)
         else:
             characters, split_name = procedural_characters(image_size), "fixed"
-        self.dataset = f"{dataset}:{split_name}:rotations={rotations}:{image_size}px"
+        others = self.sizes[False].text()
+        self.dataset = ":".join([dataset, split_name, f"rotations={rotations}", f"{image_size}px", *others])
         self.rotations = rotations
         self.device = device
         turns = 1 if rotations == "none" else 4
@@ -91,21 +95,23 @@ class Omniglot:
         self.spec = Spec(
             Numbers((1, image_size, image_size)),
             Classes(ways),
-            Sizes(shots, queries, ways, self.sizes[True].ways, training_classes=len(train_images)),
+            Sizes(
+                self.sizes[False].shots.most, queries, ways, self.sizes[True].ways, training_classes=len(train_images)
+            ),
             metrics=(ACCURACY,),
         )
 
     def _check_sizes(self) -> None:
         for split, images in self.images.items():
-            ways, shots, queries = self.sizes[split == "train"]
+            ways, shots, queries, _ = self.sizes[split == "train"]
             classes, drawings = self._classes(images), images.shape[1]
             require(
                 ways <= classes,
                 f"ways must be at most {classes}, the {split} classes of {self.dataset}, not {ways}",
             )
             require(
-                shots + queries <= drawings,
-                f"shots + queries must be at most {drawings}, the drawings of a class, not {shots} + {queries}",
+                shots.most + queries <= drawings,
+                f"shots + queries must be at most {drawings}, the drawings of a class, not {shots.most} + {queries}",
             )
 
     def _classes(self, images: Tensor) -> int:
@@ -114,7 +120,8 @@ class Omniglot:
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """``count`` tasks; leaves ``[count, images, ...]``, and ``class`` as well for training tasks."""
         images = self.images[split]
-        ways, shots, queries = self.sizes[split == "train"]
+        sizes = self.sizes[split == "train"]
+        ways = sizes.ways
 
         pool = torch.ones(count, self._classes(images), dtype=torch.bool)
         classes = draw(pool, ways, generator)
@@ -122,16 +129,14 @@ class Omniglot:
             classes = classes * 4 + torch.randint(4, classes.shape, generator=generator)
         # By a number of Python's a GPU would multiply with its rounded inverse, and episodes differ in their last bit.
         white = torch.full((), 255, dtype=torch.get_default_dtype(), device=self.device)
-        drawings = draw(torch.ones(count, ways, images.shape[1], dtype=torch.bool), shots + queries, generator)
+        drawings = draw(torch.ones(count, ways, images.shape[1], dtype=torch.bool), sizes.examples, generator)
 
         def part(dealt: Dealt) -> Tree:
             identity = dealt.identity.to(self.device)
             x = images[identity, dealt.example.to(self.device)][:, :, None]
-            data = {
-                "x": x.to(torch.get_default_dtype()) / white,
-                "y": one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype()),
-            }
+            y = one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype())
+            data = with_padding(x.to(torch.get_default_dtype()) / white, y, dealt.real)
             return {**data, "class": identity} if split == "train" else data
 
-        support, query = deal(classes, drawings, shots, generator)
+        support, query = deal(classes, drawings, sizes, generator)
         return Task(part(support), part(query))

@@ -13,6 +13,7 @@ from torch import Tensor
 from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
 from metarun.errors import require
 from metarun.targets.real import MSE, Real
+from metarun.tasks.few_shot import Shots, range_of, with_padding
 
 PAPER = {"amplitude": (0.1, 5.0), "phase": (0.0, math.pi), "inputs": (-5.0, 5.0)}
 
@@ -26,10 +27,11 @@ class Sinusoid:
     """Sine waves of random amplitude and phase; ``x`` and ``y`` have shape ``[points, 1]``.
 
     Args:
-        shots: support points, at least 1.
+        shots: support points, at least 1; or a range from which each task draws how many.
         queries: points that score a validation or test task, at least 1.
-        train_shots: support points in training; null: ``shots``.
-        train_queries: query points in training; null: as many as support points, as in the paper.
+        train_shots: support points in training, or a range; null: ``shots``.
+        train_queries: query points in training; null: as many as support points (the most of them, if that is a range),
+            as in the paper.
         amplitude: range of A, rising.
         phase: range of φ in radians, rising.
         inputs: range of x, rising.
@@ -39,9 +41,9 @@ class Sinusoid:
 
     def __init__(
         self,
-        shots: int = 10,
+        shots: Shots = 10,
         queries: int = 100,
-        train_shots: int | None = None,
+        train_shots: Shots | None = None,
         train_queries: int | None = None,
         amplitude: tuple[float, float] = PAPER["amplitude"],
         phase: tuple[float, float] = PAPER["phase"],
@@ -49,35 +51,30 @@ class Sinusoid:
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        sizes = {
-            "shots": shots,
-            "queries": queries,
-            "train_shots": train_shots,
-            "train_queries": train_queries,
-        }
-        for name, size in sizes.items():
+        for name, size in {"queries": queries, "train_queries": train_queries}.items():
             require(size is None or size >= 1, f"{name} must be at least 1, not {size}")
         ranges = {"amplitude": tuple(amplitude), "phase": tuple(phase), "inputs": tuple(inputs)}
         for name, (low, high) in ranges.items():
             require(low < high, f"{name} must be a rising range, not [{low}, {high}]")
-        self.train_shots = train_shots or shots
-        self.train_queries = train_queries or self.train_shots
+        self.shots = range_of("shots", shots)
+        self.train_shots = self.shots if train_shots is None else range_of("train_shots", train_shots)
+        self.train_queries = train_queries or self.train_shots.most
         self.amplitude, self.phase, self.inputs = amplitude, phase, inputs
         self.device = device
         others = [f"{name}={list(ranges[name])}" for name in ranges if ranges[name] != PAPER[name]]
-        self.dataset = ":".join(["sinusoid", *others])
+        self.dataset = ":".join(["sinusoid", *others, *self.shots.text("shots")])
         self.spec = Spec(
             Numbers((1,)),
             Real(1),
-            Sizes(shots, queries),
+            Sizes(self.shots.most, queries),
             metrics=(MSE,),
             facts=Facts(truth=waves),
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` sine waves; leaves ``[count, points, 1]``."""
+        """``count`` sine waves; leaves ``[count, points, 1]``, and ``weight [count, points]`` if shots are a range."""
         train = split == "train"
-        shots = self.train_shots if train else self.spec.sizes.shots
+        shots = self.train_shots if train else self.shots
         queries = self.train_queries if train else self.spec.sizes.queries
 
         def uniform(bounds: tuple[float, float], *shape: int) -> Tensor:
@@ -85,7 +82,15 @@ class Sinusoid:
             return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
         amplitude, phase = uniform(self.amplitude, 1, 1), uniform(self.phase, 1, 1)
-        x = uniform(self.inputs, shots + queries, 1)
-        data = {"x": x.to(self.device), "y": (amplitude * torch.sin(x - phase)).to(self.device)}
-        support = {name: value[:, :shots] for name, value in data.items()}
-        return Task(support, {name: value[:, shots:] for name, value in data.items()})
+        x = uniform(self.inputs, shots.most + queries, 1)
+        y = amplitude * torch.sin(x - phase)
+
+        def part(columns: slice, real: Tensor | None) -> dict[str, Tensor]:
+            return with_padding(x[:, columns].to(self.device), y[:, columns].to(self.device), real)
+
+        of_support, of_query = slice(shots.most), slice(shots.most, None)
+        if shots.fixed:
+            return Task(part(of_support, None), part(of_query, None))
+        # Drawn last: tasks with fewer points are those with the most, less the last of them.
+        real = torch.arange(shots.most) < shots.draw((count, 1), generator)
+        return Task(part(of_support, real), part(of_query, torch.ones(count, queries, dtype=torch.bool)))

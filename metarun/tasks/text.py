@@ -20,7 +20,7 @@ from metarun.data import intents, tokens
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Dealt, TaskSizes, deal, draw, task_sizes
+from metarun.tasks.few_shot import Dealt, Shots, TaskSizes, deal, draw, task_sizes, with_padding
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class Text:
             )
         self.sizes, self.device = sizes, device
         # Episodes are equal only where the sentences are.
-        self.dataset = f"{dataset}:{sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()[:6]}"
+        sentences = sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()[:6]
+        self.dataset = ":".join([dataset, *sizes[False].text(), sentences])
         training = [s for language in corpus["train"].values() for cell in language.values() for s in cell]
         tokenizer = tokens.fit(training, buckets, (grams[0], grams[1]))
         labels = {
@@ -112,40 +113,42 @@ class Text:
         for pool in pools.values():
             pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
         self.pools = pools
-        ways, shots, queries = sizes[False]
+        ways, shots, queries, _ = sizes[False]
         self.spec = Spec(
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
             Classes(ways),
-            Sizes(shots, queries, ways, sizes[True].ways, training_classes=len(labels["train"])),
+            Sizes(shots.most, queries, ways, sizes[True].ways, training_classes=len(labels["train"])),
             metrics=(ACCURACY,),
             facts=Facts(features=tf_idf),
         )
 
     def _check_sizes(self, pools: Mapping[str, Pool]) -> None:
         for split, pool in pools.items():
-            ways, shots, queries = self.sizes[split == "train"]
+            ways, shots, queries, _ = self.sizes[split == "train"]
             prefix = "train_" if split == "train" and self.sizes[True] != self.sizes[False] else ""
-            large_enough = int((pool.size >= shots + queries).sum(1).min())
+            large_enough = int((pool.size >= shots.most + queries).sum(1).min())
             require(
                 ways <= large_enough,
                 f"{prefix}ways must be at most {large_enough}, the {split} classes of {self.dataset} with "
-                f"{prefix}shots + {prefix}queries = {shots} + {queries} sentences or more, not {ways}",
+                f"{prefix}shots + {prefix}queries = {shots.most} + {queries} sentences or more, not {ways}",
             )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """``count`` tasks; leaves ``[count, sentences, ...]``, and ``class`` as well for training tasks."""
-        pool, (ways, shots, queries) = self.pools[split], self.sizes[split == "train"]
+        pool, sizes = self.pools[split], self.sizes[split == "train"]
         language = torch.randint(len(pool.size), (count, 1), generator=generator)
-        classes = draw((pool.size >= shots + queries)[language[:, 0]], ways, generator)
+        classes = draw((pool.size >= sizes.examples)[language[:, 0]], sizes.ways, generator)
         available = pool.size[language, classes]
-        sentences = draw(torch.arange(int(pool.size.max())) < available[..., None], shots + queries, generator)
+        sentences = draw(torch.arange(int(pool.size.max())) < available[..., None], sizes.examples, generator)
 
         def part(dealt: Dealt) -> Tree:
             x = pool.rows[(pool.first[language, dealt.identity] + dealt.example).to(self.device)].long()
-            y = one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype())
-            return {"x": x, "y": y} | ({"class": dealt.identity.to(self.device)} if split == "train" else {})
+            y = one_hot(dealt.label, sizes.ways).to(self.device, torch.get_default_dtype())
+            return with_padding(x, y, dealt.real) | (
+                {"class": dealt.identity.to(self.device)} if split == "train" else {}
+            )
 
-        support, query = deal(classes, sentences, shots, generator)
+        support, query = deal(classes, sentences, sizes, generator)
         return Task(part(support), part(query))
 
 
@@ -167,11 +170,12 @@ def _dealt(names: Sequence[str], seed: int, shares: Mapping[str, float]) -> dict
 
 def text(
     ways: int = 5,
-    shots: int = 1,
+    shots: Shots = 1,
     queries: int = 15,
     train_ways: int | None = None,
-    train_shots: int | None = None,
+    train_shots: Shots | None = None,
     train_queries: int | None = None,
+    uneven: bool = False,
     dataset: Literal["auto", "toy", "clinc150", "banking77"] = "auto",
     split: Literal["auto", "01", "02", "03", "04", "05", "random", "domains"] = "auto",
     grams: tuple[int, int] = (3, 5),
@@ -183,11 +187,13 @@ def text(
 
     Args:
         ways: classes of a task, at least 2.
-        shots: support sentences a class, at least 1.
+        shots: support sentences per class, at least 1; or a range from which each task draws how many.
         queries: sentences a class that score a validation or test task, at least 1.
         train_ways: classes of a training task, for learners that allow it; null: ``ways``.
-        train_shots: support sentences a class in training; null: ``shots``.
+        train_shots: support sentences per class in training, or a range; null: ``shots``.
         train_queries: query sentences a class in training; null: ``queries``.
+        uneven: whether each class draws its own number of support sentences from a range, instead of each task one for
+            all.
         dataset: ``clinc150``, ``banking77``, ``toy``, or ``auto``: clinc150 if it is there, else toy.
         split: number of a published label split, ``random`` (thirds of the labels by a fixed seed), ``domains``
             (clinc150 alone: test domains are new too), or ``auto``: 01 if it is there, else random.
@@ -199,7 +205,7 @@ def text(
     Raises:
         UserError: data missing or damaged.
     """
-    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries)
+    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
     if dataset == "auto":
         dataset = "clinc150" if intents.is_there(data_dir, "clinc150") else "toy"
         if dataset == "toy":
@@ -244,11 +250,12 @@ def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[st
 
 def text_crosslingual(
     ways: int = 5,
-    shots: int = 1,
+    shots: Shots = 1,
     queries: int = 5,
     train_ways: int | None = None,
-    train_shots: int | None = None,
+    train_shots: Shots | None = None,
     train_queries: int | None = None,
+    uneven: bool = False,
     dataset: Literal["auto", "toy", "xsid", "nusax"] = "auto",
     grams: tuple[int, int] = (3, 5),
     buckets: int = 4096,
@@ -259,11 +266,13 @@ def text_crosslingual(
 
     Args:
         ways: classes of a task, at least 2 (at most 3 for nusax).
-        shots: support sentences a class, at least 1.
+        shots: support sentences per class, at least 1; or a range from which each task draws how many.
         queries: sentences a class that score a validation or test task, at least 1.
         train_ways: classes of a training task, for learners that allow it; null: ``ways``.
-        train_shots: support sentences a class in training; null: ``shots``.
+        train_shots: support sentences per class in training, or a range; null: ``shots``.
         train_queries: query sentences a class in training; null: ``queries``.
+        uneven: whether each class draws its own number of support sentences from a range, instead of each task one for
+            all.
         dataset: ``xsid`` (intents, 19 languages), ``nusax`` (sentiment, 12 languages), ``toy``, or ``auto``:
             xsid if it is there, else toy.
         grams: length of the shortest and longest character n-gram.
@@ -274,7 +283,7 @@ def text_crosslingual(
     Raises:
         UserError: data missing or damaged.
     """
-    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries)
+    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
     if dataset == "auto":
         dataset = "xsid" if intents.is_there(data_dir, "xsid") else "toy"
         if dataset == "toy":
