@@ -62,7 +62,7 @@ def _check(holds: bool, sentence: str) -> None:
 
 
 def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) -> None:
-    """Refuse targets that are not ``[tasks, examples, width]`` in the default dtype, not one-hot, or not 0 in padding."""
+    """Refuse targets that are not ``[tasks, examples, width]`` in the default dtype, one-hot, and 0 in padding."""
     examples = weight.shape[1]
     classes = spec.offers("classes")
     width = ways if classes else spec.target.outputs

@@ -75,7 +75,7 @@ def test_the_order_of_the_support_does_not_matter_and_queries_do_not_see_each_ot
 
 def test_the_meta_loss_of_conditional_processes_is_the_likelihood_of_support_and_query():
     family, algorithm, theta, task = setting("cnp", least_context=None)
-    loss, score = algorithm.meta_loss(theta, task, loss_of(family))
+    loss, scores, _ = algorithm.meta_loss(theta, task, loss_of(family))
     process = Process(1, 1, 16)
     process.load_state_dict(theta["weights"])
     x, y = points(task.support, task.query)
@@ -83,13 +83,13 @@ def test_the_meta_loss_of_conditional_processes_is_the_likelihood_of_support_and
     mean, spread = process.decoder(torch.cat([x, r.expand(15, -1)], -1)).chunk(2, -1)
     std = 0.1 + 0.9 * torch.nn.functional.softplus(spread)
     torch.testing.assert_close(loss, -Normal(mean, std).log_prob(y).mean())
-    torch.testing.assert_close(score, (mean[6:] - task.query["y"]).square().mean())
+    torch.testing.assert_close(scores["mse"], (mean[6:] - task.query["y"]).square().mean())
 
 
 def test_the_meta_loss_of_attentive_processes_is_the_evidence_lower_bound_per_target():
     family, algorithm, theta, task = setting("anp", least_context=None)
     with drawing(SEED, training=True):
-        loss, score = algorithm.meta_loss(theta, task, loss_of(family))
+        loss, scores, _ = algorithm.meta_loss(theta, task, loss_of(family))
     process, targets = network(theta), points(task.support, task.query)
 
     def q(given):

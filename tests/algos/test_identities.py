@@ -234,9 +234,9 @@ def test_relation_compares_each_query_with_each_class():
             hidden = (w["layers.0.weight"] @ pair + w["layers.0.bias"]).relu()
             expected[i, k] = (w["layers.2.weight"] @ hidden + w["layers.2.bias"]).sigmoid()
     torch.testing.assert_close(algorithm.predict(theta, support, query["x"]), expected)
-    loss, score = algorithm.meta_loss(theta, task, loss_of(family))
+    loss, scores, _ = algorithm.meta_loss(theta, task, loss_of(family))
     torch.testing.assert_close(loss, F.mse_loss(expected, query["y"]))
-    torch.testing.assert_close(score, (expected.argmax(1) == query["y"].argmax(1)).double().mean())
+    torch.testing.assert_close(scores["accuracy"], (expected.argmax(1) == query["y"].argmax(1)).double().mean())
 
 
 def test_relation_of_maps_convolves_both_maps_joined():
