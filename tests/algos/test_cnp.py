@@ -110,7 +110,7 @@ def test_the_meta_loss_of_attentive_processes_is_the_evidence_lower_bound_per_ta
     expected = decoded(z).log_prob(targets.y).sum() - kl_divergence(posterior, prior).sum()
     torch.testing.assert_close(loss, -expected / 15)
     by_context = decoded(prior.mean + prior.stddev * normal(fold(SEED, 1), (1, 6))[0]).mean
-    torch.testing.assert_close(score, (by_context[6:] - task.query["y"]).square().mean())
+    torch.testing.assert_close(scores["mse"], (by_context[6:] - task.query["y"]).square().mean())
 
 
 def test_the_divergence_of_latents_equals_torchs_own():
