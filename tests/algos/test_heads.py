@@ -150,7 +150,7 @@ def test_baselinepp_answers_by_chance_before_its_first_step():
     scored = evaluate(
         algorithm, algorithm.init(generator()), family.sample("test", 400, generator(2)), loss_of(family), 0
     )
-    mean, error = scored.scores[..., 0].mean(), scored.scores[..., 0].std() / 20
+    mean, error = scored.scores["accuracy"][..., 0].mean(), scored.scores["accuracy"][..., 0].std() / 20
     assert abs(mean - 1 / 3) < 3 * error
 
 
@@ -176,9 +176,9 @@ def test_oracle_finds_sine_waves_and_does_not_pretend_with_one_point():
     algorithm = oracle(family.spec)
     theta = algorithm.init(generator())
     scored = evaluate(algorithm, theta, family.sample("test", 20, generator()), loss_of(family), 1)
-    assert scored.scores.max() < 1e-20
+    assert scored.scores["mse"].max() < 1e-20
     one = Sinusoid(shots=1)
-    assert evaluate(algorithm, theta, one.sample("test", 20, generator()), loss_of(one), 1).scores.mean() > 0.1
+    assert evaluate(algorithm, theta, one.sample("test", 20, generator()), loss_of(one), 1).scores["mse"].mean() > 0.1
 
 
 def stirred(theta):

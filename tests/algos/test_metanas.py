@@ -78,7 +78,7 @@ def test_a_test_task_ends_with_one_operation_in_each_layer():
     family, _, algorithm, theta, tasks = setting()
     support = {name: value[0] for name, value in tasks.support.items()}
     *_, state = (state for _, state in zip(range(3), algorithm.adapt(theta, support, loss_of(family)), strict=False))
-    weights = algorithm.observation.measure(theta, Task(support, {}), loss_of(family), 2)
+    weights = algorithm.report.measure(theta, Task(support, {}), loss_of(family), 2)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2))
     x = tasks.query["x"][0]
     h = x

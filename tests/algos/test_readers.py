@@ -136,7 +136,7 @@ def test_instances_are_counted_along_the_sequence():
     y = torch.eye(3)[torch.tensor([2, 0, 2, 2, 1, 0])]
     assert instance_of(y).tolist() == [1, 1, 2, 3, 1, 2]
     algorithm, theta, support, query = task_of(mann)
-    by_instance = algorithm.observation.measure(theta, Task(support, query), None, 1)
+    by_instance = algorithm.report.measure(theta, Task(support, query), None, 1)
     assert by_instance.shape == (2,)
     assert all(value in torch.tensor([0, 1 / 3, 2 / 3, 1]) for value in by_instance)
 

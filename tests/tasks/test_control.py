@@ -39,7 +39,9 @@ def mean_score(algorithm, family, tasks=1000, seed=0):
     """Mean return and the half-width of its 99.9 % interval."""
     blocks = [family.sample("test", 200, generator(100 * seed + i)) for i in range(tasks // 200)]
     theta = algorithm.init(generator())
-    scores = torch.cat([evaluate(algorithm, theta, block, loss_of(family), 0).scores[:, -1] for block in blocks])
+    scores = torch.cat(
+        [evaluate(algorithm, theta, block, loss_of(family), 0).scores["return"][:, -1] for block in blocks]
+    )
     return scores.mean().item(), 3.3 * scores.std().item() / tasks**0.5
 
 

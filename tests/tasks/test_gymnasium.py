@@ -117,7 +117,7 @@ def test_scores_do_not_depend_on_how_many_tasks_run_together():
     algorithm = maml(policy, 0.1)
     theta, tasks = algorithm.init(generator()), family.sample("test", 3, generator())
     first = type(tasks)(*({name: leaf[:1] for name, leaf in part.items()} for part in tasks[:2]))
-    whole, alone = (evaluate(algorithm, theta, part, loss_of(family), 1).scores for part in (tasks, first))
+    whole, alone = (evaluate(algorithm, theta, part, loss_of(family), 1).scores["return"] for part in (tasks, first))
     torch.testing.assert_close(whole[:1], alone)
 
 
