@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from benchmarks.problems import Problem
 from metarun.assemble import Experiment, assemble
 from metarun.config import register_schema
-from metarun.contracts import Tree
+from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
 from metarun.engine.meta_step import MetaStep
 from metarun.engine.process import keep_freed_memory
@@ -62,10 +62,10 @@ class Own:
         if self.stepper.engine != engine or self.stepper.task_map != task_map:
             raise RuntimeError(f"{engine} with {task_map} did not come about")
 
-    def tasks(self, batch: dict[str, Any]) -> Tree:
+    def tasks(self, batch: dict[str, Any]) -> Task:
         """A batch as metarun holds it."""
         b = {name: torch.from_numpy(value)[None] for name, value in batch.items()}
-        return {"support": {"x": b["sx"], "y": b["sy"]}, "query": {"x": b["qx"], "y": b["qy"]}}
+        return Task({"x": b["sx"], "y": b["sy"]}, {"x": b["qx"], "y": b["qy"]})
 
     def given(self, number: int) -> Tree:
         """What a step is given."""
