@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def config_dirs(arguments: list[str]) -> list[str]:
     """The values of ``--config-dir`` among the arguments."""
     return [
         value
-        for option, value in zip(arguments, [*arguments[1:], ""], strict=True)
+        for option, value in pairwise([*arguments, ""])
         if option in ("--config-dir", "-cd") and value
     ] + [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
 
