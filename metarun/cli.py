@@ -215,11 +215,9 @@ def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
 
 def config_dirs(arguments: list[str]) -> list[str]:
     """The values of ``--config-dir`` among the arguments."""
-    return [
-        value
-        for option, value in pairwise([*arguments, ""])
-        if option in ("--config-dir", "-cd") and value
-    ] + [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
+    return [value for option, value in pairwise([*arguments, ""]) if option in ("--config-dir", "-cd") and value] + [
+        a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))
+    ]
 
 
 def main() -> Any:
