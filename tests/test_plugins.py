@@ -154,6 +154,7 @@ def test_options_may_stand_anywhere():
     assert options_first(["--info", "a=1"]) == (["--info"], ["a=1"])
     assert options_first(["--info", "searchpath", "a=1", "-cd=z"]) == (["--info", "searchpath", "-cd=z"], ["a=1"])
     assert config_dirs(["a=1", "-cd=z", "--config-dir", "x", "--config-dir=y"]) == ["x", "z", "y"]
+    assert config_dirs([]) == []
     assert arguments_of_resumed(["a=1", "-m"]) == ["a=1", "-m"]
 
 
