@@ -225,8 +225,8 @@ class Report(NamedTuple):
     value: Metric
     """What a number means."""
     measure: Callable[..., Tensor]
-    """Numbers of one task, shaped as ``axes``; NaN where it has nothing to measure. Of an algorithm: (theta, task, loss, adaptation steps); of a family:
-    (predict, task), where ``predict`` is the adapted learner."""
+    """Numbers of one task, shaped as ``axes``; NaN where the task has nothing to measure. Of an algorithm: (theta, task,
+    loss, adaptation steps); of a family: (predict, task), where ``predict`` is the adapted learner."""
 
 
 class Family(Protocol):
