@@ -8,6 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from scenarios import TinyImages, generator, sampled
 
+from metarun.checks.family import check_tasks
+from metarun.checks.transduction import is_transductive
 from metarun.config import build
 from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
@@ -20,8 +22,9 @@ from metarun.nn.functional import forward_of, parameters_of
 from metarun.nn.padding import weighing
 from metarun.nn.transforms import plainly
 from metarun.targets.scoring import loss_of
+from metarun.tasks.omniglot import Omniglot
 from metarun.tasks.sinusoid import Sinusoid
-from metarun.tasks.text import text
+from metarun.tasks.text import text, text_crosslingual
 from metarun.tree import learned, leaves, tree_map
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -237,3 +240,133 @@ def test_the_gradient_of_padded_tasks_is_that_of_plain_autograd(name):
     with plainly():
         expected = meta_gradient(algorithm, theta, batch, loss_of(family))
     close(leaves(found.grads), leaves(expected.grads))
+
+
+def characters(**keys):
+    return Omniglot(dataset="procedural", image_size=16, ways=3, queries=2, **keys)
+
+
+FAMILIES = {
+    "sinusoid": lambda **keys: Sinusoid(queries=4, **keys),
+    "omniglot": characters,
+    "text": lambda **keys: text(ways=3, queries=2, dataset="toy", buckets=32, **keys),
+    "text_crosslingual": lambda **keys: text_crosslingual(ways=3, queries=2, dataset="toy", buckets=32, **keys),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_range_takes_examples_away_from_the_tasks_with_the_most(name, split):
+    """Every number equally often; what is left is what it was, and what is padding is blank."""
+    whole, some = (FAMILIES[name](shots=shots) for shots in (4, (2, 4)))
+    most, tasks = (family.sample(split, 600, generator(3)) for family in (whole, some))
+    torch.testing.assert_close({**tasks.query, "weight": None}, {**most.query, "weight": None}, rtol=0, atol=0)
+    assert (tasks.query["weight"] == 1).all()
+    real, y = tasks.support["weight"] > 0, tasks.support["y"]
+    for leaf in ("x", "y"):
+        assert torch.equal(tasks.support[leaf][real], most.support[leaf][real])
+        assert not tasks.support[leaf][~real].any()
+    classes = name != "sinusoid"
+    counts = y.sum(1) if classes else real.sum(1, keepdim=True)
+    assert (counts == counts[:, :1]).all()
+    for shots in (2, 3, 4):
+        # Of a binomial distribution with 600 trials: within four standard deviations.
+        assert abs(int((counts[:, 0] == shots).sum()) - 200) < 4 * (600 * 2 / 9) ** 0.5
+    check_tasks(tasks, some.spec, split, 600, "cpu")
+    assert some.spec == whole.spec
+    assert some.dataset != whole.dataset
+    assert "shots=2-4" in some.dataset
+
+
+@pytest.mark.parametrize("name", ["sinusoid", "omniglot", "text"])
+def test_a_range_of_one_number_gives_the_very_tasks_of_the_number(name):
+    number = FAMILIES[name](shots=3, train_shots=2)
+    for family in (FAMILIES[name](shots=(3, 3), train_shots=(2, 2)), FAMILIES[name](shots=3, train_shots=(2, 2))):
+        assert (family.spec, family.dataset) == (number.spec, number.dataset)
+        for split in ("train", "test"):
+            found, expected = (one.sample(split, 3, generator(3)) for one in (family, number))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_classes_of_a_task_differ_in_size_if_asked():
+    family = characters(shots=1, train_shots=(1, 5), uneven=True)
+    assert family.dataset == characters(shots=1).dataset
+    assert "weight" not in family.sample("test", 2, generator()).support
+    tasks = family.sample("train", 500, generator(3))
+    torch.testing.assert_close(tasks, family.sample("train", 500, generator(3)), rtol=0, atol=0)
+    counts = tasks.support["y"].sum(1)
+    frequency = torch.stack([(counts == shots).double().mean() for shots in range(1, 6)])
+    assert ((frequency - 0.2).abs() < 4 * (0.2 * 0.8 / 1500) ** 0.5).all()
+    # Independent draws: three of them are equal once in 25 times.
+    equal = (counts == counts[:, :1]).all(1).double().mean()
+    assert abs(equal - 0.04) < 4 * (0.04 * 0.96 / 500) ** 0.5
+    check_tasks(tasks, family.spec, "train", 500, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"shots": (3, 2)}, r"shots must be a rising range \[least, most\] from 1 on, not \[3, 2\]"),
+        ({"shots": (0, 2)}, "shots must be a rising range"),
+        ({"train_shots": (0, 2)}, "train_shots must be a rising range"),
+        ({"train_shots": 0}, "train_shots must be at least 1, not 0"),
+        ({"shots": 2, "uneven": True}, "uneven=true draws the shots of each class from a range; set shots"),
+        ({"shots": (1, 19)}, r"shots \+ queries must be at most 20, the drawings of a class, not 19 \+ 2"),
+    ],
+)
+def test_wrong_ranges_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        characters(**keys)
+
+
+def spoiled(part, **leaves):
+    def spoil(tasks):
+        data = getattr(tasks, part)
+        return tasks._replace(**{part: data | {name: change(data[name]) for name, change in leaves.items()}})
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t._replace(query={n: v for n, v in t.query.items() if n != "weight"}), "the other has none"),
+        (
+            spoiled("support", weight=lambda w: w[:, 1:]),
+            r'test support\["weight"\] must hold a number for each example',
+        ),
+        (spoiled("query", weight=lambda w: w.bool()), r"is of torch.bool .* make it with real.to\(torch.float64\)"),
+        (spoiled("support", weight=lambda w: w / 2), "must be 1 for an example and 0 for padding"),
+        (spoiled("query", weight=lambda w: w * 0, y=lambda y: y * 0), "leaves a task without any example"),
+        (spoiled("support", weight=lambda w: w * 0 + 1), "is not one-hot"),
+        (spoiled("query", weight=lambda w: w * (torch.arange(6) > 0)), "has targets where the weight is 0"),
+        (spoiled("support", y=lambda y: y * (y[..., :1] == 0)), "is not one-hot"),
+    ],
+)
+def test_weights_that_are_not_what_the_contract_says_are_named(spoil, words):
+    family = characters(shots=(1, 3))
+    with pytest.raises(UserError, match=words):
+        check_tasks(spoil(family.sample("test", 6, generator())), family.spec, "test", 6, "cpu")
+
+
+def test_padded_tasks_may_be_smaller_than_the_spec_says_and_no_larger():
+    family = characters(shots=(1, 3))
+    tasks = characters(shots=(1, 5)).sample("test", 60, generator())
+    with pytest.raises(UserError, match="test support has 15 examples per task, and 3 ways with 3 each make 9"):
+        check_tasks(tasks, family.spec, "test", 60, "cpu")
+    uneven_tasks = characters(shots=(1, 5), uneven=True).sample("test", 600, generator())
+    few = uneven_tasks.support["weight"].sum(1) <= 9
+    small = tree_map(lambda leaf: leaf[few], uneven_tasks)
+    with pytest.raises(UserError, match="must hold each class at most 3 times"):
+        check_tasks(small, family.spec, "test", int(few.sum()), "cpu")
+
+
+def test_padding_is_no_query_that_others_could_see():
+    """Batch statistics make queries see each other; without them none does, whatever padding holds."""
+    for norm, transductive in (("batch", True), ("none", False)):
+        torch.manual_seed(0)
+        family = TinyImages()
+        model = Conv4(family.spec, filters=4, norm=norm)
+        algorithm = algorithm_of("protonet", family, model)
+        _, batch = uneven(family, "test", [(2, 4), (1, 2)])
+        assert is_transductive(algorithm, algorithm.init(generator()), family, batch, 1) == transductive
