@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metarun.command import lock, sweep
 from metarun.errors import UserError
+from metarun.results.files import has_checkpoint
 from metarun.results.status import PLAN, rows_of, runs_under
 
 UNIQUE_SUBDIR = ("${hydra:job.num}_", "${hydra:job.num}/", "${hydra:job.num}-", "${hydra.job.num}_")
@@ -22,10 +23,13 @@ UNIQUE_SUBDIR = ("${hydra:job.num}_", "${hydra:job.num}/", "${hydra:job.num}-", 
 
 
 def holds_a_run(directory: Path) -> bool:
-    """Whether something would be lost if another run wrote into ``directory``: a checkpoint, or a completed result."""
-    if any((directory / "checkpoints").glob("*.pt")):
-        return True
-    return any(row.get("status") == "completed" for row in rows_of(directory / "result.csv"))
+    """Whether something would be lost if another run wrote into ``directory``: a checkpoint, or a completed result.
+
+    A run that was killed between its first ``best.pt`` and its first ``last.pt`` can only be started again.
+    """
+    return has_checkpoint(directory) or any(
+        row.get("status") == "completed" for row in rows_of(directory / "result.csv")
+    )
 
 
 def jobs_of(config: DictConfig) -> list[list[str]] | None:
