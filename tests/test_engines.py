@@ -53,6 +53,10 @@ SETTINGS = {
     "transfer": IMAGES,
     "maml_navigation": ("algo=maml", "task=navigation", "task.horizon=5", "task.shots=3", "task.queries=3"),
     "rl2": ("task=bandit", "task.pulls=4", "task.queries=3", "task.shots=2"),
+    "maml_padded": ("algo=maml", *IMAGES, "task.train_shots=[1,3]"),
+    "reptile_padded": ("algo=reptile", "task.train_shots=[2,7]", "algo.inner_batch=3"),
+    "anp_padded": ("algo=anp", "algo.width=8", "algo.heads=2", "algo.latents=4", "task.train_shots=[2,7]"),
+    "snail_padded": ("algo=snail", "algo.width=8", "task.train_shots=[2,7]"),
     "protonet_text": ("algo=protonet", "task=text", "task.dataset=toy", "task.buckets=64", "task.train_ways=5"),
 }
 
@@ -384,7 +388,7 @@ def test_a_meta_gradient_reads_no_value_and_mixes_no_devices(name):
     """On torch's device without values, where both would raise: what a GPU needs that never waits for the host."""
     experiment = setting(name)
     model, family = experiment.model.to("meta"), experiment.family
-    algorithm = build(experiment.config, "algo", model, family.spec)
+    algorithm = build(experiment.config, "algo", model=model, spec=family.spec)
     theta = algorithm.init(torch.Generator())
     tasks = sampled(family, "train", 2, torch.Generator())
     there = tree_map(lambda leaf: leaf.to("meta"), tasks)
