@@ -165,12 +165,11 @@ def write_pictures(
     if training.step:
         curves = [(row["varied"], training.rows[row["replica"]], row["selected_step"]) for row, _ in finished]
         plot_training(directory / "training.png", title, metric, curves)
-    lines = []
-    for row, tested in finished:
-        scores = tested.scored.scores[metric.name]
-        lines.append((row["varied"], scores.mean(0).tolist(), confidence(scores).tolist()))
-    steps = finished[0][1].scored.adapt_steps
-    plot_adaptation(directory / "adaptation.png", title, metric, steps, lines)
+    panels = []
+    for shown in metrics_of(experiment):
+        scores = [(row["varied"], tested.scored.scores[shown.name]) for row, tested in finished]
+        panels.append((shown, [(name, s.mean(0).tolist(), confidence(s).tolist()) for name, s in scores]))
+    plot_adaptation(directory / "adaptation.png", title, finished[0][1].scored.adapt_steps, panels)
 
 
 def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:

@@ -19,13 +19,18 @@ FAMILY_COLOURS = {"agnostic": AGNOSTIC, "dependent": DEPENDENT, "baseline": BASE
 """Told apart by people who cannot tell red from green (Okabe and Ito 2008)."""
 
 
-def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Any]:
-    """A figure with one axis, without the frame's upper and right side."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axis = figure.add_subplot()
+def plain_axis(axis: Any) -> None:
+    """Take the frame's upper and right side away, and draw pale lines across."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
+
+
+def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Any]:
+    """A figure with one axis."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axis = figure.add_subplot()
+    plain_axis(axis)
     return figure, axis
 
 
@@ -71,23 +76,33 @@ def replica_colour(number: int, count: int) -> Any:
     return AGNOSTIC if count == 1 else colormaps["viridis"](number / count)
 
 
-def plot_adaptation(
-    path: Path,
-    title: str,
-    metric: Metric,
-    adapt_steps: Sequence[int],
-    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-) -> None:
-    """Test score along adaptation with its 95 % confidence interval over episodes.
+Lines = Sequence[tuple[str, Sequence[float], Sequence[float]]]
+"""For each replica what it differs in, means along adaptation and half-widths of their intervals."""
+
+
+def plot_adaptation(path: Path, title: str, adapt_steps: Sequence[int], panels: Sequence[tuple[Metric, Lines]]) -> None:
+    """Test scores along adaptation with their 95 % confidence intervals over episodes, a panel for each metric.
 
     Args:
         path: of the PNG.
         title: of the picture.
-        metric: of the scores.
         adapt_steps: those that were scored.
-        lines: for each replica what it differs in, means and half-widths of intervals.
+        panels: each metric with its lines.
     """
-    figure, axis = new_figure()
+    figure = Figure(figsize=(6.4 * len(panels), 4.0), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (metric, lines) in zip(axes, panels, strict=True):
+        plain_axis(axis)
+        draw_adaptation(axis, metric, adapt_steps, lines)
+    if len(panels) == 1:
+        axes[0].set_title(title)
+    else:
+        figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def draw_adaptation(axis: Any, metric: Metric, adapt_steps: Sequence[int], lines: Lines) -> None:
+    """The panel of one metric."""
     scale = metric.scale
     for number, (differs, means, cis) in enumerate(lines):
         colour = replica_colour(number, len(lines))
@@ -115,8 +130,7 @@ def plot_adaptation(
         axis.set_xticks(list(adapt_steps))
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=8)
-    axis.set(title=title, xlabel="adaptation step", ylabel=f"test {metric.label}")
-    save_figure(figure, path)
+    axis.set(xlabel="adaptation step", ylabel=f"test {metric.label}")
 
 
 def plot_comparison(path: Path, panels: Sequence[tuple[str, Metric, Any]]) -> None:

@@ -1,0 +1,74 @@
+"""What is shown of test tasks besides scores, and metrics beyond the first."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import composed
+from omegaconf import OmegaConf
+
+from metarun.contracts import Report
+from metarun.results.compare import compare
+from metarun.run import run
+from metarun.targets.metric import Metric
+from metarun.targets.real import MSE
+from metarun.tasks.sinusoid import Sinusoid
+
+MAE = Metric("mae", higher_is_better=False)
+LARGEST = Metric("largest error", higher_is_better=False)
+QUICK = (
+    *("train.steps=2", "train.eval_every=1", "train.val_episodes=3", "eval.episodes=4", "eval.adapt_steps=1"),
+    "engine=eager",
+)
+
+
+class Shown(Sinusoid):
+    """Sine waves with a further metric in tests, and a report of the error left and right of 0."""
+
+    def __init__(self, device="cpu"):
+        super().__init__(device=device)
+        object.__setattr__(self.spec, "metrics", (MSE, MAE, LARGEST))
+        sides = {"side": ("left", "right")}
+        self.report = Report("sides", sides, Metric("squared error", higher_is_better=False), self.by_side)
+
+    def scores(self, predict, data):
+        error = (predict(data["x"]) - data["y"]).abs()
+        return {"mae": error.mean(), "largest error": error.max()}
+
+    def by_side(self, predict, task):
+        x = task.query["x"]
+        square = (predict(x) - task.query["y"]).square()
+        return torch.stack([(square * side).sum() / side.sum() for side in (x < 0, x >= 0)])
+
+
+@pytest.fixture
+def directory(tmp_path):
+    config, names = composed("algo=maml", "task=sinusoid", *QUICK)
+    config.task = OmegaConf.create({"_target_": "results.test_reports.Shown"})
+    run(config, names, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_family_may_show_something_besides_scores(directory):
+    table = pd.read_csv(directory / "sides.csv")
+    assert list(table.columns) == ["episode", "group", "side", "squared error", "replica"]
+    assert (directory / "sides.png").stat().st_size > 1000
+    # Queries are even on both sides, so the mean of both is near the episode's score, and never outside of them.
+    by_episode = table.groupby("episode")["squared error"]
+    scores = pd.read_csv(directory / "episodes.csv").query("adapt_step == 1").set_index("episode")["score"]
+    assert (by_episode.min() <= scores).all()
+    assert (scores <= by_episode.max()).all()
+
+
+def test_every_metric_reaches_the_tables_and_the_comparison(directory):
+    row = pd.read_csv(directory / "result.csv").iloc[0]
+    assert row["metrics"] == "mse;mae;largest error"
+    episodes = pd.read_csv(directory / "episodes.csv").query("adapt_step == 1")
+    for name in ("mae", "largest error"):
+        assert row[name] == pytest.approx(episodes[name].mean())
+        assert row[f"{name}_ci95"] == pytest.approx(1.96 * episodes[name].std() / 2)
+    assert (episodes["mae"] ** 2 <= episodes["score"]).all()
+    assert (episodes["largest error"] >= np.sqrt(episodes["score"])).all()
+    printed = compare([directory], directory)
+    assert "mae ± CI95" in printed
+    assert f"{row['largest error']:.3f} ± {row['largest error_ci95']:.3f}" in printed
