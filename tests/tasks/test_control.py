@@ -106,7 +106,7 @@ def test_exploration_from_greedy_to_the_textbook_reaches_an_independent_simulati
     family = Bandit(arms=5, pulls=100, shots=2, queries=2)
     scores = {}
     for exploration, simulated in ((0.0, 76.5), (0.05, 78.8), (1.0, 65.7)):
-        score, margin = mean_score(ucb1(exploration), family, 400)
+        score, margin = mean_score(ucb1(family.spec, exploration), family, 400)
         assert abs(score - simulated) < margin + 0.01 * simulated
         scores[exploration] = score
     # On the same bandits: the textbook explores too much for a hundred pulls.
@@ -258,7 +258,7 @@ def test_adaptation_learns_nothing_that_was_not_paid():
 def test_posterior_sampling_reaches_an_independent_simulation(prior_mean, simulated):
     """A plain loop of numpy over 6,000 tables gets these, ± 0.6 each; the RL² paper has 138.1."""
     family = MDP(shots=2, queries=2)
-    score, margin = mean_score(psrl(prior_mean), family, 400)
+    score, margin = mean_score(psrl(family.spec, prior_mean), family, 400)
     assert margin < 4
     assert abs(score - simulated) < margin + 0.6
 
