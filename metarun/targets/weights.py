@@ -6,7 +6,7 @@ from metarun.contracts import Tree
 
 
 def weight_of(data: Tree) -> Tensor:
-    """The weight of each example ``[examples]``, all 1 where the data have none."""
+    """Return the weight of each example ``[examples]``, all 1 where the data have none."""
     weight: Tensor = data["weight"] if "weight" in data else data["y"].new_ones(len(data["y"]))
     return weight
 
@@ -22,5 +22,5 @@ def mean_over(values: Tensor, data: Tree) -> Tensor:
 
 
 def count_of(data: Tree) -> Tensor | int:
-    """How many examples there are, padding left out."""
+    """Return the number of examples without padding."""
     return data["weight"].sum() if "weight" in data else len(data["y"])

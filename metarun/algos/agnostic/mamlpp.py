@@ -219,7 +219,7 @@ def mamlpp(
             rates = {n: r[step] for n, r in theta["rates"].items()} if learned_rates else inner_lr
             return State(descent(rates)(state[0].weights, gradients, step), step + 1), seen
 
-        # Where every step has learned parameters of its own, no further step can be taken.
+        # Where each step has separate learned parameters, there are no further steps to take.
         states = inner_loop((State(theta["weights"], 0), {}), slope, update)
         return islice(states, inner_steps + 1) if by_step else states
 

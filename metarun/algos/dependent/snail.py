@@ -140,7 +140,7 @@ def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) ->
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: of a regression or classification task.
+        spec: that of a regression or classification task.
         name: of the algorithm.
         network: function of the width of a token that makes the network on (support tokens, query tokens).
         paper: address of its source.
@@ -176,7 +176,7 @@ def snail(model: nn.Module, spec: Spec, width: int = 128) -> Algorithm:
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: of a regression or classification task.
+        spec: that of a regression or classification task.
         width: number of filters of a dense block, at least 4; attention has a quarter to four times as many channels.
     """
     require(width >= 4, f"width must be at least 4, not {width}")
