@@ -1,7 +1,7 @@
 """The commands: ``metarun`` (also ``python -m metarun``), ``metarun-compare`` and ``metarun-status``.
 
-Before anything else is imported, a signal that stops the process is made to do so in silence: there is nothing to save,
-and an import that is broken off would print a traceback.
+Before anything else is imported, stopping signals are made to end the process silently: there is nothing to save, and
+an interrupted import would print a traceback.
 """
 
 import os
@@ -14,7 +14,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
-    # Windows has no SIGHUP; nohup makes it ignored, and so it stays.
+    # Windows has no SIGHUP. A signal that nohup has set to be ignored stays ignored.
     if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) != signal.SIG_IGN:
         signal.signal(getattr(signal, _name), _leave)
 

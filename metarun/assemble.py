@@ -1,4 +1,4 @@
-"""From a configuration to a family, a model and an algorithm that fit each other."""
+"""Building a family, a model and an algorithm that fit each other from a configuration."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ from metarun.targets.scoring import loss_of
 
 
 def sample_tasks(experiment: "Experiment", split: Split, count: int, generator: torch.Generator) -> Task:
-    """Tasks of the family, each with a seed; the seeds are drawn after the tasks, which therefore do not change."""
+    """Draw tasks of the family, each with a seed; seeds are drawn after the tasks, so they do not change the tasks."""
     tasks = experiment.family.sample(split, count, generator)
     if tasks.seed is not None:
         return tasks
@@ -28,10 +28,10 @@ def sample_tasks(experiment: "Experiment", split: Split, count: int, generator: 
 
 @dataclass(frozen=True)
 class Replica:
-    """One of the runs that are trained side by side; mostly there is just one."""
+    """One of the runs that are trained together; usually there is just one."""
 
     config: DictConfig
-    """Of the separate run that it equals."""
+    """Configuration of the separate run that the replica equals."""
     differs: dict[str, float]
     """The keys in which it differs from the others."""
     model: nn.Module
@@ -40,36 +40,36 @@ class Replica:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a run works with."""
+    """The parts of a run."""
 
     config: DictConfig
     names: dict[str, str]
-    """The members chosen for ``algo``, ``task`` and ``model``."""
+    """The names of the members chosen for ``algo``, ``task`` and ``model``."""
     family: Family
     replicas: list[Replica]
     algorithm: Algorithm
-    """The one that all replicas train with, closed over ``placeholders``."""
+    """The algorithm that all replicas train with, closed over ``placeholders``."""
     placeholders: dict[str, Tensor]
-    """A tensor for each hyperparameter of the algorithm in which replicas differ, to be exchanged for their own."""
+    """A tensor for each hyperparameter in which replicas differ, to be exchanged for the replica's own value."""
     device: str
 
     @property
     def loss(self) -> Loss:
-        """How the tasks of the family are scored."""
+        """The function that scores the tasks of the family."""
         return loss_of(self.family)
 
     @property
     def model(self) -> nn.Module:
-        """The first replica's."""
+        """The model of the first replica."""
         return self.replicas[0].model
 
     def initial_thetas(self) -> list[Tree]:
-        """What is meta-learned by each replica, before meta-training."""
+        """Return what each replica meta-learns, before meta-training."""
         return [r.algorithm.init(stream(r.config.seed, "algorithm")) for r in self.replicas]
 
 
 def choose_device(device: str) -> str:
-    """``auto`` resolved; a device that is not there is refused."""
+    """Resolve ``auto``, and raise an error if the device does not exist."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = device.partition(":")
@@ -83,7 +83,7 @@ def choose_device(device: str) -> str:
 
 
 def build_model(config: DictConfig, family: Family) -> nn.Module:
-    """The model, initialised from ``seed`` alone; torch's global generator is left as it was."""
+    """Build the model, initialised from ``seed`` alone; torch's global generator is left as it was."""
     with seeded(stream(config.seed, "weights")):
         model = build(config, "model", spec=family.spec)
     if not isinstance(model, nn.Module):
@@ -92,12 +92,12 @@ def build_model(config: DictConfig, family: Family) -> nn.Module:
 
 
 def constants(model: nn.Module) -> list[Tensor]:
-    """What a model holds and does not learn: buffers and frozen parameters."""
+    """Return what a model holds but does not learn: buffers and frozen parameters."""
     return [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
 
 
 def algorithm_names() -> list[str]:
-    """The members of the group ``algo``, without aliases."""
+    """Return the members of the group ``algo``, without aliases."""
     paths = (files("metarun.conf") / "algo").iterdir()
     members = {path.name.removesuffix(".yaml") for path in paths if path.name.endswith(".yaml")}
     return sorted(members - set(aliases()))
@@ -105,7 +105,7 @@ def algorithm_names() -> list[str]:
 
 @cache
 def aliases() -> dict[str, str]:
-    """Alias → the algorithm whose configuration it takes; an alias has no ``_target_`` itself."""
+    """Map each alias to the algorithm whose configuration it takes; an alias itself has no ``_target_``."""
     found = {}
     for path in (files("metarun.conf") / "algo").iterdir():
         if path.name.endswith(".yaml") and "_target_:" not in (text := path.read_text()):
@@ -114,9 +114,9 @@ def aliases() -> dict[str, str]:
 
 
 def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algorithm, nn.Module] | None:
-    """A member of the group ``algo`` as it is without further keys, and its model: ``model``, or the one it names.
+    """Build a member of the group ``algo`` with its default keys, and its model: ``model``, or the one it names.
 
-    None if it does not fit the family or the model.
+    Return None if the algorithm does not fit the family or the model.
     """
     conf = files("metarun.conf")
     algo = cast(DictConfig, OmegaConf.create((conf / "algo" / f"{name}.yaml").read_text()))
@@ -141,7 +141,7 @@ NEEDS: dict[Need, str] = {
 
 
 def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: nn.Module, algo: Algorithm) -> None:
-    """Refuse an algorithm that does not fit the task, naming what does."""
+    """Raise an error if the algorithm does not fit the task; the error names algorithms that do."""
     spec = family.spec
     if not spec.offers(algo.needs):
         fitting = ", ".join(name for name in algorithm_names() if default_algorithm(name, family, model))
@@ -172,7 +172,7 @@ def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
     """Build everything that ``config`` names.
 
     Raises:
-        UserError: a value out of range, data missing, or parts that do not fit.
+        UserError: a value is out of range, data are missing, or the parts do not fit each other.
     """
     device = choose_device(config.device)
     configs = replica_configs(config)

@@ -53,7 +53,7 @@ def fail(sentence: str) -> None:
 
 
 def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
-    """What the system refused and what to do, in one sentence; None if it names no file and the disk is not full.
+    """Return what the system refused and what to do, in one sentence; None if no file is named and the disk has room.
 
     A run writes to its ``directory`` and reads elsewhere, so the path distinguishes a full disk from missing data.
     """
@@ -74,7 +74,7 @@ def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
 
 
 def job(config: DictConfig) -> float:
-    """One run inside Hydra; returns the validation score, or NaN for a run that failed."""
+    """Do one run inside Hydra; return the validation score, or NaN for a run that failed."""
     # Here too, because a launcher may run it in another process.
     logging.setLogRecordFactory(PrintableRecord)
     directory = Path(HydraConfig.get().runtime.output_dir)
@@ -92,14 +92,14 @@ def job(config: DictConfig) -> float:
 
 
 def owned_job(config: DictConfig, directory: Path) -> float:
-    """The run of a job whose directory belongs to this process."""
+    """Do the run of a job whose directory belongs to this process."""
     state = HydraConfig.get()
     names = {group: str(state.runtime.choices[group]) for group in ("algo", "task", "model")}
     of_a_sweep = state.mode == RunMode.MULTIRUN
     for folder in (directory, directory / "checkpoints"):
         remove_leftovers(folder)
     try:
-        # Before torch is imported, because whoever mistyped a number should not wait for it.
+        # Before torch is imported, because a user who mistyped a number should not wait for the import.
         check_ranges(config)
         if of_a_sweep and (score := finished(config, directory)) is not None:
             log.info("%s has completed already.", directory)
@@ -124,7 +124,7 @@ def owned_job(config: DictConfig, directory: Path) -> float:
 
 
 def why_it_failed(error: Exception, directory: Path) -> str:
-    """What ended a run, in one sentence; what nobody has foreseen leaves its traceback in ``error.txt``."""
+    """Return what ended a run, in one sentence; an unforeseen error leaves its traceback in ``error.txt``."""
     if isinstance(error, UserError):
         return str(error)
     sentence = sentence_of_system_error(error, directory) if isinstance(error, OSError) else None
@@ -139,7 +139,7 @@ def why_it_failed(error: Exception, directory: Path) -> str:
 
 
 def note(config: DictConfig, names: dict[str, str], directory: Path, status: str, sentence: str = "") -> None:
-    """Leave the end of a run in ``result.csv``, also where it came before the run could write any row."""
+    """Record the end of a run in ``result.csv``, even if the run ended before it could write any row."""
     known = []
     if not rows_of(directory / "result.csv"):
         row = {
@@ -149,7 +149,7 @@ def note(config: DictConfig, names: dict[str, str], directory: Path, status: str
             "metarun_version": metarun.__version__,
             **names,
         }
-        # A configuration that is wrong may have no fingerprint.
+        # An invalid configuration may have no hash.
         with suppress(OmegaConfBaseException, ValueError, TypeError):
             row["config_hash"] = config_hash(config)
         known = [row]
@@ -158,7 +158,7 @@ def note(config: DictConfig, names: dict[str, str], directory: Path, status: str
 
 
 def sentence_of(error: BaseException) -> str:
-    """An error of Hydra or OmegaConf as one sentence that says what to do."""
+    """Return an error of Hydra or OmegaConf as one sentence that says what to do."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -188,7 +188,7 @@ def sentence_of(error: BaseException) -> str:
 
 
 def say_how_it_ended() -> bool:
-    """Print the table of a sweep, if there was one, and give up all directories; returns whether all jobs completed."""
+    """Print the table of a sweep, if any, and release all directories; return whether all jobs completed."""
     said, complete = closing_words(sweep.begun)
     if said:
         with suppress(BrokenPipeError):
@@ -198,19 +198,19 @@ def say_how_it_ended() -> bool:
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """End the process on a signal while nothing is trained: an import or a composition is not worth unwinding."""
+    """End the process on a signal before training: an import or a composition is not worth unwinding."""
     say_how_it_ended()
     os._exit(128 + number)
 
 
 def main() -> Any:
-    """The command ``metarun``; exits with 1 after an error, with 128 + the signal's number where one stopped it."""
+    """Run ``metarun``; exit with 1 after an error, and with 128 + the signal's number after a signal."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         try:
             print(help_text(config_dirs(arguments)), flush=True)
         except BrokenPipeError:
-            # A pager was closed early; what is left in the buffer must not be written.
+            # A pager was closed early, so the rest of the buffer must not be written.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     # Hydra would print the error and exit; this makes it raise, so that errors become sentences in one place.
@@ -220,7 +220,7 @@ def main() -> Any:
     logging.raiseExceptions = wants_traceback()
     logging.setLogRecordFactory(PrintableRecord)
     install(leave)
-    # As with python -m: what stands in the current folder can be named by _target_.
+    # As with python -m, _target_ can name modules in the current folder.
     sys.path.append(str(Path.cwd()))
     try:
         options, overrides = options_first(arguments_of_resumed(arguments))

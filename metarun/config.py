@@ -29,7 +29,7 @@ TaskMap = Enum("TaskMap", ["auto", "vmap", "threads"])
 
 @dataclass
 class TrustRegionConfig:
-    """Settings of ``train.optimizer=trpo``."""
+    """Settings for ``train.optimizer=trpo``."""
 
     kl: float = MISSING
     cg_steps: int = MISSING
@@ -63,7 +63,7 @@ class TrainConfig:
 
 @dataclass
 class EngineConfig:
-    """What runs the meta-steps."""
+    """The engine, which runs the meta-steps."""
 
     mode: Mode = MISSING
     task_map: TaskMap = MISSING
@@ -146,13 +146,13 @@ UPPER_BOUNDS: dict[str, float] = {
     "engine.threads": 1024,
     "replicas.count": 10_000,
 }
-"""Beyond anything that is meant: a slip of the pen that would cost the machine its memory before it is noticed."""
+"""Largest values: anything above is a typing error that would exhaust memory before anyone notices it."""
 ABOVE_ZERO = ("train.lr", "train.decay", "train.clip", "train.trust_region.kl", "train.trust_region.backtrack")
 AT_MOST_ONE = ("train.final", "train.trust_region.backtrack")
 
 
 def check_ranges(config: DictConfig) -> None:
-    """Refuse values that are out of range.
+    """Raise an error if a value is out of range.
 
     Raises:
         UserError: the key and its range.
@@ -180,7 +180,7 @@ NOT_IN_NUMBERS = ("device", "data_dir", "resume", "engine", "replicas")
 
 
 def config_hash(config: DictConfig) -> str:
-    """A hash of everything that determines a run's numbers, but not of where and how it runs or where its data are."""
+    """Return a hash of all that determines a run's numbers, but not of where and how it runs or where its data are."""
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     kept = {key: value for key, value in plain.items() if key not in NOT_IN_NUMBERS}
@@ -220,7 +220,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    """A type annotation in words."""
+    """Return a type annotation in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_words(option) for option in arguments)
@@ -237,8 +237,8 @@ def _words(hint: Any) -> str:
 
 
 def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """The evaluated annotations of ``target``'s arguments, without those that only type checkers can evaluate."""
-    # A class takes what its __init__ takes, which may be inherited.
+    """Return the evaluated annotations of ``target``'s arguments, except those that only type checkers can evaluate."""
+    # A class takes the arguments of its __init__, which may be inherited.
     called: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     function = inspect.unwrap(called)
     scope = getattr(function, "__globals__", {})
@@ -252,7 +252,7 @@ def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_call(group: str, name: str, signature: inspect.Signature, keys: Iterable[str], given: Iterable[str]) -> None:
-    """Refuse a call that lacks an argument, or a key of the name of an argument that is given.
+    """Raise an error if a call lacks an argument, or if a key is named like an argument that metarun itself gives.
 
     Raises:
         UserError: the argument, and where to set it.
@@ -277,8 +277,8 @@ def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = 
     Args:
         config: the whole configuration.
         group: ``task``, ``model`` or ``algo``.
-        exchanged: other values for some keys, which are checked no more.
-        context: further arguments by name, of which the target gets those that it takes.
+        exchanged: other values for some keys, which are not checked again.
+        context: further arguments by name; the target receives those that it takes.
 
     Raises:
         UserError: the target does not exist, or a key is unknown, of the wrong type or out of range.

@@ -16,10 +16,10 @@ Weights: TypeAlias = dict[str, Tensor]
 """A module's parameters by name."""
 
 Scores: TypeAlias = dict[str, Tensor]
-"""Scalars by the names of the metrics, in their order: the first selects."""
+"""Scalars by the names of the metrics, in their order; the first metric is used for selection."""
 
 Need = Literal["loss", "rows", "numbers", "classes", "policy"]
-"""What an algorithm asks of a target, and a target offers:
+"""What an algorithm needs of a target, and what a target offers:
 
 - ``loss``: any differentiable loss;
 - ``rows``: inputs whose targets are known, row by row; ``numbers`` if these are numbers, ``classes`` if they are
@@ -30,14 +30,14 @@ Need = Literal["loss", "rows", "numbers", "classes", "policy"]
 Split = Literal["train", "val", "test"]
 
 Predict: TypeAlias = Callable[[Any], Any]
-"""Input → output, for the data of one task: a tensor, or for a policy with a memory a pair (see ``Seen``)."""
+"""Input → output, for the data of one task: a tensor, or a pair for a policy with a memory (see ``Seen``)."""
 
 Loss: TypeAlias = Callable[[Predict, Tree], tuple[Tensor, Scores]]
 """(predict, data of one task) → (loss to minimise, scores), all scalars."""
 
 
 class Task(NamedTuple):
-    """One task, or a batch of them: leaves ``[tasks, ...]`` as sampled, ``[...]`` inside an algorithm.
+    """One task, or a batch of tasks: leaves ``[tasks, ...]`` as sampled, ``[...]`` inside an algorithm.
 
     Supervised families hold ``x [examples, *input]`` and ``y``: targets ``[examples, outputs]``, or one-hot classes
     ``[examples, ways]``, so that the number of ways can be read off the shape. Where tasks differ in size, both parts
@@ -49,51 +49,51 @@ class Task(NamedTuple):
     """
 
     support: Tree
-    """What adaptation may see."""
+    """The support set: what adaptation may see."""
     query: Tree
-    """What scores it."""
+    """The query set: what the adapted learner is scored on."""
     seed: Tensor | None = None
-    """One integer per task, from which all other randomness of adapting and scoring comes; attached by the loop."""
+    """One integer per task, attached by the loop; all other randomness of adapting and scoring comes from it."""
 
 
 class Rows(NamedTuple):
-    """What a learner that conditions on examples sees of them."""
+    """Examples as a learner that conditions on them sees them."""
 
     z: Tensor
     """Features ``[rows, d]``."""
     y: Tensor
-    """Targets ``[rows, outputs]``; zero where the weight is."""
+    """Targets ``[rows, outputs]``; zero where the weight is zero."""
     weight: Tensor | None
-    """``[rows]``: 0 for padding; None where there is none."""
+    """``[rows]``: 1, or 0 for padding; None where there is no padding."""
 
 
 class Target(Protocol):
-    """What tasks ask for: how wide an output is, and how outputs are scored (see `metarun.targets`)."""
+    """What a model has to predict: the width of an output, and how outputs are scored (see `metarun.targets`)."""
 
     @property
     def outputs(self) -> int:
-        """Width of a model's output."""
+        """The width of a model's output."""
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """What ``scores`` gives."""
+        """The metrics that ``scores`` returns."""
 
     @property
     def offers(self) -> tuple[Need, ...]:
-        """What it has for algorithms."""
+        """What the target has for algorithms."""
 
 
 class RowTarget(Target, Protocol):
     """A target with a loss and scores of a model's output."""
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:
-        """Mean loss of the output for the data of one task."""
+        """Return the mean loss of the output for the data of one task."""
 
     def scores(self, output: Tensor, data: Tree) -> Scores:
-        """Every metric of the output, as mean over the data of one task."""
+        """Return every metric of the output, averaged over the data of one task."""
 
     def rows(self, z: Tensor, data: Tree) -> Rows:
-        """The data as rows, given the features ``z`` of their inputs."""
+        """Return the data as rows, given the features ``z`` of their inputs."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,18 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Inputs that are rows of token ids, 0 being padding."""
+    """Inputs that are rows of token ids, where 0 is padding."""
 
     columns: int
     """Ids of one input."""
     ids: int
-    """How many ids there are."""
+    """Number of ids."""
     first_bucket: int
-    """Smaller ids are words, the others buckets of character n-grams."""
+    """The first id of a bucket of character n-grams; smaller ids are words."""
     word_columns: int
-    """The columns at the front, which hold words in their order; the others hold n-grams."""
+    """Number of the first columns, which hold words in their order; the others hold n-grams."""
     weights: Tensor = field(compare=False, repr=False)
-    """How much each id tells by itself ``[ids]``: its inverse class frequency among the training classes."""
+    """How informative each id is by itself ``[ids]``: its inverse class frequency among the training classes."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,10 +126,10 @@ class Tokens:
 
 
 class Seen(NamedTuple):
-    """What a policy is given: ``steps`` successive moments of ``episodes`` parallel episodes.
+    """The input of a policy: ``steps`` successive moments of ``episodes`` parallel episodes.
 
-    A policy returns its outputs ``[steps, episodes, outputs]``, or, if it has a memory, the pair of them and
-    the carry that continues after the last step.
+    A policy returns its outputs ``[steps, episodes, outputs]``. If it has a memory, it returns a pair of its outputs
+    and the carry with which it continues after the last step.
     """
 
     observation: Tensor
@@ -143,22 +143,22 @@ class Seen(NamedTuple):
     seed: Tensor
     """A random integer of 62 bits for policies that draw more than their action ``[steps, episodes]``."""
     carry: Any = None
-    """What the policy returned with its last outputs; None at the start of a trial."""
+    """The carry that the policy returned with its last outputs; None at the start of a trial."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Inputs that a policy sees of an environment, as ``Seen``."""
+    """Inputs that a policy receives from an environment, as ``Seen``."""
 
     observation: int
-    """Numbers of one observation."""
+    """Number of components of an observation."""
     environment: str
     horizon: int
-    """Steps of an episode."""
+    """Number of steps of an episode."""
     episodes: int = 1
-    """Of a trial, through which a policy with a memory keeps it."""
+    """Number of episodes of a trial, through which a policy keeps its memory."""
     optimal: Callable[[Tree], Callable[[Seen], Any]] | None = field(default=None, compare=False, repr=False)
-    """(data of one task) → the policy that knows the task, where it is cheap to find."""
+    """(data of one task) → the policy that knows the task, where that policy is cheap to find."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -168,29 +168,29 @@ class Moments:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large tasks are; of validation and test tasks where nothing else is said."""
+    """Sizes of tasks; those of validation and test tasks unless stated otherwise."""
 
     shots: int
-    """Support examples per class for classification, per task otherwise; episodes or trials for control.
+    """Number of support examples per class for classification, per task otherwise; episodes or trials for control.
 
-    The most of them where tasks differ in size.
+    The largest number where tasks differ in size.
     """
     queries: int
-    """Likewise of query examples."""
+    """The same for query examples."""
     ways: int | None = None
     train_ways: int | None = None
     training_classes: int | None = None
-    """How many classes the training tasks draw from, where tasks share classes."""
+    """Number of classes that the training tasks draw from, where tasks share classes."""
 
 
 def flat(x: Tensor) -> Tensor:
-    """``[examples, *input]`` → ``[examples, numbers]``."""
+    """Flatten inputs ``[examples, *input]`` to ``[examples, numbers]``."""
     return x.flatten(1)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a family knows of its tasks, for baselines and reports alone."""
+    """What a family knows of its tasks, only for baselines and reports."""
 
     features: Callable[[Tensor], Tensor] = flat
     """Inputs as vectors whose distances mean something without any learning: ``[examples, numbers]``."""
@@ -208,34 +208,35 @@ class Spec:
     target: Target
     sizes: Sizes
     metrics: tuple[Metric, ...]
-    """Of the scores; the first one selects."""
+    """Metrics of the scores; the first one is used for selection."""
     facts: Facts = field(default=Facts(), compare=False, repr=False)
 
     def offers(self, need: Need) -> bool:
-        """Whether the target has what an algorithm asks for."""
+        """Whether the target has what an algorithm needs."""
         return need in self.target.offers
 
 
 class Report(NamedTuple):
-    """What is shown of test tasks besides scores; a run writes it to ``NAME.csv`` and ``NAME.png``."""
+    """Something shown about test tasks besides scores; a run writes it to ``NAME.csv`` and ``NAME.png``."""
 
     name: str
     axes: dict[str, tuple[str, ...]]
-    """The names along each axis of what is measured, one axis or two."""
+    """The names along each axis of the measured array, which has one or two axes."""
     value: Metric
-    """What a number means."""
+    """What a measured number means."""
     measure: Callable[..., Tensor]
-    """Numbers of one task, shaped as ``axes``; NaN where it has nothing to measure.
+    """The function that measures the numbers of one task, shaped as ``axes``; NaN where there is nothing to measure.
 
-    Of an algorithm: (theta, task, loss, adaptation steps); of a family: (predict, task), where ``predict`` is the
-    adapted learner."""
+    An algorithm's takes (theta, task, loss, adaptation steps), and a family's takes (predict, task), where ``predict``
+    is the adapted learner."""
 
 
 class Family(Protocol):
     """A task family: samples tasks, and scores predictions.
 
-    It may also have ``loss``, a ``Loss``, in place of its target's on ``predict(data["x"])``; ``scores``, which gives
-    those of ``spec.metrics`` that only tests need by (predict, data of one task); and ``report``, a ``Report``.
+    A family may also have ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``,
+    which maps (predict, data of one task) to those of ``spec.metrics`` that only tests need; and ``report``, a
+    ``Report``.
     """
 
     spec: Spec
@@ -243,22 +244,22 @@ class Family(Protocol):
     """Where the examples come from, and every choice that makes scores incomparable."""
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` tasks of ``split``, drawn with a CPU generator, on the family's device."""
+        """Draw ``count`` tasks of ``split`` with a CPU generator; return them on the family's device."""
 
 
 class MetaLoss(NamedTuple):
-    """What one task says about ``theta``."""
+    """The result of one task for ``theta``."""
 
     loss: Tensor
-    """To be minimised, a scalar."""
+    """The loss to be minimised, a scalar."""
     scores: Scores
-    """Of the query set after adaptation."""
+    """Scores of the query set after adaptation."""
     carried: Tree | None = None
-    """The new value of ``theta["carried"]``, which is averaged over tasks; None where nothing changes."""
+    """The new value of ``theta["carried"]``, averaged over tasks; None where nothing changes."""
 
 
 class MetaGradient(NamedTuple):
-    """What a batch of tasks says about ``theta``."""
+    """The result of a batch of tasks for ``theta``."""
 
     grads: Tree
     """One gradient for each leaf of ``theta`` outside ``carried``."""
@@ -266,52 +267,52 @@ class MetaGradient(NamedTuple):
     scores: Scores
     """Mean query loss and scores after adaptation."""
     carried: Tree
-    """The new value of ``theta["carried"]``: what is replaced, not stepped."""
+    """The new value of ``theta["carried"]``, which is replaced instead of stepped."""
 
 
 def only(theta: Tree) -> list[Tree]:
-    """The default of ``Algorithm.candidates``: ``theta`` itself."""
+    """Return ``theta`` alone: the default of ``Algorithm.candidates``."""
     return [theta]
 
 
 class Algorithm(NamedTuple):
-    """A meta-learner as pure functions, written for one task; its factory closes over model and hyperparameters.
+    """A meta-learner as pure functions, written for one task, which close over the model and hyperparameters.
 
     ``theta`` is a tree of all that is meta-learned. Its branch ``carried``, if there is one, holds what the outer
-    optimizer leaves alone (second moments, a chosen step size).
+    optimizer does not update (second moments, a chosen step size).
     """
 
     init: Callable[[torch.Generator], Tree]
-    """(generator for what is random besides the model) → theta, a copy of what the freshly initialised model holds."""
+    """(generator for what is random besides the model) → theta, with a copy of the freshly initialised parameters."""
     adapt: Callable[[Tree, Tree, Loss], Iterator[Any]]
     """(theta, support, loss) → the state before the first step, then after each.
 
-    A gradient learner's iterator never ends; the caller takes as many steps as it wants. A conditioning
-    learner that has no state without a support set yields None first."""
+    The iterator of a gradient learner never ends; the caller takes as many steps as it wants. A conditioning
+    learner, which has no state without a support set, yields None first."""
     predict: Callable[[Tree, Any, Any], Tensor]
     """(theta, state, x) → output."""
     approach: Literal["agnostic", "dependent", "baseline"]
     needs: Need
-    """What it asks of a task's target."""
+    """What the algorithm needs of a task's target."""
     paper: str
     train_steps: int = 1
-    """How many adaptation steps the default meta-loss takes."""
+    """Number of adaptation steps of the default meta-loss."""
     meta_loss: Callable[[Tree, Task, Loss], MetaLoss] | None = None
-    """(theta, task, loss) → its meta-loss; by default the query set's loss after ``train_steps``."""
+    """(theta, task, loss) → the task's meta-loss; by default the query loss after ``train_steps``."""
     meta_grad: Callable[[Tree, Task, Loss], MetaGradient] | None = None
-    """(theta, batch of tasks, loss) → gradient; by default autodiff of the mean meta-loss."""
+    """(theta, batch of tasks, loss) → gradient; by default the derivative of the mean meta-loss."""
     candidates: Callable[[Tree], list[Tree]] = only
-    """Variants of ``theta`` among which validation tasks choose."""
+    """theta → variants of ``theta``, of which the one with the best validation score is kept."""
     meta_learns: bool = True
     """False for a baseline that leaves ``theta`` as it was drawn."""
     any_ways: bool = False
-    """Whether it can train on more ways than it is tested on."""
+    """Whether the algorithm can train on more ways than it is tested on."""
     max_steps: int | None = None
-    """The most steps that it can adapt, where steps are learned one by one; None: as many as one likes."""
+    """Largest number of adaptation steps, where each step has learned parameters; None: there is no limit."""
     metrics: tuple[Metric, ...] = ()
-    """What ``scores`` gives."""
+    """The metrics that ``scores`` returns."""
     scores: Callable[[Tree, Any, Tree], Scores] | None = None
     """(theta, state, data of one task) → scores that only this algorithm has, such as a likelihood."""
     report: Report | None = None
     adapted_parameters: Callable[[Tree], int] | None = None
-    """theta → how many numbers adaptation sets for one task; by default all leaves outside ``carried``."""
+    """theta → how many numbers adaptation sets per task; by default all leaves outside ``carried``."""

@@ -28,28 +28,28 @@ from metarun.targets.scoring import scores_in_test
 from metarun.tree import first_tasks, leaves, size, tree_map
 
 EPISODE_BLOCK = 50
-"""Validation and test episodes come in blocks of this many, each from its own generator: an episode does not
-depend on how many are asked for."""
+"""Number of validation or test episodes in a block. Each block has its own generator, so that an episode does not
+depend on how many are requested."""
 
 
 @dataclass(frozen=True)
 class Tested:
-    """Meta-test of the selected theta."""
+    """Results of meta-testing the selected theta."""
 
     scored: batch.Evaluated
     seconds: float
     adapt_ms_per_task: float
     episodes_hash: str
-    """Equal for two runs that are tested on the same episodes."""
+    """A hash that is equal for two runs tested on the same episodes."""
     transductive: bool
     """Whether the queries of an episode see each other."""
 
 
 def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]:
-    """The first ``count`` validation or test episodes in blocks, by ``eval.seed`` alone.
+    """Yield the first ``count`` validation or test episodes in blocks, which depend only on ``eval.seed``.
 
     Raises:
-        UserError: a block that is not what the spec says.
+        UserError: a block does not agree with the spec.
     """
     family = experiment.family
     for index, first in enumerate(range(0, count, EPISODE_BLOCK)):
@@ -59,12 +59,12 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
 
 
 def metrics_of(experiment: Experiment) -> tuple[Metric, ...]:
-    """All metrics of test tasks: the family's, and those that only the algorithm has."""
+    """Return all metrics of test tasks: the family's, and those that only the algorithm has."""
     return (*experiment.family.spec.metrics, *experiment.algorithm.metrics)
 
 
 def in_test(algorithm: Algorithm, family: Family) -> Algorithm:
-    """``algorithm`` with the scores that the family gives in tests alone among its own."""
+    """Return ``algorithm`` with the scores that the family gives only in tests added to its own."""
 
     def scores(theta: Tree, state: Any, data: Tree) -> Scores:
         found = {} if algorithm.scores is None else algorithm.scores(theta, state, data)
@@ -74,8 +74,8 @@ def in_test(algorithm: Algorithm, family: Family) -> Algorithm:
 
 
 NUMBERS_AT_ONCE = {"cpu": 4_000_000, "cuda": 64_000_000}
-"""Blocks are evaluated together while their adapted parameters, and what a model makes of their inputs, are no more
-than this: beyond, a CPU misses its cache; a GPU has room for more, and takes less where it has not."""
+"""Blocks are evaluated together as long as their adapted parameters and activations are no more than this. Beyond it, a
+CPU misses its cache. A GPU has room for more, and takes fewer blocks at once where memory runs out."""
 
 
 def evaluate(
@@ -85,7 +85,7 @@ def evaluate(
     tasks: Iterable[Task],
     testing: bool = False,
 ) -> batch.Evaluated:
-    """Losses and scores along adaptation, over blocks of tasks; every metric of a test if ``testing``.
+    """Return losses and scores along adaptation, over blocks of tasks; with ``testing``, all metrics of a test.
 
     Raises:
         UserError: a GPU has no room for a single block.
@@ -95,12 +95,12 @@ def evaluate(
         algorithm = in_test(algorithm, family)
     rest = iter(tasks)
     first = next(rest)
-    # Models make some dozen numbers of each number that they are given.
+    # Models compute about a dozen activations per input number.
     inputs = 16 * (size(first.support) + size(first.query)) // len(next(leaves(first.query)))
     numbers = EPISODE_BLOCK * max(batch.adapted_parameters(algorithm, theta), inputs, 1)
     at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // numbers, 1)
     if family.spec.offers("policy"):
-        # An episode is many steps long: a block of them is large already.
+        # An episode is many steps long, so a single block is already large.
         at_once = 1
     held, results = [first, *islice(rest, at_once - 1)], list[batch.Evaluated]()
     while held or (held := list(islice(rest, at_once))):
@@ -131,7 +131,7 @@ def better(experiment: Experiment, score: float, than: float) -> bool:
 
 
 def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[Task]) -> tuple[Tree, float, float]:
-    """The best of the algorithm's candidates for ``theta``, with its validation loss and score."""
+    """Return the best of the algorithm's candidates for ``theta``, with its validation loss and score."""
     chosen, loss, score = theta, math.nan, math.nan
     metric = experiment.family.spec.metrics[0].name
     for candidate in replica.algorithm.candidates(theta):
@@ -143,9 +143,9 @@ def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[
 
 
 def reports_of(experiment: Experiment, index: int) -> list[Report]:
-    """What is shown of test tasks besides scores: by the algorithm of the ``index``-th replica, and by the family.
+    """Return the reports of the ``index``-th replica's algorithm and of the family.
 
-    Each measures by (theta, task, loss, adaptation steps).
+    The function of each report takes (theta, task, loss, adaptation steps).
     """
     algorithm, family = experiment.replicas[index].algorithm, experiment.family
     found = [] if algorithm.report is None else [algorithm.report]
@@ -163,7 +163,7 @@ def reports_of(experiment: Experiment, index: int) -> list[Report]:
 
 
 def groups_of(tasks: Task) -> list[int]:
-    """The kind of each task, by its first example that is no padding."""
+    """Return the kind of each task, read from its first example that is not padding."""
     group: Tensor = tasks.support["group"]
     first = tasks.support["weight"].argmax(1) if "weight" in tasks.support else group.new_zeros(len(group))
     found: list[int] = group.gather(1, first[:, None])[:, 0].tolist()
@@ -171,7 +171,7 @@ def groups_of(tasks: Task) -> list[int]:
 
 
 def measured(experiment: Experiment, index: int, theta: Tree, report: Report) -> Measured:
-    """A report's numbers of the test episodes."""
+    """Measure a report's numbers on the test episodes."""
     family, eval_config = experiment.family, experiment.config.eval
     numbers, groups = [], list[str]()
     for block in episodes(experiment, "test", eval_config.episodes):
@@ -185,7 +185,7 @@ def measured(experiment: Experiment, index: int, theta: Tree, report: Report) ->
 
 
 def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
-    """Score ``theta`` on the test episodes along adaptation."""
+    """Return the scores of ``theta`` on the test episodes along adaptation."""
     config, family, began = experiment.config, experiment.family, time.perf_counter()
     fingerprint = Fingerprint(family)
     blocks = fingerprint.over(episodes(experiment, "test", config.eval.episodes))

@@ -20,15 +20,16 @@ Update = Callable[[Weights, Weights, int], Weights]
 
 
 def at_step(support: Tree, step: int) -> Tree:
-    """What the ``step``-th step of adaptation, from 0 on, sees of a support set: for all families but control the same.
+    """Return what the ``step``-th adaptation step, counted from 0, sees of a support set.
 
-    Where episodes have a seed (``tape``, see `metarun.tasks.control`), each step plays new ones.
+    Only for control families does this differ between steps: where episodes have a seed (``tape``, see
+    `metarun.tasks.control`), each step plays new episodes.
     """
     return {**support, "step": step} if "tape" in support else support
 
 
 def support_gradient(forward: Forward, weights: Weights, support: Tree, loss: Loss) -> Weights:
-    """Gradient of the support loss of one task at ``weights``."""
+    """Return the gradient of the support loss of one task at ``weights``."""
     return cast(Weights, gradient(lambda w: loss(partial(forward, w), support)[0], weights))
 
 
@@ -40,7 +41,7 @@ def inner_loop(state: Any, slope: Callable[[Any, int], Any], update: Callable[[A
 
 
 def descent(learning_rate: float | Tensor | Weights) -> Update:
-    """The update rule of gradient descent; the learning rate is a number, or one for each weight by name."""
+    """Return the update rule of gradient descent; the learning rate is a number, or one per weight by name."""
 
     def update(weights: Weights, slope: Weights, step: int) -> Weights:
         rates = learning_rate if isinstance(learning_rate, dict) else dict.fromkeys(weights, learning_rate)
@@ -59,10 +60,10 @@ def gradient_descent(
 ) -> Iterator[Weights]:
     """Yield the weights before every step on the gradient of the support loss, without end.
 
-    ``update`` makes the next weights of the present ones, their gradient and the step's number: ``descent``, or a rule
-    of the caller's.
+    ``update`` computes the next weights from the current ones, their gradient and the number of the step: ``descent``,
+    or the caller's own rule.
 
-    With ``first_order`` the gradient counts as a constant: it is taken at detached weights, which saves the
+    With ``first_order`` the gradient is treated as a constant: it is taken at detached weights, which saves the
     graph, while the path from the old weights to the new ones stays.
     """
 
@@ -82,7 +83,7 @@ def part_descent(
     learning_rate: float,
     first_order: bool = False,
 ) -> Iterator[Weights]:
-    """``gradient_descent`` on ``part`` without end; the loss depends on the ``fixed`` weights too, which stay."""
+    """Yield ``part`` along ``gradient_descent``, without end; the loss also depends on the ``fixed`` weights."""
     still = {name: w.detach() for name, w in fixed.items()} if first_order else fixed
 
     def partly(weights: Weights, x: Any) -> Tensor:
@@ -92,18 +93,18 @@ def part_descent(
 
 
 def keep_support(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
-    """``Algorithm.adapt`` of a learner that conditions on the support set: no state without it, then itself."""
+    """Yield None, then the support set: ``Algorithm.adapt`` of a learner that conditions on the support set."""
     yield None
     yield support
 
 
 def both(task: Task) -> Tree:
-    """Support and query examples of a task as one data set."""
+    """Return support and query examples of a task as one data set."""
     return {name: torch.cat([task.support[name], task.query[name]]) for name in task.support}
 
 
 def padding_first(data: Tree) -> Tree:
-    """The examples in their order, with padding before all others; ``data`` itself where there is none."""
+    """Return the examples in their order, with padding before all others; ``data`` itself where there is no padding."""
     if "weight" not in data:
         return data
     order = (data["weight"] > 0).to(torch.uint8).argsort(stable=True)
@@ -111,7 +112,7 @@ def padding_first(data: Tree) -> Tree:
 
 
 def weight_together(support: Tree, x: Tensor) -> Tensor | None:
-    """The weights of the support examples and of ``x``, on which a model is called here; None: no padding."""
+    """Return the weights of the support examples and of ``x``, on which a model is called here; None: no padding."""
     own, asked = support.get("weight"), present_weight()
     if own is None and asked is None:
         return None
@@ -121,29 +122,30 @@ def weight_together(support: Tree, x: Tensor) -> Tensor | None:
 
 
 def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings of the support examples and of ``x``, made in one batch, whose statistics they share."""
+    """Return embeddings of the support examples and of ``x``, computed in one batch, whose statistics they share."""
     n, both = len(support["x"]), torch.cat([support["x"], x])
-    # The weights are the same for all tasks, so these are plain convolutions, which a GPU wants so; a CPU does not
-    # (docs/performance.md).
+    # The weights are the same for all tasks, so these are plain convolutions, for which a GPU prefers channels last; a
+    # CPU does not (docs/performance.md).
     with weighing(weight_together(support, x)):
         z = embed(weights, channels_last(both) if both.is_cuda and both.ndim == 4 else both)
     return z[:n], z[n:]
 
 
 class Fit(NamedTuple):
-    """A head that ``step`` steps fit to a support set, once its features are known."""
+    """A head to be fitted to a support set by ``step`` steps, once the features are known."""
 
     support: Tree
     loss: Loss
     step: int
     memo: dict[str, Any]
-    """What the fits of one support set share: features, and the heads that were found along the way."""
+    """What the fits of one support set share: features, and the heads found so far."""
 
 
 def fits(theta: Tree, support: Tree, loss: Loss) -> Iterator[Fit]:
-    """``Algorithm.adapt`` of a learner that fits a head on features of support set and queries embedded together.
+    """Yield fits: ``Algorithm.adapt`` of a learner that embeds support set and queries together, then fits a head.
 
-    Where a model normalises by the batch, features of a small support set by itself are others than it was trained on.
+    They are embedded together because, where a model normalises by the batch, the features of a small support set by
+    itself differ from those that the model was trained on.
     """
     memo: dict[str, Any] = {}
     return (Fit(support, loss, step, memo) for step in count())
@@ -152,7 +154,7 @@ def fits(theta: Tree, support: Tree, loss: Loss) -> Iterator[Fit]:
 def fit_head(
     fit: Fit, read_out: Forward, start: Weights, z: Tensor, learning_rate: float | Tensor
 ) -> Iterator[Weights]:
-    """Heads along gradient descent on features ``z`` of the support set of ``fit``, from ``start``."""
+    """Yield heads along gradient descent on features ``z`` of the support set of ``fit``, from ``start``."""
     return gradient_descent(lambda w, x: read_out(w, z), start, fit.support, fit.loss, descent(learning_rate))
 
 
@@ -164,7 +166,7 @@ def answer(
     heads: Callable[[Tensor], Iterator[Weights]],
     read_out: Forward,
 ) -> Tensor:
-    """Outputs for ``x`` of the head after the steps of ``fit``; ``heads``: features of the support set → heads."""
+    """Return the outputs for ``x`` of the head after the steps of ``fit``; ``heads`` maps support features to heads."""
     memo = fit.memo
     if memo.get("x") is not x:
         z, queries = embed_together(embed, weights, fit.support, x)

@@ -1,4 +1,4 @@
-"""The loop: meta-train, validate, keep the best."""
+"""The training loop: meta-train, validate, keep the best."""
 
 import logging
 import math
@@ -87,7 +87,7 @@ class Rates:
         return values.to(self.device, torch.get_default_dtype())
 
     def __getitem__(self, step: int) -> Tree:
-        """Those of a step, from 0 to ``train.steps`` − 1."""
+        """Return the rates of a step, from 0 to ``train.steps`` − 1."""
         first = step - step % self.BLOCK
         if first != self.first:
             last = min(first + self.BLOCK, self.steps)
@@ -97,7 +97,7 @@ class Rates:
 
 
 def rates_of(experiment: Experiment) -> Rates:
-    """The learning rates of every meta-step, and what else differs between replicas."""
+    """Return the learning rates of every meta-step, and what else differs between replicas."""
     return Rates(experiment)
 
 
@@ -160,7 +160,7 @@ class Clock:
         self.last = time.perf_counter()
 
     def read(self) -> float:
-        """Those seconds; counting starts again from zero."""
+        """Return those seconds, and start counting again from zero."""
         before, self.last = self.last, time.perf_counter()
         return self.last - before
 
@@ -176,7 +176,7 @@ def account(training: Training, stepper: Stepper, seconds: float, compiled: floa
 
 
 def newest(training: Training, metric: str) -> dict[str, str]:
-    """What the progress bar shows, of the first replica."""
+    """Return what the progress bar shows of the first replica."""
     row, best = training.rows[0][-1], training.best[0]
     values = {"loss": f"{row['train_loss']:.4g}", metric: f"{row['train_score']:.4g}"}
     return values if best is None else {**values, "best val": f"{best.val_score:.4g}"}

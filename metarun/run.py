@@ -24,7 +24,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool
     """Meta-train, select, meta-test; write tables and pictures into ``directory``.
 
     ``resume`` says whether to go on from the checkpoint in ``directory``; None leaves that to ``config.resume``.
-    ``result.csv`` says ``running`` from the beginning, and is written anew as the last of all files.
+    ``result.csv`` says ``running`` from the beginning, and is written again as the last of all files.
 
     Returns:
         The validation score of the selected parameters, which a sweeper may optimise; of several replicas, the best.

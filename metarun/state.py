@@ -1,4 +1,4 @@
-"""Everything that changes during meta-training, and its way to disk and back."""
+"""Everything that changes during meta-training, and how it is saved and restored."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,38 +27,38 @@ class Best:
 
 @dataclass
 class Training:
-    """Everything that changes during meta-training; lists have an item for each replica."""
+    """Everything that changes during meta-training; lists have one item per replica."""
 
     train_state: Tree
     """Leaves ``[replicas, ...]``; see `metarun.engine.meta_step`."""
     best: list[Best | None]
     rows: list[list[dict[str, float | int]]]
-    """Of ``metrics.csv``."""
+    """Rows of ``metrics.csv``."""
     step: int = 0
     window: list[Tensor] = field(default_factory=list)
-    """(loss, score) ``[replicas, 2]`` of each step since the last row."""
+    """(loss, score) ``[replicas, 2]`` of each step since the last row of ``metrics.csv``."""
     seconds: float = 0.0
     compile_seconds: float = 0.0
-    """Of which spent on recording, compiling and choosing."""
+    """Seconds of these spent on recording, compiling and choosing."""
     step_seconds: float = 0.0
-    """Of which in meta-steps alone."""
+    """Seconds of these spent in meta-steps alone."""
     engine: str = "eager"
     task_map: str = "vmap"
-    """What ran the last steps, and runs those of a resumed run."""
+    """The engine and the map over tasks of the last steps; a resumed run goes on with both."""
     device: str = "cpu"
-    """The kind of device that they ran on."""
+    """The kind of device that the last steps ran on."""
     threads: int = 1
-    """How many threads torch had."""
+    """Number of torch's threads."""
 
 
 def start(meta_step: MetaStep) -> Training:
-    """The state before the first step."""
+    """Return the state before the first step."""
     count = meta_step.count
     return Training(meta_step.initial_train_state(), [None] * count, [[] for _ in range(count)])
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
-    """What both checkpoints say of the run that wrote them."""
+    """Return what both checkpoints say about the run that wrote them."""
     return {
         "config": OmegaConf.to_yaml(experiment.config, resolve=True),
         "config_hash": config_hash(experiment.config),
@@ -74,24 +74,24 @@ SAVED_AS_IT_IS = (
 
 
 def save(experiment: Experiment, training: Training, directory: Path) -> None:
-    """Write ``last.pt``, all that a resumed run needs; the former one is kept."""
+    """Write ``last.pt``, all that a resumed run needs; the previous checkpoint is kept."""
     content: dict[str, Any] = {name: getattr(training, name) for name in SAVED_AS_IT_IS}
     content["best"] = [vars(best) if best else None for best in training.best]
     checkpoint.save_last(directory, _identity(experiment) | content)
 
 
 def save_best(experiment: Experiment, training: Training, directory: Path) -> None:
-    """Write ``best.pt``: the parameters that validation selected, of each replica where there are several."""
+    """Write ``best.pt``: the parameters that validation selected, one set per replica where there are several."""
     best = [vars(best) if best else None for best in training.best]
     content: dict[str, Any] = {"best": best} if len(best) > 1 else (best[0] or {})
     checkpoint.save(directory / "checkpoints" / "best.pt", _identity(experiment) | content)
 
 
 def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Training:
-    """The state that ``last.pt`` holds, or ``previous.pt`` where that is damaged.
+    """Return the state in ``last.pt``, or in ``previous.pt`` if ``last.pt`` is damaged.
 
     Raises:
-        UserError: the checkpoint is missing, broken, of another configuration or of other data.
+        UserError: the checkpoint is missing or broken, or belongs to another configuration or to other data.
     """
     path = directory / "checkpoints" / "last.pt"
     content = checkpoint.load_last(directory, experiment.device, config_hash(experiment.config))

@@ -1,1 +1,1 @@
-"""What is looked at before, during and after a run, so that no wrong number passes in silence."""
+"""Checks before, during and after a run, so that no wrong number passes silently."""

@@ -11,23 +11,23 @@ from metarun.state import Training
 
 
 def suspect_step(training: Training) -> int:
-    """The first step since the last row in which no replica has a finite loss, else the last; counted from 0."""
+    """Return the first step since the last row in which no replica has a finite loss, else the last; from 0."""
     first = training.step - len(training.window)
     finite = [bool(row[..., 0].isfinite().any()) for row in training.window]
     return first + finite.index(False) if False in finite else max(training.step - 1, 0)
 
 
 def step_size_remedy(experiment: Experiment) -> str:
-    """What to lower, by the keys that this run has."""
+    """Return what to lower, according to the keys of this run."""
     inner = OmegaConf.select(experiment.config, "algo.inner_lr") is not None
     return f"lower train.lr{' or algo.inner_lr' if inner else ''}, or set train.clip=1"
 
 
 def blame(experiment: Experiment, training: Training) -> str:
-    """What is to blame for a training loss that is not finite, and the remedy.
+    """Return what is to blame for a training loss that is not finite, and the remedy.
 
-    The batch of the step in question is drawn again and looked at; then the loss of the initial parameters on it,
-    before any step of adaptation.
+    The batch of the step in question is drawn again and inspected. Then the loss of the initial parameters on this
+    batch is computed, before any adaptation step.
     """
     step = suspect_step(training)
     thetas = experiment.initial_thetas()

@@ -1,8 +1,8 @@
-"""The tasks that a family samples, checked against its own spec before a run trusts them.
+"""Checks that the tasks which a family samples agree with the family's own spec.
 
 A family that breaks its promises often runs all the same: integer labels broadcast, a missing axis turns a mean of n
-numbers into one of n², and the accuracy that is printed is wrong. So the first training batch, and every block of
-validation and test tasks, is looked at, which costs a pass over the numbers.
+numbers into one of n², and the printed accuracy is wrong. The first training batch, and every block of validation and
+test tasks, is therefore checked, which costs a pass over the numbers.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ from metarun.targets.scoring import scores_in_test
 from metarun.tree import first_tasks, leaves
 
 LOOKED_AT = 4
-"""Tasks in which query examples are looked for in the support set."""
+"""Number of tasks whose support set is searched for query examples."""
 
 
 def named_leaves(data: Tree, name: str) -> Iterator[tuple[str, Any]]:
-    """The leaves of ``data`` with their names, such as ``query["x"]`` for ``name = "query"``."""
+    """Yield the leaves of ``data`` with their names, such as ``query["x"]`` for ``name = "query"``."""
     for key, value in data.items():
         own = f'{name}["{key}"]'
         if isinstance(value, dict):
@@ -51,7 +51,7 @@ def not_finite(tasks: Task) -> str | None:
 
 
 def _shape(sizes: torch.Size) -> str:
-    """A leaf's shape in words."""
+    """Return a leaf's shape in words."""
     names = ["tasks", "examples"][: len(sizes)]
     return f"[{', '.join([*names, *map(str, sizes[2:])])}]"
 
@@ -62,7 +62,7 @@ def _check(holds: bool, sentence: str) -> None:
 
 
 def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) -> None:
-    """Refuse targets that are not ``[tasks, examples, width]`` in the default dtype, one-hot, and 0 in padding."""
+    """Raise an error if targets are not ``[tasks, examples, width]``, one-hot for classes, and 0 in padding."""
     examples = weight.shape[1]
     classes = spec.offers("classes")
     width = ways if classes else spec.target.outputs
@@ -89,7 +89,7 @@ def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) 
 
 
 def _check_weight(name: str, weight: Tensor, examples: int) -> None:
-    """Refuse weights that do not say of each example whether it is padding, and tasks of padding alone."""
+    """Raise an error if weights are not 1 or 0 for each example, or if a task holds only padding."""
     dtype = torch.get_default_dtype()
     _check(
         weight.shape[1:] == (examples,) and weight.dtype == dtype,
@@ -105,7 +105,7 @@ def _check_weight(name: str, weight: Tensor, examples: int) -> None:
 
 
 def _check_classes(name: str, y: Tensor, shots: int | None, padded: bool) -> None:
-    """Refuse support sets that lack a class, or have another number of each than ``shots``; more, if tasks differ."""
+    """Raise an error if a support set lacks a class, or has not ``shots`` (if padded, more than ``shots``) of each."""
     counts = y.sum(1)
     there = bool((counts > 0).all())
     _check(there, f"{name} lacks a class: each of the {y.shape[2]} needs an example in every task")
@@ -116,7 +116,7 @@ def _check_classes(name: str, y: Tensor, shots: int | None, padded: bool) -> Non
 
 
 def _check_indices(name: str, index: Tensor, examples: int, count: int | None, what: str) -> None:
-    """Refuse a leaf that should number something for each example."""
+    """Raise an error if a leaf that should hold an index per example does not."""
     integer = not index.is_floating_point() and index.dtype != torch.bool
     _check(
         index.shape[1:] == (examples,) and integer,
@@ -173,7 +173,7 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
 
 
 def _check_leaf(name: str, leaf: Any, count: int, device: str) -> None:
-    """Refuse what is no tensor of ``count`` tasks on ``device``."""
+    """Raise an error if a leaf is not a tensor of ``count`` tasks on ``device``."""
     _check(
         isinstance(leaf, Tensor),
         f"{name} must be one tensor [tasks, ...], not {type(leaf).__name__}; give all tasks of a batch equal sizes and "
@@ -192,7 +192,7 @@ def _check_leaf(name: str, leaf: Any, count: int, device: str) -> None:
 
 
 def _check_episodes(name: str, data: Tree, wanted: int | None) -> None:
-    """Check one part of control tasks: every leaf is ``[tasks, episodes, ...]``, as many episodes as ``wanted``."""
+    """Check one part of control tasks: every leaf is ``[tasks, episodes, ...]`` with ``wanted`` episodes."""
     for leaf_name, leaf in named_leaves(data, name):
         episodes = leaf.shape[1] if leaf.ndim > 1 else None
         wanted = episodes if wanted is None else wanted
@@ -204,10 +204,10 @@ def _check_episodes(name: str, data: Tree, wanted: int | None) -> None:
 
 
 def check_spec(spec: Spec) -> None:
-    """Refuse a spec that contradicts itself.
+    """Raise an error if a spec contradicts itself.
 
     Raises:
-        UserError: what contradicts what.
+        UserError: the spec contradicts itself; the sentence says where.
     """
     if spec.offers("classes"):
         _check(
@@ -226,14 +226,14 @@ def check_spec(spec: Spec) -> None:
 
 
 def check_tasks(tasks: Task, spec: Spec, split: Split, count: int, device: str) -> None:
-    """Refuse tasks that are not what the spec says.
+    """Raise an error if tasks do not agree with the spec.
 
     Args:
-        tasks: as sampled.
+        tasks: the tasks as sampled.
         spec: the family's.
-        split: that they were sampled from; training tasks may be of other sizes than the spec's.
-        count: how many were asked for.
-        device: where they should be.
+        split: the split that they were sampled from; training tasks may have other sizes than those in the spec.
+        count: number of tasks that were requested.
+        device: where the tasks should be.
 
     Raises:
         UserError: a sentence that names the leaf and the remedy.
@@ -283,7 +283,7 @@ def _rows(data: Tree, task: int) -> list[bytes]:
 
 
 def check_draws(experiment: Experiment, test: Task) -> None:
-    """Refuse a family that draws from elsewhere than its generator, draws nothing, or tests what it has shown.
+    """Raise an error if a family does not draw from its generator, draws nothing, or tests on support examples.
 
     Raises:
         UserError: what is wrong with ``sample``.
@@ -312,7 +312,7 @@ def check_draws(experiment: Experiment, test: Task) -> None:
 
 
 def check_predictions(experiment: Experiment, tasks: Task) -> None:
-    """Refuse a model whose outputs would be broadcast against the targets, and a loss that is no single number.
+    """Raise an error if a model's outputs would be broadcast against the targets, or a loss is not a single number.
 
     Raises:
         UserError: the shapes that do not fit.
@@ -361,11 +361,11 @@ def check_predictions(experiment: Experiment, tasks: Task) -> None:
 
 
 def check_family(experiment: Experiment, test_blocks: Iterator[Task]) -> None:
-    """Look once at what a run will train and be tested on.
+    """Check once what a run will be trained and tested on.
 
     Args:
-        experiment: what is about to run.
-        test_blocks: blocks of test tasks, of which the first is taken.
+        experiment: the experiment that is about to run.
+        test_blocks: blocks of test tasks, of which the first is checked.
 
     Raises:
         UserError: a sentence that names the leaf and the remedy.
@@ -380,5 +380,5 @@ def check_family(experiment: Experiment, test_blocks: Iterator[Task]) -> None:
 
 
 def largest(tasks: Task) -> float:
-    """The largest magnitude among the numbers of a batch of tasks."""
+    """Return the largest magnitude among the numbers of a batch of tasks."""
     return max(float(leaf.abs().max()) for leaf in _leaves_of(tasks) if prod(leaf.shape))

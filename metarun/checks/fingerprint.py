@@ -1,4 +1,4 @@
-"""What tells whether two runs were tested on the same episodes: a hash of the sampled tensors themselves."""
+"""A hash of the sampled tensors, which tells whether two runs were tested on the same episodes."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from metarun.targets.scoring import loss_of, scores_in_test
 from metarun.tree import first_tasks, tree_map
 
 DIGITS = 4
-"""Of the probe's score, so that the last bits of another machine's arithmetic do not count."""
+"""Number of digits of the probe's score, so that the last bits of another machine's arithmetic do not count."""
 
 
 def probe_score(family: Family, tasks: Task) -> list[str]:
-    """How the first of ``tasks`` scores a learner that answers 0 to everything.
+    """Return how the first of ``tasks`` scores a learner that always predicts 0.
 
     Tensors do not show all that a score depends on: an environment's rules, or a family's weight of an error, may come
     from its own keys.
@@ -40,7 +40,7 @@ def probe_score(family: Family, tasks: Task) -> list[str]:
 
 
 class Fingerprint:
-    """A hash of the tasks that pass through ``over``, and of what a score on them means."""
+    """A hash of the tasks that pass through ``over``, and of how they are scored."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -48,7 +48,7 @@ class Fingerprint:
         self.first = True
 
     def add(self, tasks: Task) -> None:
-        """Take in a block of tasks: names, shapes, types and bytes of its leaves."""
+        """Add a block of tasks: names, shapes, types and bytes of its leaves."""
         if self.first:
             spec = self.family.spec
             facts = [self.family.dataset, *map(list, spec.metrics), *probe_score(self.family, tasks)]
@@ -60,11 +60,11 @@ class Fingerprint:
                 self.hash.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
     def over(self, blocks: Iterable[Task]) -> Iterator[Task]:
-        """The same blocks, each taken in on its way."""
+        """Yield the same blocks, adding each one to the hash."""
         for block in blocks:
             self.add(block)
             yield block
 
     def text(self) -> str:
-        """The hash of all that was taken in, 12 hexadecimal digits."""
+        """Return the hash of all that was added, as 12 hexadecimal digits."""
         return self.hash.hexdigest()[:12]

@@ -1,8 +1,8 @@
-"""The first meta-gradient of a run against plain autograd, without any transform of ``torch.func``.
+"""A check of a run's first meta-gradient against plain autograd, without any transform of ``torch.func``.
 
-A model or a family may call a function whose derivative is wrong under ``torch.func``, and nothing but a comparison
-would tell. So the meta-gradient of one task is computed twice, once as the run will, and once by a graph of plain
-autograd on which torch's own layers stand as they are (`metarun.nn.transforms.plainly`).
+A model or a family may call a function whose derivative is wrong under ``torch.func``, and only a comparison would
+reveal it. The meta-gradient of one task is therefore computed twice: once as in the run, and once by plain autograd
+with torch's own layers as they are (`metarun.nn.transforms.plainly`).
 """
 
 import logging
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Relative difference that needs no explanation: wrong derivatives of normalisations are off by 7e-4 and more."""
 AMPLIFIED = 100
-"""How much further than a change of the parameters in their last digit the rounding within a step may move it."""
+"""How much more the rounding within a step may move the gradient than a change of the parameters' last digit does."""
 SMALL = 1e-3
 """Parameters whose share of the whole gradient is smaller are measured against this share."""
 
 
 def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Tensor:
-    """Meta-gradient ``[numbers]`` of the first replica by plain autograd, at parameters changed by a share."""
+    """Return the first replica's meta-gradient ``[numbers]`` by plain autograd, at parameters changed by a share."""
     own = replica(given, 0)
     weights = own["train_state"]["weights"]
     signs = torch.ones_like(weights)
@@ -42,7 +42,7 @@ def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Ten
 
 
 def names_of(tree: Tree, prefix: str = "") -> list[str]:
-    """The dotted names of the leaves of a tree, in their order."""
+    """Return the dotted names of the leaves of a tree, in their order."""
     found: list[str] = []
     for key, value in tree.items():
         found += names_of(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
@@ -53,7 +53,7 @@ def check_gradient(meta_step: MetaStep, given: Tree) -> None:
     """Compare the meta-gradient of the first task of ``given`` with plain autograd's.
 
     Raises:
-        UserError: they differ by more than rounding; the sentence names the parameter where they do most.
+        UserError: they differ by more than rounding; the sentence names the parameter that differs most.
     """
     if not meta_step.layout.size:
         return
@@ -73,7 +73,7 @@ def check_gradient(meta_step: MetaStep, given: Tree) -> None:
     excess = difference - (allowed + AMPLIFIED * relative(meta_step, moved, expected))
     if bool((excess <= 0).all()):
         return
-    # Where the outcome is not a number in both ways, the loss itself is to blame, which is reported elsewhere.
+    # Where both results are NaN, the loss itself is to blame, which is reported elsewhere.
     if not bool(expected.isfinite().all()):
         return
     worst = int(excess.nan_to_num(torch.inf).argmax())
@@ -86,7 +86,7 @@ def check_gradient(meta_step: MetaStep, given: Tree) -> None:
 
 
 def relative(meta_step: MetaStep, found: Tensor, expected: Tensor) -> Tensor:
-    """How far ``found`` is from ``expected`` for each parameter, relative to its size ``[parameters]``."""
+    """Return how far ``found`` is from ``expected`` for each parameter, relative to its size ``[parameters]``."""
     sizes = meta_step.layout.sizes
     apart = torch.stack([part.norm() for part in torch.split(found - expected, sizes)])
     size = torch.stack([part.norm() for part in torch.split(expected, sizes)])

@@ -1,4 +1,4 @@
-"""Whether the queries of a task see each other, found out by looking."""
+"""A check whether the queries of a task see each other."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from metarun.targets.scoring import loss_of
 from metarun.tree import first_tasks
 
 TOLERANCE = 1e-5
-"""Of the largest output: what rounding may move."""
+"""Share of the largest output by which rounding may move an output."""
 
 
 def is_transductive(algorithm: Algorithm, theta: Tree, family: Family, tasks: Task, steps: int) -> bool:
-    """Whether the answers to some queries of a task move when its other queries are changed.
+    """Whether the predictions for some queries of a task change when its other queries are changed.
 
-    The first of ``tasks`` is adapted to with ``steps`` steps; then half of its queries stay, and the others become
-    copies of the first one. Episodes of a policy do not see each other.
+    The learner adapts to the first of ``tasks`` by ``steps`` steps. Then half of the queries stay, and the others
+    become copies of the first one. Episodes of a policy do not see each other.
     """
     if not family.spec.offers("rows"):
         return False

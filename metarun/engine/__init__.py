@@ -1,1 +1,1 @@
-"""What runs the meta-steps of a run."""
+"""The engine: what runs the meta-steps of a run."""

@@ -17,7 +17,10 @@ from metarun.tree import mean as mean_over_tasks
 
 
 def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> MetaLoss:
-    """Meta-loss of one task: the algorithm's own, or the query loss after ``train_steps``; ``carried`` is a tree."""
+    """Return the meta-loss of one task: the algorithm's own, or the query loss after ``train_steps``.
+
+    ``carried`` is a tree in the result, never None.
+    """
     if algorithm.meta_loss is not None:
         found = algorithm.meta_loss(theta, task, loss)
         return found._replace(carried=found.carried or {})
@@ -26,7 +29,7 @@ def query_loss(algorithm: Algorithm, theta: Tree, task: Task, loss: Loss) -> Met
 
 
 def adapted(algorithm: Algorithm, theta: Tree, support: Tree, loss: Loss, steps: int) -> Any:
-    """State of one task after ``steps`` steps (or as many as it takes to have one), or the last if there are fewer."""
+    """Return the state of one task after ``steps`` steps, or after the first that yields a state, or the last one."""
     state = None
     for step, state in enumerate(algorithm.adapt(theta, support, loss)):
         if step >= steps and state is not None:
@@ -37,10 +40,10 @@ def adapted(algorithm: Algorithm, theta: Tree, support: Tree, loss: Loss, steps:
 def meta_gradient(
     algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss, transformed: bool = False
 ) -> MetaGradient:
-    """Gradient of the mean meta-loss over ``tasks`` (leaves ``[tasks, ...]``), or the algorithm's own.
+    """Return the gradient of the mean meta-loss over ``tasks`` (leaves ``[tasks, ...]``), or the algorithm's own.
 
-    ``transformed`` says that the call stands inside a transform of ``torch.func``, where plain autograd, which is
-    faster by a third, cannot go.
+    ``transformed`` says that the call is inside a transform of ``torch.func``, where plain autograd, which is faster by
+    a third, cannot be used.
     """
     if algorithm.meta_grad is not None:
         return algorithm.meta_grad(theta, tasks, loss)
@@ -58,7 +61,7 @@ def meta_gradient(
         variables = tree_map(lambda leaf: leaf.detach().requires_grad_(), learned(theta))
         with torch.enable_grad():
             mean, (_, scores, renewed) = mean_loss(variables)
-        # A leaf that the meta-loss does not use (a head that only fine-tuning touches) has a gradient of zero.
+        # A leaf that the meta-loss does not use (a head that only fine-tuning changes) has a gradient of zero.
         found = torch.autograd.grad(mean, list(leaves(variables)), materialize_grads=True)
         gradients = like(variables, iter(found))
     carried = tree_map(torch.detach, renewed) or theta.get("carried", {})
@@ -69,10 +72,10 @@ class Evaluated(NamedTuple):
     """Query losses and scores along adaptation, each ``[tasks, states]``."""
 
     adapt_steps: list[int]
-    """Those that have a state: 0 to the last for a gradient learner, 1 for a learner that needs a support set."""
+    """Steps that have a state: 0 to the last for a gradient learner, 1 for a learner that needs a support set."""
     losses: Tensor
     scores: Scores
-    """By metric, the first one first."""
+    """Scores by metric, in the order of the metrics."""
 
 
 @torch.no_grad()
@@ -84,7 +87,7 @@ def evaluate(
     steps: int,
     with_own_scores: bool = False,
 ) -> Evaluated:
-    """Query losses and scores along ``steps`` steps of adaptation; those that only the algorithm has if asked."""
+    """Return query losses and scores along ``steps`` adaptation steps; if asked, also scores of the algorithm alone."""
     reached: list[int] = []
 
     def one_task(task: Task) -> tuple[Tensor, Scores]:
@@ -106,7 +109,7 @@ def evaluate(
 
 @torch.no_grad()
 def adapt_and_score(algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss, steps: int) -> Tensor:
-    """Query loss after ``steps`` steps ``[tasks]``, and nothing on the way: the work to be timed."""
+    """Return the query loss after ``steps`` steps ``[tasks]`` and nothing before it: the work to be timed."""
 
     def one_task(task: Task) -> Tensor:
         state = adapted(algorithm, theta, task.support, loss, steps)
@@ -117,7 +120,7 @@ def adapt_and_score(algorithm: Algorithm, theta: Tree, tasks: Task, loss: Loss, 
 
 
 def adapted_parameters(algorithm: Algorithm, theta: Tree) -> int:
-    """How many numbers adaptation sets for one task."""
+    """Return how many numbers adaptation sets per task."""
     if algorithm.adapted_parameters is not None:
         return algorithm.adapted_parameters(theta)
     return size(learned(theta))

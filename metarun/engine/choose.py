@@ -1,18 +1,19 @@
-"""The engine: what runs the meta-steps of a run, named by the configuration or chosen by measurement.
+"""The engine: what runs the meta-steps of a run, named by the configuration or chosen by an estimate of its time.
 
 - ``eager``: torch runs the function as it is written.
-- ``replay``: the operations of one step, recorded once (`metarun.engine.recording`), without the work of deriving them.
-- ``compile``: the recording in one compiled graph.
+- ``replay``: the operations of one step, recorded once (`metarun.engine.recording`), are run again without being
+  derived again.
+- ``compile``: the recording as one compiled graph.
 - ``cudagraph``: the recording as one launch on a GPU.
 
-Tasks are mapped by ``vmap``, or by ``threads``: a recording of one task's gradient, replayed or compiled, is run by as
-many Python threads as torch has been given, each with one of torch's own. On a CPU that is faster for convolutions with
-weights of each task's own than one grouped convolution.
+Tasks are mapped by ``vmap``, or by ``threads``: as many Python threads as torch has been given run a recording of one
+task's gradient, replayed or compiled, each with a single thread of torch. On a CPU this is faster than one grouped
+convolution where convolutions have separate weights per task.
 
-``auto`` chooses by what does not vary: how many operations and how much arithmetic the first step counts, how many
-steps the whole run has, and what the machine is. So the same command runs on the same engine, and gives the same
-numbers, on an idle machine or a busy one; a resumed run goes on with the engine that its checkpoint names. Every engine
-but eager is compared with eager, on tasks in another order, before it is used.
+``auto`` does not time anything. It estimates from the number of operations and the amount of arithmetic in the first
+step, the number of steps of the whole run, and the kind of machine. The same command therefore runs on the same engine,
+and gives the same numbers, on an idle machine or a busy one. A resumed run goes on with the engine that its checkpoint
+names. Every engine except eager is compared with eager, on tasks in another order, before it is used.
 """
 
 import logging
@@ -38,13 +39,13 @@ from metarun.tree import leaves, tree_map
 log = logging.getLogger(__name__)
 
 SMALL_WORK = 5e8
-"""Floating-point operations of a step and replica in products and convolutions, below which calling costs more than
-computing."""
+"""Floating-point operations per step and replica in products and convolutions, below which calling an operation costs
+more than computing it."""
 TOLERANCE = 5e-3
-"""Largest relative difference of an engine's step from eager's in float32; convolutions differ by 3e-4 in second
-order, which Adam's first steps can enlarge."""
+"""Largest relative difference of an engine's step from eager's in float32. Convolutions differ by 3e-4 in second
+order, and Adam's first steps can enlarge this difference."""
 ONE_THREAD_WORK = 1e8
-"""The same, below which a second thread only adds variance."""
+"""The same, below which a second thread only adds variance to the time of a step."""
 EAGER_OPERATION, ARITHMETIC = 1e-5, 2e10
 """Seconds that an operation of an eager step takes by itself, and floating-point operations per second and thread:
 docs/performance.md. They decide which engine pays off, and no result depends on their being exact."""
@@ -59,11 +60,11 @@ SHARES = {
     "replay threads": (1.0, 0.8),
     "cudagraph": (0.2, 0.7),
 }
-"""The share of an eager step's time that other engines leave."""
+"""The share of an eager step's time that a step takes on other engines."""
 
 
 def choose_threads(experiment: Experiment, work: float) -> None:
-    """One thread for little work, else as many as torch has; or what the configuration says."""
+    """Set torch's threads: as configured, or one for little work, or all that torch has."""
     chosen = experiment.config.engine.threads
     if chosen is not None:
         torch.set_num_threads(chosen)
@@ -73,7 +74,7 @@ def choose_threads(experiment: Experiment, work: float) -> None:
 
 @contextmanager
 def one_thread_each(workers: int) -> Iterator[None]:
-    """Torch's own threads off in the caller while workers have the cores."""
+    """Inside, torch uses a single thread in the caller, while workers have the cores."""
     torch.set_num_threads(1)
     try:
         yield
@@ -82,9 +83,9 @@ def one_thread_each(workers: int) -> Iterator[None]:
 
 
 def agrees(found: Tree, expected: Tree, given: Tree) -> bool:
-    """Whether two results of a step are equal up to rounding: every leaf, and the change that the weights have seen.
+    """Whether two results of a step are equal up to rounding: every leaf, and the change of the weights.
 
-    The change is looked at by itself, because it is small beside the weights, and Adam enlarges what is rounded.
+    The change is compared by itself, because it is small relative to the weights, and Adam enlarges rounding errors.
     """
 
     def near(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -113,7 +114,7 @@ class Counted(TorchDispatchMode):
 class Stepper:
     """Runs meta-steps one after the other, from the first that this process runs.
 
-    ``engine`` names what runs now, ``task_map`` how tasks are mapped; ``compile_seconds`` is what was spent on
+    ``engine`` names the current engine and ``task_map`` how tasks are mapped; ``compile_seconds`` is the time spent on
     recording, compiling and comparing.
     """
 
@@ -121,7 +122,7 @@ class Stepper:
         """``kept`` are the engine and the map over tasks with which a resumed run goes on.
 
         Raises:
-            UserError: an engine that this machine or this run cannot have.
+            UserError: this machine or this run cannot use the engine.
         """
         self.experiment, self.meta_step, self.kept = experiment, meta_step, kept
         settings = experiment.config.engine
@@ -154,13 +155,13 @@ class Stepper:
         self.began = False
 
     def eager(self) -> Step:
-        """The step as it is written, ``chunk`` tasks at a time."""
+        """Return the step as it is written, ``chunk`` tasks at a time."""
         if self.chunk == self.meta_batch:
             return self.meta_step.whole
         return accumulated(self.meta_step.gradient, self.meta_step.update, self.chunk)
 
     def __call__(self, given: Tree) -> Tree:
-        """One meta-step; see `metarun.engine.meta_step` for what is given and returned."""
+        """Run one meta-step; see `metarun.engine.meta_step` for what is given and returned."""
         if self.began:
             return self.run_or_halve(given)
         self.began = True
@@ -175,11 +176,11 @@ class Stepper:
         # A trust region searches along its step, which only the step as it is written can do.
         if self.mode != "eager" and self.meta_step.trust_region is None:
             self.choose(given)
-        # The first step of a resumed run is on its engine too: only that of the whole run is eager.
+        # Only the first step of the whole run is eager: the first step of a resumed run is on its engine too.
         return out if self.kept is None else self.run_or_halve(given)
 
     def run_or_halve(self, given: Tree) -> Tree:
-        """Run a step; where a GPU is too small for it and ``train.task_chunk`` is free, with half as many tasks."""
+        """Run a step; while a GPU is too small for it and ``train.task_chunk`` is not set, halve the tasks at a time."""
         while True:
             try:
                 return self.run(given)
@@ -206,7 +207,7 @@ class Stepper:
             torch.cuda.synchronize(self.experiment.device)
 
     def choose(self, given: Tree) -> None:
-        """Go from eager to the engine that was asked for, that the checkpoint names, or that should take least time.
+        """Change from eager to the engine that is configured, named by the checkpoint, or estimated to be fastest.
 
         Recordings are made on ``given``, and compared with eager on the same tasks in the opposite order.
         """
@@ -244,7 +245,7 @@ class Stepper:
         log.info("engine: %s%s", chosen, f" ({'; '.join(reasons)})" if reasons else "")
 
     def in_order(self, estimates: dict[str, float]) -> list[tuple[str, Callable[[Tree], Step]]]:
-        """The engines to try one after the other until one works; eager needs no trying and ends the list."""
+        """Return the engines to try in order until one works; eager always works and ends the list."""
         ways = list(self.ways())
         if self.kept is not None:
             engine, task_map = self.kept
@@ -256,7 +257,7 @@ class Stepper:
         return sorted(better, key=lambda way: estimates[way[0]])
 
     def estimated_seconds(self, name: str) -> float:
-        """Of a whole run on an engine, what it costs to make included."""
+        """Return the estimated seconds of a whole run on an engine, including those of recording and compiling."""
         small = self.work < SMALL_WORK
         count = self.meta_step.count
         step = EAGER_OPERATION * self.operations + self.work * count / (ARITHMETIC * self.workers)
@@ -267,9 +268,9 @@ class Stepper:
         return 1.3 * making + SHARES[name][0 if small else 1] * step * steps
 
     def ways(self) -> Iterator[tuple[str, Callable[[Tree], Step]]]:
-        """Names of engines to try and how to make each from an example.
+        """Yield names of engines to try, with a function that makes each from an example.
 
-        An engine that was asked for is had by the first way that works.
+        A configured engine is made in the first of these ways that works.
         """
         cuda, asked = self.experiment.device != "cpu", self.mode
         if self.wanted_map == "threads" or (self.threads_possible() and self.wanted_map == "auto"):
@@ -287,7 +288,7 @@ class Stepper:
             yield "cudagraph", lambda example: Captured(self.recorded_step(example), example)
 
     def threads_possible(self) -> bool:
-        """Whether there are tasks to share out among threads of a CPU, and reason to: work that fills a thread."""
+        """Whether there are tasks to distribute over threads of a CPU, and enough work to fill a thread."""
         return (
             self.experiment.device == "cpu"
             and self.meta_step.count == 1
@@ -298,24 +299,24 @@ class Stepper:
         )
 
     def recorded_step(self, example: Tree) -> Recording:
-        """The whole step, recorded once."""
+        """Record the whole step once."""
         if "step" not in self.recordings:
             self.recordings["step"] = Recording(self.eager(), example)
         return self.recordings["step"]
 
     def recorded_task(self, example: Tree) -> Recording:
-        """The gradient of a single task, recorded once."""
+        """Record the gradient of a single task once."""
         if "task" not in self.recordings:
             self.recordings["task"] = Recording(self.meta_step.gradient, parts_of(example, 1)[0])
         return self.recordings["task"]
 
     def compiled_task(self, example: Tree) -> Recording:
-        """The gradient of a single task in one graph, whose kernels keep to one thread."""
+        """Compile the gradient of a single task into one graph whose kernels use one thread."""
         with one_thread_each(self.workers):
             return self.recorded_task(example).compiled(parts_of(example, 1)[0])
 
     def threaded(self, gradient: Recording) -> Step:
-        """The gradients of single tasks shared out among threads."""
+        """Return a step that distributes the gradients of single tasks over threads."""
         if self.pool is None:
             self.pool = ThreadPoolExecutor(self.workers, "metarun", torch.set_num_threads, (1,))
         run = accumulated(gradient, self.meta_step.update, 1, self.pool)

@@ -2,12 +2,13 @@
 
 Everything that a step reads is in one tree, every leaf ``[replicas, ...]``:
 
-- ``train_state``: the learned numbers in one vector (``weights``), what the optimizer remembers (``moments``), what an
-  algorithm replaces by itself (``carried``);
-- ``tasks``: a batch of tasks, a ``Task`` on its whole way;
+- ``train_state``: the learned numbers in one vector (``weights``), the state of the optimizer (``moments``), and what
+  an algorithm replaces by itself (``carried``);
+- ``tasks``: a batch of tasks, which stays a ``Task`` throughout;
 - ``rates``: the learning rate of this step (``lr``), and the values of every hyperparameter in which replicas differ.
 
-One vector, because an optimizer's arithmetic on thirty small tensors costs thirty times that on one.
+The learned numbers are in one vector, because an optimizer's arithmetic on thirty small tensors costs thirty times that
+on one.
 """
 
 from collections.abc import Callable
@@ -34,13 +35,13 @@ Step = Callable[[Tree], Tree]
 
 
 class Layout:
-    """How the learned leaves of theta lie in one vector."""
+    """How the learned leaves of theta are laid out in one vector."""
 
     def __init__(self, theta: Tree) -> None:
-        """Take the shapes of ``theta``.
+        """Record the shapes of ``theta``.
 
         Raises:
-            UserError: its leaves are of more than one type.
+            UserError: the leaves are of more than one dtype.
         """
         self.template = learned(theta)
         self.shapes = [leaf.shape for leaf in leaves(self.template)]
@@ -51,21 +52,22 @@ class Layout:
             raise UserError(f"Learned parameters must all be of one type, and the model has {sorted(map(str, types))}.")
 
     def vector(self, theta: Tree) -> Tensor:
-        """The learned leaves one after the other ``[numbers]``."""
+        """Return the learned leaves concatenated ``[numbers]``."""
         parts = [leaf.flatten() for leaf in leaves(learned(theta))]
         return torch.cat(parts) if parts else torch.empty(0)
 
     def theta(self, state: Tree) -> dict[str, Any]:
-        """The tree that an algorithm knows, of the state of one replica."""
+        """Return the tree that an algorithm uses, from the state of one replica."""
         parts = state["weights"].split(self.sizes) if self.sizes else []
         tree = like(self.template, (part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)))
         return {**tree, "carried": state["carried"]} if "carried" in state else tree
 
 
 class Substitute(TorchFunctionMode):
-    """Inside, every call of torch gets another tensor in place of each that is named.
+    """Inside, every call of torch receives other tensors in place of given ones.
 
-    An algorithm closes over its hyperparameters when it is made. This is how a replica's own value reaches it.
+    An algorithm closes over its hyperparameters when it is made. Substitution is how a replica's own value reaches the
+    algorithm.
     """
 
     def __init__(self, others: list[tuple[Tensor, Tensor]]) -> None:
@@ -73,7 +75,7 @@ class Substitute(TorchFunctionMode):
         self.others = {id(named): other for named, other in others}
 
     def exchanged(self, value: Any) -> Any:
-        """``value`` with the named tensors exchanged, in lists and tuples too."""
+        """Return ``value`` with the given tensors exchanged, also in lists and tuples."""
         if isinstance(value, Tensor):
             return self.others.get(id(value), value)
         return type(value)(map(self.exchanged, value)) if type(value) in (list, tuple) else value
@@ -84,12 +86,12 @@ class Substitute(TorchFunctionMode):
 
 
 def replica(tree: Tree, index: int) -> dict[str, Any]:
-    """One replica of a tree whose leaves have a leading axis of them."""
+    """Return one replica of a tree whose leaves have a leading axis of replicas."""
     return tree_map(lambda leaf: leaf[index], tree)
 
 
 class MetaStep:
-    """The functions that a meta-step of an experiment is made of."""
+    """The functions that make up a meta-step of an experiment."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -108,7 +110,7 @@ class MetaStep:
             self.trust_region = TrustRegion(**train.trust_region)
 
     def initial_train_state(self) -> Tree:
-        """The state of all replicas before the first step."""
+        """Return the state of all replicas before the first step."""
 
         def one(theta: Tree) -> Tree:
             weights = self.layout.vector(theta)
@@ -122,7 +124,7 @@ class MetaStep:
         return state
 
     def over_replicas(self, function: Step) -> Step:
-        """``function`` of one replica, for all of them."""
+        """Return ``function``, which is written for one replica, mapped over all replicas."""
         if self.count > 1:
             return vmap(function)
         return lambda given: tree_map(lambda leaf: leaf[None], function(replica(given, 0)))
@@ -130,7 +132,7 @@ class MetaStep:
     def gradient(self, given: Tree, narrow: bool | None = None) -> Tree:
         """``train_state``, ``tasks`` and ``rates`` → ``gradient``, ``result`` (loss and first score) and ``carried``.
 
-        ``narrow`` says whether products are of bfloat16; by default as the configuration has it.
+        ``narrow`` says whether products are computed in bfloat16; by default the configuration decides.
         """
         experiment, metric = self.experiment, self.experiment.family.spec.metrics[0].name
 
@@ -162,10 +164,10 @@ class MetaStep:
         return self.over_replicas(one)(given)
 
     def check_replicas(self, given: Tree) -> None:
-        """Compare each replica's gradient with that of its own algorithm, made from its own numbers.
+        """Compare each replica's gradient with that of a separate algorithm, built from the replica's own values.
 
         Raises:
-            UserError: a hyperparameter that differs does not reach every place where it counts.
+            UserError: a hyperparameter that differs does not reach every place where it matters.
         """
         experiment = self.experiment
         refusal = UserError(
@@ -213,7 +215,7 @@ class MetaStep:
         return self.update({**given, **self.gradient(given)})
 
     def within_trust_region(self, given: Tree, index: int) -> Tree:
-        """``whole`` of the replica ``index``, given its leaves; it branches on values, so it is not mapped."""
+        """Take the ``whole`` step of replica ``index``, given its leaves; it branches on values, so it is not mapped."""
         state, settings = given["train_state"], self.trust_region
         assert settings is not None
 
@@ -229,7 +231,7 @@ class MetaStep:
 
 
 def parts_of(given: Tree, chunk: int) -> list[Tree]:
-    """``given`` with ``chunk`` of its tasks each, whose number ``chunk`` divides."""
+    """Split ``given`` into parts of ``chunk`` tasks; ``chunk`` divides the number of tasks."""
     count = next(leaves(given["tasks"])).shape[1]
 
     def part(first: int) -> Tree:
@@ -239,9 +241,9 @@ def parts_of(given: Tree, chunk: int) -> list[Tree]:
 
 
 def accumulated(gradient: Step, update: Step, chunk: int, pool: ThreadPoolExecutor | None = None) -> Step:
-    """A meta-step whose gradient is the mean of those of ``chunk`` tasks at a time, each computed in ``pool`` if given.
+    """Return a meta-step that averages the gradients of ``chunk`` tasks at a time, computed in ``pool`` if given.
 
-    The sum is in the order of the tasks, whoever is ready first, so that a run repeats to the bit.
+    The sum is taken in the order of the tasks, whichever is ready first, so that a run is reproducible to the bit.
     """
 
     def run(given: Tree) -> Tree:
@@ -257,7 +259,7 @@ def accumulated(gradient: Step, update: Step, chunk: int, pool: ThreadPoolExecut
 
 
 def refuse_out_of_memory(error: BaseException, meta_batch: int) -> UserError:
-    """What to do when a GPU has no room for a step."""
+    """Return the error that says what to do when a GPU has no room for a step."""
     return UserError(
         f"The GPU has too little memory for a meta-step of {meta_batch} tasks ({first_line(error)}); lower "
         "train.task_chunk (tasks computed at a time, with the same gradient), train.meta_batch or task.train_queries."

@@ -1,8 +1,9 @@
-"""The outer optimizer as pure functions of tensors, and its learning rate along meta-training.
+"""The outer optimizer as pure functions of tensors, and its learning-rate schedule.
 
-``torch.optim`` steps parameters in place with one learning rate for all. Here everything that a step reads and writes
-is a tensor that it is given or returns, so that one step can be recorded, compiled, and mapped over replicas which
-differ in their learning rates. The formulas are those of ``torch.optim`` (a test compares them).
+``torch.optim`` steps parameters in place with one learning rate for all. Here everything that a step reads is a tensor
+that is passed in, and everything that it writes is a tensor that it returns, so that a step can be recorded, compiled,
+and mapped over replicas that differ in their learning rates. The formulas are those of ``torch.optim`` (a test compares
+them).
 """
 
 import math
@@ -17,14 +18,14 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 def initial_moments(weights: Tensor, optimizer: str) -> dict[str, Tensor]:
-    """What the optimizer remembers before the first step, for ``weights [...]``."""
+    """Return the optimizer's state before the first step, for ``weights [...]``."""
     if optimizer in ("sgd", "trpo"):
         return {}
     return {"mean": torch.zeros_like(weights), "square": torch.zeros_like(weights), "step": weights.new_zeros(())}
 
 
 def clipped(gradient: Tensor, largest_norm: Tensor | float) -> Tensor:
-    """``gradient`` scaled down to ``largest_norm`` where it is longer; torch's own rule."""
+    """Return ``gradient`` scaled down to ``largest_norm`` where it is longer, by torch's own rule."""
     scale: Tensor = largest_norm / (gradient.norm() + 1e-6)
     return gradient * scale.clamp(max=1.0)
 
@@ -37,15 +38,15 @@ def outer_step(
     lr: Tensor,
     weight_decay: Tensor | float,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """One step of ``sgd``, ``adam`` or ``adamw`` (https://arxiv.org/abs/1412.6980, https://arxiv.org/abs/1711.05101).
+    """Take a step of ``sgd``, ``adam`` or ``adamw`` (https://arxiv.org/abs/1412.6980, https://arxiv.org/abs/1711.05101).
 
     Args:
-        optimizer: its name.
+        optimizer: name of the optimizer.
         weights: ``[numbers]``.
         gradient: ``[numbers]``.
-        moments: of ``initial_moments``, or the last step's.
+        moments: those of ``initial_moments``, or of the last step.
         lr: learning rate of this step, a scalar.
-        weight_decay: at least 0; joined to the gradient, but for adamw, which shrinks the weights by it.
+        weight_decay: at least 0; added to the gradient, except by adamw, which shrinks the weights by it.
 
     Returns:
         New weights and moments.
@@ -75,18 +76,18 @@ def learning_rates(
     first: int = 0,
     last: int | None = None,
 ) -> Tensor:
-    """The learning rate of every meta-step from ``first`` up to ``last`` (all: ``[steps]``) in float64.
+    """Return the learning rate of every meta-step from ``first`` up to ``last`` (all: ``[steps]``) in float64.
 
     Args:
         schedule: ``constant``; ``linear`` or ``cosine``, from ``lr`` to ``lr · final``; ``step``, times ``decay`` every
             ``decay_every`` steps.
-        lr: of the first step.
-        steps: how many.
-        final: at the end of the whole schedule, as a share of ``lr``.
-        decay: a factor.
-        decay_every: steps.
-        first: the first step that is wanted, counted from 0.
-        last: the step after the last one that is wanted; None: ``steps``.
+        lr: learning rate of the first step.
+        steps: number of steps of the whole schedule.
+        final: learning rate at the end of the whole schedule, as a share of ``lr``.
+        decay: factor of each decay.
+        decay_every: number of steps between decays.
+        first: first step to return, counted from 0.
+        last: step after the last one to return; None: ``steps``.
     """
     time = torch.arange(first, steps if last is None else last, dtype=torch.float64)
     match schedule:

@@ -1,4 +1,4 @@
-"""What a run asks of its process, and what the process says of itself."""
+"""Settings of the process that a run needs, and measurements of the process."""
 
 import ctypes
 import logging
@@ -17,15 +17,15 @@ from metarun.engine.recording import release_gpu_memory
 log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's ``malloc.h``."""
+"""Constants of glibc's ``malloc.h``."""
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-"""Linux's own account of this process."""
+"""Linux's information on this process."""
 
 
 def keep_freed_memory() -> None:
     """Tell glibc not to hand large freed blocks back to the system, only to fault them in again each step.
 
-    Up to twice as fast for convolutions on a CPU; without effect where the C library has no such switch.
+    Convolutions on a CPU become up to twice as fast. The call has no effect where the C library has no such setting.
     """
     if sys.platform == "linux":
         try:
@@ -51,7 +51,7 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory_mb(device: str) -> float:
-    """High-water mark in MB: of the GPU's allocations, else of the process's resident memory."""
+    """Return the high-water mark in MB: of the GPU's allocations, else of the process's resident memory."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if STATUS.exists():
@@ -63,7 +63,7 @@ def peak_memory_mb(device: str) -> float:
 
 @contextmanager
 def settings_of(config: DictConfig) -> Iterator[None]:
-    """What a run asks of the process, undone behind it: jobs of a sweep share one."""
+    """Inside, the process has the settings that a run needs; they are undone afterwards, as a sweep's jobs share it."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     if config.engine.keep_memory:
         keep_freed_memory()
@@ -77,7 +77,7 @@ def settings_of(config: DictConfig) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = rounded_before
-        # Compiled graphs of one job are of no use to the next.
+        # Compiled graphs of one job are useless to the next.
         if (dynamo := sys.modules.get("torch._dynamo")) is not None:
             dynamo.reset()
         release_gpu_memory()

@@ -1,12 +1,12 @@
-"""A function of tensors, run once and kept as the list of operations that it came to.
+"""Recording a function of tensors: it is run once, and the list of operations that it executes is kept.
 
-``torch.func`` derives a meta-gradient anew at every call: nested transforms, a Python loop over inner steps, modules.
-What reaches the kernels is the same list of operations every time, since nothing in a meta-step depends on values.
-Recording keeps that list. It can be replayed as it is; handed to the compiler, which
-then has nothing of Python left to understand; or captured as a CUDA graph.
+``torch.func`` derives a meta-gradient again at every call, through nested transforms, a Python loop over inner steps,
+and modules. The kernels are given the same list of operations every time, since nothing in a meta-step depends on
+values. Recording keeps that list. The list can be replayed as it is, handed to the compiler, which then has no Python
+left to analyse, or captured as a CUDA graph.
 
-A recording has the shapes of its examples, and constants where the function left torch and came back, so whoever uses
-one compares it with the function on other inputs first.
+A recording is specialised to the shapes of its example, and holds constants where the function left torch and came
+back. Callers therefore first compare a recording with the function on other inputs.
 """
 
 import logging
@@ -41,10 +41,10 @@ class Recording:
     """The operations of ``function``, as a function of the same trees."""
 
     def __init__(self, function: Function, given: Tree) -> None:
-        """Run ``function`` once on ``given`` and keep what it did.
+        """Run ``function`` once on ``given`` and keep its operations.
 
         Raises:
-            CannotRecord: something in it depends on values, or torch cannot follow it.
+            CannotRecord: something in the function depends on values, or torch cannot trace it.
         """
         kept: list[Tree] = []
 
@@ -64,24 +64,24 @@ class Recording:
         self.run: Callable[..., list[Tensor]] = self.graph
 
     def __call__(self, given: Tree) -> Tree:
-        """What the function returns for ``given``, trees of the shapes that it was recorded with."""
+        """Return what the function returns for ``given``, a tree of the shapes that it was recorded with."""
         with torch.no_grad():
             return like(self.outputs, iter(self.run(*leaves(given))))
 
     def compiled(self, given: Tree) -> "Recording":
-        """The same operations in one compiled graph; ``given`` is what it is first run on.
+        """Compile the same operations into one graph, which is first run on ``given``.
 
         Raises:
-            CannotRecord: there is no compiler, or it refuses the graph.
+            CannotRecord: there is no compiler, or the compiler refuses the graph.
         """
         compiler_cache()
-        # The compiler takes the recording itself: through ``torch.compile`` each call would first check that nothing
-        # of its surroundings has changed, which costs as much as half of a small step.
+        # The compiler is given the recording itself: with ``torch.compile`` each call would first check that its
+        # surroundings have not changed, which costs as much as half of a small step.
         import torch._inductor
 
         other: Recording = object.__new__(Recording)
         other.__dict__.update(self.__dict__)
-        # The compiler builds in how its inputs lie in memory, and batches of tasks may lie in one way or another.
+        # The compiler assumes the memory layout of its inputs, and batches of tasks may differ in their layout.
         values: list[Any] = [leaf.contiguous() for leaf in leaves(given)]
         more = WITH_RANDOM_NUMBERS if draws_numbers(self.graph) else {}
         for options in (ON_CPU, {}) if values[0].device.type == "cpu" else ({},):
@@ -100,38 +100,39 @@ class Recording:
 
 
 def on_contiguous(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """``run`` on its inputs laid out one number after the other."""
+    """Return ``run`` with its inputs made contiguous."""
     return lambda *inputs: run(*(x.contiguous() for x in inputs))
 
 
 ON_CPU = {"cpp_wrapper": True, "layout_optimization": False}
-"""Calls between kernels in C++, which leaves Python's lock to other threads, and images in the layout that they come
-in: with both, tasks in threads take half of the time (docs/performance.md)."""
+"""Calls between kernels are made in C++, which leaves Python's lock to other threads, and images keep their layout.
+With both, tasks in threads take half of the time (docs/performance.md)."""
 WITH_RANDOM_NUMBERS = {"realize_opcount_threshold": 12}
-"""Values that are used twice are kept after fewer operations: the compiler repeats them in each of their uses, and a
-line of ``metarun.random.mixed`` uses its input twice. Otherwise a normal number becomes 8,700 operations."""
+"""Values that are used twice are stored after fewer operations. The compiler would otherwise compute them again for
+each use, and since a line of ``metarun.random.mixed`` uses its input twice, a normal number would take 8,700
+operations."""
 NARROW = 16
 
 
 def draws_numbers(graph: GraphModule) -> bool:
-    """Whether there are random numbers from seeds (``metarun.random``) in the recording."""
+    """Whether the recording contains random numbers from seeds (``metarun.random``)."""
     return any(node.target is torch.ops.aten.bitwise_xor.Tensor for node in graph.graph.nodes)
 
 
 def with_wide_products(graph: GraphModule) -> GraphModule:
-    """A copy in which batched products with few columns and many rows are those of the transposed factors.
+    """Return a copy in which batched products with few columns and many rows are computed from transposed factors.
 
-    MKL takes six times as long for ``[25, 40, 40] @ [25, 40, 10]`` as for ``[25, 10, 40] @ [25, 40, 40]``, and the
-    derivative of a derivative is full of the former. The compiler makes transposing free.
+    MKL takes six times as long for ``[25, 40, 40] @ [25, 40, 10]`` as for ``[25, 10, 40] @ [25, 40, 40]``, and second
+    derivatives are full of the former. The compiler makes transposing free.
     """
     graph = deepcopy(graph)
     for node in graph.graph.nodes:
-        # Stand-ins for values, each of a mode of its own, which the compiler would take for its inputs.
+        # Fake values: each belongs to a separate fake mode, and the compiler would take them for its inputs.
         node.meta.pop("val", None)
     product, transpose = torch.ops.aten.bmm.default, torch.ops.aten.transpose.int
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.view.default:
-            # A product put in another's place lies otherwise in memory, where a view of it may not be had.
+            # A product that replaces another has another memory layout, of which some views may be impossible.
             node.target = torch.ops.aten.reshape.default
         if node.target is product:
             (a, b), (_, rows, columns) = node.args, node.meta["tensor_meta"].shape
@@ -146,19 +147,19 @@ def with_wide_products(graph: GraphModule) -> GraphModule:
 
 
 def compiler_cache() -> Path | None:
-    """The folder where compiled graphs are kept between runs; torch's own variable moves it.
+    """Return the folder where compiled graphs are kept between runs; torch's own variable overrides it.
 
-    None where ours cannot be written: the compiler then has its own, in the system's temporary folder.
+    Return None where our folder cannot be written: the compiler then uses its own, in the system's temporary folder.
     """
     variable = "TORCHINDUCTOR_CACHE_DIR"
-    # Importing the compiler sets the variable to that temporary folder; the user has not asked for it.
+    # Importing the compiler sets the variable to that temporary folder, which the user has not asked for.
     default = str(Path(tempfile.gettempdir(), "torchinductor_"))
     if not os.environ.get(variable, default).startswith(default):
         return Path(os.environ[variable])
     path = (cache_dir() / "compiled").absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # Only writing tells whether one may.
+        # Only trying to write tells whether writing is allowed.
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         log.debug("The compiler's cache cannot be written: %s", error)
@@ -169,13 +170,13 @@ def compiler_cache() -> Path | None:
 
 
 class Captured:
-    """A recording as a CUDA graph: one launch for all of its operations."""
+    """A recording as a CUDA graph, with one launch for all of its operations."""
 
     def __init__(self, recording: Recording, given: Tree) -> None:
         """Capture ``recording`` on the shapes of ``given``.
 
         Raises:
-            CannotRecord: an operation that cannot be captured, one that waits for the host.
+            CannotRecord: an operation cannot be captured because it waits for the host.
         """
         constants = [value for value in vars(recording.graph).values() if isinstance(value, Tensor)]
         constants += list(recording.graph.buffers())
@@ -184,7 +185,7 @@ class Captured:
         self.inputs = tree_map(lambda leaf: leaf.contiguous().clone(), given)
         before = torch.cuda.current_stream()
         try:
-            # A capture must not be the first use of a library, so a stream of its own runs the operations before.
+            # A capture must not be the first use of a library, so the operations first run on a separate stream.
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -195,12 +196,12 @@ class Captured:
             with torch.cuda.graph(self.graph):
                 self.outputs = recording(self.inputs)
         except RuntimeError as error:
-            # Leaving a capture by an exception leaves its stream current.
+            # If a capture ends with an exception, its stream remains the current one.
             torch.cuda.set_stream(before)
             raise CannotRecord(first_line(error)) from error
 
     def __call__(self, given: Tree) -> Tree:
-        """Copy ``given`` in, launch, copy the results out."""
+        """Copy ``given`` in, launch the graph, and copy the results out."""
         for own, new in zip(leaves(self.inputs), leaves(given), strict=True):
             own.copy_(new, non_blocking=True)
         self.graph.replay()
@@ -208,7 +209,7 @@ class Captured:
 
 
 def release_gpu_memory() -> None:
-    """Give back what torch keeps of a GPU's memory, if it can: after a capture that failed some versions refuse."""
+    """Release the GPU memory that torch caches, if possible: some versions refuse after a failed capture."""
     if torch.cuda.is_available():
         try:
             torch.cuda.empty_cache()

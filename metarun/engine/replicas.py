@@ -1,4 +1,4 @@
-"""Runs trained side by side in one process: the configurations of the separate runs that they equal."""
+"""Replicas, trained together in one process: the configurations of the separate runs that they equal."""
 
 from copy import deepcopy
 from itertools import product
@@ -12,14 +12,15 @@ from metarun.errors import UserError
 OF_THE_OUTER_STEP = ("train.lr", "train.weight_decay", "train.clip", "train.final")
 
 MOST = 10_000
-"""Replicas in one process; each has a configuration and a model, and a slip of the pen makes a billion of them."""
+"""Largest number of replicas in one process; each has a configuration and a model, and a typing error could make a
+billion of them."""
 
 
 def varied_keys(config: DictConfig) -> dict[str, list[float]]:
-    """``replicas.over`` checked: each key with its values.
+    """Return the keys of ``replicas.over`` with their values, after checking them.
 
     Raises:
-        UserError: a key that cannot differ within one process, or values that are no numbers.
+        UserError: a key cannot differ within one process, or values are not numbers.
     """
     over: Any = config.replicas.over
     if over is None:
@@ -47,7 +48,7 @@ def varied_keys(config: DictConfig) -> dict[str, list[float]]:
 
 
 def replica_configs(config: DictConfig) -> list[tuple[DictConfig, dict[str, float]]]:
-    """The configuration of each replica as a run of its own, with the keys in which it differs: grid times seeds."""
+    """Return each replica's configuration as a separate run, and the keys in which it differs: grid times seeds."""
     over, count = varied_keys(config), config.replicas.count
     if (replicas := prod(map(len, over.values())) * count) > MOST:
         raise UserError(f"replicas.count and replicas.over make {replicas} runs; {MOST} are the most in one process.")
@@ -65,5 +66,5 @@ def replica_configs(config: DictConfig) -> list[tuple[DictConfig, dict[str, floa
 
 
 def label(differs: dict[str, float]) -> str:
-    """The keys and values of a replica, as overrides on the command line would be written."""
+    """Return the keys and values of a replica, written like overrides on the command line."""
     return " ".join(f"{key}={value!r}" for key, value in differs.items())

@@ -1,4 +1,4 @@
-"""A trust-region outer step for policies, as MAML's reinforcement learning takes it.
+"""A trust-region outer step for policies, as in MAML's reinforcement-learning experiments.
 
 Schulman et al. 2015, "Trust Region Policy Optimization", https://arxiv.org/abs/1502.05477 (§6 and appendix C); as the
 outer step of MAML: Finn, Abbeel, Levine 2017, https://arxiv.org/abs/1703.03400 (§5.3).
@@ -8,14 +8,14 @@ outer step of MAML: Finn, Abbeel, Levine 2017, https://arxiv.org/abs/1703.03400 
     step         θ − r β s for the first r of 1, 0.8, 0.8², … where the surrogate falls and KL ≤ δ; if none: θ stays
 
 g is the gradient of the surrogate query loss after adaptation, and H the Hessian at θ of the mean divergence of adapted
-policies from those that played the query episodes. All episodes are played once, at θ; other parameters are judged on
-them: adaptation weighs the kept support episodes by likelihood ratios, and so does the query loss
+policies from those that played the query episodes. All episodes are played once, at θ, and other parameters are
+evaluated on them: adaptation weights the kept support episodes by likelihood ratios, and so does the query loss
 (`metarun.tasks.control`).
 
 δ, the number of conjugate gradients, the damping and the search are those of the official code
 (https://github.com/cbfinn/maml_rl); H may be estimated on fewer episodes than g (``cg_episodes``). Where we deviate:
-that code takes Hessian products by finite differences, and its inner gradient, of log π · A, loses the score-function
-terms; here products are exact and the terms are kept.
+that code computes Hessian products by finite differences, and its inner gradient, of log π · A, loses the
+score-function terms; here products are exact and these terms are kept.
 """
 
 from collections.abc import Callable
@@ -49,10 +49,10 @@ class TrustRegion(NamedTuple):
 
 
 def check_trust_region(experiment: Experiment) -> None:
-    """Refuse what the step cannot work with.
+    """Raise an error if the step does not fit the experiment.
 
     Raises:
-        UserError: tasks without policies, an algorithm with its own meta-gradient, settings that have no meaning here.
+        UserError: tasks have no policies, the algorithm has its own meta-gradient, or a setting has no meaning here.
     """
     train, engine, algorithm = experiment.config.train, experiment.config.engine, experiment.algorithm
     if not isinstance(experiment.family, ControlFamily):
@@ -81,12 +81,12 @@ def check_trust_region(experiment: Experiment) -> None:
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
-    """An approximate solution ``[numbers]`` of A x = b for symmetric positive A, from x = 0.
+    """Return an approximate solution ``[numbers]`` of A x = b for symmetric positive A, starting from x = 0.
 
     Args:
-        product: x → A x.
+        product: the map x → A x.
         b: the right-hand side ``[numbers]``.
-        steps: how many products at most; fewer where it is solved, or where rounding has made A not positive.
+        steps: largest number of products; fewer if the system is solved, or if rounding has made A not positive.
     """
     x, residual = torch.zeros_like(b), b.clone()
     direction, squared = residual, residual @ residual
@@ -106,11 +106,11 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: i
 
 
 def natural_step(product: Callable[[Tensor], Tensor], gradient: Tensor, settings: TrustRegion) -> Tensor:
-    """The step ``[numbers]`` against ``gradient`` whose divergence is δ to second order; zero where there is none.
+    """Return the step ``[numbers]`` against ``gradient`` whose divergence is δ to second order; zero if there is none.
 
     Args:
-        product: v → (H + damping · I) v.
-        gradient: of the surrogate ``[numbers]``.
+        product: the map v → (H + damping · I) v.
+        gradient: gradient of the surrogate ``[numbers]``.
         settings: δ and the number of conjugate gradients.
     """
     direction = conjugate_gradients(product, gradient, settings.cg_steps)
@@ -123,13 +123,13 @@ def natural_step(product: Callable[[Tensor], Tensor], gradient: Tensor, settings
 def line_search(
     weights: Tensor, step: Tensor, judge: Callable[[Tensor], tuple[float, float]], settings: TrustRegion
 ) -> Tensor:
-    """The first of ``weights + rᵏ · step``, k = 0, 1, …, that improves within the trust region; else ``weights``.
+    """Return the first of ``weights + rᵏ · step``, k = 0, 1, …, that improves within the trust region, else ``weights``.
 
     Args:
         weights: ``[numbers]``.
         step: ``[numbers]``.
         judge: weights → surrogate loss and divergence.
-        settings: δ, r, and how many lengths to try.
+        settings: δ, r, and the number of lengths to try.
     """
     before, _ = judge(weights)
     for k in range(settings.backtracks):
@@ -141,11 +141,11 @@ def line_search(
 
 
 def with_kept_episodes(algorithm: Algorithm, family: ControlFamily, theta: Tree, tasks: Task) -> Task:
-    """``tasks`` with the episodes that the policies on the way of adaptation play: ``kept`` in support and query."""
+    """Return ``tasks`` with the episodes that the policies along adaptation play: ``kept`` in support and query."""
 
     def one_task(task: Task) -> tuple[Tree, Tree]:
         kept: dict[str, Tree] = {}
-        # A step of adaptation needs its episodes after the policy that plays them is known: they are added in between.
+        # The episodes of an adaptation step are added once the policy that plays them is known, before the step.
         states = algorithm.adapt(theta, {**task.support, "kept": kept}, family.loss)
         state: Any = None
         for step, state in enumerate(states):
@@ -161,9 +161,9 @@ def with_kept_episodes(algorithm: Algorithm, family: ControlFamily, theta: Tree,
 
 
 def with_fewer_episodes(algorithm: Algorithm, family: ControlFamily, theta: Tree, tasks: Task, count: int) -> Task:
-    """``tasks`` with the first ``count`` of the kept episodes of each, on which Hessian products cost less.
+    """Return ``tasks`` with only the first ``count`` kept episodes of each, on which Hessian products cost less.
 
-    Fewer support episodes adapt to other policies, and these are what divergences are measured from.
+    Fewer support episodes lead to other adapted policies, and divergences are measured from these.
     """
 
     def first(leaf: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def with_fewer_episodes(algorithm: Algorithm, family: ControlFamily, theta: Tree
 
 
 def mean_divergence(algorithm: Algorithm, family: ControlFamily, theta: Tree, tasks: Task) -> Tensor:
-    """Mean divergence of adapted policies from those that played the kept query episodes."""
+    """Return the mean divergence of adapted policies from those that played the kept query episodes."""
 
     def one_task(task: Task) -> Tensor:
         state = adapted(algorithm, theta, task.support, family.loss, algorithm.train_steps)
@@ -196,7 +196,7 @@ def mean_divergence(algorithm: Algorithm, family: ControlFamily, theta: Tree, ta
 def fisher_product(
     divergence: Callable[[Tensor], Tensor], weights: Tensor, damping: float
 ) -> Callable[[Tensor], Tensor]:
-    """v → (H + damping · I) v, with H the Hessian of ``divergence`` at ``weights [numbers]``."""
+    """Return the map v → (H + damping · I) v, with H the Hessian of ``divergence`` at ``weights [numbers]``."""
     variable = weights.detach().requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(divergence(variable), variable, create_graph=True)
@@ -217,14 +217,14 @@ def trust_region_step(
     weights: Tensor,
     tasks: Task,
 ) -> tuple[Tensor, Tensor]:
-    """One outer step on a batch of tasks.
+    """Take one outer step on a batch of tasks.
 
     Args:
-        algorithm: what meta-learns.
-        family: the tasks'.
-        theta_of: learned numbers in a vector → theta.
-        vector_of: gradients as a tree → the same vector.
-        settings: of the step.
+        algorithm: the meta-learner.
+        family: the family of the tasks.
+        theta_of: maps learned numbers in a vector to theta.
+        vector_of: maps gradients in a tree to a vector in the same order.
+        settings: settings of the step.
         weights: the learned numbers ``[numbers]``.
         tasks: leaves ``[tasks, ...]``.
 

@@ -12,7 +12,7 @@ from metarun.errors import require
 
 def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "batch":
-        # Without running averages: MAML normalises by the batch in test too, so the queries of a task see each other.
+        # No running averages: MAML normalises by the batch in test too, so the queries of a task see each other.
         return nn.BatchNorm2d(channels, track_running_stats=False)
     if kind == "group":
         # Eight groups at most, of two channels at least: a group of one value would normalise to zero.
@@ -24,24 +24,24 @@ class Conv4(nn.Module):
     """Four blocks of 3×3 convolution, normalisation and ReLU, then a linear head.
 
     With ``downsample="stride"`` each convolution has stride 2, as in MAML and Reptile on Omniglot
-    (https://arxiv.org/abs/1703.03400, §5.2); with ``"max_pool"``, four times the work, each block ends in 2×2
-    max-pooling, as in Matching and Prototypical Networks. With fewer ``halvings`` only the first blocks do so, and the
-    last maps stay large, as in Relation Networks. The features are the spatial mean of the last block, as in
-    MAML's code, or all of its values.
+    (https://arxiv.org/abs/1703.03400, §5.2). With ``"max_pool"``, at four times the cost, each block ends in 2×2
+    max-pooling, as in Matching and Prototypical Networks. With fewer ``halvings`` only the first blocks halve the
+    image, and the last maps stay large, as in Relation Networks. The features are the spatial mean of the last block,
+    as in MAML's code, or all of its values.
 
     Attributes:
         maps: shape ``(filters, height, width)`` of the features with ``readout="flatten"``, None otherwise.
 
     Args:
         spec: input ``(channels, height, width)`` of any size from 16×16, and the number of outputs.
-        filters: channels of each block, at least 1.
+        filters: number of channels of each block, at least 1.
         downsample: how a block halves the image.
-        halvings: blocks that do, from the first on, 0 to 4.
-        readout: ``mean`` or ``flatten``.
+        halvings: number of blocks that halve the image, from the first on, 0 to 4.
+        readout: how features are read from the last block, ``mean`` or ``flatten``.
         norm: ``batch`` (statistics of the current batch, hence transductive), ``group`` or ``none``.
-        zero_head: whether the head starts meta-training from zeros. Then the classes are alike before adaptation, and
-            what the first step writes is a sum of support features (Kao, Chiu, Chen 2022,
-            https://arxiv.org/abs/2106.15367, who also set it to zero again in each meta-step).
+        zero_head: whether the head starts meta-training from zeros. If so, all classes are equal before adaptation, and
+            the first step sets the head to a sum of support features (Kao, Chiu, Chen 2022,
+            https://arxiv.org/abs/2106.15367, who also reset the head to zero in each meta-step).
     """
 
     def __init__(

@@ -14,10 +14,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "ge
 
 
 def fully_connected(inputs: int, widths: Sequence[int], activation: str) -> list[nn.Module]:
-    """Linear layers of the given widths, each followed by the activation.
+    """Return linear layers of the given widths, each followed by the activation.
 
     Raises:
-        ValueError: no layer, or one without width.
+        ValueError: there is no layer, or a layer without width.
     """
     require(len(widths) > 0 and all(w > 0 for w in widths), f"widths must be positive, not {list(widths)}")
     layers: list[nn.Module] = []
@@ -29,14 +29,15 @@ def fully_connected(inputs: int, widths: Sequence[int], activation: str) -> list
 class MLP(nn.Module):
     """Fully connected layers of the given widths, then a linear head.
 
-    Initialised as in MAML's code (https://github.com/cbfinn/maml): weights from a normal distribution with
-    standard deviation ``initial_std`` cut at two of them, biases zero; null takes torch's own initialisation.
+    Initialised as in MAML's code (https://github.com/cbfinn/maml): weights are drawn from a normal distribution with
+    standard deviation ``initial_std``, truncated at two standard deviations, and biases are zero. With null, torch's
+    own initialisation is used.
 
     Args:
         spec: sizes of input and output.
         widths: width of each hidden layer.
-        activation: between the layers.
-        initial_std: above 0, or None.
+        activation: nonlinearity after each hidden layer.
+        initial_std: standard deviation of the initial weights, above 0, or None.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Policies: what was seen → the distribution of the next action (`metarun.contracts.Seen`)."""
+"""Policies: from what was seen (`metarun.contracts.Seen`) to the distribution of the next action."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from metarun.targets.actions import Actions
 
 
 def actions_of(spec: Spec, model: str) -> Actions:
-    """The actions that ``spec`` describes; a task without any is refused."""
+    """Return the actions that ``spec`` describes; raise an error if the task has none."""
     require(
         isinstance(spec.target, Actions),
         f"{model} is a policy, and this task has no actions; choose a task with actions (such as bandit), or another "
@@ -27,7 +27,7 @@ def actions_of(spec: Spec, model: str) -> Actions:
 class Outputs(nn.Module):
     """A linear layer to the parameters of the action's distribution.
 
-    Continuous actions are normal with a spread of their own for each dimension, which depends on nothing.
+    Continuous actions are normal, with a standard deviation per dimension that does not depend on the observation.
     """
 
     def __init__(self, features: int, actions: Actions, initial_std: float) -> None:
@@ -48,10 +48,10 @@ class Policy(nn.Module):
     """Fully connected layers on the observation; no memory.
 
     Args:
-        spec: of a control task.
+        spec: that of a control task.
         widths: width of each hidden layer.
-        activation: between the layers.
-        initial_std: of continuous actions, in units of the largest one; above 0.
+        activation: nonlinearity after each hidden layer.
+        initial_std: initial standard deviation of continuous actions, in units of the largest action, above 0.
     """
 
     def __init__(
@@ -67,32 +67,32 @@ class Policy(nn.Module):
         self.head = Outputs(widths[-1], actions, initial_std)
 
     def forward(self, seen: Seen) -> Tensor:
-        """Outputs ``[steps, episodes, outputs]``."""
+        """Return outputs ``[steps, episodes, outputs]``."""
         out: Tensor = self.head(self.trunk(seen.observation))
         return out
 
 
 def happened(seen: Seen) -> Tensor:
-    """What a memory is told: all that is seen, and the product of action and reward, which says what paid."""
+    """Return the input of a memory: all that is seen, and the product of action and reward, which says what paid."""
     return torch.cat([seen.observation, seen.action, seen.reward, seen.done, seen.action * seen.reward], -1)
 
 
 def happened_size(spec: Spec, actions: Actions) -> int:
-    """How many numbers ``happened`` gives for a step."""
+    """Return how many numbers ``happened`` gives for a step."""
     return spec.inputs.shape[0] + 2 * actions.count + 2
 
 
 class GRUPolicy(nn.Module):
     """A gated recurrent unit (Cho et al. 2014) over observation, previous action, reward and end of episode.
 
-    One layer reads them first, and is given the product of action and reward too: which action paid is what a
-    policy must remember, and a sum of inputs does not tell it. Written out, since the fused cells cannot be
-    differentiated twice.
+    A first layer reads these inputs together with the product of action and reward: a policy must remember which action
+    paid, and a sum of inputs does not tell it. The cell is written out, since the fused cells cannot be differentiated
+    twice.
 
     Args:
-        spec: of a control task.
-        width: of the hidden state, at least 1.
-        initial_std: of continuous actions, in units of the largest one; above 0.
+        spec: that of a control task.
+        width: width of the hidden state, at least 1.
+        initial_std: initial standard deviation of continuous actions, in units of the largest action, above 0.
     """
 
     def __init__(self, spec: Spec, width: int = 64, initial_std: float = 0.5) -> None:
@@ -109,12 +109,12 @@ class GRUPolicy(nn.Module):
         self.head = Outputs(width, actions, initial_std)
 
     def forward(self, seen: Seen) -> tuple[Tensor, Any]:
-        """Outputs ``[steps, episodes, outputs]`` and the hidden state behind them ``[episodes, width]``."""
+        """Return outputs ``[steps, episodes, outputs]`` and the last hidden state ``[episodes, width]``."""
         x = self.inputs(self.encoder(happened(seen)))
         hidden = x.new_zeros(x.shape[1], self.width) if seen.carry is None else seen.carry
         states = []
         for now in x:
-            # Reset and update gate, then the state between the old one and its candidate.
+            # Reset and update gate, then an interpolation between the old state and its candidate.
             reset, update = (now[:, : 2 * self.width] + self.gates(hidden)).sigmoid().chunk(2, -1)
             candidate = (now[:, 2 * self.width :] + self.candidate(reset * hidden)).tanh()
             hidden = candidate + update * (hidden - candidate)
@@ -123,7 +123,7 @@ class GRUPolicy(nn.Module):
 
 
 class FastWeightsPolicy(nn.Module):
-    """A memory of outer products, written at what was seen and read at what is seen now.
+    """A memory of outer products, written at the previous observation and read at the current one.
 
     Fast weights (Schmidhuber 1992, https://doi.org/10.1162/neco.1992.4.1.131; as linear attention: Schlag et al. 2021,
     https://arxiv.org/abs/2102.11174):
@@ -131,15 +131,16 @@ class FastWeightsPolicy(nn.Module):
         write    M ← M + k vᵀ,  n ← n + k    k = softmax(K o⁻),  v = f(action, reward, action · reward, done, o)
         read     qᵀM / (1 + qᵀn),  log(1 + qᵀn),                q = softmax(K o)
 
-    with o what is observed now and o⁻ what was observed when the previous action was taken, so that the memory maps
-    an observation to what actions led to there. Two layers read it together with o. A gated unit must learn to
-    store such a map; here a trial's steps are also computed side by side once its actions are known.
+    with o the current observation and o⁻ the observation at which the previous action was taken, so that the memory
+    maps an observation to the outcomes of actions taken there. Two layers read the memory together with o. A gated unit
+    must learn to store such a map. Here the steps of a trial can also be computed in parallel once its actions are
+    known.
 
     Args:
-        spec: of a control task.
-        width: of values and of the layers, at least 1.
+        spec: that of a control task.
+        width: width of values and of the layers, at least 1.
         slots: length of the keys, at least 1.
-        initial_std: of continuous actions, in units of the largest one; above 0.
+        initial_std: initial standard deviation of continuous actions, in units of the largest action, above 0.
     """
 
     def __init__(self, spec: Spec, width: int = 64, slots: int = 32, initial_std: float = 0.5) -> None:
@@ -158,7 +159,7 @@ class FastWeightsPolicy(nn.Module):
         self.head = Outputs(width, actions, initial_std)
 
     def forward(self, seen: Seen) -> tuple[Tensor, Any]:
-        """Outputs ``[steps, episodes, outputs]``, and the memory and the last key behind them."""
+        """Return outputs ``[steps, episodes, outputs]``, and the memory and the last key after them."""
         value = self.value(happened(seen))
         value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
         query = (3 * self.key(seen.observation)).softmax(-1)
@@ -168,7 +169,7 @@ class FastWeightsPolicy(nn.Module):
         else:
             memory, before = seen.carry
         key = torch.cat([before, query[:-1]])
-        # What is written now is read now: the last action's outcome.
+        # What is written at a step, the outcome of the last action, is already read at that step.
         heard = torch.einsum("tes,ues->etu", query, key).tril()
         read = torch.einsum("etu,uev->tev", heard, value) + torch.einsum("tes,esv->tev", query, memory)
         total, count = read[..., :-1], read[..., -1:]

@@ -2,7 +2,7 @@
 
 As in DARTS (Liu, Simonyan, Yang 2019, https://arxiv.org/abs/1806.09055, equation 2) a layer is Σ_o softmax(a)_o · o(x)
 over its operations o; its architecture weights a are parameters like all others. A module with a parameter
-``architecture`` names its ``operations`` too.
+``architecture`` also names its ``operations``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MixedActivation(nn.Module):
-    """A mixture of layers, each linear under an activation and with weights of its own."""
+    """A mixture of layers, each a linear map with separate weights and an activation."""
 
     def __init__(self, inputs: int, outputs: int, operations: Sequence[str]) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class SupernetMLP(nn.Module):
 
     Args:
         spec: sizes of input and output.
-        widths: of each hidden layer.
-        operations: that a layer mixes; with one alone the architecture is fixed.
+        widths: width of each hidden layer.
+        operations: operations that a layer mixes; with only one the architecture is fixed.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SupernetMLP(nn.Module):
 
 
 def check_operations(operations: Sequence[str], known: Mapping[str, object]) -> None:
-    """Refuse an empty list, and names that are not known."""
+    """Raise an error if the list is empty, repeats a name or holds an unknown one."""
     unknown = [name for name in operations if name not in known]
     require(len(operations) > 0, "operations must name at least one")
     require(len(set(operations)) == len(operations), f"operations must differ, unlike {list(operations)}")
@@ -78,18 +78,18 @@ def check_operations(operations: Sequence[str], known: Mapping[str, object]) -> 
 
 
 def convolution(size: int) -> Callable[[int, int], nn.Module]:
-    """A convolution that halves an image."""
+    """Return a constructor of convolutions that halve an image."""
     return lambda inputs, outputs: nn.Conv2d(inputs, outputs, size, 2, padding=size // 2, bias=False)
 
 
 def separable(inputs: int, outputs: int) -> nn.Module:
-    """A 3×3 convolution of each channel, then a mixture of the channels."""
+    """Return a 3×3 convolution of each channel, followed by a mixture of the channels."""
     each = nn.Conv2d(inputs, inputs, 3, 2, padding=1, groups=inputs, bias=False)
     return nn.Sequential(each, nn.Conv2d(inputs, outputs, 1, bias=False))
 
 
 def pooled(inputs: int, outputs: int) -> nn.Module:
-    """The mean of windows, then a mixture of the channels."""
+    """Return average pooling, followed by a mixture of the channels."""
     return nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(inputs, outputs, 1, bias=False))
 
 
@@ -120,12 +120,12 @@ class MixedConvolution(nn.Module):
 
 
 class SupernetConv(nn.Module):
-    """Four blocks, each of which chooses its convolution, with ReLU behind; then a linear head on the spatial mean.
+    """Four blocks, each of which chooses its convolution, followed by ReLU; then a linear head on the spatial mean.
 
     Args:
         spec: input ``(channels, height, width)`` of any size from 16×16, and the number of outputs.
-        filters: channels of each block, at least 1.
-        operations: that a block mixes; with one alone the architecture is fixed.
+        filters: number of channels of each block, at least 1.
+        operations: operations that a block mixes; with only one the architecture is fixed.
     """
 
     def __init__(
@@ -153,5 +153,5 @@ class SupernetConv(nn.Module):
 
 
 def supernet(spec: Spec) -> nn.Module:
-    """``SupernetConv`` where inputs are images, else ``SupernetMLP``; each with its own defaults."""
+    """Return ``SupernetConv`` where inputs are images, else ``SupernetMLP``, each with its own defaults."""
     return SupernetConv(spec) if len(spec.inputs.shape) == 3 else SupernetMLP(spec)

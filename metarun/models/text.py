@@ -12,7 +12,7 @@ from metarun.nn.ops import unit_rows
 
 
 def tokens_of(spec: Spec, model: str) -> Tokens:
-    """The token ids that ``spec`` describes; a task without them is refused."""
+    """Return the token ids that ``spec`` describes; raise an error if the task has none."""
     inputs = spec.inputs
     require(isinstance(inputs, Tokens), f"{model} needs sentences, and this task has none; choose another model")
     assert isinstance(inputs, Tokens)
@@ -20,14 +20,14 @@ def tokens_of(spec: Spec, model: str) -> Tokens:
 
 
 class WeightedTerms(nn.Module):
-    """A sentence as weighted counts of its words and n-grams, and a learned map of them beside it.
+    """A sentence as weighted counts of its words and n-grams, concatenated with a learned map of these counts.
 
-        z = unit vector of counts · weights · exp(w)        one number an id, w = 0 at the start
+        z = unit vector of counts · weights · exp(w)        one number per id, w = 0 at the start
         h = unit vector of U z                              ``width`` numbers
         features = scale · [z, residual · h]
 
     The weights are inverse class frequencies: the fixed features to beat. Before training h is a random
-    projection of z, which keeps angles but for noise, so that training starts near the level of z alone.
+    projection of z, which preserves angles up to noise, so that training starts near the level of z alone.
     """
 
     def __init__(self, tokens: Tokens, width: int, residual: float, scale: float) -> None:
@@ -50,10 +50,10 @@ class TextEmbedding(nn.Module):
     """Weighted counts with a learned residual map, then a linear head.
 
     Args:
-        spec: of a task whose inputs are token ids.
-        width: of the residual map, at least 1.
-        residual: length of its output beside the counts' length 1, at least 0.
-        scale: of the features at the start, above 0; learned.
+        spec: that of a task whose inputs are token ids.
+        width: width of the residual map, at least 1.
+        residual: length of the residual map's output, relative to the counts' length 1, at least 0.
+        scale: initial scale of the features, above 0; learned.
     """
 
     def __init__(self, spec: Spec, width: int = 256, residual: float = 0.5, scale: float = 4.0) -> None:
@@ -87,7 +87,7 @@ class WordEmbedding(nn.Module):
 
 
 def pooled(states: Tensor, there: Tensor) -> Tensor:
-    """Largest value of each feature over the words of a sentence: ``[sentences, width]``; 0 where there is none."""
+    """Return each feature's maximum over the words of a sentence ``[sentences, width]``; 0 where there are no words."""
     lowest = torch.finfo(states.dtype).min
     return torch.where(there.any(1), states.masked_fill(~there, lowest).amax(1), 0.0)
 
@@ -111,9 +111,9 @@ class TextCNN(nn.Module):
     """Words, one convolution, a maximum over positions (Kim 2014, https://arxiv.org/abs/1408.5882), a linear head.
 
     Args:
-        spec: of a task whose inputs are token ids.
-        width: of word vectors and filters, at least 1.
-        window: words that a filter sees, odd.
+        spec: that of a task whose inputs are token ids.
+        width: width of word vectors and filters, at least 1.
+        window: number of words that a filter sees, odd.
     """
 
     def __init__(self, spec: Spec, width: int = 100, window: int = 3) -> None:
@@ -130,7 +130,7 @@ class TextCNN(nn.Module):
 
 
 class Attention(nn.Module):
-    """A pre-norm transformer layer with one head of attention, written out so that it differentiates twice."""
+    """A pre-norm transformer layer with one attention head, written out so that it can be differentiated twice."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
 
 class TransformedWords(nn.Module):
-    """Words with learned positions through layers of attention, then the largest value of each feature."""
+    """Words with learned positions, passed through attention layers, then the largest value of each feature."""
 
     def __init__(self, tokens: Tokens, width: int, layers: int) -> None:
         super().__init__()
@@ -170,9 +170,9 @@ class TextTransformer(nn.Module):
     """Words, a small transformer, a maximum over positions, a linear head.
 
     Args:
-        spec: of a task whose inputs are token ids.
-        width: of every layer, at least 1.
-        layers: how many, at least 1.
+        spec: that of a task whose inputs are token ids.
+        width: width of every layer, at least 1.
+        layers: number of layers, at least 1.
     """
 
     def __init__(self, spec: Spec, width: int = 64, layers: int = 2) -> None:

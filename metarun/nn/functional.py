@@ -34,9 +34,10 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
 def own_network(
     build: Callable[[], nn.Module], model: nn.Module
 ) -> tuple[Callable[[Weights, Any], Any], Callable[[torch.Generator], Weights]]:
-    """A network of an algorithm's own, beside the configured model: its forward pass, and freshly drawn weights.
+    """Return the forward pass of an algorithm's additional network, and a function that draws its weights.
 
-    Weights are drawn from the generator's seed, in dtype and on device of ``model``.
+    The network is separate from the configured ``model``. Weights are drawn from the generator's seed, in the dtype and
+    on the device of ``model``.
     """
     with torch.random.fork_rng(devices=[]):
         forward = forward_of(build())

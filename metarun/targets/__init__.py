@@ -1,1 +1,1 @@
-"""What tasks ask for: losses, scores and rows of each kind of target."""
+"""Targets: the losses, scores and rows of each kind of output."""

@@ -1,4 +1,4 @@
-"""Actions: what a policy's outputs mean. Their loss is the family's, by rolling the policy out."""
+"""Actions: what a policy's outputs mean. The family defines their loss, by rolling out the policy."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class Actions:
     """Discrete actions, or vectors of numbers."""
 
     count: int
-    """How many discrete actions there are, or numbers in a continuous one."""
+    """Number of discrete actions, or of dimensions of a continuous action."""
     continuous: bool
-    """Outputs are means and logarithms of standard deviations, one after the other; else logits."""
+    """Whether outputs are means followed by logarithms of standard deviations; otherwise they are logits."""
     metrics: tuple[Metric, ...] = (RETURN,)
     offers: tuple[Need, ...] = ("loss", "policy")
 

@@ -22,18 +22,18 @@ class Classes:
 
     @property
     def outputs(self) -> int:
-        """A logit per class."""
+        """The number of logits, one per class."""
         return self.ways
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:
-        """Mean cross-entropy in nats."""
+        """Return the mean cross-entropy in nats."""
         return mean_over(-(data["y"] * log_softmax(output, -1)).sum(-1), data)
 
     def scores(self, output: Tensor, data: Tree) -> Scores:
-        """The accuracy, a fraction; an output that is not finite counts as wrong."""
+        """Return the accuracy, a fraction; an output that is not finite counts as wrong."""
         correct = (output.argmax(-1) == data["y"].argmax(-1)) & output.isfinite().all(-1)
         return {ACCURACY.name: mean_over(correct.to(output.dtype), data)}
 
     def rows(self, z: Tensor, data: Tree) -> Rows:
-        """A row per example."""
+        """Return a row per example."""
         return Rows(z, data["y"], data.get("weight"))

@@ -21,15 +21,15 @@ class Real:
     offers: tuple[Need, ...] = ("loss", "rows", "numbers")
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:
-        """Mean squared error over examples and outputs."""
+        """Return the mean squared error over examples and outputs."""
         if "weight" not in data:
             return mse_loss(output, data["y"])
         return mean_over((output - data["y"]).square().mean(-1), data)
 
     def scores(self, output: Tensor, data: Tree) -> Scores:
-        """The mean squared error."""
+        """Return the mean squared error."""
         return {MSE.name: self.loss(output, data).detach()}
 
     def rows(self, z: Tensor, data: Tree) -> Rows:
-        """A row per example."""
+        """Return a row per example."""
         return Rows(z, data["y"], data.get("weight"))

@@ -9,7 +9,7 @@ from metarun.nn.padding import weighing
 
 
 def loss_of(family: Family) -> Loss:
-    """The family's own loss, or else its target's on ``predict(data["x"])``; models leave padding out in both."""
+    """Return the family's own loss, or its target's on ``predict(data["x"])``; models leave padding out in both."""
     own: Loss | None = getattr(family, "loss", None)
 
     def of_target(predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
@@ -24,7 +24,7 @@ def loss_of(family: Family) -> Loss:
 
 
 def scores_in_test(family: Family, predict: Predict, data: Tree) -> Scores:
-    """Scores that the family gives in tests alone; none where it has no such method."""
+    """Return the scores that the family gives only in tests; empty where it has no such method."""
     own = getattr(family, "scores", None)
     with weighing(data.get("weight")):
         return own(predict, data) if own is not None else {}

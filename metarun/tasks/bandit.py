@@ -1,7 +1,7 @@
 """Bernoulli bandits with unknown arms.
 
-Duan et al. 2016, RL² (https://arxiv.org/abs/1611.02779, §3.1): each arm pays 1 with a probability of its own,
-uniform on [0, 1]; a trial is a number of pulls, and the score is the sum of what they pay.
+Duan et al. 2016, RL² (https://arxiv.org/abs/1611.02779, §3.1): each arm pays 1 with its
+own probability, uniform on [0, 1]. A trial is a number of pulls, and the score is the sum of their rewards.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from metarun.tasks import control
 
 
 class Arms:
-    """The environment; it has no state, and shows nothing but a constant."""
+    """The environment, which has no state: every observation is a constant."""
 
     continuous = False
 
     def initial(self, data: Tree) -> Tensor:
-        """A constant ``[episodes, 1]``."""
+        """Return a constant ``[episodes, 1]``."""
         return torch.ones_like(data["payout"][:, :1])
 
     def observe(self, state: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Arms:
 
 
 def best_arm(data: Tree) -> Callable[[Seen], Tensor]:
-    """The policy that knows which arm pays best."""
+    """Return the policy that knows which arm pays best."""
 
     def policy(seen: Seen) -> Tensor:
         best = one_hot(data["payout"].argmax(-1), data["payout"].shape[-1], seen.action)
@@ -51,19 +51,19 @@ class Bandit(control.ControlFamily):
     """Bernoulli bandits; a trial has ``pulls`` steps.
 
     Args:
-        arms: at least 2.
-        pulls: steps of a trial, at least 1.
-        shots: trials of an adaptation step, at least 2.
-        queries: trials that score a task, at least 2.
-        train_queries: those of a training task; null: ``queries``.
-        discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        arms: number of arms, at least 2.
+        pulls: number of steps of a trial, at least 1.
+        shots: number of trials per adaptation step, at least 2.
+        queries: number of trials that score a task, at least 2.
+        train_queries: number of query trials of a training task; null: ``queries``.
+        discount: discount factor of rewards, above 0 and at most 1; for advantages, never for scores.
         trace: λ of generalised advantage estimation, from 0 to 1.
         entropy: weight of the policy's entropy in the loss, at least 0.
         normalise: whether advantages are scaled to variance 1 within a task.
-        fresh_tapes: whether every step of adaptation collects new trials; else all share the first one's tape.
+        fresh_tapes: whether every adaptation step collects new trials; otherwise all steps share the first tape.
         hindsight: whether training queries are credited with expected rewards, which no learner of the papers knows.
         device: where the tasks are put.
-        data_dir: not used; every family is given it.
+        data_dir: not used; every family receives it.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class Bandit(control.ControlFamily):
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` bandits with trials; leaves ``[count, trials, ...]``."""
+        """Draw ``count`` bandits with trials; leaves ``[count, trials, ...]``."""
         return self.tasks(split, {"payout": torch.rand(count, 1, self.arms, generator=generator)}, generator)
 
     def tape(self, seed: Tensor) -> Tree:
-        """Gumbel ``noise [..., pulls, arms]`` of actions, and the ``luck [..., pulls]`` that decides what is paid."""
+        """Draw Gumbel ``noise [..., pulls, arms]`` for actions, and ``luck [..., pulls]``, which decides rewards."""
         return {
             "noise": control.gumbel(fold(seed, 0), (self.pulls, self.arms)),
             "luck": uniform(fold(seed, 1), (self.pulls,)),

@@ -1,21 +1,20 @@
 """Reinforcement learning as a loss: roll the policy out, then differentiate a surrogate of its return.
 
-The randomness of a rollout is data: a tape of random numbers. So one policy and one tape give one rollout, and
+The randomness of a rollout is data: a tape of random numbers. One policy and one tape therefore give one rollout, and
 everything that adapts a regressor adapts a policy too. Query episodes carry their tape, so that all algorithms are
-scored on the same episodes. Support episodes carry a seed each, from which every step of adaptation draws a tape of
-its own (`metarun.nn.functional.at_step`), as the papers collect new episodes for every step: the k-th tape of a task is
-the same for all algorithms. With ``fresh_tapes=false`` all steps of a task share the first tape, whose luck ten steps
-can fit.
+scored on the same episodes. Each support episode carries a seed, from which every adaptation step draws a new tape
+(`metarun.inner.at_step`), as the papers collect new episodes for every step. The k-th tape of a task is the same for
+all algorithms. With ``fresh_tapes=false`` all steps of a task share the first tape, and ten steps can overfit its luck.
 
-No gradient flows through actions, which are samples. The surrogate weighs the likelihood ratio of the present policy
-π and the policy π₀ that played the episodes with the advantage A,
+No gradient flows through actions, which are samples. The surrogate weights the likelihood ratio of the current policy
+π and the policy π₀ that played the episodes by the advantage A,
 
     L = − mean over steps of π(a|s) / π₀(a|s) · A
 
-Where episodes have just been played, π₀ is π as a constant: the LVC estimator of Rothfuss et al. 2019, "ProMP"
-(https://arxiv.org/abs/1810.06784, §5), whose value tells nothing, whose gradient is the policy gradient, and whose
+Where episodes have just been played, π₀ is π as a constant. This is the LVC estimator of Rothfuss et al. 2019, "ProMP"
+(https://arxiv.org/abs/1810.06784, §5). Its value carries no information, its gradient is the policy gradient, and its
 second derivative keeps the score-function terms ∇log π ∇log πᵀ A that differentiating log π · A would lose. Where
-episodes are kept (``kept``; a trust region compares many policies on the same ones), π₀ is the policy of that time.
+episodes are kept (``kept``; a trust region compares many policies on the same ones), π₀ is the policy that played them.
 
 The advantage A is the discounted return to go, or a generalised estimate of it, less a baseline that is linear in
 features of state and time, fitted to the same episodes of the same task (Duan et al. 2016,
@@ -23,8 +22,8 @@ https://arxiv.org/abs/1604.06778), then normalised over the task's steps where t
 undiscounted return.
 
 With ``hindsight``, which no paper has, the query episodes of training tasks are credited with expected rewards, where
-the environment knows them: the same expected meta-gradient with less noise. The data set's name then says so.
-Adaptation has nothing but what was paid.
+the environment knows them. The expected meta-gradient is the same, with less noise. The data set's name then says so.
+Adaptation uses only the rewards that were paid.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -53,72 +52,72 @@ class Environment(Protocol):
     continuous: bool
 
     def initial(self, data: Tree) -> Any:
-        """The first state."""
+        """Return the first state."""
 
     def observe(self, state: Any) -> Tensor:
-        """What the policy sees of a state ``[episodes, observation]``."""
+        """Return what the policy sees of a state ``[episodes, observation]``."""
 
     def step(self, data: Tree, time: int, state: Any, action: Tensor) -> "Outcome":
-        """The outcome of ``action [episodes, actions]`` (one-hot if discrete) at step ``time`` of the trial."""
+        """Return the outcome of ``action [episodes, actions]`` (one-hot if discrete) at step ``time`` of the trial."""
 
 
 class Learning(NamedTuple):
-    """How the surrogate weighs actions; scores do not depend on it."""
+    """How the surrogate weights actions; scores do not depend on it."""
 
     discount: float = 0.99
-    """Of rewards to come, per step, above 0 and at most 1."""
+    """Discount factor per step, above 0 and at most 1."""
     trace: float = 1.0
     """λ of generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), from 0 to 1: how
-    far an action is credited with rewards themselves, and not with what the baseline expects."""
+    far an action is credited with the rewards themselves instead of the baseline's expectations."""
     entropy: float = 0.0
-    """How much a nat of entropy counts beside an advantage of 1, at least 0; discrete actions alone."""
+    """Weight of a nat of entropy relative to an advantage of 1, at least 0; for discrete actions only."""
     normalise: bool = True
-    """Whether advantages are scaled to variance 1 within a task. Without it tasks where actions matter little, whose
-    advantages are mostly noise, count for little."""
+    """Whether advantages are scaled to variance 1 within a task. Without scaling, tasks in which actions matter little,
+    and whose advantages are mostly noise, count for little."""
 
 
 class Outcome(NamedTuple):
-    """Of one step of each episode."""
+    """The outcome of one step of each episode."""
 
     state: Any
     reward: Tensor
     """``[episodes]``."""
     expected: Tensor
-    """Its expectation given state and action, where the environment knows it."""
+    """Expectation of the reward given state and action, where the environment knows it."""
     done: Tensor
     """Whether a new episode of the trial begins, as a number ``[episodes]``."""
     over: Tensor
-    """Whether the trial is over for good ``[episodes]``; what follows does not count."""
+    """Whether the trial is over ``[episodes]``; later steps do not count."""
 
 
 class Rollout(NamedTuple):
-    """Episodes side by side, leaves ``[steps, episodes, ...]``."""
+    """Parallel episodes, leaves ``[steps, episodes, ...]``."""
 
     seen: Seen
     action: Tensor
     reward: Tensor
     credit: Tensor
-    """What advantages are made of: the reward, or its expectation in hindsight."""
+    """What advantages are computed from: the reward, or its expectation in hindsight."""
     counts: Tensor
     """1 until the trial is over, then 0."""
 
 
 def split_output(predicted: Any) -> tuple[Tensor, Any]:
-    """Outputs of a policy and its carry, None for one without memory."""
+    """Split what a policy returns into its outputs and its carry, which is None for a policy without memory."""
     return predicted if isinstance(predicted, tuple) else (predicted, None)
 
 
 def act(output: Tensor, noise: Tensor, continuous: bool) -> Tensor:
-    """A sample of the distribution ``output [..., outputs]`` by its ``noise [..., actions]``; one-hot if discrete."""
+    """Sample the distribution ``output [..., outputs]`` with ``noise [..., actions]``; one-hot if discrete."""
     if continuous:
         mean, log_std = output.chunk(2, -1)
         return mean + log_std.exp() * noise
-    # Adding Gumbel noise to logits and taking the largest draws from their softmax.
+    # The argmax of logits with Gumbel noise is a draw from their softmax.
     return one_hot((output + noise).argmax(-1), output.shape[-1], output)
 
 
 def log_probability(output: Tensor, action: Tensor, continuous: bool) -> Tensor:
-    """Of ``action [..., actions]`` under ``output [..., outputs]``, up to a constant: ``[...]``."""
+    """Return log p(``action [..., actions]``) under ``output [..., outputs]``, up to a constant: ``[...]``."""
     if continuous:
         mean, log_std = output.chunk(2, -1)
         return -(0.5 * ((action - mean) / log_std.exp()).square() + log_std).sum(-1)
@@ -151,7 +150,7 @@ def rollout(environment: Environment, predict: Predict, data: Tree) -> Rollout:
 
 
 def returns_to_go(reward: Tensor, discount: float) -> Tensor:
-    """Discounted sum of rewards from each step on, ``[steps, episodes]``."""
+    """Return the discounted sum of rewards from each step on, ``[steps, episodes]``."""
     total, backwards = torch.zeros_like(reward[0]), []
     for now in reward.flip(0):
         total = now + discount * total
@@ -160,7 +159,7 @@ def returns_to_go(reward: Tensor, discount: float) -> Tensor:
 
 
 def baseline_features(seen: Seen) -> Tensor:
-    """What the baseline is linear in: observation and its square, time to the third power, reward so far, 1."""
+    """Return the baseline's features: observation and its square, time up to its third power, reward so far, 1."""
     steps = len(seen.reward)
     time = torch.linspace(0, 1, steps, dtype=seen.reward.dtype, device=seen.reward.device)[:, None, None]
     time = time.expand_as(seen.reward)
@@ -172,14 +171,14 @@ def baseline_features(seen: Seen) -> Tensor:
 
 @torch.no_grad()
 def advantages(trajectory: Rollout, learning: Learning) -> Tensor:
-    """Advantages ``[steps, episodes]``, 0 where the trial is over."""
+    """Return advantages ``[steps, episodes]``, 0 where the trial is over."""
     counts, reward = trajectory.counts, trajectory.credit * trajectory.counts
     returns = returns_to_go(reward, learning.discount)
-    # Regress on the steps that count alone: the others have rows of zeros.
+    # Only the steps that count enter the regression: the others have rows of zeros.
     features = (baseline_features(trajectory.seen) * counts[..., None]).flatten(0, 1)
     gram = features.T @ features / len(features)
     identity = torch.eye(features.shape[1], dtype=gram.dtype, device=gram.device)
-    # The plain ``solve`` would wait for a GPU to say that the matrix was regular, which the ridge makes it.
+    # The plain ``solve`` would wait for the GPU to report whether the matrix is regular; the ridge makes it so.
     fitted: Tensor = torch.linalg.solve_ex(gram + RIDGE * identity, features.T @ returns.flatten() / len(features))[0]
     values = (features @ fitted).view_as(returns)
     surprise = reward + learning.discount * torch.cat([values[1:], torch.zeros_like(values[:1])]) - values
@@ -193,7 +192,7 @@ def advantages(trajectory: Rollout, learning: Learning) -> Tensor:
 
 
 def played(environment: Environment, predict: Predict, data: Tree, learning: Learning) -> tuple[Tree, Tensor]:
-    """Roll a policy out and keep what a surrogate needs of its episodes.
+    """Roll out a policy and keep what a surrogate needs of its episodes.
 
     Returns:
         Tensors by name: what was ``seen`` (a tree of the leaves of `metarun.contracts.Seen`), ``action``, ``advantage``
@@ -213,14 +212,14 @@ def played(environment: Environment, predict: Predict, data: Tree, learning: Lea
 
 
 def surrogate(kept: Tree, output: Tensor, old: Tensor, continuous: bool, entropy: float) -> Tensor:
-    """Surrogate loss of a policy on episodes that were played by another.
+    """Return the surrogate loss of a policy on episodes that another policy played.
 
     Args:
-        kept: of ``played``.
-        output: the policy's, on what was seen.
-        old: that of the policy which played the episodes, without a graph.
-        continuous: whether actions are.
-        entropy: how much a nat of it counts.
+        kept: what ``played`` returned.
+        output: output of the policy on what was seen.
+        old: output of the policy that played the episodes, without a graph.
+        continuous: whether actions are continuous.
+        entropy: weight of a nat of entropy.
     """
     new, before = (log_probability(o, kept["action"], continuous) for o in (output, old))
     weighted = (new - before).exp() * kept["advantage"]
@@ -232,7 +231,7 @@ def surrogate(kept: Tree, output: Tensor, old: Tensor, continuous: bool, entropy
 
 
 def divergence(output: Tensor, old: Tensor, continuous: bool) -> Tensor:
-    """Kullback-Leibler divergence of the distribution ``output [..., outputs]`` from ``old``, KL(old ‖ new): ``[...]``.
+    """Return the Kullback-Leibler divergence KL(old ‖ new) of ``output [..., outputs]`` from ``old``: ``[...]``.
 
     Closed forms for normal distributions with independent dimensions, and for categorical ones.
     """
@@ -247,9 +246,9 @@ def divergence(output: Tensor, old: Tensor, continuous: bool) -> Tensor:
 
 
 class ControlFamily:
-    """What families with an environment of pure tensors share.
+    """The base class of families with an environment of pure tensors.
 
-    A family samples the parameters of its environment and says which random numbers an episode needs.
+    A subclass samples the parameters of its environment and says which random numbers an episode needs.
     """
 
     spec: Spec
@@ -270,15 +269,15 @@ class ControlFamily:
         self.fresh_tapes, self.hindsight = fresh_tapes, hindsight
 
     def named(self, dataset: str) -> str:
-        """The data set's name with what makes its scores other than the papers'."""
+        """Return the data set's name, including what makes its scores differ from the papers'."""
         return dataset + (":hindsight" if self.hindsight else "") + ("" if self.fresh_tapes else ":one_tape")
 
     def tape(self, seed: Tensor) -> Tree:
-        """The random numbers of the episode of every ``seed [...]``, leaves ``[..., *]``; ``noise`` is of actions."""
+        """Return the random numbers of the episode of every ``seed [...]``, leaves ``[..., *]``, with ``noise``."""
         raise NotImplementedError
 
     def tasks(self, split: Split, parameters: Tree, generator: torch.Generator) -> Task:
-        """Tasks of an environment's ``parameters [tasks, 1, ...]`` with episodes, leaves ``[tasks, episodes, ...]``.
+        """Make tasks of ``parameters [tasks, 1, ...]`` with episodes, leaves ``[tasks, episodes, ...]``.
 
         Support episodes have a seed (``tape``), query episodes their random numbers.
         """
@@ -290,7 +289,7 @@ class ControlFamily:
 
         support, seed = part(self.spec.sizes.shots)
         query, query_seed = part(self.train_queries if split == "train" else self.spec.sizes.queries)
-        # Drawn here and not where it is used, so that test episodes are the same on every device.
+        # Drawn here instead of where it is used, so that test episodes are the same on every device.
         query = {**query, **self.tape(query_seed)}
         if split == "train" and self.hindsight:
             query["hindsight"] = torch.ones_like(query["noise"][:, :, 0, 0])
@@ -301,7 +300,7 @@ class ControlFamily:
         return Task(put({**support, "tape": seed}), put(query))
 
     def with_tape(self, data: Tree) -> Tree:
-        """``data`` of one task with the tape of its adaptation step; as it is where it holds one already."""
+        """Return ``data`` of one task with the tape of its adaptation step; unchanged if it holds a tape already."""
         if "tape" not in data:
             return data
         step = data.get("step", 0) if self.fresh_tapes else 0
@@ -309,9 +308,9 @@ class ControlFamily:
         return {**parameters, **self.tape(fold(data["tape"], step))}
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
-        """Surrogate loss and mean undiscounted return of a policy on the data of one task.
+        """Return the surrogate loss and the mean undiscounted return of a policy on the data of one task.
 
-        Episodes are played by the policy, or are those that ``data`` keeps (``kept``, by adaptation step).
+        The policy plays the episodes, unless ``data`` keeps some (``kept``, by adaptation step).
         """
         continuous = self.environment.continuous
         if "kept" in data:
@@ -323,44 +322,44 @@ class ControlFamily:
         return surrogate(kept, output, old, continuous, self.learning.entropy), {RETURN.name: kept["score"]}
 
     def keep(self, predict: Predict, data: Tree) -> Tree:
-        """The episodes that a policy plays, to be put into data as ``kept``: of ``played``, and its ``output``."""
+        """Play episodes with a policy, to be put into data as ``kept``: what ``played`` returns, and ``output``."""
         kept, output = played(self.environment, predict, self.with_tape(data), self.learning)
         return {**kept, "output": output.detach()}
 
     def outputs(self, predict: Predict, kept: Tree) -> Tensor:
-        """Outputs of a policy on what was seen in the episodes ``kept``: ``[steps, episodes, outputs]``."""
+        """Return a policy's outputs on what was seen in the episodes ``kept``: ``[steps, episodes, outputs]``."""
         output: Tensor = split_output(predict(Seen(**kept["seen"])))[0]
         return output
 
     def divergence(self, predict: Predict, kept: Tree) -> Tensor:
-        """Mean divergence of a policy from the one that played the episodes ``kept``, over the steps that count."""
+        """Return a policy's mean divergence from the one that played ``kept``, over the steps that count."""
         apart = divergence(self.outputs(predict, kept), kept["output"], self.environment.continuous)
         mean: Tensor = (apart * kept["counts"]).sum() / kept["counts"].sum()
         return mean
 
 
 def total_return(trajectory: Rollout) -> Tensor:
-    """Undiscounted return of a trial, mean over trials."""
+    """Return the undiscounted return of a trial, averaged over trials."""
     return (trajectory.reward * trajectory.counts).sum(0).mean()
 
 
 def gumbel(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard Gumbel numbers for every integer of ``seed [...]``: ``[..., *shape]``."""
+    """Return standard Gumbel numbers for every integer of ``seed [...]``: ``[..., *shape]``."""
     return -(-uniform(seed, shape).log()).log()
 
 
 def check(shots: int, queries: int, train_queries: int | None, learning: Learning, **others: tuple[int, int]) -> None:
-    """Refuse what no control family can work with.
+    """Check the arguments that control families share.
 
     Args:
         shots: at least 2.
         queries: at least 2.
         train_queries: at least 2, or None.
-        learning: with all values in their ranges.
-        others: pairs of a value and the least that it may be, by name.
+        learning: settings with all values in their ranges.
+        others: pairs of a value and its least allowed value, by name.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
     for name, episodes in {"shots": shots, "queries": queries, "train_queries": train_queries}.items():
         require(episodes is None or episodes >= 2, f"{name} must be at least 2, not {episodes}")

@@ -8,34 +8,34 @@ from torch import Tensor
 from metarun.errors import require
 
 Shots = int | tuple[int, int]
-"""Support examples, or the range [least, most] from which each task draws how many it has."""
+"""A number of support examples, or the range [least, most] from which each task draws its number."""
 
 
 class Range(NamedTuple):
-    """From which a number of examples is drawn, all of them equally likely."""
+    """A range from which a number of examples is drawn uniformly."""
 
     least: int
     most: int
 
     @property
     def fixed(self) -> bool:
-        """Whether there is nothing to draw."""
+        """Whether the range holds a single number."""
         return self.least == self.most
 
     def text(self, name: str) -> list[str]:
-        """What it adds to the name of a data set: nothing where the number is fixed."""
+        """Return what the range adds to the name of a data set: nothing where the number is fixed."""
         return [] if self.fixed else [f"{name}={self.least}-{self.most}"]
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Numbers of examples ``[*shape]``."""
+        """Draw numbers of examples ``[*shape]``."""
         return torch.randint(self.least, self.most + 1, shape, generator=generator)
 
 
 def range_of(name: str, shots: Shots) -> Range:
-    """``shots``, the key ``name``, as a range.
+    """Return ``shots``, the value of the key ``name``, as a range.
 
     Raises:
-        ValueError: a number below 1, or a range that falls.
+        ValueError: a number is below 1, or the range is not rising.
     """
     if isinstance(shots, int):
         require(shots >= 1, f"{name} must be at least 1, not {shots}")
@@ -46,7 +46,7 @@ def range_of(name: str, shots: Shots) -> Range:
 
 
 def with_padding(x: Tensor, y: Tensor, real: Tensor | None) -> dict[str, Tensor]:
-    """Examples as leaves of tasks, blank and of weight 0 where ``real [tasks, examples]`` is False; None: all real."""
+    """Return leaves of tasks, zero and of weight 0 where ``real [tasks, examples]`` is False; None: all are real."""
     if real is None:
         return {"x": x, "y": y}
     real = real.to(x.device)
@@ -58,21 +58,21 @@ def with_padding(x: Tensor, y: Tensor, real: Tensor | None) -> dict[str, Tensor]
 
 
 class TaskSizes(NamedTuple):
-    """Of a task: classes, support examples per class, query examples per class."""
+    """Sizes of a task: classes, support examples per class, query examples per class."""
 
     ways: int
     shots: Range
     queries: int
     uneven: bool = False
-    """Whether each class, and not each task, draws its number of support examples."""
+    """Whether each class, instead of each task, draws its number of support examples."""
 
     @property
     def examples(self) -> int:
-        """The most per class, of support set and queries together."""
+        """The largest number of examples per class, support set and queries together."""
         return self.shots.most + self.queries
 
     def text(self) -> list[str]:
-        """What makes scores incomparable and is told by no number of shots."""
+        """Return what makes scores incomparable and is not visible in the number of shots."""
         return self.shots.text("uneven_shots" if self.uneven else "shots")
 
 
@@ -82,11 +82,11 @@ class Dealt(NamedTuple):
     label: Tensor
     """From 0 to ways − 1, in the order in which the task's classes were drawn."""
     identity: Tensor
-    """Of the class."""
+    """Identity of the class."""
     example: Tensor
-    """Within the class."""
+    """Identity of the example within the class."""
     real: Tensor | None
-    """False where there is none, but padding; None where there is no padding."""
+    """True for examples, False for padding; None where there is no padding."""
 
 
 def task_sizes(
@@ -98,10 +98,11 @@ def task_sizes(
     train_queries: int | None,
     uneven: bool,
 ) -> dict[bool, TaskSizes]:
-    """Sizes of a training task (True) and of others (False); what is None in training is as in the others.
+    """Return the sizes of training tasks (True) and of others (False); None in training means as in the others.
 
     Raises:
-        ValueError: fewer than 2 ways, fewer than 1 of anything else, a range that falls, or none with ``uneven``.
+        ValueError: fewer than 2 ways, fewer than 1 of anything else, a range that is not rising, or ``uneven`` without
+            a range.
     """
     for name, value in {"ways": ways, "train_ways": train_ways}.items():
         require(value is None or value >= 2, f"{name} must be at least 2, not {value}")
@@ -120,19 +121,19 @@ def task_sizes(
 
 
 def draw(allowed: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """``size`` different positions of each row of ``allowed [..., pool]``, all True ones equally likely."""
-    # A number that is not allowed sorts behind all of those that are.
+    """Draw ``size`` different positions in each row of ``allowed [..., pool]``, uniformly among the True ones."""
+    # Positions that are not allowed sort after all those that are.
     return torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1.0).topk(size).indices
 
 
 def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.Generator) -> tuple[Dealt, Dealt]:
-    """Support and query part of tasks, each in an order of its own.
+    """Deal drawn examples into the support and query parts of tasks, each in its own random order.
 
     Args:
         classes: identity of each task's classes ``[tasks, ways]``.
-        examples: the examples drawn of each class ``[tasks, ways, sizes.examples]``.
-        sizes: of the tasks.
-        generator: of the order, and of the number of support examples.
+        examples: the examples drawn from each class ``[tasks, ways, sizes.examples]``.
+        sizes: sizes of the tasks.
+        generator: source of the order, and of the number of support examples.
     """
     labels = torch.arange(classes.shape[1])[None, :, None].expand(examples.shape)
     most = sizes.shots.most
@@ -146,7 +147,7 @@ def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.G
     (support, order), (query, _) = part(slice(most)), part(slice(most, None))
     if sizes.shots.fixed:
         return support, query
-    # Drawn last: tasks with fewer shots are those with the most, less some of their support examples.
+    # Drawn last, so that tasks with fewer shots are those with the most, less some of their support examples.
     count = sizes.shots.draw((len(classes), classes.shape[1] if sizes.uneven else 1, 1), generator)
     real = (torch.arange(most) < count).expand(-1, classes.shape[1], -1).flatten(1).gather(1, order)
     return support._replace(real=real), query._replace(real=torch.ones_like(query.label, dtype=torch.bool))

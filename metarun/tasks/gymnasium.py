@@ -1,15 +1,15 @@
 """Gymnasium's environments (https://gymnasium.farama.org) as task families: a task is a setting of parameters.
 
-A parameter is an attribute of the environment (the ``g`` of Pendulum-v1, the ``length`` of CartPole-v1), or for
-bodies that walk a ``direction`` (±1) or a ``velocity`` to reach, as Finn, Abbeel, Levine 2017 (https://arxiv.org/
-abs/1703.03400, §5.3) set for the half-cheetah:
+A parameter is an attribute of the environment (the ``g`` of Pendulum-v1, the ``length`` of CartPole-v1). For walking
+bodies it may also be a ``direction`` (±1) or a target ``velocity``, as in the half-cheetah tasks of Finn, Abbeel,
+Levine 2017 (https://arxiv.org/abs/1703.03400, §5.3):
 
     direction    reward = direction · speed − cost of control
     velocity     reward = −|speed − velocity| − cost of control
 
-The environments live outside of torch, one for each episode of each task of a batch. A rollout calls them through
-``torch.autograd.Function``, whose vmap rule gives them all tasks at once, so every algorithm works here unchanged;
-their steps take the time of a loop in Python.
+The environments live outside torch, one for each episode of each task of a batch. A rollout calls them through
+``torch.autograd.Function``, whose vmap rule passes all tasks at once, so every algorithm works here unchanged. The
+environments are stepped in a Python loop.
 """
 
 import math
@@ -31,7 +31,7 @@ GOALS = ("direction", "velocity")
 
 
 def goal_reward(parameters: Mapping[str, float], info: Mapping[str, Any], reward: float) -> float:
-    """The reward of a step under a task's goal, or the environment's own where there is none."""
+    """Return the reward of a step under a task's goal, or the environment's own where there is no goal."""
     if "direction" in parameters:
         return float(parameters["direction"] * info["x_velocity"] + info["reward_ctrl"])
     if "velocity" in parameters:
@@ -40,16 +40,16 @@ def goal_reward(parameters: Mapping[str, float], info: Mapping[str, Any], reward
 
 
 class Host:
-    """As many copies of an environment as there are episodes side by side.
+    """As many copies of an environment as there are parallel episodes.
 
     Args:
-        name: as gymnasium registers it.
-        horizon: steps after which an episode ends.
-        options: for the environment's constructor.
+        name: the environment's name in gymnasium's registry.
+        horizon: number of steps after which an episode ends.
+        options: arguments of the environment's constructor.
         parameters: names of the tasks' parameters.
 
     Raises:
-        UserError: gymnasium is not installed, or has no such environment, or it lacks a parameter.
+        UserError: gymnasium is not installed, or has no such environment, or the environment lacks a parameter.
     """
 
     def __init__(self, name: str, horizon: int, options: Mapping[str, Any], parameters: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ class Host:
         return "x_velocity" in info and "reward_ctrl" in info
 
     def reset(self, seeds: np.ndarray, parameters: np.ndarray) -> tuple[np.ndarray]:
-        """Begin ``len(seeds)`` episodes with ``parameters [episodes, names]``: observations alone."""
+        """Begin ``len(seeds)`` episodes with ``parameters [episodes, names]``; return only observations."""
         self.tasks = [dict(zip(self.parameters, row, strict=True)) for row in parameters.tolist()]
         self.running = [True] * len(seeds)
         self.seen = np.empty((len(seeds), self.inputs))
@@ -111,7 +111,7 @@ class Host:
         return (self.seen.copy(),)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One step of each episode that is not over: observations, rewards, and whether it is over now."""
+        """Take a step in each episode that is not over: return observations, rewards, and whether it is over now."""
         rewards = np.zeros(len(actions))
         for i, action in enumerate(actions):
             if not self.running[i]:
@@ -124,7 +124,7 @@ class Host:
         return self.seen.copy(), rewards, ~np.array(self.running)
 
     def _native(self, space: Any, action: np.ndarray) -> Any:
-        """A policy's action as the environment takes it; numbers from −1 to 1 span its bounds."""
+        """Return a policy's action as the environment expects it; numbers from −1 to 1 span its bounds."""
         if not self.continuous:
             return space.start + int(action.argmax())
         if not np.isfinite([space.low, space.high]).all():
@@ -134,14 +134,14 @@ class Host:
 
 
 class Outside(torch.autograd.Function):
-    """A function of arrays called with tensors; under vmap once, with all tasks' episodes side by side.
+    """A function of arrays, called with tensors; under vmap it is called once, with the episodes of all tasks.
 
-    Its results come in the dtype of the last tensor, or as truth values; nothing flows back through it.
+    Its results have the dtype of the last tensor, or are booleans; no gradient flows through it.
     """
 
     @staticmethod
     def forward(function: Callable[..., tuple[np.ndarray, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """``function`` of the tensors ``[episodes, ...]``."""
+        """Apply ``function`` to the tensors ``[episodes, ...]``."""
         like = tensors[-1]
         results = function(*(x.cpu().numpy() for x in tensors))
         return tuple(torch.as_tensor(y, dtype=None if y.dtype == bool else like.dtype).to(like.device) for y in results)
@@ -153,7 +153,7 @@ class Outside(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
-        """The same for ``[tasks · episodes, ...]``."""
+        """Apply ``function`` to tensors ``[tasks · episodes, ...]``."""
         tasks = [
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip(tensors, in_dims[1:], strict=True)
@@ -163,9 +163,9 @@ class Outside(torch.autograd.Function):
 
 
 class Hosted:
-    """The environment as `metarun.tasks.control` sees it; a state is what is observed ``[episodes, numbers]``.
+    """The environment as `metarun.tasks.control` sees it; a state is an observation ``[episodes, numbers]``.
 
-    The true state is the host's: one rollout after the other.
+    The true state lives in the host, so rollouts run one after the other.
     """
 
     def __init__(self, host: Host) -> None:
@@ -178,17 +178,17 @@ class Hosted:
         return seen
 
     def observe(self, state: Tensor) -> Tensor:
-        """What is observed."""
+        """Return the observation."""
         return state
 
     def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> control.Outcome:
-        """One step of every episode."""
+        """Take one step in every episode."""
         seen, reward, over = Outside.apply(self.host.step, action)  # type: ignore[no-untyped-call]
         return control.Outcome(seen, reward, reward, torch.zeros_like(reward), over)
 
 
 def named(parameters: Sequence[Sequence[str | float]], key: str) -> dict[str, tuple[float, ...]]:
-    """Numbers by the name in front of them."""
+    """Return lists of a name and numbers as a mapping from name to numbers."""
     found = {}
     for parameter in parameters:
         name, values = parameter[:1], parameter[1:]
@@ -199,22 +199,22 @@ def named(parameters: Sequence[Sequence[str | float]], key: str) -> dict[str, tu
 
 
 class Gymnasium(control.ControlFamily):
-    """Tasks that differ in parameters of one environment; return of an episode.
+    """Tasks that differ in parameters of one environment, scored by the return of an episode.
 
     Args:
-        environment: as gymnasium registers it.
-        ranges: parameters drawn evenly, each as its name, lowest and highest value.
+        environment: the environment's name in gymnasium's registry.
+        ranges: parameters drawn uniformly, each as its name, lowest and highest value.
         choices: parameters drawn from a list, each as its name and the values.
-        options: for the environment's constructor.
-        horizon: steps of an episode at most, at least 1.
-        shots: episodes of an adaptation step, at least 2.
-        queries: episodes that score a task, at least 2.
-        train_queries: those of a training task; null: ``queries``.
-        discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        options: arguments of the environment's constructor.
+        horizon: largest number of steps of an episode, at least 1.
+        shots: number of episodes per adaptation step, at least 2.
+        queries: number of episodes that score a task, at least 2.
+        train_queries: number of query episodes of a training task; null: ``queries``.
+        discount: discount factor of rewards, above 0 and at most 1; for advantages, never for scores.
         trace: λ of generalised advantage estimation, from 0 to 1.
-        fresh_tapes: whether every step of adaptation collects new episodes; else all share the first one's tape.
-        device: where policies run; environments are the CPU's.
-        data_dir: not used; every family is given it.
+        fresh_tapes: whether every adaptation step collects new episodes; otherwise all steps share the first tape.
+        device: where policies run; environments run on the CPU.
+        data_dir: not used; every family receives it.
 
     Raises:
         UserError: gymnasium or the environment is missing.
@@ -238,7 +238,7 @@ class Gymnasium(control.ControlFamily):
     ) -> None:
         learning = control.Learning(discount, trace)
         control.check(shots, queries, train_queries, learning, horizon=(horizon, 1))
-        # What a simulator would pay on average is not known to it: there is nothing to know in hindsight.
+        # A simulator does not know its expected reward, so there is no hindsight.
         super().__init__(learning, queries, train_queries, fresh_tapes, False, device)
         self.ranges, self.choices = named(ranges, "ranges"), named(choices, "choices")
         require(len(self.ranges) + len(self.choices) > 0, "ranges or choices must name what tasks differ in")
@@ -262,7 +262,7 @@ class Gymnasium(control.ControlFamily):
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` settings of the parameters with episodes; leaves ``[count, episodes, ...]``."""
+        """Draw ``count`` settings of the parameters with episodes; leaves ``[count, episodes, ...]``."""
         columns = [low + (high - low) * torch.rand(count, generator=generator) for low, high in self.ranges.values()]
         for values in self.choices.values():
             columns.append(torch.tensor(values)[torch.randint(len(values), (count,), generator=generator)])
@@ -271,7 +271,7 @@ class Gymnasium(control.ControlFamily):
         return self.tasks(split, {"parameters": parameters}, generator)
 
     def tape(self, seed: Tensor) -> Tree:
-        """The ``noise [..., horizon, actions]`` of actions, and the seed with which each environment will ``start``."""
+        """Draw ``noise [..., horizon, actions]`` for actions, and the seed ``start`` of each environment."""
         draw = normal if self.environment.continuous else control.gumbel
         return {
             "noise": draw(fold(seed, 0), (self.horizon, self.actions)),

@@ -22,7 +22,7 @@ class Table:
     """The environment; a state is one-hot ``[trials, states]``.
 
     Args:
-        horizon: steps of an episode.
+        horizon: number of steps of an episode.
     """
 
     continuous = False
@@ -46,7 +46,7 @@ class Table:
         expected = (chosen * data["rewards"]).sum((1, 2))
         reward = expected + data["reward_noise"][:, time]
         chances = (chosen[..., None] * data["transitions"]).sum((1, 2))
-        # The first state whose cumulative chance exceeds a uniform number.
+        # The first state whose cumulative probability exceeds a uniform number.
         following = (chances.cumsum(-1) < data["luck"][:, time, None]).sum(-1)
         state = one_hot(following.clamp_max(chances.shape[-1] - 1), chances.shape[-1], action)
         never = torch.zeros_like(reward, dtype=torch.bool)
@@ -59,21 +59,21 @@ class MDP(control.ControlFamily):
     """Random tables; a trial has ``episodes`` episodes of ``horizon`` steps.
 
     Args:
-        states: at least 2.
-        actions: at least 2.
-        episodes: of a trial, at least 1.
-        horizon: steps of an episode, at least 1.
-        shots: trials of an adaptation step, at least 2.
-        queries: trials that score a task, at least 2.
-        train_queries: those of a training task; null: ``queries``.
-        discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        states: number of states, at least 2.
+        actions: number of actions, at least 2.
+        episodes: number of episodes of a trial, at least 1.
+        horizon: number of steps of an episode, at least 1.
+        shots: number of trials per adaptation step, at least 2.
+        queries: number of trials that score a task, at least 2.
+        train_queries: number of query trials of a training task; null: ``queries``.
+        discount: discount factor of rewards, above 0 and at most 1; for advantages, never for scores.
         trace: λ of generalised advantage estimation, from 0 to 1.
         entropy: weight of the policy's entropy in the loss, at least 0.
         normalise: whether advantages are scaled to variance 1 within a task.
-        fresh_tapes: whether every step of adaptation collects new trials; else all share the first one's tape.
+        fresh_tapes: whether every adaptation step collects new trials; otherwise all steps share the first tape.
         hindsight: whether training queries are credited with expected rewards, which no learner of the papers knows.
         device: where the tasks are put.
-        data_dir: not used; every family is given it.
+        data_dir: not used; every family receives it.
     """
 
     def __init__(
@@ -121,9 +121,9 @@ class MDP(control.ControlFamily):
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` tables with trials; leaves ``[count, trials, ...]``."""
+        """Draw ``count`` tables with trials; leaves ``[count, trials, ...]``."""
         states, actions = self.states, self.actions
-        # A flat Dirichlet is a set of exponential numbers over their sum.
+        # A draw from a flat Dirichlet is a set of exponential numbers divided by their sum.
         weights = -torch.rand(count, 1, states, actions, states, generator=generator).clamp_min(1e-12).log()
         transitions = weights / weights.sum(-1, keepdim=True)
         rewards = 1 + torch.randn(count, 1, states, actions, generator=generator)
@@ -131,8 +131,8 @@ class MDP(control.ControlFamily):
         return self.tasks(split, {"transitions": transitions, "rewards": rewards}, generator)
 
     def tape(self, seed: Tensor) -> Tree:
-        """Of every step: Gumbel ``noise`` of actions, uniform ``luck`` of transitions, normal ``reward_noise``; and a
-        ``seed`` for policies that draw more than their action."""
+        """Draw for every step Gumbel ``noise`` for actions, uniform ``luck`` for transitions, normal ``reward_noise``,
+        and a ``seed`` for policies that draw more than their action."""
         return {
             "noise": control.gumbel(fold(seed, 0), (self.steps, self.actions)),
             "luck": uniform(fold(seed, 1), (self.steps,)),

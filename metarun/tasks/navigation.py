@@ -1,8 +1,8 @@
-"""A point in the plane walks to a goal that it does not see.
+"""A point in the plane moves to a goal that it does not see.
 
-Finn, Abbeel, Levine 2017 (https://arxiv.org/abs/1703.03400, §5.3, and https://github.com/cbfinn/maml_rl): it
-starts at the origin, observes its position, moves at most 0.1 a step in each direction, and is rewarded with
-minus its distance from the goal; an episode ends within 0.01 of the goal in both directions, or at the horizon.
+Finn, Abbeel, Levine 2017 (https://arxiv.org/abs/1703.03400, §5.3, and https://github.com/cbfinn/maml_rl): the point
+starts at the origin, observes its position, moves at most 0.1 per step in each direction, and is rewarded with
+minus its distance from the goal. An episode ends within 0.01 of the goal in both directions, or at the horizon.
 Actions are in units of the largest move, as in the authors' normalised environment.
 """
 
@@ -48,7 +48,7 @@ class Walk:
 
 
 def straight_to_the_goal(data: Tree) -> Callable[[Seen], Tensor]:
-    """The best policy of one task, almost without noise."""
+    """Return the best policy of one task, almost without noise."""
 
     def policy(seen: Seen) -> Tensor:
         move = ((data["goal"] - seen.observation) / LARGEST_MOVE).clamp(-1, 1)
@@ -58,19 +58,19 @@ def straight_to_the_goal(data: Tree) -> Callable[[Seen], Tensor]:
 
 
 class Navigation(control.ControlFamily):
-    """Goals anywhere in a square around the start, or on a half circle; return of an episode.
+    """Goals anywhere in a square around the start, or on a half circle, scored by the return of an episode.
 
     Args:
         goals: ``square`` (±0.5 in both directions) or ``circle`` (radius 1, upper half).
-        horizon: steps of an episode at most, at least 1.
-        shots: episodes of an adaptation step, at least 2.
-        queries: episodes that score a task, at least 2.
-        train_queries: those of a training task; null: ``queries``.
-        discount: of rewards to come, above 0 and at most 1; for advantages, never for scores.
+        horizon: largest number of steps of an episode, at least 1.
+        shots: number of episodes per adaptation step, at least 2.
+        queries: number of episodes that score a task, at least 2.
+        train_queries: number of query episodes of a training task; null: ``queries``.
+        discount: discount factor of rewards, above 0 and at most 1; for advantages, never for scores.
         trace: λ of generalised advantage estimation, from 0 to 1.
-        fresh_tapes: whether every step of adaptation collects new episodes; else all share the first one's tape.
+        fresh_tapes: whether every adaptation step collects new episodes; otherwise all steps share the first tape.
         device: where the tasks are put.
-        data_dir: not used; every family is given it.
+        data_dir: not used; every family receives it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Navigation(control.ControlFamily):
     ) -> None:
         learning = control.Learning(discount, trace)
         control.check(shots, queries, train_queries, learning, horizon=(horizon, 1))
-        # Rewards are not random: there is nothing to know in hindsight.
+        # Rewards are not random, so there is no hindsight.
         super().__init__(learning, queries, train_queries, fresh_tapes, False, device)
         self.goals, self.horizon = goals, horizon
         self.environment = Walk()
@@ -101,7 +101,7 @@ class Navigation(control.ControlFamily):
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` goals with episodes; leaves ``[count, episodes, ...]``."""
+        """Draw ``count`` goals with episodes; leaves ``[count, episodes, ...]``."""
         if self.goals == "square":
             goal = (2 * torch.rand(count, 1, 2, generator=generator) - 1) * SQUARE
         else:
@@ -111,11 +111,11 @@ class Navigation(control.ControlFamily):
         return self.tasks(split, {"goal": goal}, generator)
 
     def tape(self, seed: Tensor) -> Tree:
-        """Normal ``noise [..., horizon, 2]`` of actions."""
+        """Draw normal ``noise [..., horizon, 2]`` for actions."""
         return {"noise": normal(seed, (self.horizon, 2))}
 
     def scores(self, predict: Predict, data: Tree) -> Scores:
-        """Return of the policy that always takes its mean action."""
-        # Without noise every episode is the same.
+        """Score the policy that always takes its mean action by its return."""
+        # Without noise all episodes are the same.
         quiet = {name: leaf[:1] for name, leaf in data.items()} | {"noise": torch.zeros_like(data["noise"][:1])}
         return {MEAN_ACTIONS.name: control.total_return(control.rollout(self.environment, predict, quiet))}

@@ -1,7 +1,8 @@
 """Few-shot classification of handwritten characters: N ways, K shots.
 
-The real data set: Lake, Salakhutdinov, Tenenbaum 2015 (https://github.com/brendenlake/omniglot); or characters
-that metarun draws itself (`metarun.data.procedural`), which need no download.
+The images are those of the real data set (Lake, Salakhutdinov, Tenenbaum 2015,
+https://github.com/brendenlake/omniglot), or characters that metarun draws itself (`metarun.data.procedural`), which
+need no download.
 """
 
 import logging
@@ -24,22 +25,22 @@ log = logging.getLogger(__name__)
 class Omniglot:
     """Tasks of ``ways`` classes; ``x [images, 1, size, size]`` with ink 1 on 0, ``y [images, ways]`` one-hot.
 
-    The order of classes and of images is random, so neither labels nor positions tell anything.
+    The order of classes and of images is random, so neither labels nor positions carry information.
 
     Args:
-        ways: classes of a task, at least 2.
-        shots: support images per class, at least 1; or a range from which each task draws how many.
-        queries: images a class that score a validation or test task, at least 1.
-        train_ways: classes of a training task, for learners that allow it; null: ``ways``.
-        train_shots: support images per class in training, or a range; null: ``shots``.
-        train_queries: query images a class in training; null: ``queries``.
-        uneven: whether each class draws its own number of support images from a range, instead of each task one for
-            all.
+        ways: number of classes of a task, at least 2.
+        shots: number of support images per class, at least 1; or a range from which each task draws this number.
+        queries: number of query images per class of a validation or test task, at least 1.
+        train_ways: number of classes of a training task, for learners that allow it; null: ``ways``.
+        train_shots: number of support images per class in training, or a range; null: ``shots``.
+        train_queries: number of query images per class in training; null: ``queries``.
+        uneven: whether each class draws its own number of support images from a range, instead of each task drawing
+            one number for all its classes.
         dataset: ``omniglot``, ``procedural``, or ``auto``: real if it is there, else procedural.
         split: ``vinyals`` (by the files of ``splits_vinyals``), ``random`` (1100/100/423 characters by a
-            fixed seed), or ``auto``: vinyals if its files are there. Procedural characters have their own.
-        rotations: ``classes`` (each character turned by 90° is a class of its own), ``task`` (one turn drawn
-            for each class and task) or ``none``.
+            fixed seed), or ``auto``: vinyals if its files are there. Procedural characters have their own split.
+        rotations: ``classes`` (each character turned by a multiple of 90° is a separate class), ``task`` (one turn
+            drawn for each class and task) or ``none``.
         image_size: edge in pixels, 16 to 105.
         download: whether to fetch the real data set if it is missing.
         device: where the images live.
@@ -85,7 +86,7 @@ class Omniglot:
         self.rotations = rotations
         self.device = device
         turns = 1 if rotations == "none" else 4
-        # [characters * turns, drawings, size, size], the turns of a character side by side.
+        # [characters * turns, drawings, size, size], with the turns of a character next to each other.
         self.images = {
             name: torch.stack([images.rot90(k, (2, 3)) for k in range(turns)], 1).flatten(0, 1).to(device)
             for name, images in characters.items()
@@ -118,7 +119,7 @@ class Omniglot:
         return len(images) // 4 if self.rotations == "task" else len(images)
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` tasks; leaves ``[count, images, ...]``, and ``class`` as well for training tasks."""
+        """Draw ``count`` tasks; leaves ``[count, images, ...]``, and ``class`` as well for training tasks."""
         images = self.images[split]
         sizes = self.sizes[split == "train"]
         ways = sizes.ways
@@ -127,7 +128,8 @@ class Omniglot:
         classes = draw(pool, ways, generator)
         if self.rotations == "task":
             classes = classes * 4 + torch.randint(4, classes.shape, generator=generator)
-        # By a number of Python's a GPU would multiply with its rounded inverse, and episodes differ in their last bit.
+        # A GPU divides by a Python number by multiplying with its rounded inverse, so episodes would differ in their
+        # last bit.
         white = torch.full((), 255, dtype=torch.get_default_dtype(), device=self.device)
         drawings = draw(torch.ones(count, ways, images.shape[1], dtype=torch.bool), sizes.examples, generator)
 

@@ -1,4 +1,4 @@
-"""Planning in a known table, and Gamma numbers for planners that draw the table."""
+"""Planning in a known table, and Gamma random numbers for planners that draw the table."""
 
 import math
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def action_values(transitions: Tensor, rewards: Tensor, horizon: int) -> Tensor:
-    """Expected reward to the end of an episode by backward induction.
+    """Return the expected reward to the end of an episode, by backward induction.
 
     Args:
-        transitions: ``[..., states, actions, states]``.
+        transitions: probabilities ``[..., states, actions, states]``.
         rewards: mean rewards ``[..., states, actions]``.
-        horizon: steps of an episode.
+        horizon: number of steps of an episode.
 
     Returns:
         ``[..., horizon, states, actions]``, the first being the values at the beginning.
@@ -28,10 +28,10 @@ LARGEST_SUM = 8
 
 
 def gamma(shape: Tensor, uniform: Tensor) -> Tensor:
-    """Numbers of the Gamma distribution with whole ``shape [...]`` ≥ 1, from ``uniform [..., LARGEST_SUM]``.
+    """Draw from the Gamma distribution with integer ``shape [...]`` ≥ 1, from ``uniform [..., LARGEST_SUM]``.
 
-    Up to ``LARGEST_SUM`` a sum of that many exponential numbers, beyond the cube of a normal one (Wilson and
-    Hilferty 1931), whose error there is below a thousandth.
+    Up to ``LARGEST_SUM`` the draw is a sum of that many exponential numbers. Beyond, it is the cube of a normal number
+    (Wilson and Hilferty 1931), whose error there is below a thousandth.
     """
     terms = torch.arange(LARGEST_SUM, device=shape.device) < shape[..., None]
     exact = -(uniform.log() * terms).sum(-1)

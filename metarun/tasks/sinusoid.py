@@ -1,8 +1,8 @@
 """Sinusoid regression.
 
 Finn, Abbeel, Levine 2017 (https://arxiv.org/abs/1703.03400, §5.1): y = A sin(x − φ) with A uniform on
-[0.1, 5], φ uniform on [0, π] and x uniform on [−5, 5]. Training, validation and test tasks come from the same
-continuous distribution, each from draws of its own.
+[0.1, 5], φ uniform on [0, π] and x uniform on [−5, 5]. Training, validation and test tasks are separate draws from the
+same continuous distribution.
 """
 
 import math
@@ -19,7 +19,7 @@ PAPER = {"amplitude": (0.1, 5.0), "phase": (0.0, math.pi), "inputs": (-5.0, 5.0)
 
 
 def waves(x: Tensor) -> Tensor:
-    """A sin(x − φ) is linear in these: A cos φ · sin x − A sin φ · cos x."""
+    """Return the features in which A sin(x − φ) is linear: A cos φ · sin x − A sin φ · cos x."""
     return torch.cat([torch.sin(x), torch.cos(x)], -1)
 
 
@@ -27,16 +27,16 @@ class Sinusoid:
     """Sine waves of random amplitude and phase; ``x`` and ``y`` have shape ``[points, 1]``.
 
     Args:
-        shots: support points, at least 1; or a range from which each task draws how many.
-        queries: points that score a validation or test task, at least 1.
-        train_shots: support points in training, or a range; null: ``shots``.
-        train_queries: query points in training; null: as many as support points (the most of them, if that is a range),
-            as in the paper.
+        shots: number of support points, at least 1; or a range from which each task draws this number.
+        queries: number of points that score a validation or test task, at least 1.
+        train_shots: number of support points in training, or a range; null: ``shots``.
+        train_queries: number of query points in training; null: as many as support points (the largest number, if that
+            is a range), as in the paper.
         amplitude: range of A, rising.
         phase: range of φ in radians, rising.
         inputs: range of x, rising.
         device: where the tasks are put.
-        data_dir: not used; every family is given it.
+        data_dir: not used; every family receives it.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Sinusoid:
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` sine waves; leaves ``[count, points, 1]``, and ``weight [count, points]`` if shots are a range."""
+        """Draw ``count`` sine waves; leaves ``[count, points, 1]``, and ``weight [count, points]`` if shots vary."""
         train = split == "train"
         shots = self.train_shots if train else self.shots
         queries = self.train_queries if train else self.spec.sizes.queries
@@ -91,6 +91,6 @@ class Sinusoid:
         of_support, of_query = slice(shots.most), slice(shots.most, None)
         if shots.fixed:
             return Task(part(of_support, None), part(of_query, None))
-        # Drawn last: tasks with fewer points are those with the most, less the last of them.
+        # Drawn last, so that tasks with fewer points are those with the most, less the last points.
         real = torch.arange(shots.most) < shots.draw((count, 1), generator)
         return Task(part(of_support, real), part(of_query, torch.ones(count, queries, dtype=torch.bool)))

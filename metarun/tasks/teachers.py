@@ -1,11 +1,11 @@
-"""Functions that small networks compute: a family whose tasks need different operations.
+"""Functions computed by small networks: a family whose tasks need different operations.
 
     y = Σ_j v_j g(s (u_j · x + b_j))       v_j normal, of variance 1 / units;   x standard normal
 
-All tasks share the first layer (u, b), which is drawn once from a fixed seed; a task has read-out weights v and an
-operation g of its own: relu or sine (or tanh). With the right operation a model of this size needs no more than to fit
-v; with one and the same for all tasks it has to hold features for the others too. All splits draw v and g from the same
-distribution, each from draws of its own. ``spec.facts.groups`` names the operations, and the data carry each task's.
+All tasks share the first layer (u, b), which is drawn once from a fixed seed. Each task has its own read-out weights v
+and its own operation g: relu or sine (or tanh). With the right operation a model of this size only needs to fit v; with
+the same operation for all tasks it must hold features for the others too. The splits are separate draws of v and g from
+the same distribution. ``spec.facts.groups`` names the operations, and the data carry each task's.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,21 +19,21 @@ from metarun.targets.real import MSE, Real
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "sine": torch.sin}
 TEACHER_SEED = 20201124
-"""Of the first layer that all tasks share."""
+"""Seed of the first layer, which all tasks share."""
 
 
 class Teachers:
     """Networks with one hidden layer; ``x [points, inputs]``, ``y [points, 1]``.
 
     Args:
-        shots: support points, at least 1.
-        queries: points that score a validation or test task, at least 1.
-        inputs: dimensions of x, at least 1.
-        units: of the hidden layer, at least 1.
-        scale: s, above 0: of what units see; with a small one tanh and sine are alike.
-        operations: of the tasks, equally likely: some of relu, tanh, sine.
+        shots: number of support points, at least 1.
+        queries: number of points that score a validation or test task, at least 1.
+        inputs: number of dimensions of x, at least 1.
+        units: number of units of the hidden layer, at least 1.
+        scale: s, scale of the hidden units' inputs, above 0; with a small one tanh and sine are alike.
+        operations: operations of the tasks, equally likely: some of relu, tanh, sine.
         device: where the tasks are put.
-        data_dir: not used; every family is given it.
+        data_dir: not used; every family receives it.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Teachers:
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` tasks: ``x [count, points, inputs]``, ``y [count, points, 1]`` and ``group [count, points]``."""
+        """Draw ``count`` tasks: ``x [count, points, inputs]``, ``y [count, points, 1]``, ``group [count, points]``."""
         shots, (units, inputs) = self.spec.sizes.shots, self.first.shape
         points = shots + (shots if split == "train" else self.spec.sizes.queries)
         group = torch.randint(len(self.operations), (count, 1), generator=generator)

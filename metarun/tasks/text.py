@@ -1,7 +1,7 @@
 """Few-shot classification of sentences: N ways, K shots.
 
-`text` draws classes that training has not seen; `text_crosslingual` draws tasks inside one language, and the
-test languages are those that training has not seen. Inputs are rows of token ids (`metarun.data.tokens`).
+`text` tests on classes that training has not seen. `text_crosslingual` draws each task within one language, and tests
+on languages that training has not seen. Inputs are rows of token ids (`metarun.data.tokens`).
 """
 
 import json
@@ -31,10 +31,10 @@ MOST_BUCKETS = 2**20
 LABEL_SPLIT_SEED = 7
 LANGUAGE_SPLIT_SEED = 19
 SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
-"""Of the languages, and of the meanings, in each split of a parallel corpus."""
+"""Share of the languages, and of the meanings, in each split of a parallel corpus."""
 
 WORD_WEIGHT = 2.0
-"""What a whole word counts beside one of its n-grams."""
+"""Weight of a whole word relative to one of its n-grams."""
 
 
 class Pool:
@@ -42,8 +42,8 @@ class Pool:
 
     Attributes:
         rows: token ids ``[sentences, columns]``.
-        first: where the sentences of each language and label begin in ``rows``, ``[languages, labels]``.
-        size: how many there are, ``[languages, labels]``; 0 where the language lacks the label.
+        first: index in ``rows`` at which the sentences of each language and label begin, ``[languages, labels]``.
+        size: number of these sentences, ``[languages, labels]``; 0 where the language lacks the label.
     """
 
     def __init__(self, cells: Cells, labels: Sequence[str], tokenizer: tokens.Tokenizer) -> None:
@@ -58,10 +58,10 @@ class Text:
 
     Args:
         corpus: sentences by language and label for each split.
-        dataset: its name, and all that makes scores incomparable.
-        sizes: of a training task (True) and of others (False).
+        dataset: name of the corpus, and all that makes scores incomparable.
+        sizes: sizes of training tasks (True) and of others (False).
         grams: length of the shortest and longest character n-gram, rising.
-        buckets: how many ids the n-grams share, from 2 to ``MOST_BUCKETS``.
+        buckets: number of ids that the n-grams share, from 2 to ``MOST_BUCKETS``.
         device: where the sentences live.
     """
 
@@ -95,7 +95,7 @@ class Text:
         self._check_sizes(pools)
         train = pools["train"]
         by_sentence = tokens.inverse_document_frequency(train.rows, tokenizer.ids)
-        # A class is one document: a word that many classes use tells little, however seldom each uses it.
+        # Each class is one document: a word that many classes use tells little, however seldom each uses it.
         ends = zip(train.first.flatten().tolist(), train.size.flatten().tolist(), strict=True)
         documents = [train.rows[first : first + size].flatten() for first, size in ends if size]
         longest = max(len(document) for document in documents)
@@ -134,7 +134,7 @@ class Text:
             )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """``count`` tasks; leaves ``[count, sentences, ...]``, and ``class`` as well for training tasks."""
+        """Draw ``count`` tasks; leaves ``[count, sentences, ...]``, and ``class`` as well for training tasks."""
         pool, sizes = self.pools[split], self.sizes[split == "train"]
         language = torch.randint(len(pool.size), (count, 1), generator=generator)
         classes = draw((pool.size >= sizes.examples)[language[:, 0]], sizes.ways, generator)
@@ -153,14 +153,14 @@ class Text:
 
 
 def _by_domain(domains: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Labels of each split, where splits share no domain: 6, 1 and 3 of CLINC150's ten, in alphabetical order."""
+    """Return the labels of each split; splits share no domain: 6, 1 and 3 of CLINC150's ten, in alphabetical order."""
     names = sorted(domains)
     cut = {"train": names[:-4], "val": names[-4:-3], "test": names[-3:]}
     return {split: sorted(label for name in chosen for label in domains[name]) for split, chosen in cut.items()}
 
 
 def _dealt(names: Sequence[str], seed: int, shares: Mapping[str, float]) -> dict[str, set[str]]:
-    """``names`` dealt to the splits by ``shares``, at random by ``seed``."""
+    """Assign ``names`` to the splits by ``shares``, at random by ``seed``."""
     shuffled = sorted(names)
     random.Random(seed).shuffle(shuffled)
     train = round(shares["train"] * len(names))
@@ -186,24 +186,24 @@ def text(
     """Tasks whose classes training has not seen.
 
     Args:
-        ways: classes of a task, at least 2.
-        shots: support sentences per class, at least 1; or a range from which each task draws how many.
-        queries: sentences a class that score a validation or test task, at least 1.
-        train_ways: classes of a training task, for learners that allow it; null: ``ways``.
-        train_shots: support sentences per class in training, or a range; null: ``shots``.
-        train_queries: query sentences a class in training; null: ``queries``.
-        uneven: whether each class draws its own number of support sentences from a range, instead of each task one for
-            all.
+        ways: number of classes of a task, at least 2.
+        shots: number of support sentences per class, at least 1; or a range from which each task draws this number.
+        queries: number of query sentences per class of a validation or test task, at least 1.
+        train_ways: number of classes of a training task, for learners that allow it; null: ``ways``.
+        train_shots: number of support sentences per class in training, or a range; null: ``shots``.
+        train_queries: number of query sentences per class in training; null: ``queries``.
+        uneven: whether each class draws its own number of support sentences from a range, instead of each task drawing
+            one number for all its classes.
         dataset: ``clinc150``, ``banking77``, ``toy``, or ``auto``: clinc150 if it is there, else toy.
         split: number of a published label split, ``random`` (thirds of the labels by a fixed seed), ``domains``
-            (clinc150 alone: test domains are new too), or ``auto``: 01 if it is there, else random.
+            (clinc150 only: test domains are new too), or ``auto``: 01 if it is there, else random.
         grams: length of the shortest and longest character n-gram.
-        buckets: how many ids the n-grams share.
+        buckets: number of ids that the n-grams share.
         device: where the sentences live.
         data_dir: holds the folders ``clinc150`` and ``banking77``.
 
     Raises:
-        UserError: data missing or damaged.
+        UserError: data are missing or damaged.
     """
     sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
     if dataset == "auto":
@@ -233,7 +233,7 @@ def text(
 
 
 def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:
-    """Corpora that share neither a language nor a meaning; one sentence of a meaning for each language."""
+    """Return corpora that share neither a language nor a meaning, with one sentence per meaning and language."""
     languages = _dealt(list({s.language for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
     meanings = _dealt(list({s.meaning for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
     corpus: dict[str, dict[str, dict[str, list[str]]]] = {split: {} for split in languages}
@@ -262,26 +262,26 @@ def text_crosslingual(
     device: str = "cpu",
     data_dir: str = "data",
 ) -> Text:
-    """Tasks inside one language, the test languages being new; no test sentence has a translation in training.
+    """Tasks within one language, with new languages in test; no test sentence has a translation in training.
 
     Args:
-        ways: classes of a task, at least 2 (at most 3 for nusax).
-        shots: support sentences per class, at least 1; or a range from which each task draws how many.
-        queries: sentences a class that score a validation or test task, at least 1.
-        train_ways: classes of a training task, for learners that allow it; null: ``ways``.
-        train_shots: support sentences per class in training, or a range; null: ``shots``.
-        train_queries: query sentences a class in training; null: ``queries``.
-        uneven: whether each class draws its own number of support sentences from a range, instead of each task one for
-            all.
+        ways: number of classes of a task, at least 2 (at most 3 for nusax).
+        shots: number of support sentences per class, at least 1; or a range from which each task draws this number.
+        queries: number of query sentences per class of a validation or test task, at least 1.
+        train_ways: number of classes of a training task, for learners that allow it; null: ``ways``.
+        train_shots: number of support sentences per class in training, or a range; null: ``shots``.
+        train_queries: number of query sentences per class in training; null: ``queries``.
+        uneven: whether each class draws its own number of support sentences from a range, instead of each task drawing
+            one number for all its classes.
         dataset: ``xsid`` (intents, 19 languages), ``nusax`` (sentiment, 12 languages), ``toy``, or ``auto``:
             xsid if it is there, else toy.
         grams: length of the shortest and longest character n-gram.
-        buckets: how many ids the n-grams share.
+        buckets: number of ids that the n-grams share.
         device: where the sentences live.
         data_dir: holds the folders ``xsid`` and ``nusax_senti``.
 
     Raises:
-        UserError: data missing or damaged.
+        UserError: data are missing or damaged.
     """
     sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
     if dataset == "auto":

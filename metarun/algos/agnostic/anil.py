@@ -1,9 +1,9 @@
-"""ANIL and BOIL: MAML whose inner loop changes a part of the model alone.
+"""ANIL and BOIL: MAML whose inner loop changes only a part of the model.
 
-- ANIL, "almost no inner loop": the head. Raghu, Raghu, Bengio, Vinyals 2020, "Rapid Learning or Feature Reuse?",
+- ANIL, "almost no inner loop", adapts the head. Raghu, Raghu, Bengio, Vinyals 2020, "Rapid Learning or Feature Reuse?",
   https://arxiv.org/abs/1909.09157 (§4): most of what MAML learns is features, which need no adaptation.
-- BOIL, "body only": all but the head. Oh, Yoo, Kim, Yun 2021, "BOIL: Towards Representation Change for Few-shot
-  Learning", https://arxiv.org/abs/2008.08882 (§3): features that do change tell more.
+- BOIL, "body only", adapts all but the head. Oh, Yoo, Kim, Yun 2021, "BOIL: Towards Representation Change for Few-shot
+  Learning", https://arxiv.org/abs/2008.08882 (§3): features that do change generalise better.
 
     inner step   w_part ← w_part − α ∇ L_support with respect to w_part alone
     meta-loss    as in MAML, over all weights
@@ -34,11 +34,11 @@ def anil(
     """MAML with an inner loop over the head or over the body.
 
     Args:
-        model: a module with a part ``head``.
-        adapts: what the inner loop changes.
+        model: a module with a part called ``head``.
+        adapts: the part that the inner loop changes.
         inner_lr: α, above 0, for mean losses.
-        inner_steps: steps that the meta-loss sees, at least 1.
-        first_order: whether the inner gradient counts as a constant.
+        inner_steps: number of inner steps in meta-training, at least 1.
+        first_order: whether the inner gradient is treated as a constant.
     """
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
     require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")

@@ -5,22 +5,22 @@ Rajeswaran, Finn, Kakade, Levine 2019, "Meta-Learning with Implicit Gradients", 
     inner problem   φ = argmin L_support(w) + λ/2 ‖w − θ‖²                           (equation 4)
     meta-gradient   (I + ∇²L_support(φ) / λ)⁻¹ ∇L_query(φ), mean over tasks          (equation 6)
 
-The linear system is solved by conjugate gradients, which need products with the Hessian alone. Nothing of the path to
-φ is kept: memory does not grow with the steps.
+The linear system is solved by conjugate gradients, which need only products with the Hessian. Nothing of the path to
+φ is kept, so memory does not grow with the number of inner steps.
 
 The defaults are those of the official code, https://github.com/aravindr93/imaml_dev (``examples/
 omniglot_implicit_maml.py`` and ``implicit_maml/learner_model.py``), which differs from the equations in three points:
 
-- ``inner="descent"``: the support loss alone is descended. In meta-training one step of size ``inner_lr`` on the
-  proximal term alone follows, φ ← φ − inner_lr λ (φ − θ); validation and test do without it, as in the code's test
-  command (λ = 0).
+- ``inner="descent"``: gradient descent minimises the support loss alone. In meta-training it is followed by one step of
+  size ``inner_lr`` on the proximal term, φ ← φ − inner_lr λ (φ − θ). Validation and test omit this step, as does the
+  code's test command (λ = 0).
 - ``hessian_damping``: the Hessian is divided by λ + 10, not by λ (``lam_damping``).
 - ``damping``: 1 is added to the system's identity.
 
-The paper's equations are ``inner="proximal"``, which descends the whole inner problem in training and test alike, with
-``hessian_damping=0`` and ``damping=0``. Unlike the official code's, our conjugate gradients stop where the Hessian has
-negative curvature. Policies are left out: the loss of a rollout changes with each step, and has no minimum to be
-implicit about.
+The paper's equations are ``inner="proximal"``, which minimises the whole inner objective in training and test alike,
+with ``hessian_damping=0`` and ``damping=0``. Unlike the official code, our conjugate gradients stop where the Hessian
+has negative curvature. Policies are not supported: the loss of a rollout changes with each step, so it has no fixed
+minimum to differentiate implicitly.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,15 +40,16 @@ from metarun.tree import dot, mean
 
 
 def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps: int) -> Weights:
-    """An approximate solution of A x = b for symmetric A, from x = 0.
+    """Return an approximate solution of A x = b for symmetric A, starting from x = 0.
 
-    It stops where it is solved, or where A is not above 0 along the next direction, since far from a minimum the
-    Hessian of the support loss need not be; if that is so along the first, ``b`` itself is returned.
+    Iteration stops once the system is solved, or where A is not positive along the next direction: far from a minimum
+    the Hessian of the support loss need not be positive definite. If A is not positive along the first direction, ``b``
+    itself is returned.
 
     Args:
-        product: x → A x.
+        product: the map x → A x.
         b: the right-hand side.
-        steps: how many products; with 0 the result is ``b``.
+        steps: number of products; with 0 the result is ``b``.
     """
     x, residual, direction = {name: torch.zeros_like(value) for name, value in b.items()}, b, b
     squared = dot(b, b)
@@ -79,19 +80,19 @@ def imaml(
     inner: Literal["descent", "proximal"] = "descent",
     hessian_damping: float = 10.0,
 ) -> Algorithm:
-    """MAML whose inner problem is held to the start, with its implicit gradient.
+    """MAML with a proximal inner problem, differentiated implicitly.
 
     Args:
         model: any differentiable module.
-        spec: the task family's; one without a policy.
+        spec: the task family's, which must not be one of control.
         inner_lr: step size of the inner problem, above 0, for mean losses.
-        inner_steps: steps on it, at least 1.
+        inner_steps: number of steps on the inner problem, at least 1.
         strength: λ, above 0.
-        cg_steps: conjugate-gradient steps, each of one product with the Hessian, at least 0; 0 takes the query gradient
-            as it is.
-        damping: added to the system's identity, at least 0.
+        cg_steps: number of conjugate-gradient steps, each of one product with the Hessian, at least 0; 0 takes the
+            query gradient as it is.
+        damping: number added to the system's identity, at least 0.
         inner: ``descent`` (the official code's) or ``proximal`` (equation 4).
-        hessian_damping: added to the λ that divides the Hessian, at least 0.
+        hessian_damping: number added to the λ that divides the Hessian, at least 0.
     """
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
     require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
@@ -109,7 +110,7 @@ def imaml(
         return {"weights": parameters_of(model)}
 
     def pulled(weights: Weights, at: Weights, start: Weights) -> Weights:
-        """``weights`` after a step on the proximal term, whose gradient is taken where the weights are ``at``."""
+        """Return ``weights`` after a step on the proximal term, whose gradient is taken at the weights ``at``."""
         return {name: w - inner_lr * strength * (at[name] - start[name]) for name, w in weights.items()}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:

@@ -6,9 +6,9 @@ https://arxiv.org/abs/1703.03400.
     inner step   w_{k+1} = w_k − α ∇ L_support(w_k),   w_0 = θ           (equation 1, repeated)
     meta-loss    mean over tasks of L_query(w_K)                          (algorithms 1 and 2)
 
-θ are the initial weights, α is ``inner_lr``, K is ``inner_steps``. Steps after the first may have a size of their
-own, as in the paper's reinforcement learning, where they are half as long (§5.3 and appendix A.2). Second order
-differentiates through the inner steps; first order (§5.2, ``algo=fomaml``) takes each inner gradient as a constant.
+θ are the initial weights, α is ``inner_lr``, K is ``inner_steps``. Steps after the first may have a different size,
+as in the paper's reinforcement learning, where they are half as long (§5.3 and appendix A.2). Second order
+differentiates through the inner steps; first order (§5.2, ``algo=fomaml``) treats each inner gradient as a constant.
 
 The official code sums the cross-entropy over the classes of a task, so its α is ours divided by the number
 of ways: 0.4 at 5 ways is 2.0 here, where a loss is always a mean.
@@ -40,9 +40,9 @@ def maml(
     Args:
         model: any differentiable module.
         inner_lr: α, above 0, for mean losses.
-        inner_steps: K, at least 0, the steps that the meta-loss sees. 0 is joint training.
-        first_order: whether the inner gradient counts as a constant.
-        later_lr: α of all steps but the first, above 0; null: ``inner_lr``.
+        inner_steps: K, number of inner steps in meta-training, at least 0; 0 is joint training.
+        first_order: whether the inner gradient is treated as a constant.
+        later_lr: α of all steps but the first, above 0; null: the same as ``inner_lr``.
     """
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
     require(later_lr is None or later_lr > 0, f"later_lr must be above 0, not {later_lr}")

@@ -13,19 +13,19 @@ but the last falls by 1/(S·E), not below 0.03/S, and the last takes what they l
 others are 0, as in the authors' code (https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch). With all
 switches off this is MAML.
 
-Normalisation of ``batch_norm``:
-- ``shared``: the model's own, adapted like all weights, by the statistics of the batch (the authors' code does so with
-  ``enable_inner_loop_optimizable_bn_params``, which is off by default);
-- ``per_step``: scale and shift of each step, by the statistics of the batch, so queries see each other;
-- ``per_step_running``: training normalises by the batch and averages its statistics for each step, test uses these
-  averages, and queries do not see each other. The authors' code keeps such averages and never uses them.
+``batch_norm`` is one of:
+- ``shared``: the model's own scale and shift, adapted like all weights, with the statistics of the batch (the authors'
+  code does so with ``enable_inner_loop_optimizable_bn_params``, which is off by default);
+- ``per_step``: a separate scale and shift for each step, with the statistics of the batch, so queries see each other;
+- ``per_step_running``: training normalises by the batch and averages its statistics for each step. Test uses these
+  averages, so queries do not see each other. The authors' code keeps such averages and never uses them.
 
-With the last two the inner loop leaves alone what any normalisation learns, as in the authors' code. Layers that
-normalise by other statistics than those of the batch (layer, group, instance, root mean square) have one scale and
-shift for all steps.
+With the last two the inner loop does not adapt the parameters of any normalisation, as in the authors' code. Layers
+that normalise by other statistics than those of the batch (layer, group, instance, root mean square) have one scale
+and shift for all steps.
 
-Where we deviate: the weights after k steps have normalisation number k for support and query alike, S + 1 in all; the
-authors' code has S. The weights of MSL and the order of derivatives change without a change of the computation: a
+Where we deviate: the weights after k steps use normalisation number k for support and query alike, S + 1 in all; the
+authors' code has S. The weights of MSL and the order of derivatives change without changing the computation, so a
 step costs the same in all epochs.
 """
 
@@ -47,16 +47,16 @@ from metarun.nn.transforms import gradient
 from metarun.tree import size, tree_map
 
 MOMENTUM = 0.1
-"""Of running statistics, as torch has it."""
+"""Momentum of running statistics, as in torch."""
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-"""Layers whose parameters the inner loop leaves alone."""
+"""Layers whose parameters the inner loop does not adapt."""
 
 
 class GivenStatistics(nn.Module):
-    """Batch normalisation by statistics that are given."""
+    """Batch normalisation with given statistics."""
 
     def __init__(self, norm: BatchNorm) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class GivenStatistics(nn.Module):
 
 
 class KeptStatistics(nn.Module):
-    """Batch normalisation by the batch, whose statistics can be read after each pass."""
+    """Batch normalisation by the batch, which keeps the statistics of its last pass to be read."""
 
     def __init__(self, norm: BatchNorm) -> None:
         super().__init__()
@@ -86,13 +86,13 @@ class KeptStatistics(nn.Module):
 
 
 def learns_scale(module: nn.Module) -> bool:
-    """Whether ``module`` normalises by the batch and learns a scale and a shift for what it gives."""
+    """Whether ``module`` normalises by the batch and learns a scale and a shift for its output."""
     by_batch = isinstance(module, BatchNorm) and module.training and module.affine
     return by_batch and bool(module.weight.requires_grad and module.bias.requires_grad)
 
 
 def with_norms(model: nn.Module, kind: type[GivenStatistics] | type[KeptStatistics]) -> nn.Module:
-    """A copy of ``model`` whose batch normalisations are of another kind."""
+    """Return a copy of ``model`` whose batch normalisations are replaced by layers of type ``kind``."""
     model = deepcopy(model)
     for name, module in list(model.named_modules()):
         if learns_scale(module):
@@ -102,7 +102,7 @@ def with_norms(model: nn.Module, kind: type[GivenStatistics] | type[KeptStatisti
 
 
 def normalising_parameters(model: nn.Module) -> set[str]:
-    """The names of the parameters of all normalisations in ``model``."""
+    """Return the names of the parameters of all normalisations in ``model``."""
     norms = ((name, module) for name, module in model.named_modules() if isinstance(module, NORMALISATIONS))
     return {parameter for name, module in norms for parameter, _ in module.named_parameters(name, recurse=False)}
 
@@ -115,7 +115,7 @@ class State(NamedTuple):
 
 
 def step_weights(epoch: Tensor, steps: int, epochs: int) -> Tensor:
-    """The weights v of the query losses after 1, …, ``steps`` steps, in ``epoch`` of an annealing over ``epochs``."""
+    """Return the weights v of the query losses after 1, …, ``steps`` steps, in ``epoch``, annealed over ``epochs``."""
     early = (1 / steps - epoch / (steps * epochs)).clamp(min=0.03 / steps)
     early = torch.where(epoch < epochs, early, 0.0)
     return torch.stack([*[early] * (steps - 1), 1 - (steps - 1) * early])
@@ -131,18 +131,19 @@ def mamlpp(
     batch_norm: Literal["shared", "per_step", "per_step_running"] = "per_step",
     epoch: int = 500,
 ) -> Algorithm:
-    """MAML++, each of its parts with a switch of its own.
+    """MAML++, with a separate switch for each of its parts.
 
     Args:
         model: any differentiable module.
         inner_lr: initial α, above 0, for mean losses.
         inner_steps: S, at least 1.
         learned_rates: whether α is learned for each tensor of weights and each step.
-        multi_step_epochs: E, over which the multi-step loss is annealed, at least 0; 0: the last step's loss alone.
-        first_order_epochs: epochs without second derivatives, at least 0; null: all.
+        multi_step_epochs: E, number of epochs over which the multi-step loss is annealed, at least 0; 0: only the last
+            step's loss is used.
+        first_order_epochs: number of epochs without second derivatives, at least 0; null: all.
         batch_norm: how batch normalisation is done, where the model has any, and whether normalisations of any kind are
             adapted (``shared``) or not.
-        epoch: meta-steps of an epoch, at least 1.
+        epoch: number of meta-steps in an epoch, at least 1.
     """
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
     require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
@@ -181,7 +182,7 @@ def mamlpp(
         return theta
 
     def norms_at(theta: Tree, step: int, forward: Forward) -> Forward:
-        """The forward pass with what belongs to ``step`` in place."""
+        """Return the forward pass with the normalisation of ``step`` in place."""
         own = {name: values[step] for name, values in theta.get("norms", {}).items()} | theta.get("other_norms", {})
         if running and forward is in_test:
             for part in ("mean", "variance"):
@@ -195,7 +196,7 @@ def mamlpp(
     def descend(
         theta: Tree, support: Tree, loss: Loss, forward: Forward, second_order: Tensor | bool
     ) -> Iterator[tuple[State, Tree]]:
-        """States, each with the statistics of the support set that led to it (none for the first)."""
+        """Yield states, each with the statistics of the support set that led to it (none for the first)."""
 
         def slope(state: tuple[State, Tree], step: int) -> tuple[Weights, Tree]:
             here, now = norms_at(theta, step, forward), at_step(support, step)
@@ -218,7 +219,7 @@ def mamlpp(
             rates = {n: r[step] for n, r in theta["rates"].items()} if learned_rates else inner_lr
             return State(descent(rates)(state[0].weights, gradients, step), step + 1), seen
 
-        # Steps that are learned one by one end with the last of them.
+        # Where each step has separate learned parameters, there are no further steps to take.
         states = inner_loop((State(theta["weights"], 0), {}), slope, update)
         return islice(states, inner_steps + 1) if by_step else states
 

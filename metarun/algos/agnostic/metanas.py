@@ -1,16 +1,16 @@
-"""MetaNAS: the architecture adapts to a task together with the weights.
+"""MetaNAS: the architecture is adapted to each task together with the weights.
 
 Elsken, Staffler, Metzen, Hutter 2020, "Meta-Learning of Neural Architectures for Few-Shot Learning",
 https://arxiv.org/abs/1911.11090. The model's layers mix operations by softmax(a / T).
 
     inner step    w ← w − α_w ∇_w L_support,   a ← a − α_a ∇_a L_support                 (algorithm 2, task learner)
-    temperature   from 1 before the first step down to ``final_temperature``, by a constant factor a step   (§4.2)
-    meta-loss     L_query behind the last step, over initial w and (with ``learned_start``) initial a
+    temperature   from 1 before the first step down to ``final_temperature``, by a constant factor per step (§4.2)
+    meta-loss     L_query after the last step, over initial w and (with ``learned_start``) initial a
 
-As T falls, mixtures harden on the way; behind the last step a test task has the operation of largest weight in each
-layer and no mixture any more (``discrete``), as the paper's soft pruning has. For the first ``warm_up`` meta-steps, all
-operations weigh alike and the weights are trained alone. Gradients are those of MAML, of second order; the paper's meta
-learner is Reptile. `architectures.csv` and `architectures.png` tell the weights that test tasks arrive at.
+Mixtures harden as T falls. After the last step a test task keeps only the operation of largest weight in each layer
+(``discrete``), as in the paper's soft pruning. For the first ``warm_up`` meta-steps, all operations have equal weight
+and only the weights are trained. Gradients are those of second-order MAML; the paper's meta-learner is Reptile.
+`architectures.csv` and `architectures.png` show the architecture weights that test tasks arrive at.
 
 Some texts call this family of methods MANN, "model-agnostic neural architecture search"; `mann` here is the
 memory-augmented neural network.
@@ -57,18 +57,18 @@ def metanas(
     """MAML over weights and architecture.
 
     Args:
-        model: a module with layers that mix ``operations`` by a parameter ``architecture`` each.
-        spec: the task family's; nothing is asked of it.
+        model: a module with layers that each mix ``operations`` by a parameter ``architecture``.
+        spec: the task family's; any will do.
         inner_lr: step size of weights, above 0, for mean losses.
         architecture_lr: step size of architecture weights, at least 0; 0 leaves them to meta-learning.
-        inner_steps: which the meta-loss sees, at least 1.
-        final_temperature: above 0, at most 1.
-        harden_steps: over which the temperature falls, from 1 to ``inner_steps``; null: these.
-        discrete: whether test tasks choose one operation a layer behind the last of these steps.
-        learned_start: whether initial architecture weights are meta-learned; else operations weigh alike before the
-            first step, so that none can win over all tasks before the others have learned anything.
-        warm_up: meta-steps during which operations weigh alike, at least 0.
-        first_order: whether the inner gradient counts as a constant.
+        inner_steps: number of inner steps in meta-training, at least 1.
+        final_temperature: temperature after the last hardening step, above 0, at most 1.
+        harden_steps: number of steps over which the temperature falls, from 1 to ``inner_steps``; null: all of them.
+        discrete: whether test tasks choose one operation per layer after the last hardening step.
+        learned_start: whether initial architecture weights are meta-learned. If not, operations have equal weight
+            before the first step, so that none can win over all tasks before the others have learned anything.
+        warm_up: number of meta-steps during which operations have equal weight, at least 0.
+        first_order: whether the inner gradient is treated as a constant.
     """
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
     require(architecture_lr >= 0, f"architecture_lr must be at least 0, not {architecture_lr}")
@@ -101,16 +101,16 @@ def metanas(
         return {**theta, "architecture": {name: parameters[name] for name in names}} if learned_start else theta
 
     def even(theta: Tree) -> Weights:
-        """Architecture weights that make all operations weigh alike."""
+        """Return architecture weights that give all operations equal weight."""
         like = theta["carried"]["meta_step"]
         return {name: like.new_zeros(len(operations[0])) for name in names}
 
     def begun(theta: Tree) -> Tensor:
-        """Whether warming up is over."""
+        """Whether the warm-up is over."""
         return cast(Tensor, theta["carried"]["meta_step"] >= warm_up)
 
     def tempered(theta: Tree, architecture: Weights, step: int) -> Weights:
-        """Logits of the operations' weights after ``step`` steps: all alike while the weights warm up."""
+        """Return the logits of the operations' weights after ``step`` steps, all equal during the warm-up."""
         temperature = final_temperature ** (min(step, hardening) / hardening)
         return {name: torch.where(begun(theta), a / temperature, 0.0) for name, a in architecture.items()}
 
@@ -133,7 +133,7 @@ def metanas(
         return inner_loop(State(weights, architecture, 0), slope, update)
 
     def chosen(theta: Tree, state: State) -> Weights:
-        """Logits that leave one operation a layer; the mixture as it is while it is still to harden."""
+        """Return logits that leave one operation per layer, or the mixture as it is while it is still hardening."""
         hot = tempered(theta, state.architecture, state.step)
         if not discrete or state.step < inner_steps:
             return hot
@@ -149,7 +149,7 @@ def metanas(
         return MetaLoss(value, scores, {"meta_step": theta["carried"]["meta_step"] + 1})
 
     def architectures(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
-        """Weights of the operations ``[layers, operations]``, before one is chosen."""
+        """Return the weights of the operations ``[layers, operations]``, before one is chosen."""
         state = next(islice(adapt(theta, task.support, loss), steps, None))
         hot = tempered(theta, state.architecture, steps)
         return torch.stack([hot[name].softmax(-1) for name in names])

@@ -6,7 +6,7 @@ https://arxiv.org/abs/1707.09835.
     inner step   w = θ − α ∘ ∇ L_support(θ)                               (equation 3)
     meta-loss    mean over tasks of L_query(w), over θ and α              (algorithm 1)
 
-α has a number for every weight: direction and length of the step are learned together with where it begins.
+α has one entry per weight: the direction and length of the step are learned together with its starting point.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ def metasgd(
     Args:
         model: any differentiable module.
         initial_lr: range from which the initial α is drawn, above 0, for mean losses.
-        inner_steps: steps that the meta-loss sees, at least 0; 1 in the paper.
-        first_order: whether the inner gradient counts as a constant.
+        inner_steps: number of inner steps in meta-training, at least 0; 1 in the paper.
+        first_order: whether the inner gradient is treated as a constant.
     """
     low, high = initial_lr
     require(0 < low <= high, f"initial_lr must be a range above 0, not {list(initial_lr)}")

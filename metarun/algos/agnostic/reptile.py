@@ -12,8 +12,8 @@ from them and leaves them as they were. Training tasks have more shots than test
 §6.2).
 
 Where we deviate: the official code runs the tasks of a meta-batch one after the other through one optimizer;
-here they run side by side from the same second moments, which are averaged afterwards. Mini-batches go
-through the shuffled support set in turn; the official code shuffles again after each pass.
+here they run in parallel from the same second moments, which are averaged afterwards. Mini-batches cycle
+through the support set, shuffled once; the official code shuffles again after each pass.
 
 Expected: MSE 0.12 ± 0.02 after 10 steps, from 2.97 (``metarun algo=reptile task=sinusoid``).
 """
@@ -38,7 +38,7 @@ EPSILON = 1e-8
 
 
 class State(NamedTuple):
-    """The weights of one task and its inner Adam."""
+    """The weights of one task and the state of its inner Adam."""
 
     weights: Weights
     second_moment: Weights
@@ -46,7 +46,7 @@ class State(NamedTuple):
 
 
 def minibatch(support: Tree, start: int, size: int) -> Tree:
-    """``size`` examples from ``start`` on, going round; the whole support set where it is no larger.
+    """Return ``size`` examples from ``start`` on, cyclically, or the whole support set where it is no larger.
 
     Padding is not counted, and if the support set has any, it comes first.
     """
@@ -54,7 +54,7 @@ def minibatch(support: Tree, start: int, size: int) -> Tree:
         weight = support["weight"]
         place, real = torch.arange(min(size, len(weight)), device=weight.device), (weight > 0).sum()
         going_round = len(weight) - real + (torch.where(real > size, start, 0) + place) % real
-        # A window that is larger than the support set is filled up with padding.
+        # A window larger than the support set is filled up with padding.
         chosen = torch.where(place < real, going_round, place - real)
         return tree_map(lambda leaf: leaf[chosen], support)
 
@@ -77,7 +77,7 @@ def reptile(
         model: any differentiable module.
         inner_lr: step size of the inner optimizer, above 0.
         inner_steps: K, at least 1.
-        inner_batch: examples in an inner mini-batch, at least 1.
+        inner_batch: number of examples in an inner mini-batch, at least 1.
         inner_optimizer: ``adam`` (β1 = 0, β2 = 0.999) or ``sgd``.
     """
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")
@@ -130,7 +130,7 @@ def reptile(
             )
 
         with torch.no_grad():
-            # The step count is the same for all tasks, but mapping may only return what it has mapped.
+            # The step count is the same for all tasks, but vmap may only return what it has mapped.
             adapted, carried, losses, scores = over_tasks(one_task, tasks, training=True)
             grads = {"weights": subtract(theta["weights"], mean(adapted))}
             return MetaGradient(grads, losses.mean(), mean(scores), mean(carried))

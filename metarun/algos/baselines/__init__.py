@@ -1,1 +1,1 @@
-"""Baselines: what the same adaptation budget buys without meta-learning."""
+"""Baselines: what the same adaptation budget achieves without meta-learning."""

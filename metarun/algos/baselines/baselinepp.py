@@ -1,4 +1,4 @@
-"""Baseline++: joint training under a cosine classifier, then a new one fitted to each task on frozen features.
+"""Baseline++: joint training with a cosine classifier, then a new classifier fitted to each task on frozen features.
 
 Chen, Liu, Kira, Wang, Huang 2019, "A Closer Look at Few-shot Classification", https://arxiv.org/abs/1904.04232 (§3.2).
 
@@ -7,13 +7,13 @@ Chen, Liu, Kira, Wang, Huang 2019, "A Closer Look at Few-shot Classification", h
     a new task           w and g of its classes by gradient descent on the support set, f as it is
 
 As in the authors' code (https://github.com/wyharveychen/CloserLookFewShot, ``distLinear`` in ``backbone.py``) τ is 2
-for up to 200 classes and 10 for more, the length g_c of each class is learned, and every classifier starts from random
-weights as a linear layer has them, g_c being their length; before the first step it therefore answers by chance.
+for up to 200 classes and 10 for more, and the length g_c of each class is learned. Every classifier starts from the
+random weights of a linear layer, with g_c their length; before the first step it therefore answers at chance level.
 
 Where we deviate: the authors fit w and g with 100 passes over random mini-batches of 4, by SGD with a step size of
-0.01, dampened momentum and weight decay. Here steps are plain gradient descent on the whole support set, validation
-tasks choose their size, and all tasks start from the same random weights. Support and query examples are embedded in
-one batch.
+0.01, dampened momentum and weight decay. Here steps are plain gradient descent on the whole support set, their size is
+chosen on validation tasks, and all tasks start from the same random weights. Support and query examples are embedded
+in one batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,18 +35,18 @@ STEP_SIZES = (0.01, 0.1, 1.0, 10.0)
 
 
 def official_scale(classes: int) -> float:
-    """τ for a number of classes, as the authors' code has it."""
+    """Return τ for a number of classes, as in the authors' code."""
     return 2.0 if classes <= 200 else 10.0
 
 
 def random_classifier(classes: int, features: int, generator: torch.Generator, like: Tensor) -> Weights:
-    """``weight [classes, features]`` uniform within ±1/√features, and their ``length [classes]``."""
+    """Draw ``weight [classes, features]`` uniformly within ±1/√features, and return it with ``length [classes]``."""
     weight = (2 * torch.rand(classes, features, generator=generator) - 1) / features**0.5
     return {"weight": weight.to(like), "length": weight.norm(dim=1).to(like)}
 
 
 def weighted_cosines(classifier: Weights, z: Tensor) -> Tensor:
-    """g_c cos(z, w_c): ``z [examples, features]`` → ``[examples, classes]``."""
+    """Return g_c cos(z, w_c): ``z [examples, features]`` → ``[examples, classes]``."""
     return unit_rows(z) @ unit_rows(classifier["weight"]).T * classifier["length"]
 
 
@@ -61,10 +61,10 @@ def baselinepp(
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: of a family whose tasks share classes.
+        spec: that of a family whose tasks share classes.
         scale: τ of joint training, above 0; null: 2 for up to 200 training classes, 10 for more.
         task_scale: τ of a task's own classifier, above 0; null: by the same rule.
-        step_sizes: candidates for fitting it, each above 0.
+        step_sizes: candidate step sizes for fitting a task's classifier, each above 0.
     """
     require(scale is None or scale > 0, f"scale must be above 0, not {scale}")
     require(task_scale is None or task_scale > 0, f"task_scale must be above 0, not {task_scale}")

@@ -1,18 +1,18 @@
-"""Multi-task learning: one trunk for all tasks, a head for each, trained jointly on whole tasks.
+"""Multi-task learning: one trunk for all tasks and one head per task, trained jointly on whole tasks.
 
 Wang, Zhao, Li 2021, "Bridging Multi-Task Learning and Meta-Learning", https://arxiv.org/abs/2106.09017 (§3 and §4.1):
-what is left of ANIL when a task's head is fitted on all of its data and nothing is differentiated through the fit.
+this is ANIL with a task's head fitted on all of its data and without differentiation through the fit.
 
     head of a task    h_τ = K steps of gradient descent on L(trunk, h; support and query), from h = 0
     joint loss        mean over tasks of L(trunk, h_τ; support and query), over the trunk alone, h_τ being constant
 
-The step size is ``head_lr`` divided by the mean squared length of the features and their constant 1: no curvature of a
-mean squared error is above twice that, so descent with ``head_lr`` up to 1 cannot diverge whatever the trunk does (up
-to 4 for a cross-entropy, whose curvature is at most half of it).
+The step size is ``head_lr`` divided by the mean squared length of the features with their constant 1. The curvature of
+a mean squared error is at most twice that, so descent with ``head_lr`` up to 1 cannot diverge whatever the trunk does
+(up to 4 for a cross-entropy, whose curvature is at most half of it).
 
 At a head that has converged this is the gradient of min_h L (the envelope theorem). A new task gets a head fitted on
-its support set with the trunk as it is, support and query examples being embedded in one batch. Against `anil` it tells
-what the split into support and query and the derivative of the inner loop are worth.
+its support set with the trunk frozen; support and query examples are embedded in one batch. The comparison with `anil`
+shows what the split into support and query and the derivative of the inner loop are worth.
 """
 
 from collections.abc import Iterator
@@ -32,12 +32,13 @@ from metarun.targets.weights import mean_over
 
 
 def multitask(model: nn.Module, head_lr: float = 1.0, head_steps: int = 10) -> Algorithm:
-    """Joint training of a trunk under heads of each task's own.
+    """Joint training of a trunk with a separate head per task.
 
     Args:
         model: a module with ``trunk`` and ``head``.
-        head_lr: step size of fitting heads beside what their features admit, above 0, for mean losses.
-        head_steps: K, at least 1.
+        head_lr: step size of fitting heads, relative to the largest that their features admit, above 0, for mean
+            losses.
+        head_steps: K, number of steps of fitting a head, at least 1.
     """
     require(head_lr > 0, f"head_lr must be above 0, not {head_lr}")
     require(head_steps >= 1, f"head_steps must be at least 1, not {head_steps}")
@@ -48,7 +49,7 @@ def multitask(model: nn.Module, head_lr: float = 1.0, head_steps: int = 10) -> A
         return {"weights": parameters_of(trunk)}
 
     def heads(fit: Fit, z: Tensor) -> Iterator[Weights]:
-        """Heads on features ``z``, from zero."""
+        """Yield heads fitted on features ``z``, starting from zero."""
         outputs = fit.support["y"].shape[-1]
         start = {name: z.new_zeros(outputs, *p.shape[1:]) for name, p in head.named_parameters()}
         return fit_head(fit, read_out, start, z, head_lr / (1 + mean_over(z.square().sum(-1), fit.support)))

@@ -9,17 +9,17 @@ from metarun.errors import require
 
 
 def optimal(spec: Spec) -> Algorithm:
-    """Reads the task's parameters off the support set.
+    """The optimal policy, given the task's parameters from the support set.
 
     Args:
-        spec: of a control task that names its best policy.
+        spec: that of a control task that names its best policy.
     """
     best = environment_of(spec, "optimal").optimal
     require(best is not None, "optimal play is not known for this task; choose another reference, such as algo=random")
     assert best is not None
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Callable[[Seen], Any]]:
-        # Parameters are the same in all episodes of a task: the first one's serve any number of them.
+        # Parameters are the same in all episodes of a task, so those of the first serve any number of episodes.
         yield best({name: leaf[:1] for name, leaf in support.items()})
 
     def predict(theta: Tree, state: Callable[[Seen], Any], x: Seen) -> Any:

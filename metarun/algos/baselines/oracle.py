@@ -1,8 +1,8 @@
-"""The learner that knows the family's form and fits a task's own numbers: a ceiling, not a competitor.
+"""The learner that knows the family's form and fits only a task's parameters: a ceiling, not a competitor.
 
 Where every target of a family is linear in known features, as A sin(x − φ) is in sin x and cos x, least squares on
-the support set is all that remains to be learned; without noise it finds the task itself. With fewer examples than
-features it is the solution of least norm.
+the support set is all that remains to be learned; without noise it recovers the task exactly. With fewer examples than
+features the solution of least norm is taken.
 
 Expected: MSE below 1e-10 (``metarun algo=oracle task=sinusoid``).
 """
@@ -19,10 +19,10 @@ from metarun.nn.ops import without_padding
 
 
 def oracle(spec: Spec) -> Algorithm:
-    """Least squares in the family's own features.
+    """Least squares in the features that the family names.
 
     Args:
-        spec: of a family that names its ``truth``.
+        spec: that of a family that names its ``truth``.
     """
     require(
         spec.facts.truth is not None,

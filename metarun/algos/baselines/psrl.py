@@ -1,13 +1,13 @@
-"""Posterior sampling for reinforcement learning in tables.
+"""Posterior sampling for tabular reinforcement learning.
 
 Strens 2000; Osband, Russo, Van Roy 2013, https://arxiv.org/abs/1306.0940: at the start of each episode draw one
 table from the posterior, find its best policy, and follow it to the episode's end (algorithm 1).
 
-The prior is the one that tables are drawn from (`metarun.tasks.mdp`), flat Dirichlet transitions, normal mean rewards
-of unit variance, unit noise, but for the prior mean of rewards: tables are drawn with 1, the default here is 0, as in
-the authors' code (https://github.com/iosband/TabulaRL, ``mu0``). Pessimism about the untried costs nothing at first:
-with 1 the score of ten episodes is lower, and only with 0 do 10, 25 and 50 episodes all come within 1 % of the RL²
-paper's 138.1, 408.8 and 904.4.
+The prior is the one that tables are drawn from (`metarun.tasks.mdp`): flat Dirichlet transitions, normal mean rewards
+of unit variance, unit noise. Only the prior mean of rewards differs: tables are drawn with 1, and the default here is
+0, as in the authors' code (https://github.com/iosband/TabulaRL, ``mu0``). Pessimism about untried actions costs nothing
+at first: with 1 the score of ten episodes is lower, and only with 0 do 10, 25 and 50 episodes all come within 1 % of
+the RL² paper's 138.1, 408.8 and 904.4.
 
 Expected: 137.5 ± 0.6 (``metarun algo=psrl task=mdp eval.episodes=4000``).
 """
@@ -25,22 +25,22 @@ from metarun.tasks.planning import LARGEST_SUM, action_values, gamma
 
 
 class Memory(NamedTuple):
-    """Of a trial, leaves ``[trials, ...]``."""
+    """What is remembered of a trial, leaves ``[trials, ...]``."""
 
     time: int
     state: Tensor
     moves: Tensor
-    """How often each state followed a state and action ``[trials, states, actions, states]``."""
+    """How often each state followed each state and action ``[trials, states, actions, states]``."""
     visits: Tensor
-    """How often each state and action paid ``[trials, states, actions]``."""
+    """Number of rewards seen for each state and action ``[trials, states, actions]``."""
     paid: Tensor
-    """Sum of what they paid."""
+    """Sum of the rewards of each state and action, of the same shape."""
     values: Tensor
-    """Action values of the table drawn last ``[trials, horizon, states, actions]``."""
+    """Action values of the most recently drawn table ``[trials, horizon, states, actions]``."""
 
 
 def draw_table(memory: Memory, seed: Tensor, prior_mean: float) -> tuple[Tensor, Tensor]:
-    """Transitions and mean rewards from the posterior, by one integer a trial."""
+    """Draw transitions and mean rewards from the posterior, by one integer per trial."""
     trials, states, actions = memory.visits.shape
     needed = states * actions * states * LARGEST_SUM
     numbers = uniform(seed, (needed + 2 * states * actions,))
@@ -55,15 +55,15 @@ def psrl(spec: Spec, prior_mean: float = 0.0) -> Algorithm:
     """Posterior sampling.
 
     Args:
-        spec: of ``task=mdp``.
-        prior_mean: of mean rewards.
+        spec: that of ``task=mdp``.
+        prior_mean: prior mean of the mean rewards.
     """
     horizon, actions = environment_of(spec, "psrl", "mdp").horizon, spec.target.outputs
 
     def remember(memory: Memory, now: Seen) -> Memory:
-        """``memory`` with what the last action led to; ``now`` holds one step without its axis."""
+        """Return ``memory`` updated with what the last action led to; ``now`` holds one step without its axis."""
         used = memory.state[:, :, None] * now.action[:, None, :]
-        # Behind an episode's end stands the next one's start, and not where the action led.
+        # After the end of an episode comes the start of the next, not the state that the action led to.
         followed = now.observation * (1 - now.done)
         return memory._replace(
             state=now.observation,

@@ -14,7 +14,7 @@ from metarun.errors import require
 
 
 def environment_of(spec: Spec, algorithm: str, environment: str | None = None) -> Moments:
-    """The environment of ``spec``, refused if it is not the one that ``algorithm`` is for."""
+    """Return the environment of ``spec``; raise an error if it is not the one that ``algorithm`` is for."""
     needed = f"task={environment}" if environment else "a task with actions"
     inputs = spec.inputs
     fits = isinstance(inputs, Moments) and environment in (None, inputs.environment)
@@ -24,7 +24,7 @@ def environment_of(spec: Spec, algorithm: str, environment: str | None = None) -
 
 
 def fixed_policy(policy: Callable[[Seen], Any], paper: str = "") -> Algorithm:
-    """A policy that learns nothing but what it sees in a trial."""
+    """Wrap ``policy``, which has nothing to learn except within a trial, as an algorithm."""
 
     def init(generator: torch.Generator) -> Tree:
         return {"carried": {}}
@@ -48,10 +48,10 @@ def fixed_policy(policy: Callable[[Seen], Any], paper: str = "") -> Algorithm:
 
 
 def random_policy(spec: Spec) -> Algorithm:
-    """Uniform or standard normal actions.
+    """Uniform or normal actions.
 
     Args:
-        spec: of a control task.
+        spec: that of a control task.
     """
     environment_of(spec, "random")
 

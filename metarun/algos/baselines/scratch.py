@@ -1,7 +1,7 @@
 """No meta-learning: random initial weights, adapted by gradient descent on each task.
 
-It has an adaptation budget too (``eval.adapt_steps``), and validation tasks choose its step size
-from ``step_sizes``, so that it loses for want of meta-learning and not of tuning.
+It has an adaptation budget too (``eval.adapt_steps``), and its step size is chosen from ``step_sizes`` on validation
+tasks, so that it loses for want of meta-learning and not for want of tuning.
 
 Expected: MSE 3.7 ± 0.3 after 10 steps (``metarun algo=scratch task=sinusoid``).
 """
@@ -21,12 +21,12 @@ STEP_SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def check_step_sizes(step_sizes: Sequence[float]) -> None:
-    """Refuse an empty list, and sizes that are not above 0."""
+    """Raise an error if the list is empty or a size is not above 0."""
     require(len(step_sizes) > 0 and min(step_sizes) > 0, f"step_sizes must all be above 0, not {list(step_sizes)}")
 
 
 def with_step_size(theta: Tree, step_size: float) -> Tree:
-    """``theta`` with the step size of adaptation replaced."""
+    """Return ``theta`` with the step size of adaptation replaced."""
     carried = theta["carried"]
     return {**theta, "carried": {**carried, "step_size": torch.full_like(carried["step_size"], step_size)}}
 
@@ -36,7 +36,7 @@ def scratch(model: nn.Module, step_sizes: Sequence[float] = STEP_SIZES) -> Algor
 
     Args:
         model: any differentiable module.
-        step_sizes: the candidates, each above 0.
+        step_sizes: candidate step sizes, each above 0.
     """
     check_step_sizes(step_sizes)
     forward = forward_of(model)

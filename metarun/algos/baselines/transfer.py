@@ -4,8 +4,8 @@ The "pretrained" baseline of MAML (https://arxiv.org/abs/1703.03400, §5.1) and 
 2019, "A Closer Look at Few-shot Classification" (https://arxiv.org/abs/1904.04232, §3.1).
 
 Where tasks share classes, the trunk learns to tell all training classes apart with one wide linear head; a
-new task gets a head of its own that starts at zero. Elsewhere the whole model learns the average task.
-Fine-tuning is gradient descent on all weights; validation tasks choose its step size from ``step_sizes``.
+new task gets a new head that starts at zero. Elsewhere the whole model learns the average task.
+Fine-tuning is gradient descent on all weights; its step size is chosen from ``step_sizes`` on validation tasks.
 Where we deviate: Chen et al. freeze the trunk.
 
 Expected: MSE 1.6 ± 0.2 after 10 steps, from 2.97 (``metarun algo=transfer task=sinusoid``).
@@ -27,7 +27,7 @@ from metarun.tree import size
 
 
 def over_training_classes(logits: Tensor, data: Tree, score: str) -> MetaLoss:
-    """Mean cross-entropy of ``logits [examples, training classes]``, and the accuracy, under the name ``score``."""
+    """Return the mean cross-entropy of ``logits [examples, training classes]``, and the accuracy as ``score``."""
     correct = logits.argmax(-1) == data["class"]
     if "weight" in data:
         loss = mean_over(cross_entropy(logits, data["class"], reduction="none"), data)
@@ -42,7 +42,7 @@ def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SI
     Args:
         model: any differentiable module; with ``trunk`` and ``head`` where tasks share classes.
         spec: the task family's; ``training_classes`` says whether tasks share classes.
-        step_sizes: candidates for fine-tuning, each above 0.
+        step_sizes: candidate step sizes for fine-tuning, each above 0.
     """
     fine_tuning = scratch(model, step_sizes)._replace(
         needs="rows", paper="https://arxiv.org/abs/1904.04232", meta_learns=True

@@ -1,1 +1,1 @@
-"""Model-dependent methods: the architecture is the method."""
+"""Model-dependent methods: the architecture is part of the method."""

@@ -1,17 +1,18 @@
-"""Adaptive modulation: shared parameters, and a few of each task's own that bend them.
+"""Adaptive modulation: shared parameters, modulated by a few parameters per task.
 
 - ``modulation=context``, CAVIA: Zintgraf, Shiarlis, Kurin, Hofmann, Whiteson 2019, "Fast Context Adaptation via
-  Meta-Learning", https://arxiv.org/abs/1810.03642. In a trunk of linear layers a vector φ joins the input of the first,
-  which adds U φ to what that layer gives (§3.3). In a trunk of convolutions a linear layer makes a scale γ and a shift
-  β for every channel from φ, (γ, β) = V φ + b, and the maps h of the third convolution become γ h + β (as in
-  the official code, https://github.com/lmzintgraf/cavia, ``classification/models.py``, whose φ has 100 numbers).
+  Meta-Learning", https://arxiv.org/abs/1810.03642. In a trunk of linear layers a vector φ is concatenated with the
+  input of the first layer, which adds U φ to its output (§3.3). In a trunk of convolutions a linear layer computes a
+  scale γ and a shift β for every channel from φ, (γ, β) = V φ + b, and the maps h of the third convolution become
+  γ h + β (as in the official code, https://github.com/lmzintgraf/cavia, ``classification/models.py``, whose φ has 100
+  numbers).
 - ``modulation=film``: a scale 1 + γ and a shift β for every channel of every layer (Perez et al. 2018,
-  https://arxiv.org/abs/1709.07871), γ and β being the task's.
+  https://arxiv.org/abs/1709.07871), with γ and β adapted to the task.
 
     inner step   φ ← φ − α ∇ L_support with respect to φ alone, from φ = 0            (equations 3 and 4)
     meta-loss    as in MAML, over the shared parameters alone                          (equation 5)
 
-A layer that a normalisation follows is modulated after it, since the normalisation would undo it otherwise.
+A layer followed by a normalisation is modulated after that normalisation, which would otherwise undo the modulation.
 """
 
 import math
@@ -30,11 +31,11 @@ from metarun.tree import size
 
 TASK_OWN = ("context", "scale", "shift")
 CONTEXT_CONVOLUTION = 3
-"""Which convolution's maps the context modulates, the last where there are fewer."""
+"""Number of the convolution whose maps the context modulates; the last one where there are fewer."""
 
 
 def along_channels(vector: Tensor, out: Tensor) -> Tensor:
-    """``vector [channels]`` in the shape of ``out [..., channels]``, or ``[examples, channels, height, width]``."""
+    """Reshape ``vector [channels]`` to fit ``out [..., channels]``, or ``[examples, channels, height, width]``."""
     return vector[:, None, None] if out.ndim == 4 else vector
 
 
@@ -45,7 +46,7 @@ class Contextual(nn.Module):
         super().__init__()
         self.layer = layer
         self.context = nn.Parameter(torch.zeros(context))
-        # As a linear layer over input and context together would begin.
+        # Initialised like a linear layer over input and context together.
         bound = 1 / math.sqrt(inputs + context)
         self.mix = nn.Parameter(torch.empty(channels, context).uniform_(-bound, bound))
 
@@ -56,7 +57,7 @@ class Contextual(nn.Module):
 
 
 class GeneratedFiLM(nn.Module):
-    """A layer whose output maps are scaled and shifted by what a linear layer makes of φ."""
+    """A layer whose output maps are scaled and shifted by the outputs of a linear layer on φ."""
 
     def __init__(self, layer: nn.Module, channels: int, context: int) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class FiLM(nn.Module):
 
 
 def modulated(model: nn.Module, modulation: str, context: int) -> nn.Module:
-    """A copy of ``model`` whose trunk is modulated."""
+    """Return a copy of ``model`` whose trunk is modulated."""
     model = deepcopy(model)
     trunk = getattr(model, "trunk", None)
     layers = dict(enumerate(trunk)) if isinstance(trunk, nn.Sequential) else {}
@@ -131,11 +132,11 @@ def adaptive(
 
     Args:
         model: a module whose ``trunk`` is a sequence of layers.
-        modulation: what belongs to a task: ``context`` (CAVIA) or ``film``.
+        modulation: what is adapted to each task: ``context`` (CAVIA) or ``film``.
         context: length of φ, at least 1.
         inner_lr: α, above 0, for mean losses.
-        inner_steps: steps that the meta-loss sees, at least 1.
-        first_order: whether the inner gradient counts as a constant.
+        inner_steps: number of inner steps in meta-training, at least 1.
+        first_order: whether the inner gradient is treated as a constant.
     """
     require(context >= 1, f"context must be at least 1, not {context}")
     require(inner_lr > 0, f"inner_lr must be above 0, not {inner_lr}")

@@ -22,7 +22,7 @@ All samples come from the task's seed, so that the same task always gets the sam
 
 With ``deterministic=none`` the decoder knows the context from z alone: the neural process of Garnelo et al. 2018
 (https://arxiv.org/abs/1807.01622). With ``deterministic=mean`` r is a mean, as in the neural processes that Kim et al.
-compare with. With ``latents=0`` there is no latent path, and attention makes a conditional neural process of it.
+compare with. With ``latents=0`` there is no latent path, which leaves a conditional neural process with attention.
 """
 
 import math
@@ -59,12 +59,12 @@ class Latent(NamedTuple):
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Standard normal numbers ``[..., latents]`` as samples of z."""
+        """Turn standard normal numbers ``[..., latents]`` into samples of z."""
         return self.mean + self.std * noise
 
 
 def divergence(q: Latent, p: Latent) -> Tensor:
-    """KL(q ‖ p) in nats, a scalar."""
+    """Return KL(q ‖ p) in nats, a scalar."""
     scaled = (q.std / p.std).square() + ((q.mean - p.mean) / p.std).square() - 1
     return (0.5 * scaled + p.std.log() - q.std.log()).sum()
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             nn.init.normal_(projection.weight, std=width**-0.5)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-        """``values [points, width]`` weighed for every query ``[queries, width]``; points of weight 0 are not seen."""
+        """Attend to ``values [points, width]`` from ``queries [queries, width]``; points of weight 0 are ignored."""
         read = multi_head(self.query(queries), self.key(keys), self.value(values), self.heads, weight)
         mixed: Tensor = self.mix(read)
         return mixed
@@ -112,34 +112,34 @@ class LatentPath(nn.Module):
         self.mean, self.spread = (nn.Linear((width + latents) // 2, latents) for _ in range(2))
 
     def forward(self, given: Points, weight: Tensor) -> Latent:
-        """q(z | s), where s is the mean over the points of weight 1."""
+        """Return q(z | s), where s is the mean over the points of weight 1."""
         s = self.hidden(mean_row(self.encoder(given, weight), weight)).relu()
         return Latent(self.mean(s), 0.1 + 0.9 * self.spread(s).sigmoid())
 
 
 class Asked(NamedTuple):
-    """What the network is given."""
+    """The input of the network."""
 
     context: Points
     weight: Tensor
-    """``[context points]``: 0 where a point does not count."""
+    """``[context points]``: 1, or 0 where a point does not count."""
     x: Tensor
-    """Of the targets ``[targets, inputs]``."""
+    """Inputs of the targets ``[targets, inputs]``."""
     noise: Tensor
     """Standard normal numbers ``[samples, latents]``, for the samples of z given the context."""
     targets: Points | None = None
-    """In training: what q(z | s_T) is made from."""
+    """In training: the points from which q(z | s_T) is computed."""
     target_noise: Tensor | None = None
     """In training: standard normal numbers ``[latents]``, for the sample of z given the targets."""
     target_weight: Tensor | None = None
-    """In training: ``[targets]``, 0 where a target is padding."""
+    """In training: ``[targets]``, 1, or 0 where a target is padding."""
 
 
 class Answer(NamedTuple):
-    """What the network says."""
+    """The output of the network."""
 
     mean: Tensor
-    """``[samples, targets, outputs]``; in training that for z given the targets comes last."""
+    """``[samples, targets, outputs]``; in training the one for z given the targets comes last."""
     std: Tensor
     """Likewise."""
     kl: Tensor
@@ -163,7 +163,7 @@ class AttentiveProcess(nn.Module):
         self.decoder = layers(inputs + told, width, width, 2 * outputs)
 
     def deterministic(self, asked: Asked) -> Tensor:
-        """r for every target: ``[targets, width]``, or without this path ``[targets, 0]``."""
+        """Return r for every target: ``[targets, width]``, or without this path ``[targets, 0]``."""
         if self.path == "none":
             return asked.x[:, :0]
         r = self.encoder(asked.context, asked.weight)
@@ -173,7 +173,10 @@ class AttentiveProcess(nn.Module):
         return found
 
     def latents(self, asked: Asked) -> tuple[Tensor, Tensor]:
-        """Samples of z ``[samples, latents]``, in training that given the targets last; and the KL divergence."""
+        """Return samples of z ``[samples, latents]`` and the KL divergence.
+
+        In training the sample given the targets comes last.
+        """
         none = asked.x.new_zeros(())
         if self.latent is None:
             return asked.noise, none
@@ -185,10 +188,10 @@ class AttentiveProcess(nn.Module):
         return torch.cat([z, posterior.sample(asked.target_noise)[None]]), divergence(posterior, prior)
 
     def forward(self, asked: Asked) -> Answer:
-        """Distributions of the targets, for every sample of z."""
+        """Return the distributions of the targets for every sample of z."""
         r, (z, kl) = self.deterministic(asked), self.latents(asked)
         known = torch.cat([asked.x, r], -1)
-        # One sample after the other: all at once they need as many times the memory.
+        # One sample after the other, since memory would grow with the number of samples computed at once.
         outputs = [self.decoder(torch.cat([known, one.expand(len(known), -1)], -1)) for one in z]
         return Answer(*as_normal(torch.stack(outputs)), kl)
 
@@ -208,15 +211,15 @@ def anp(
 
     Args:
         model: only its dtype and device are used.
-        spec: of a regression task.
-        deterministic: what the deterministic path makes of the r_i: ``attention``, their ``mean``, or ``none``: there
-            is no such path.
-        latents: components of z; 0: there is no latent path.
-        samples: of z in validation and test, at least 1.
-        least_context: the fewest support points that are the context in training, at least 1; None: always all.
-        width: of every layer, at least 1, and a multiple of ``heads``.
-        heads: of attention, at least 1.
-        self_attention: layers of it among the context points in the encoders of both paths.
+        spec: that of a regression task.
+        deterministic: how the deterministic path aggregates the r_i: ``attention``, their ``mean``, or ``none`` for no
+            such path.
+        latents: number of components of z; 0: there is no latent path.
+        samples: number of samples of z in validation and test, at least 1.
+        least_context: smallest number of context points in training, at least 1; None: all support points always.
+        width: width of every layer, at least 1, and a multiple of ``heads``.
+        heads: number of attention heads, at least 1.
+        self_attention: number of self-attention layers among the context points in the encoders of both paths.
     """
     require(latents >= 0, f"latents must not be negative, and it is {latents}")
     require(latents > 0 or deterministic != "none", "without a deterministic path latents must be at least 1")
@@ -239,7 +242,7 @@ def anp(
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Tree | None]:
         yield None
-        # Drawn once, so that all that is asked of a state is answered with the same samples.
+        # Drawn once, so that all predictions from one state use the same samples.
         yield {**support, "noise": noise(samples, support["y"])}
 
     def answer(theta: Tree, state: Tree, x: Any) -> Answer:

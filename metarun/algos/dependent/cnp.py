@@ -8,12 +8,12 @@ Garnelo et al. 2018, "Conditional Neural Processes", https://arxiv.org/abs/1807.
 
 The meta-loss is the mean negative log-likelihood of all targets under the normal distribution (μ, σ), with
 σ = 0.1 + 0.9 softplus(·) as in the authors' code (https://github.com/google-deepmind/neural-processes). The targets are
-all support and query points. In training only some support points are the context: how many is drawn uniformly, and
-which ones at random, for every task from its own seed. The authors draw one number per batch, since their tensors have
-no weights, and leave the largest out. Validation and test use the whole support set.
+all support and query points. In training only some support points are the context: their number is drawn uniformly and
+the points are chosen at random, for every task from its own seed. The authors draw one number per batch, since their
+tensors have no weights, and leave the largest out. Validation and test use the whole support set.
 
-Predictions are μ, and the second metric is the log-likelihood. The networks are the method's own: the model of the
-configuration is not used.
+Predictions are μ, and the second metric is the log-likelihood. The method brings its own networks; the configured
+model is not used.
 """
 
 import math
@@ -35,7 +35,7 @@ from metarun.targets.weights import count_of, mean_over, weight_of
 
 LEAST_STD = 0.1
 LOG_LIKELIHOOD = Metric("log-likelihood", higher_is_better=True)
-"""In nats per target."""
+"""Mean log-likelihood in nats per target."""
 
 
 class Points(NamedTuple):
@@ -47,17 +47,17 @@ class Points(NamedTuple):
     """``[points, outputs]``."""
 
     def pairs(self) -> Tensor:
-        """``[points, inputs + outputs]``."""
+        """Inputs concatenated with outputs ``[points, inputs + outputs]``."""
         return torch.cat([self.x, self.y], -1)
 
 
 def points(data: Tree) -> Points:
-    """Examples as points."""
+    """Return examples as points."""
     return Points(flat(data["x"]), data["y"])
 
 
 def layers(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+    """Return linear layers with ReLU between them."""
     modules: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         modules += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -65,9 +65,10 @@ def layers(*widths: int) -> nn.Sequential:
 
 
 def drawn_context(support: Tree, least: int | None) -> Tensor:
-    """Weights ``[support]``, 1 for a random context of at least ``least`` points and 0 for the rest; None: all points.
+    """Draw weights ``[support]``: 1 for a random context of at least ``least`` points, else 0; None: all points.
 
-    The size of the context is uniform on ``least``, …, all. A smaller support set is all context. Padding is no point.
+    The size of the context is uniform on ``least``, …, all. A smaller support set is used as a whole. Padding is never
+    part of the context.
 
     Raises:
         UserError: the task has no seed to draw from.
@@ -78,7 +79,7 @@ def drawn_context(support: Tree, least: int | None) -> Tensor:
     numbers = uniform(fresh_seed(), (len(whole) + 1,))
     order = numbers[1:]
     if "weight" in support:
-        # The points have the numbers that they would have without padding, which comes after all of them.
+        # Padding is ranked last, so the points get the random numbers that they would get without it.
         order = torch.where(whole > 0, order[(whole.cumsum(0) - 1).clamp(min=0).long()], 2.0)
     size = least + (numbers[0] * (n - least + 1)).floor()
     rank = (order[None] < order[:, None]).sum(1)
@@ -87,13 +88,13 @@ def drawn_context(support: Tree, least: int | None) -> Tensor:
 
 
 def as_normal(output: Tensor) -> tuple[Tensor, Tensor]:
-    """A decoder's output ``[..., 2 outputs]`` as mean and standard deviation ``[..., outputs]``."""
+    """Return a decoder's output ``[..., 2 outputs]`` as mean and standard deviation ``[..., outputs]``."""
     mean, spread = output.chunk(2, -1)
     return mean, LEAST_STD + (1 - LEAST_STD) * softplus(spread)
 
 
 def log_likelihood(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Logarithm of the normal density of every target ``y [points, outputs]``, in nats: ``[points]``."""
+    """Return the log density ``[points]`` of every target ``y [points, outputs]`` in nats."""
     return (-0.5 * ((y - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
@@ -117,9 +118,9 @@ def cnp(model: nn.Module, spec: Spec, width: int = 128, least_context: int | Non
 
     Args:
         model: only its dtype and device are used.
-        spec: of a regression task.
-        width: of every layer, at least 1.
-        least_context: the fewest support points that are the context in training, at least 1; None: always all.
+        spec: that of a regression task.
+        width: width of every layer, at least 1.
+        least_context: smallest number of context points in training, at least 1; None: all support points always.
     """
     require(width >= 1, f"width must be at least 1, not {width}")
     require(least_context is None or least_context >= 1, f"least_context must be at least 1, not {least_context}")

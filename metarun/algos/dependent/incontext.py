@@ -1,15 +1,16 @@
 """In-context learning: a transformer that reads the support set and answers queries.
 
 Müller, Hollmann, Pineda Arango, Grabocka, Hutter 2022, "Transformers Can Do Bayesian Inference",
-https://arxiv.org/abs/2112.10510 (§4 and figure 2): support examples attend to each other, queries to the support set
-alone, and no example has a position, so the answer does not depend on the order of the support set, nor on which
-other queries are asked. Trained on many tasks it approximates the mean of the posterior predictive distribution.
+https://arxiv.org/abs/2112.10510 (§4 and figure 2): support examples attend to each other, and queries attend to the
+support set alone. No example has a position, so the prediction depends neither on the order of the support set nor on
+the other queries. Trained on many tasks, the transformer approximates the mean of the posterior predictive
+distribution.
 
-    token      linear map of the features of x beside y, for a query beside zeros
+    token      linear map of the features of x concatenated with y, or with zeros for a query
     layer      x ← x + attention(norm x, norm support),  x ← x + MLP(norm x)            (pre-norm)
 
-Inputs are the features of the model's trunk. Where we deviate: targets of regression are answered by their mean under
-the family's loss, in place of a histogram of their density.
+Inputs are the features of the model's trunk. Where we deviate: for regression the network predicts a mean under the
+family's loss, instead of a histogram of the density.
 """
 
 import torch
@@ -22,7 +23,7 @@ from metarun.nn.ops import multi_head
 
 
 class Layer(nn.Module):
-    """Attention to the support set, then a perceptron; each beside its input."""
+    """Attention to the support set, then a perceptron, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Transformer(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
 
     def forward(self, given: Sequences) -> Tensor:
-        """One answer for each query."""
+        """Return one prediction per query."""
         support, query, weight = given
         out: Tensor = self.out(self.layers(Sequences(self.embed(support), self.embed(query), weight)).query)
         return out
@@ -67,10 +68,10 @@ def incontext(model: nn.Module, spec: Spec, width: int = 64, layers: int = 3, he
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: of a regression or classification task.
-        width: of a token, a multiple of ``heads``.
-        layers: at least 1.
-        heads: of attention, at least 1.
+        spec: that of a regression or classification task.
+        width: width of a token, a multiple of ``heads``.
+        layers: number of layers, at least 1.
+        heads: number of attention heads, at least 1.
     """
     require(layers >= 1, f"layers must be at least 1, not {layers}")
     require(heads >= 1, f"heads must be at least 1, not {heads}")

@@ -3,7 +3,7 @@
 Santoro, Bartunov, Botvinick, Wierstra, Lillicrap 2016, "Meta-Learning with Memory-Augmented Neural Networks",
 https://arxiv.org/abs/1605.06065.
 
-The support set is a sequence, and each example comes with the label of the one before it (§2.2): the network has to
+The support set is a sequence, and each example comes with the label of the previous one (§2.2): the network has to
 hold an example in memory until its label arrives. From the controller's state h_t, a key k and a gate α for each
 of n read heads (§3.2):
 
@@ -12,10 +12,10 @@ of n read heads (§3.2):
     usage      w^u ← γ w^u + w^r + w^w;   w^lu is 1 at the n least used rows                                  (5, 6)
     output     linear in (h, r);   r is also an input of the next step
 
-The meta-loss is the mean over all predictions of the sequence, the support set's own included; queries are asked one
-by one behind it, each from the same memory. `instances.csv` tells the accuracy on the k-th example of a class, before
-its label is seen, along the support set: the paper's table 1 (``experiment=mann_omniglot``). With five classes and
-five labels the first one can be guessed in 45.7 % of cases, from the labels that are still to come.
+The meta-loss is the mean over all predictions of the sequence, including those for the support set. Each query is
+presented by itself after the support set, from the same memory. `instances.csv` gives the accuracy on the k-th example
+of a class, before its label is seen, along the support set: the paper's table 1 (``experiment=mann_omniglot``). With
+five classes and five labels the first one can be guessed in 45.7 % of cases, from the labels that are still to come.
 
 Some texts call another method MANN: "model-agnostic neural architecture search" is `metanas` here.
 
@@ -23,10 +23,10 @@ Three things differ from the paper, so that it learns in minutes (as printed, it
 14,000 episodes):
 
     key strength    β, as in Neural Turing Machines (Graves et al. 2014, equation 5). The paper has none, which is
-                    β = 1: then no row of 128 can have more than 6 % of the attention.
+                    β = 1: no row of 128 can then receive more than 6 % of the attention.
     order           The memory is read before it is written, so that a head does not find the key just written.
-    input           The features of the model's trunk, layer-normalised, beside the example's own numbers. The paper
-                    reads pixels alone; an untrained trunk tells classes apart worse than they do.
+    input           The features of the model's trunk, layer-normalised and concatenated with the example's raw
+                    values. The paper reads pixels alone; an untrained trunk separates classes worse than pixels do.
 """
 
 from math import prod
@@ -49,10 +49,10 @@ USAGE_DECAY = 0.99
 
 
 class Memory(NamedTuple):
-    """What passes from step to step."""
+    """The state that passes from step to step."""
 
     hidden: Tensor
-    """``[controller]``, and the LSTM's cell likewise."""
+    """``[controller]``; so is the LSTM's cell."""
     cell: Tensor
     read: Tensor
     """What the heads have read ``[heads × width]``."""
@@ -61,18 +61,18 @@ class Memory(NamedTuple):
     usage: Tensor
     """``[slots]``."""
     attention: Tensor
-    """Of the read heads ``[heads, slots]``."""
+    """Weights of the read heads ``[heads, slots]``."""
 
 
 def empty(like: Tensor, controller: int, slots: int, width: int, heads: int) -> Memory:
-    """The memory before the first step."""
+    """Return the memory before the first step."""
     zeros = like.new_zeros
     state = zeros(controller), zeros(controller), zeros(heads * width)
     return Memory(*state, zeros(slots, width), zeros(slots), zeros(heads, slots))
 
 
 class Look(NamedTuple):
-    """What a step makes of its token and the memory, before it writes."""
+    """What a step computes from its token and the memory, before it writes."""
 
     hidden: Tensor
     cell: Tensor
@@ -106,7 +106,7 @@ class Mann(nn.Module):
 
 
 def written(memory: Memory, look: Look) -> Memory:
-    """The memory after the step that saw ``look``: its writing half."""
+    """Return the memory after the step that computed ``look``: the writing half of that step."""
     heads, slots = memory.attention.shape
     least = one_hot((-memory.usage).topk(heads).indices, slots, memory.usage).sum(0)
     write = look.alpha * memory.attention + (1 - look.alpha) * least
@@ -116,9 +116,9 @@ def written(memory: Memory, look: Look) -> Memory:
 
 
 def instance_of(y: Tensor) -> Tensor:
-    """Which example of its class each row of one-hot ``y [examples, ways]`` is, in its order: 1 for the first.
+    """Return which example of its class each row of one-hot ``y [examples, ways]`` is, in order: 1 for the first.
 
-    0 for padding, whose row is zero.
+    Padding, whose row is zero, gets 0.
     """
     return (y.cumsum(0) * y).sum(-1)
 
@@ -136,11 +136,11 @@ def mann(
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: of a regression or classification task.
+        spec: that of a regression or classification task.
         controller: width of the LSTM, at least 1.
-        slots: rows of the memory, at least ``heads``.
-        width: of a row, at least 1.
-        heads: that read and write, at least 1.
+        slots: number of rows of the memory, at least ``heads``.
+        width: width of a row, at least 1.
+        heads: number of heads that read and write, at least 1.
         key_strength: β, above 0; the paper's 1 makes the attention nearly uniform.
     """
     for name, value in {"controller": controller, "width": width, "heads": heads}.items():
@@ -162,7 +162,7 @@ def mann(
         return {"weights": weights, "memory": drawn(generator)}
 
     def read(theta: Tree, z: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Memory, Tensor]:
-        """The memory after features ``z`` with targets ``y``, and the predictions made on the way ``[n, outputs]``.
+        """Return the memory after features ``z`` with targets ``y``, and the predictions along it ``[n, outputs]``.
 
         Padding, whose ``weight`` is 0, comes first and leaves the memory empty.
         """
@@ -179,7 +179,7 @@ def mann(
         return cast(Tensor, vmap(lambda token: look(theta["memory"], (memory, token))[1])(tokens))
 
     def sequence(theta: Tree, support: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions along the support set, whose padding comes first, and of queries behind it."""
+        """Return predictions along the support set, whose padding comes first, and for the queries after it."""
         z, queries = embed_together(embed, theta["weights"], support, x)
         memory, along = read(theta, z, support["y"], support.get("weight"))
         return along, answers(theta, memory, support["y"][-1], queries)
@@ -197,9 +197,9 @@ def mann(
         return MetaLoss((n * before + m * after) / (n + m), scores)
 
     def by_instance(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
-        """Accuracy on the first, second, … example of a class ``[shots]``, by what was seen before it.
+        """Return the accuracy on the first, second, … example of a class ``[shots]``, given what was seen before it.
 
-        NaN where a task has no class of so many examples.
+        It is NaN where no class of a task has that many examples.
         """
         support = padding_first(task.support)
         with weighing(task.query.get("weight")):

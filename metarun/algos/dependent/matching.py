@@ -7,7 +7,7 @@ https://arxiv.org/abs/1606.04080.
 
 c is the cosine, as in the paper, or minus the squared distance, which independent re-implementations prefer.
 
-Without full context embeddings f and g are the trunk: examples are embedded each by itself, but for batch statistics.
+Without full context embeddings f and g are the trunk: each example is embedded by itself, except for batch statistics.
 With them (``full_context``, §2.1.2 and appendix A), from the trunk's features f' and g':
 
     g(x_i) = g'(x_i) + →h_i + ←h_i                      an LSTM in each direction over the support set in its order
@@ -27,7 +27,7 @@ from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_
 from metarun.nn.ops import kept, lstm, seen, squared_distances, unit_rows
 
 LEAST_CHANCE = 1e-6
-"""Added to each chance: a class to which no attention goes at all still has a logarithm."""
+"""Added to each probability, so that a class without any attention still has a logarithm."""
 
 
 class FullContext(nn.Module):
@@ -40,7 +40,7 @@ class FullContext(nn.Module):
         self.reading = nn.Linear(3 * width, 4 * width)
 
     def along(self, gates: nn.Module, z: Tensor, weight: Tensor | None) -> Tensor:
-        """Hidden states of an LSTM over the rows of ``z [examples, width]``, which padding leaves as they are."""
+        """Return hidden states of an LSTM over the rows of ``z [examples, width]``; padding leaves them unchanged."""
         hidden = cell = torch.zeros_like(z[0])
         states = []
         for i, row in enumerate(z):
@@ -50,7 +50,7 @@ class FullContext(nn.Module):
         return torch.stack(states)
 
     def forward(self, given: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Features of support set and queries, and the support set's weights → embeddings of both."""
+        """Map features of support set and queries, with the support set's weights, to embeddings of both."""
         z, queries, weight = given
         back = None if weight is None else weight.flip(0)
         support = z + self.along(self.forwards, z, weight) + self.along(self.backwards, z.flip(0), back).flip(0)
@@ -72,9 +72,9 @@ def matching(
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        distance: of a query from a support example.
+        distance: how far a query is from a support example.
         full_context: whether embeddings depend on the whole support set.
-        reads: K, at least 1.
+        reads: K, number of reading steps, at least 1.
     """
     require(reads >= 1, f"reads must be at least 1, not {reads}")
     trunk, head = trunk_and_head(model, "matching")

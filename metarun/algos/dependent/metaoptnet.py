@@ -1,4 +1,4 @@
-"""MetaOptNet: a shared trunk under a convex classifier of each task's own.
+"""MetaOptNet: a shared trunk with a separate convex classifier per task.
 
 Lee, Maji, Ravichandran, Soatto 2019, "Meta-Learning with Differentiable Convex Optimization",
 https://arxiv.org/abs/1904.03758.
@@ -11,10 +11,10 @@ The dual over the support features Z: with α_i = C (e_yi − β_i), every β_i 
 
     min over β   ½ tr(αᵀ G α) − Σ α_i,yi,    G = Z Zᵀ + I as in the authors' code,    W = Zᵀ α
 
-It is solved without an external solver and for all tasks at once: accelerated projected gradient descent and a few
-corrections find which β are 0, and linear solves of the optimality conditions with these fixed give the solution to
-the last digit and, differentiated, its exact derivative (the implicit one of the paper, §3.2). Gradients flow through
-these solves alone.
+The dual is solved without an external solver and for all tasks at once. Accelerated projected gradient descent and a
+few corrections find which β are 0. Linear solves of the optimality conditions with these fixed then give the solution
+to the last digit and, differentiated, its exact derivative (the implicit one of the paper, §3.2). Gradients flow only
+through these solves.
 """
 
 from typing import Any, Literal, cast
@@ -30,24 +30,25 @@ from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 from metarun.nn.ops import full_precision, without_padding
 
 CORRECTIONS = 4
-"""Of the active set: what is below its bound leaves it, what would pay to move off its bound enters."""
+"""Number of corrections of the active set: variables below their bound leave it, and those that gain by leaving their
+bound enter it."""
 
 
 def on_simplex(v: Tensor) -> Tensor:
-    """The nearest distributions to the rows of ``v [n, ways]``."""
+    """Project the rows of ``v [n, ways]`` onto the probability simplex."""
     descending = v.sort(-1, descending=True).values
     position = torch.arange(1, v.shape[-1] + 1, device=v.device)
     excess = (descending.cumsum(-1) - 1) / position
-    # The excess rises while entries are above it, and falls from there on.
+    # In sorted order the excess rises while entries are above it, and falls afterwards.
     return (v - excess.amax(-1, keepdim=True)).clamp(min=0)
 
 
 def active_set(gram: Tensor, y: Tensor, reach: float, steps: int) -> Tensor:
-    """Which entries of β are above 0 at the optimum ``[n, ways]``: 1 or 0.
+    """Return which entries of β are above 0 at the optimum ``[n, ways]``: 1 or 0.
 
-    FISTA (Beck and Teboulle 2009) on the dual, begun anew where it overshoots (O'Donoghue and Candès 2015).
+    FISTA (Beck and Teboulle 2009) on the dual, restarted where it overshoots (O'Donoghue and Candès 2015).
     """
-    # No eigenvalue is above the largest sum of a row's absolute values.
+    # The largest absolute row sum bounds every eigenvalue.
     length = 1 / gram.abs().sum(-1).amax(-1)
 
     def down(beta: Tensor) -> Tensor:
@@ -67,10 +68,10 @@ def active_set(gram: Tensor, y: Tensor, reach: float, steps: int) -> Tensor:
 
 
 def with_active_set(gram: Tensor, y: Tensor, reach: float, free: Tensor) -> tuple[Tensor, Tensor]:
-    """β ``[n, ways]`` and multipliers ν ``[n]`` that solve the optimality conditions where ``free`` may be above 0.
+    """Return β ``[n, ways]`` and multipliers ν ``[n]`` that solve the optimality conditions for a given active set.
 
-    (G (y − β))_ik − y_ik / C = ν_i where β_ik is free, β_ik = 0 elsewhere, Σ_k β_ik = 1. Classes meet in ν alone: with
-    ν given each has a system of its own, and their sum gives ν.
+    (G (y − β))_ik − y_ik / C = ν_i where β_ik is free, β_ik = 0 elsewhere, Σ_k β_ik = 1. Classes are coupled only by ν:
+    given ν each class has a separate linear system, and the sum of their solutions determines ν.
     """
     of_class = free.T
     own = of_class[:, :, None] * gram * of_class[:, None] + torch.diag_embed(1 - of_class)
@@ -82,13 +83,13 @@ def with_active_set(gram: Tensor, y: Tensor, reach: float, free: Tensor) -> tupl
 
 
 def support_vectors(gram: Tensor, y: Tensor, reach: float, steps: int) -> Tensor:
-    """The dual variables α ``[n, ways]`` of the support vector machine, differentiable in ``gram [n, n]``.
+    """Return the dual variables α ``[n, ways]`` of the support vector machine, differentiable in ``gram [n, n]``.
 
     Args:
-        gram: positive definite products of the examples.
+        gram: positive definite Gram matrix of the examples.
         y: one-hot classes ``[n, ways]``.
         reach: C, above 0.
-        steps: of finding the active set.
+        steps: number of steps that find the active set.
     """
     fixed = gram.detach()
     free = active_set(fixed, y, reach, steps)
@@ -112,12 +113,12 @@ def metaoptnet(
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: of a classification task.
-        head: which.
+        spec: that of a classification task.
+        head: the convex classifier, ``svm`` or ``ridge``.
         reach: C of the support vector machine, above 0 (0.1 in the paper).
         strength: λ of ridge regression, above 0 (50 in the authors' code).
         scale: initial a, above 0; learned.
-        solver_steps: of finding out which dual variables are at their bound, at least 1.
+        solver_steps: number of steps that find which dual variables are at their bound, at least 1.
     """
     require(reach > 0, f"reach must be above 0, not {reach}")
     require(strength > 0, f"strength must be above 0, not {strength}")
@@ -138,9 +139,9 @@ def metaoptnet(
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
-        # Which dual variables are zero is not told by rounded products.
+        # Low-precision products cannot tell which dual variables are zero.
         with full_precision(z):
-            # A row of zeros meets no other in a Gram matrix, and adds nothing to what the dual variables weigh.
+            # A row of zeros is orthogonal to all others in the Gram matrix, and contributes nothing to W.
             z = without_padding(z.to(theta["scale"].dtype), state.get("weight"))
             weights = classifier(z, state["y"])
         return cast(Tensor, theta["scale"] * queries @ weights)

@@ -12,8 +12,8 @@ Support and query examples are embedded in one batch, as in the official code; w
 normalisation they therefore share them. Where we deviate: the official code switches to running averages for
 testing; here test queries too are normalised with their episode (the result row says transductive).
 
-Squared distances favour classes whose prototype is long, that is whose examples resemble each other; for TF-IDF
-features this costs more than it gives, hence the cosine, whose scale τ is learned.
+Squared distances favour classes whose prototype is long, that is, whose examples resemble each other. For TF-IDF
+features this does more harm than good, hence the cosine, whose scale τ is learned.
 
 Expected: 98.5 ± 0.2 % (``metarun algo=protonet task=omniglot task.split=random``, real data, 5-way 1-shot).
 """
@@ -37,7 +37,7 @@ def protonet(
 
     Args:
         model: a module with ``trunk`` and ``head``; the head is not used.
-        distance: of a query from a prototype.
+        distance: how far a query is from a prototype.
         scale: initial τ of the cosine, above 0.
     """
     require(scale > 0, f"scale must be above 0, not {scale}")

@@ -7,10 +7,11 @@ https://arxiv.org/abs/1711.06025.
     meta-loss    mean squared error of r to 1 for the class of x, 0 for others        (equation 2)
 
 Where the model's features are maps (conv4 with ``readout=flatten``), g is the paper's: two blocks of 64 filters and
-2×2 max-pooling over both maps joined, then two linear layers. Where they are vectors, it is the linear layers alone.
+2×2 max-pooling over both maps concatenated, then two linear layers. Where the features are vectors, g consists of the
+linear layers alone.
 
-Where we deviate: the first convolution of joined maps is the sum of one of the class's and one of the query's, and is
-taken once for each class and query instead of once for each pair; only the time differs.
+Where we deviate: the first convolution of the concatenated maps is the sum of one of the class's maps and one of the
+query's, computed once per class and per query instead of once per pair; only the time differs.
 """
 
 from typing import Any, cast
@@ -36,7 +37,7 @@ class CompareVectors(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
 
     def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
-        """``[m, ways]``, each in (0, 1)."""
+        """Return relations ``[m, ways]``, each in (0, 1)."""
         classes, queries = given
         pairs = torch.cat([classes.expand(len(queries), -1, -1), queries[:, None].expand(-1, len(classes), -1)], -1)
         return cast(Tensor, self.layers(pairs)[..., 0])
@@ -50,10 +51,10 @@ class CompareMaps(nn.Module):
         self.maps = maps
         self.of_class = nn.Conv2d(maps[0], FILTERS, 3, padding=1, bias=False)
         self.of_query = nn.Conv2d(maps[0], FILTERS, 3, padding=1, bias=False)
-        # The halves of one convolution of twice the channels, and drawn like it.
+        # The two halves of one convolution with twice the channels, initialised like that convolution.
         for half in (self.of_class, self.of_query):
             half.weight.data /= 2**0.5
-        # ceil_mode, so that small maps have something to pool and large ones keep their edges.
+        # With ceil_mode small maps have something to pool and large ones keep their edges.
         self.blocks = nn.Sequential(
             *(nn.BatchNorm2d(FILTERS, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
             nn.Conv2d(FILTERS, FILTERS, 3, padding=1, bias=False),
@@ -69,7 +70,7 @@ class CompareMaps(nn.Module):
         self.layers = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
 
     def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
-        """``[m, ways]``, each in (0, 1)."""
+        """Return relations ``[m, ways]``, each in (0, 1)."""
         classes, queries = (part.view(-1, *self.maps) for part in given)
         joined = self.of_class(classes)[None] + self.of_query(queries)[:, None]
         relations: Tensor = self.layers(self.blocks(joined.flatten(0, 1)))
@@ -82,7 +83,7 @@ def relation(model: nn.Module, width: int = 64) -> Algorithm:
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used. If it says in ``maps`` what
             shape its features have, they are compared as maps.
-        width: of the hidden linear layer of g, at least 1 (8 in the paper).
+        width: width of the hidden linear layer of g, at least 1 (8 in the paper).
     """
     require(width >= 1, f"width must be at least 1, not {width}")
     trunk, head = trunk_and_head(model, "relation")

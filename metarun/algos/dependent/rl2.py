@@ -1,13 +1,14 @@
 """RL²: fast reinforcement learning via slow reinforcement learning.
 
 Duan et al. 2016, https://arxiv.org/abs/1611.02779 (§2.2): a recurrent policy sees observation, previous action,
-reward and end of episode; its state lives through the episodes of a trial and is reset between trials. The
-policy gradient of the trial's reward teaches it to explore and to use what it found. Adaptation is the state:
-there is no support set, and the test score is a whole trial's, exploration included.
+reward and end of episode. Its hidden state persists through the episodes of a trial and is reset between trials. The
+policy gradient of the trial's reward teaches the policy to explore and to use what it found. Adaptation happens in the
+hidden state: there is no support set, and the test score is that of a whole trial, exploration included.
 
-Where we deviate: the authors step by TRPO, which ``train.optimizer=trpo`` does; by default the surrogate of
-`metarun.tasks.control` goes to Adam as any other loss. Their memory is a gated unit of 256 (``model=gru_policy``, here
-of 64); the default is one of outer products, which learns tables much sooner, though not bandits of a hundred pulls.
+Where we deviate: the authors train with TRPO, which ``train.optimizer=trpo`` selects; by default Adam minimises the
+surrogate of `metarun.tasks.control` like any other loss. Their memory is a gated unit of 256 (``model=gru_policy``,
+here of 64). The default here is a memory of outer products, which learns tables much sooner, though not bandits of a
+hundred pulls.
 
 Expected: 6.59 ± 0.07 (``metarun algo=rl2 task=bandit``), 151.0 ± 1.7 after 200 of 400 meta-steps (``task=mdp``). With
 ``task.hindsight=true``, which the paper does not have: 6.66 ± 0.06, 154.9 ± 1.8, and 76.0 ± 1.2 (``metarun

@@ -1,4 +1,4 @@
-"""One model for all tasks, each with parameters of its own, which a hypernetwork writes.
+"""One model for all tasks, whose parameters a hypernetwork generates per task.
 
 Ha, Dai, Le 2017, "HyperNetworks", https://arxiv.org/abs/1609.09106, conditioned on the support set as in Zhmoginov,
 Sandler, Vladymyrov 2022, "HyperTransformer: Model Generation for Supervised and Semi-Supervised Few-Shot Learning",
@@ -9,10 +9,10 @@ https://arxiv.org/abs/2201.04182.
     vector of a layer    b = b_0 + B c
     rows of a classifier w_k, b_k = G(z_k, c)                     z_k: mean of f(x) over class k
 
-f is a copy of the model's trunk with weights of its own, e and G are perceptrons. What they write are the parameters
-of exactly the configured model, no more and no less; the answer to a query is the model's. U, V and B are shared by all
-tasks, so that conv4 costs r·(out + in·9) numbers a layer in place of a code's length times all of its weights. Classes
-are written alike, so relabelling a task relabels its answers.
+f is a copy of the model's trunk with separate weights; e and G are perceptrons. They generate exactly the parameters of
+the configured model, and that model makes the predictions. U, V and B are shared by all tasks, so that conv4 costs
+r·(out + in·9) numbers per layer instead of a code's length times all of its weights. All classes are generated in the
+same way, so relabelling a task relabels its predictions.
 """
 
 from collections.abc import Iterator
@@ -30,12 +30,12 @@ from metarun.tree import size
 
 
 def perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    """Two linear layers."""
+    """Return two linear layers with ReLU between them."""
     return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
 
 
 def blank_writer(w: Tensor, code: int, rank: int, generator: torch.Generator) -> Tree:
-    """How a parameter depends on the code: not at all at first, and through ``left`` and ``right`` in low rank."""
+    """Return how a parameter depends on the code: in low rank through ``left`` and ``right``, at first not at all."""
     if w.ndim < 2:
         return {"shift": w.new_zeros(w.numel(), code)}
     rows, columns = len(w), w[0].numel()
@@ -45,13 +45,13 @@ def blank_writer(w: Tensor, code: int, rank: int, generator: torch.Generator) ->
         drawn: Tensor = torch.randn(*shape, generator=generator) / shape[1] ** 0.5
         return drawn.to(w)
 
-    # Of the three factors one begins at zero: the first task sees the shared weights, and every factor gets a gradient
+    # One of the three factors starts at zero: the first task sees the shared weights, and every factor gets a gradient
     # after the first step.
     return {"left": normal(rows, r), "scale": w.new_zeros(r, code), "right": normal(r, columns)}
 
 
 def written(shared: Tensor, writer: Tree, code: Tensor) -> Tensor:
-    """A task's own parameter."""
+    """Return a task's parameter, generated from its code."""
     if "shift" in writer:
         return cast(Tensor, shared + (writer["shift"] @ code).view(shared.shape))
     change: Tensor = (writer["left"] * (writer["scale"] @ code)) @ writer["right"]
@@ -59,14 +59,14 @@ def written(shared: Tensor, writer: Tree, code: Tensor) -> Tensor:
 
 
 def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, width: int = 128) -> Algorithm:
-    """A hypernetwork that writes the parameters of one model.
+    """A hypernetwork that generates the parameters of one model.
 
     Args:
         model: a module with ``trunk`` and a linear ``head``.
-        spec: of a regression or classification task.
+        spec: that of a regression or classification task.
         code: length of a task's code, at least 1.
-        rank: of a matrix's change, at least 1.
-        width: of the hypernetwork's perceptrons, at least 1.
+        rank: rank of a matrix's change, at least 1.
+        width: width of the hypernetwork's perceptrons, at least 1.
     """
     for name, value in {"code": code, "rank": rank, "width": width}.items():
         require(value >= 1, f"{name} must be at least 1, not {value}")
@@ -87,7 +87,7 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
         weights = parameters_of(model)
         like = next(iter(weights.values()))
         if classes:
-            # Rows of the head are the class writer's alone.
+            # Only the class writer generates the rows of the head.
             weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
         writers = {name: blank_writer(w, code, rank, generator) for name, w in weights.items()}
         with seeded(generator):

@@ -1,4 +1,4 @@
-"""Shared parameters with a head of each task's own, fitted in closed form (R2-D2).
+"""Shared parameters with a separate head per task, fitted in closed form (R2-D2).
 
 Bertinetto, Henriques, Torr, Vedaldi 2019, "Meta-learning with differentiable closed-form solvers",
 https://arxiv.org/abs/1805.08136.
@@ -8,7 +8,7 @@ https://arxiv.org/abs/1805.08136.
 
 Z holds the trunk's features of the support set, with a column of ones, scaled by 1/√n for n examples (as in
 the official code); Y are one-hot classes or regression targets. The trunk, λ, the scale a and the shift b are
-shared by all tasks and learned; W alone belongs to a task. Equation 6 (Woodbury) is used where the support
+shared by all tasks and learned; only W is fitted per task. Equation 6 (Woodbury) is used where the support
 set is no larger than the number of features, the primal form elsewhere.
 
 As in `protonet`, support and query examples are embedded in one batch.
@@ -32,7 +32,7 @@ from metarun.targets.weights import count_of
 
 
 def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
-    """Ridge regression of ``y [n, outputs]`` on ``z [n, d]``: the weights ``[d, outputs]``."""
+    """Return the weights ``[d, outputs]`` of ridge regression of ``y [n, outputs]`` on ``z [n, d]``."""
     n, d = z.shape
     identity = torch.eye(min(n, d), dtype=z.dtype, device=z.device)
     if n <= d:
@@ -41,7 +41,7 @@ def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
 
 
 def with_bias(z: Tensor) -> Tensor:
-    """``z [n, d]`` with a column of ones behind it."""
+    """Return ``z [n, d]`` with a column of ones appended."""
     return torch.cat([z, z.new_ones(len(z), 1)], 1)
 
 

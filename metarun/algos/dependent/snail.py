@@ -1,16 +1,16 @@
-"""SNAIL: temporal convolutions and attention over the support set in its order, the query last.
+"""SNAIL: temporal convolutions and attention over the support set in its order, followed by the query.
 
 Mishra, Rohaninejad, Chen, Abbeel 2018, "A Simple Neural Attentive Meta-Learner", https://arxiv.org/abs/1707.03141.
 
-    token            features of x_t beside y_t, for the query beside zeros                        (§2.2)
+    token            features of x_t concatenated with y_t, or with zeros for the query            (§2.2)
     dense block      [x_t, tanh(F · (x_t−d, x_t)) ⊙ σ(G · (x_t−d, x_t))]                           (§2.1)
-    TC block         dense blocks with d = 1, 2, 4, … until all of the sequence is in reach
+    TC block         dense blocks with d = 1, 2, 4, … until the whole sequence is in reach
     attention        [x_t, softmax(q_t · k_s / √K over s ≤ t) v_s]
     network          attention, TC, attention, TC, attention, linear                               (appendix A)
 
-Every layer looks back only, so the support set's activations are the same for all queries and are computed once; a
-query joins them at the last place and sees no other query. The answer depends on the order of the support set,
-which tasks draw at random.
+Every layer is causal, so the support set's activations are the same for all queries and are computed once. A query
+takes the last position and sees no other query. The prediction depends on the order of the support set, which tasks
+draw at random.
 
 Inputs are the features of the model's trunk. Where we deviate: support and query examples are embedded in one batch.
 """
@@ -29,22 +29,22 @@ from metarun.nn.ops import seen, without_padding
 
 
 class Sequences(NamedTuple):
-    """Activations along the support set, and of each query at the place after it."""
+    """Activations along the support set, and of each query at the position after it."""
 
     support: Tensor
     """``[examples, channels]``."""
     query: Tensor
     """``[queries, channels]``."""
     weight: Tensor | None = None
-    """Of the support examples ``[examples]``: 0 for padding, which comes before all others; None: there is none."""
+    """Weights of the support examples ``[examples]``: 0 for padding, which comes first; None: there is no padding."""
 
     def where_real(self) -> "Sequences":
-        """Zero in padding, as before the start of a sequence."""
+        """Return the sequences with zeros in place of padding, as before the start of a sequence."""
         return self._replace(support=without_padding(self.support, self.weight))
 
 
 class Dense(nn.Module):
-    """A gated causal convolution of width 2 beside its input."""
+    """A gated causal convolution of width 2, concatenated with its input."""
 
     def __init__(self, channels: int, filters: int, dilation: int) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class Dense(nn.Module):
         self.now, self.before = nn.Linear(channels, 2 * filters), nn.Linear(channels, 2 * filters, bias=False)
 
     def forward(self, given: Sequences) -> Sequences:
-        """Channels grow by ``filters``."""
+        """Append ``filters`` channels."""
         support, query, weight = given.where_real()
-        # Row n of this is what stands ``dilation`` places before place n; the last row is for the query.
+        # Row n holds the activation ``dilation`` positions before position n; the last row is for the query.
         before = torch.cat([support.new_zeros(self.dilation, support.shape[1]), support])[: len(support) + 1]
         early = self.before(before)
 
@@ -66,7 +66,7 @@ class Dense(nn.Module):
 
 
 class Attend(nn.Module):
-    """Causal attention with one head beside its input."""
+    """Causal attention with one head, concatenated with its input."""
 
     def __init__(self, channels: int, keys: int, values: int) -> None:
         super().__init__()
@@ -74,14 +74,14 @@ class Attend(nn.Module):
         self.value = nn.Linear(channels, values)
 
     def forward(self, given: Sequences) -> Sequences:
-        """Channels grow by ``values``."""
+        """Append ``values`` channels."""
         support, query, weight = given
         n, root = len(support), math.sqrt(self.key.out_features)
         keys, values = self.key(support), self.value(support)
         later = torch.ones(n, n, dtype=torch.bool, device=support.device).triu(1)
         among = (self.query(support) @ keys.T / root).masked_fill(later, -math.inf)
         if weight is not None:
-            # Nobody but itself sees padding, which would have nothing to see otherwise.
+            # Padding is seen only by itself, since a row that sees nothing would have no softmax.
             alone = torch.eye(n, dtype=torch.bool, device=support.device)
             among = among.masked_fill((weight == 0) & ~alone, -math.inf)
         among = among.softmax(-1)
@@ -120,30 +120,30 @@ class Snail(nn.Module):
         self.out = nn.Linear(channels, outputs)
 
     def forward(self, given: Sequences) -> Tensor:
-        """One answer for each query."""
+        """Return one prediction per query."""
         out: Tensor = self.out(self.blocks(given).query)
         return out
 
 
 def labelled(z: Tensor, y: Tensor) -> Tensor:
-    """Features ``z [n, features]`` beside their targets ``y [n, outputs]``."""
+    """Return features ``z [n, features]`` concatenated with their targets ``y [n, outputs]``."""
     return torch.cat([z, y], -1)
 
 
 def unlabelled(z: Tensor, like: Tensor) -> Tensor:
-    """Features ``z [n, features]`` beside zeros as wide as the targets ``like``."""
+    """Return features ``z [n, features]`` concatenated with zeros as wide as the targets ``like``."""
     return torch.cat([z, z.new_zeros(len(z), like.shape[1])], -1)
 
 
 def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) -> Algorithm:
-    """A network that reads features and targets of the support set and answers queries about theirs.
+    """A network that reads features and targets of the support set and predicts the targets of the queries.
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: of a regression or classification task.
+        spec: that of a regression or classification task.
         name: of the algorithm.
-        network: width of a token → the network on (support tokens, query tokens).
-        paper: its source.
+        network: function of the width of a token that makes the network on (support tokens, query tokens).
+        paper: address of its source.
     """
     trunk, head = trunk_and_head(model, name)
     embed = forward_of(trunk)
@@ -176,8 +176,8 @@ def snail(model: nn.Module, spec: Spec, width: int = 128) -> Algorithm:
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
-        spec: of a regression or classification task.
-        width: filters of a dense block, at least 4; attention has a quarter to four times as many channels.
+        spec: that of a regression or classification task.
+        width: number of filters of a dense block, at least 4; attention has a quarter to four times as many channels.
     """
     require(width >= 4, f"width must be at least 4, not {width}")
     length = spec.sizes.shots * (spec.sizes.ways or 1) + 1
