@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 from test_cli import QUICK
 
-from metarun.cli import arguments_of_resumed_run, config_dirs, options_first, sentence_of_system_error
+from metarun.cli import sentence_of_system_error
+from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.config import build
 from metarun.errors import UserError
 from metarun.tasks.sinusoid import Sinusoid
@@ -154,7 +155,7 @@ def test_options_may_stand_anywhere():
     assert options_first(["--info", "a=1"]) == (["--info"], ["a=1"])
     assert options_first(["--info", "searchpath", "a=1", "-cd=z"]) == (["--info", "searchpath", "-cd=z"], ["a=1"])
     assert config_dirs(["a=1", "-cd=z", "--config-dir", "x", "--config-dir=y"]) == ["x", "z", "y"]
-    assert arguments_of_resumed_run(["a=1", "-m"]) == ["a=1", "-m"]
+    assert arguments_of_resumed(["a=1", "-m"]) == ["a=1", "-m"]
 
 
 def test_missing_data_are_not_a_full_disk(tmp_path):
