@@ -294,8 +294,9 @@ def damage_files(count: int, draw: random.Random, folder: Path) -> list[str]:
         if problems and not same:
             shutil.copy(kept, Path.cwd() / f"damaged_{number}_{path.name}")
             wrong.append(f"damage {number} of {path}: {problems}")
+            print(wrong[-1], flush=True)
         shutil.rmtree(run)
-        if number % 20 == 19:
+        if number % 5 == 4:
             print(f"{number + 1} damaged files: {len(wrong)} wrong", flush=True)
     return wrong
 
