@@ -35,10 +35,10 @@ def named_leaves(data: Tree, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def not_finite(tasks: Task) -> str | None:
-    """What is not finite in a batch of tasks and where, in words; None if all is."""
+    """Return in words what is not finite in a batch of tasks, and where; None if all numbers are finite."""
     for part in ("support", "query"):
         for name, leaf in named_leaves(getattr(tasks, part), part):
-            # A sum is many times faster than a look at each number, and NaN and infinity show in it.
+            # A sum is many times faster than checking each number, and it shows NaN and infinity.
             if not leaf.is_floating_point() or bool(leaf.sum().isfinite()):
                 continue
             wrong = (~leaf.isfinite()).nonzero()
@@ -62,7 +62,7 @@ def _check(holds: bool, sentence: str) -> None:
 
 
 def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) -> None:
-    """Raise an error if targets are not ``[tasks, examples, width]``, one-hot for classes, and 0 in padding."""
+    """Require targets ``[tasks, examples, width]`` in the default dtype, one-hot for classes, and 0 in padding."""
     examples = weight.shape[1]
     classes = spec.offers("classes")
     width = ways if classes else spec.target.outputs
@@ -89,7 +89,7 @@ def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) 
 
 
 def _check_weight(name: str, weight: Tensor, examples: int) -> None:
-    """Raise an error if weights are not 1 or 0 for each example, or if a task holds only padding."""
+    """Require a weight for each example, 1 or 0 for padding, and an example in each task."""
     dtype = torch.get_default_dtype()
     _check(
         weight.shape[1:] == (examples,) and weight.dtype == dtype,
@@ -105,7 +105,7 @@ def _check_weight(name: str, weight: Tensor, examples: int) -> None:
 
 
 def _check_classes(name: str, y: Tensor, shots: int | None, padded: bool) -> None:
-    """Raise an error if a support set lacks a class, or has not ``shots`` (if padded, more than ``shots``) of each."""
+    """Require every class in each support set, with ``shots`` examples each, or at most so many if tasks differ."""
     counts = y.sum(1)
     there = bool((counts > 0).all())
     _check(there, f"{name} lacks a class: each of the {y.shape[2]} needs an example in every task")

@@ -180,7 +180,7 @@ class Stepper:
         return out if self.kept is None else self.run_or_halve(given)
 
     def run_or_halve(self, given: Tree) -> Tree:
-        """Run a step; while a GPU is too small for it and ``train.task_chunk`` is not set, halve the tasks at a time."""
+        """Run a step; while a GPU is too small and ``train.task_chunk`` is not set, halve the tasks at a time."""
         while True:
             try:
                 return self.run(given)

@@ -123,7 +123,7 @@ def natural_step(product: Callable[[Tensor], Tensor], gradient: Tensor, settings
 def line_search(
     weights: Tensor, step: Tensor, judge: Callable[[Tensor], tuple[float, float]], settings: TrustRegion
 ) -> Tensor:
-    """Return the first of ``weights + rᵏ · step``, k = 0, 1, …, that improves within the trust region, else ``weights``.
+    """Return the first ``weights + rᵏ · step``, k = 0, 1, …, that improves within the trust region, else ``weights``.
 
     Args:
         weights: ``[numbers]``.

@@ -1,4 +1,4 @@
-"""The pictures that a run and a comparison leave behind."""
+"""The figures of a run and of a comparison."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 from metarun.results.files import atomic_write
 from metarun.targets.metric import Metric
 
-# Names come from data: a dollar sign in one begins no formula.
+# Names come from data, so a dollar sign in a name does not begin a formula.
 rcParams["text.parse_math"] = False
 
 AGNOSTIC, DEPENDENT, BASELINE = "#0072B2", "#D55E00", "#777777"
 FAMILY_COLOURS = {"agnostic": AGNOSTIC, "dependent": DEPENDENT, "baseline": BASELINE}
-"""Told apart by people who cannot tell red from green (Okabe and Ito 2008)."""
+"""Colours that colour-blind readers can distinguish (Okabe and Ito 2008)."""
 
 
 def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Any]:
-    """A figure with one axis, without the frame's upper and right side."""
+    """Return a figure with one axis, without the upper and right sides of the frame."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axis = figure.add_subplot()
     axis.spines[["top", "right"]].set_visible(False)
@@ -36,11 +36,11 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 Curve = tuple[str, Sequence[Mapping[str, float | int]], int]
-"""What a replica differs in, its rows of ``metrics.csv``, and the step that was tested."""
+"""How a replica differs from the others, its rows of ``metrics.csv``, and the step that was tested."""
 
 
 def plot_training(path: Path, title: str, metric: Metric, curves: Sequence[Curve]) -> None:
-    """Scores over meta-training and the step that was tested; of several replicas the validation scores alone."""
+    """Plot scores over meta-training and the tested step; for several replicas only the validation scores."""
     figure, axis = new_figure()
     scale = metric.scale
     one = len(curves) == 1
@@ -67,7 +67,7 @@ def plot_training(path: Path, title: str, metric: Metric, curves: Sequence[Curve
 
 
 def replica_colour(number: int, count: int) -> Any:
-    """The colour of one of several lines; of a single one the usual."""
+    """Return the colour of one of several lines, or the usual colour for a single line."""
     return AGNOSTIC if count == 1 else colormaps["viridis"](number / count)
 
 
@@ -78,14 +78,14 @@ def plot_adaptation(
     adapt_steps: Sequence[int],
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
 ) -> None:
-    """Test score along adaptation with its 95 % confidence interval over episodes.
+    """Plot the test score along adaptation with its 95 % confidence interval over episodes.
 
     Args:
-        path: of the PNG.
-        title: of the picture.
-        metric: of the scores.
-        adapt_steps: those that were scored.
-        lines: for each replica what it differs in, means and half-widths of intervals.
+        path: path of the PNG.
+        title: title of the figure.
+        metric: metric of the scores.
+        adapt_steps: adaptation steps that were scored.
+        lines: for each replica how it differs from the others, and means and half-widths of intervals.
     """
     figure, axis = new_figure()
     scale = metric.scale
@@ -120,10 +120,10 @@ def plot_adaptation(
 
 
 def plot_comparison(path: Path, panels: Sequence[tuple[str, Metric, Any]]) -> None:
-    """One panel a setting: each row's score with its interval over episodes, the best at the top.
+    """Plot one panel per setting: each row's score with its interval over episodes, with the best at the top.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         panels: title, metric, and a table with columns name, family, score and ci95, for each setting.
     """
     heights = [0.9 + 0.32 * len(table) for _, _, table in panels]
