@@ -60,7 +60,7 @@ class Own:
         for number in range(2):
             self.stepper(self.given(number))
         if self.stepper.engine != engine or self.stepper.task_map != task_map:
-            raise RuntimeError(f"{engine} with {task_map} did not come about")
+            raise RuntimeError(f"{engine} with {task_map} could not be made")
 
     def tasks(self, batch: dict[str, Any]) -> Task:
         """Return a batch as metarun's tasks."""

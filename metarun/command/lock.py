@@ -126,8 +126,8 @@ def acquire(directory: Path) -> None:
             owner = read(path)
             if owner is not None and not owner.is_gone():
                 raise UserError(
-                    f"{directory} belongs to a process that is running (process {owner.pid} on {owner.host}); wait for "
-                    f"its end or choose another directory. (If that process is gone, delete {path}.)"
+                    f"{directory} belongs to a process that is running (process {owner.pid} on {owner.host}); wait "
+                    f"until it ends, or choose another directory. (If that process is gone, delete {path}.)"
                 ) from None
             if owner is not None:
                 _take_away(path, owner)

@@ -112,7 +112,7 @@ def arguments_of_resumed(arguments: list[str]) -> list[str]:
     changed = [a for a in overrides if not a.startswith(MAY_CHANGE_IN_A_SWEEP if sweep else MAY_CHANGE_ON_RESUME)]
     if changed:
         raise UserError(
-            f"{changed[0]} would make the {'sweep' if sweep else 'run'} in {directory} another one: resume with no "
+            f"{changed[0]} would change the {'sweep' if sweep else 'run'} in {directory}: resume with no "
             f"other keys than device and data_dir{', and those of the launcher' if sweep else ''}, or start a new one."
         )
     replaced = {"resume", *map(key_of, overrides)}

@@ -80,12 +80,12 @@ def begin(directory: Path, plan: Plan, holds_runs: bool) -> None:
         )
     if before is not None and identity(before.overrides) != identity(plan.overrides):
         raise UserError(
-            f"{directory} holds another sweep ({' '.join(before.overrides)}); go on with that by metarun -m "
+            f"{directory} holds another sweep ({' '.join(before.overrides)}); continue that one with metarun -m "
             f"resume='{directory}', or choose another hydra.sweep.dir."
         )
     if holds_runs and plan.jobs is None:
         raise UserError(
-            f"{directory} holds jobs already, and this sweeper chooses other ones each time; choose another "
+            f"{directory} holds jobs already, and this sweeper chooses different ones each time; choose another "
             "hydra.sweep.dir."
         )
     write_text(directory / PLAN, json.dumps(asdict(plan), indent=1))
@@ -117,5 +117,5 @@ def closing_words(directories: Sequence[Path]) -> tuple[str, bool]:
         texts.append(f"\n{table(jobs)}")
         if any(job.state != "completed" for job in jobs):
             complete = False
-            texts.append(f"Go on with: metarun -m resume='{directory}'")
+            texts.append(f"Continue with: metarun -m resume='{directory}'")
     return "\n".join(texts), complete

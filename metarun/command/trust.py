@@ -48,11 +48,11 @@ def distrusted(text: str) -> str | None:
     try:
         override = OverridesParser.create().parse_overrides([text])[0]
     except HydraException:
-        return "which is no override"
+        return "which is not an override"
     key = override.key_or_group
     top, _, rest = key.replace("/", ".").partition(".")
     if override.is_delete() or override.package is not None:
-        return "which takes the configuration apart"
+        return "which would change the structure of the configuration"
     if top == "hydra":
         return distrusted_of_hydra(key, override)
     if key in GROUPS or (top in GROUPS and "/" in key):
@@ -108,11 +108,11 @@ def refuse_distrusted(
     for text in overrides:
         if text.partition("=")[0].lstrip("+~") not in taken and (why := distrusted(text)):
             raise UserError(
-                f"{directory} says {printable(text)}, {why}, and what stands in a directory is not trusted "
+                f"{directory} says {printable(text)}, {why}, and the content of a directory is not trusted "
                 "(SECURITY.md); say trust=true if you know who wrote it."
             )
     if needed and not given:
         raise UserError(
-            f"{directory} says that its configuration comes from {printable(needed[0])}, and what stands in a "
+            f"{directory} says that its configuration comes from {printable(needed[0])}, and the content of a "
             "directory is not trusted (SECURITY.md); name it again with --config-dir, or say trust=true."
         )

@@ -81,9 +81,9 @@ def load_last(directory: Path, device: str, config_hash: str) -> dict[str, Any]:
             content = load(previous, device, config_hash)
         except UserError:
             raise UserError(
-                f"The checkpoint {path} {why}, and there is no whole one before it; start that run again."
+                f"The checkpoint {path} {why}, and there is no complete one before it; start that run again."
             ) from error
-        words = "The checkpoint %s %s; the run goes on from the one before it, of step %s."
+        words = "The checkpoint %s %s; the run continues from the one before it, of step %s."
         log.warning(words, path, why, content["step"])
         second_name(previous, path)
         return content

@@ -363,7 +363,7 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
         raise UserError(f"None of the runs has finished ({'; '.join(notes)}); resume one, or start again.")
     if reference is not None and reference not in set(results["algo"]):
         known = ", ".join(sorted(set(results["algo"])))
-        raise UserError(f"None of the runs is of {reference}; compare against one of {known}.")
+        raise UserError(f"None of the runs used {reference}; compare against one of {known}.")
     texts, tables, differences, panels = [], [], [], []
     for values, group in results.groupby(SETTING, dropna=False):
         setting = dict(zip(SETTING, values, strict=True))
@@ -398,7 +398,7 @@ def main() -> None:
     """Entry point of ``metarun-compare``."""
     parser = argparse.ArgumentParser(
         prog="metarun-compare",
-        description="Compare runs: a table for each setting, the two families on the same test episodes.",
+        description="Compare runs: one table per setting, and the two families on the same test episodes.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="directories of runs, or result CSVs")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (the first PATH that is a directory)")

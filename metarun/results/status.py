@@ -204,10 +204,10 @@ def main() -> None:
     """Entry point of ``metarun-status``."""
     parser = argparse.ArgumentParser(
         prog="metarun-status",
-        description="Runs and sweeps: which jobs have completed, failed (and why), run or have not begun; the best "
-        "validation score so far, and the time that is left.",
+        description="Show the state of runs and sweeps: which jobs have completed, failed (and why), are running or have "
+        "not begun, the best validation score so far, and the time left.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="of a run, of a sweep, or above them")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of a run or a sweep, or one above them")
     directory = parser.parse_args().directory
     if not directory.is_dir():
         sys.exit(printable(f"metarun-status: there is no directory {directory}; name that of a run or a sweep."))
