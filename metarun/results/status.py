@@ -204,8 +204,8 @@ def main() -> None:
     """Entry point of ``metarun-status``."""
     parser = argparse.ArgumentParser(
         prog="metarun-status",
-        description="Show the state of runs and sweeps: which jobs have completed, failed (and why), are running or have "
-        "not begun, the best validation score so far, and the time left.",
+        description="Show the state of runs and sweeps: which jobs have completed, failed (and why), are running or "
+        "have not begun, the best validation score so far, and the time left.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory of a run or a sweep, or one above them")
     directory = parser.parse_args().directory
