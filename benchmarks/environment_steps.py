@@ -1,8 +1,8 @@
-"""Environment steps a second of policy rollouts: ``python -m benchmarks.environment_steps``.
+"""Environment steps per second of policy rollouts: ``python -m benchmarks.environment_steps``.
 
-Navigation with the paper's policy (ReLU 100-100, https://arxiv.org/abs/1703.03400), horizon 100, 20 episodes a task,
-every episode run to its horizon; then bandits and tables with a recurrent policy. One policy for all tasks, as
-before adaptation, and one for each task, as after it. Figures are medians over interleaved rounds.
+Navigation with the paper's policy (ReLU 100-100, https://arxiv.org/abs/1703.03400), horizon 100, 20 episodes per
+task, with every episode run to its horizon; then bandits and tables with a recurrent policy. Cases have one policy for
+all tasks, as before adaptation, or one policy per task, as after it. Figures are medians over interleaved rounds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from metarun.tasks.navigation import Navigation
 
 
 def shared(family: Navigation | Bandit | MDP, model: nn.Module, tasks: Tree) -> Callable[[], Tensor]:
-    """All tasks under one policy."""
+    """Return a function that rolls out all tasks under one policy."""
     weights = parameters_of(model)
 
     def one_task(data: Tree) -> Tensor:
@@ -37,7 +37,7 @@ def shared(family: Navigation | Bandit | MDP, model: nn.Module, tasks: Tree) -> 
 
 
 def adapted(family: Navigation | Bandit | MDP, model: nn.Module, tasks: Tree) -> Callable[[], Tensor]:
-    """Each task under a policy of its own."""
+    """Return a function that rolls out each task under its own policy."""
     count = len(tasks["noise"])
     weights = {name: w.expand(count, *w.shape).contiguous() for name, w in parameters_of(model).items()}
 
@@ -63,7 +63,7 @@ def main() -> None:
         tasks = navigation.sample("test", count, torch.Generator().manual_seed(0)).query
         steps = tasks["noise"].shape[:3].numel()
         cases[f"navigation, {count} tasks, one policy"] = shared(navigation, policy, tasks), steps
-        cases[f"navigation, {count} tasks, a policy each"] = adapted(navigation, policy, tasks), steps
+        cases[f"navigation, {count} tasks, one policy per task"] = adapted(navigation, policy, tasks), steps
     for family in (bandit, mdp):
         tasks = family.sample("test", 200, torch.Generator().manual_seed(0)).query
         name = f"{family.dataset.partition(':')[0]}, 200 tasks, GRU 64"
@@ -75,7 +75,7 @@ def main() -> None:
             run()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, million environment steps a second")
+    print(f"torch {torch.__version__}, {arguments.threads} threads, million environment steps per second")
     for name, (_, steps) in cases.items():
         print(f"  {name:<42} {steps / statistics.median(seconds[name]) / 1e6:6.2f}")
 

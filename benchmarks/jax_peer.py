@@ -1,4 +1,4 @@
-"""The contestant in JAX: the whole meta-step under ``jit``, tasks mapped by ``vmap``."""
+"""The contestant in JAX: the whole meta-step under ``jit``, with tasks mapped by ``vmap``."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from benchmarks.problems import Problem
 
 
 def patches(x: Any, stride: int) -> Any:
-    """3×3 windows of padded images ``[n, channels, side, side]`` as ``[n, side, side, channels * 9]``.
+    """Return 3×3 windows of padded images ``[n, channels, side, side]`` as ``[n, side, side, channels * 9]``.
 
-    A product with these is a convolution. XLA's own takes tens of seconds once ``vmap`` gives it weights of each task,
-    and with shared ones jaxlib 0.10.2 ended in a segmentation fault where it was tried.
+    A product with these windows is a convolution. XLA's own convolution takes tens of seconds once ``vmap`` gives it
+    separate weights per task, and with shared weights jaxlib 0.10.2 ended in a segmentation fault where it was tried.
     """
     side = -(-x.shape[2] // stride)
     x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -23,13 +23,13 @@ def patches(x: Any, stride: int) -> Any:
 
 
 def convolution(problem: Problem, w: Any, x: Any) -> Any:
-    """3×3, padded by one."""
+    """Return the 3×3 convolution of ``x``, padded by one."""
     stride = 1 if problem.max_pool else 2
     return (patches(x, stride) @ w.reshape(len(w), -1).T).transpose(0, 3, 1, 2)
 
 
 def features(problem: Problem, weights: Any, x: Any) -> Any:
-    """The trunk of the convolutional network."""
+    """Return the output of the trunk of the convolutional network."""
     for i in range(4):
         w, scale, shift = weights[3 * i : 3 * i + 3]
         x = convolution(problem, w, x)
@@ -42,7 +42,7 @@ def features(problem: Problem, weights: Any, x: Any) -> Any:
 
 
 def predict(problem: Problem, weights: Any, x: Any) -> Any:
-    """The whole network."""
+    """Return the output of the whole network."""
     if problem.model == "mlp":
         for w, b in ((weights[0], weights[1]), (weights[2], weights[3])):
             x = jax.nn.relu(x @ w.T + b)
@@ -52,13 +52,13 @@ def predict(problem: Problem, weights: Any, x: Any) -> Any:
 
 
 def task_loss(problem: Problem, weights: Any, x: Any, y: Any) -> Any:
-    """The loss of one task."""
+    """Return the loss of one task."""
     out = predict(problem, weights, x)
     return ((out - y) ** 2).mean() if problem.model == "mlp" else -(y * jax.nn.log_softmax(out)).sum(1).mean()
 
 
 def meta_loss(problem: Problem, weights: Any, batch: Any) -> Any:
-    """Mean query loss after adaptation."""
+    """Return the mean query loss after adaptation."""
 
     def one(sx: Any, sy: Any, qx: Any, qy: Any) -> Any:
         if problem.method == "protonet":
@@ -80,7 +80,7 @@ def meta_loss(problem: Problem, weights: Any, batch: Any) -> Any:
 
 
 class JaxContestant:
-    """One jitted call a meta-step, Adam included; its buffers are given up for the results."""
+    """One jitted call per meta-step, Adam included; its buffers are donated to the results."""
 
     def __init__(self, problem: Problem) -> None:
         self.weights = [jnp.asarray(w) for w in problem.weights()]
@@ -100,7 +100,7 @@ class JaxContestant:
         self.jitted = jax.jit(step, donate_argnums=(0, 1))
 
     def gradient(self) -> np.ndarray[Any, Any]:
-        """The first meta-gradient in one vector."""
+        """Return the first meta-gradient as one vector."""
         return np.concatenate([np.asarray(g).ravel() for g in jax.jit(self.grad)(self.weights, self.batches[0])])
 
     def step(self, number: int) -> None:

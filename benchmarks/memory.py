@@ -1,7 +1,7 @@
 """Peak memory of a meta-step against inner steps, tasks and replicas: ``python -m benchmarks.memory``.
 
-Each size runs in a process of its own, which measures the high-water mark of resident memory above what it had when
-everything but the first step was there (Linux). Second-order MAML keeps every inner step; iMAML does not.
+Each size runs in a separate process. The process measures the high-water mark of its resident memory, above what it
+used when everything except the first step was ready (Linux). Second-order MAML keeps every inner step; iMAML does not.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CASES = {
 
 
 def one_step(overrides: list[str]) -> float:
-    """Megabytes that the second of two meta-steps needs at its peak, in this process."""
+    """Return the megabytes that the second of two meta-steps needs at its peak, in this process."""
     from benchmarks.own import experiment_of
     from metarun.engine.choose import Stepper
     from metarun.engine.meta_step import MetaStep
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/memory"))
     arguments = parser.parse_args()
     if not CLEAR_REFS.exists():
-        parser.error("this benchmark reads Linux's own account of memory, which is not here")
+        parser.error("this benchmark reads memory figures that only Linux provides; run it on Linux")
     if arguments.one:
         print(one_step(arguments.one))
         return

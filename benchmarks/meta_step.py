@@ -1,12 +1,12 @@
-"""Milliseconds a meta-step beside other libraries: ``python -m benchmarks.meta_step [PROBLEM ...]``.
+"""Milliseconds per meta-step, next to other libraries: ``python -m benchmarks.meta_step [PROBLEM ...]``.
 
-Every contestant solves the same problem (same weights, same tasks, outer Adam) in a process of its own, pinned to as
-many cores as the problem names. First all give their meta-gradient, which must agree; then they are timed in
-interleaved rounds, one contestant at a time while the others wait. The figures are medians over rounds. A library that
-is missing or fails is listed with the reason. Writes a CSV, a table and a picture into ``--out``.
+Every contestant solves the same problem (same weights, same tasks, outer Adam) in a separate process, pinned to as
+many cores as the problem names. First all contestants compute their meta-gradients, which must agree. Then they are
+timed in interleaved rounds, one contestant at a time while the others wait. The figures are medians over rounds. A
+library that is missing or fails is listed with the reason. Writes a CSV, a table and a figure into ``--out``.
 
-learn2learn: its package does not install on Python 3.11 or newer as it is published. Where its Cython files are built
-by hand it is measured, otherwise listed as missing.
+The package of learn2learn, as published, does not install on Python 3.11 or newer. It is measured where its Cython
+files are built by hand, and otherwise listed as missing.
 """
 
 import argparse
@@ -37,8 +37,8 @@ NOT_FOR = {
     "higher": ("protonet", "omniglot_fomaml"),
     "TorchOpt": ("protonet", "omniglot_fomaml"),
 }
-"""What a contestant has no method for. Convolutions with weights of each task's own gain by compiling in threads alone
-(docs/performance.md)."""
+"""Problems to which a contestant is restricted. Convolutions with separate weights per task gain only from compiling in
+threads (docs/performance.md)."""
 
 
 class Absent(Exception):
@@ -47,7 +47,7 @@ class Absent(Exception):
 
 @dataclass
 class Contestant:
-    """A worker process and what it was measured to take."""
+    """A worker process and its measured times."""
 
     name: str
     process: "subprocess.Popen[str]"
@@ -55,7 +55,7 @@ class Contestant:
     milliseconds: float = float("nan")
 
     def ask(self, question: str) -> str:
-        """Send a line, wait for the answer.
+        """Send a line and wait for the answer.
 
         Raises:
             Absent: the process has ended.
@@ -70,7 +70,7 @@ class Contestant:
         return self.answer()
 
     def answer(self) -> str:
-        """The next line of the worker."""
+        """Return the next line of the worker."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         if not line or line.startswith("no "):
@@ -80,7 +80,7 @@ class Contestant:
 
 @contextmanager
 def contestant(name: str, problem: Problem) -> Iterator[Contestant]:
-    """Start a worker, and end it."""
+    """Start a worker, and end it afterwards."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker", name, problem.name],
         stdin=subprocess.PIPE,
@@ -96,12 +96,12 @@ def contestant(name: str, problem: Problem) -> Iterator[Contestant]:
 
 
 def agree(ours: Any, other: Any) -> float:
-    """Relative difference of two meta-gradients."""
+    """Return the relative difference of two meta-gradients."""
     return float(np.linalg.norm(ours - other) / np.linalg.norm(ours))
 
 
 def measure(problem: Problem, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Rows of the table for one problem: start all, compare gradients, time in interleaved rounds."""
+    """Start all contestants, compare gradients, time them in interleaved rounds; return the rows of the table."""
     names = [
         name
         for name in CONTESTANTS
@@ -126,7 +126,7 @@ def measure(problem: Problem, rounds: int, seconds: float) -> list[dict[str, Any
                 row["gradient_difference"] = agree(reference, found)
                 if row["gradient_difference"] > 3e-3:
                     raise Absent(f"its meta-gradient differs by {row['gradient_difference']:.1e}")
-                # The second of two steps: the first may still compile.
+                # Only the second of two steps counts, since the first may still compile.
                 one.ask("step 1")
                 once = float(one.ask("step 1"))
                 row["steps"] = max(int(seconds / rounds / max(once, 1e-5)), 1)
@@ -146,11 +146,11 @@ def measure(problem: Problem, rounds: int, seconds: float) -> list[dict[str, Any
 
 
 def table(problem: Problem, rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, fastest first, with ratios to metarun's fastest engine."""
+    """Return the rows as Markdown, fastest first, with ratios to metarun's fastest engine."""
     measured = sorted((r for r in rows if "milliseconds" in r), key=lambda r: float(r["milliseconds"]))
     ours = next((r["milliseconds"] for r in measured if r["contestant"].startswith("metarun")), float("nan"))
     lines = [f"**{problem.title}**, {problem.cores} core{'s' * (problem.cores > 1)}", ""]
-    lines += ["| contestant | ms a meta-step | × metarun's fastest | gradient differs by |", "|---|---|---|---|"]
+    lines += ["| contestant | ms per meta-step | × metarun's fastest | gradient differs by |", "|---|---|---|---|"]
     for row in measured:
         ms, difference = row["milliseconds"], row["gradient_difference"]
         lines.append(f"| {row['contestant']} | {readable(ms)} | {ms / ours:.2f} | {difference:.0e} |")
@@ -161,7 +161,7 @@ def table(problem: Problem, rows: list[dict[str, Any]]) -> str:
 
 
 def arithmetic_bound(problem: Problem) -> float | None:
-    """Milliseconds that the products of a step take at the rate of one such product alone."""
+    """Return the milliseconds that the products of a step take at the rate of one such product alone."""
     import time
 
     import torch
@@ -196,7 +196,7 @@ def readable(milliseconds: float) -> str:
 
 
 def picture(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
-    """A panel a problem: bars on a logarithmic axis, ours in colour."""
+    """Plot one panel per problem: bars on a logarithmic axis, with metarun's in colour."""
     from matplotlib.figure import Figure
 
     from metarun.results.plots import AGNOSTIC
@@ -217,13 +217,13 @@ def picture(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(PROBLEMS[name].title, fontsize=10, loc="left")
-    axes[-1].set_xlabel("milliseconds a meta-step")
+    axes[-1].set_xlabel("milliseconds per meta-step")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
 def versions() -> str:
-    """The machine and what was measured, in a line."""
+    """Return the machine and the measured versions, in one line."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = []

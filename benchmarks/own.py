@@ -18,7 +18,7 @@ from metarun.tree import like
 
 
 def experiment_of(*overrides: str) -> Experiment:
-    """What ``metarun OVERRIDES`` would run."""
+    """Return the experiment that ``metarun OVERRIDES`` would run."""
     register_schema()
     with initialize_config_module("metarun.conf", version_base="1.3"):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)
@@ -27,7 +27,7 @@ def experiment_of(*overrides: str) -> Experiment:
 
 
 def overrides_of(problem: Problem) -> list[str]:
-    """The problem as metarun's configuration."""
+    """Return the problem as overrides of metarun's configuration."""
     found = [f"algo={problem.method}", f"train.meta_batch={problem.tasks}", "train.lr=0.001", "train.clip=null"]
     found += ["train.schedule=constant", "train.steps=1000000"]
     if problem.model == "mlp":
@@ -60,19 +60,19 @@ class Own:
         for number in range(2):
             self.stepper(self.given(number))
         if self.stepper.engine != engine or self.stepper.task_map != task_map:
-            raise RuntimeError(f"{engine} with {task_map} did not come about")
+            raise RuntimeError(f"{engine} with {task_map} could not be made")
 
     def tasks(self, batch: dict[str, Any]) -> Task:
-        """A batch as metarun holds it."""
+        """Return a batch as metarun's tasks."""
         b = {name: torch.from_numpy(value)[None] for name, value in batch.items()}
         return Task({"x": b["sx"], "y": b["sy"]}, {"x": b["qx"], "y": b["qy"]})
 
     def given(self, number: int) -> Tree:
-        """What a step is given."""
+        """Return the input of a step."""
         return {"train_state": self.state, "tasks": self.batches[number % 4], "rates": {"lr": torch.tensor([1e-3])}}
 
     def gradient(self) -> np.ndarray[Any, Any]:
-        """The first meta-gradient in one vector, out of the first moment of the engine's own step."""
+        """Return the first meta-gradient as one vector, from the first moment of the engine's own step."""
         moment: torch.Tensor = self.stepper.run(self.given(0))["train_state"]["moments"]["mean"][0]
         vector: np.ndarray[Any, Any] = (moment / 0.1).numpy()
         return vector

@@ -24,7 +24,7 @@ class Problem:
     ways: int
     shots: int
     queries: int
-    """Of each class, or of the task where there are no classes."""
+    """Number of examples per class, or per task where there are no classes."""
     inner_lr: float
     inner_steps: int
     max_pool: bool
@@ -32,14 +32,14 @@ class Problem:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the parameters, in the order of the module."""
+        """Return the shapes of the parameters, in the order of the module."""
         if self.model == "mlp":
             return [(40, 1), (40,), (40, 40), (40,), (1, 40), (1,)]
         blocks = [shape for i in range(4) for shape in [(64, 64 if i else 1, 3, 3), (64,), (64,)]]
         return blocks if self.method == "protonet" else [*blocks, (self.ways, 64), (self.ways,)]
 
     def weights(self) -> list[Array]:
-        """Initial parameters: what a user of torch would have, normalisation at scale 1 and shift 0."""
+        """Return initial parameters like those of a torch user, with normalisation at scale 1 and shift 0."""
         rng, found = np.random.default_rng(0), []
         for i, shape in enumerate(self.shapes):
             if self.model == "conv4" and i < 12 and i % 3:
@@ -50,7 +50,7 @@ class Problem:
         return found
 
     def batch(self, number: int) -> dict[str, Array]:
-        """Tasks of one meta-step: ``sx``, ``sy``, ``qx``, ``qy``, each ``[tasks, examples, ...]``."""
+        """Return the tasks of one meta-step: ``sx``, ``sy``, ``qx``, ``qy``, each ``[tasks, examples, ...]``."""
         rng = np.random.default_rng(number + 1)
         found: dict[str, Any] = {}
         if self.model == "mlp":
@@ -68,10 +68,10 @@ class Problem:
         return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in found.items()}
 
     def multiplications(self) -> float:
-        """Floating-point operations of a meta-step in matrix products and convolutions, counted by hand.
+        """Return the floating-point operations of a meta-step in matrix products and convolutions, counted by hand.
 
-        A pass forward counts once, its derivative twice; a second-order inner step costs its forward, its gradient, and
-        twice both for the derivative of that.
+        A forward pass counts once and its derivative twice. A second-order inner step costs its forward pass, its
+        gradient, and twice both for the derivative of the gradient.
         """
         if self.model == "mlp":
             forward = 2 * (40 + 1600 + 40)

@@ -1,12 +1,12 @@
-"""How a meta-step grows: ``python -m benchmarks.scaling [CASE ...]``.
+"""How the time of a meta-step scales: ``python -m benchmarks.scaling [CASE ...]``.
 
 - ``replicas``: 1 to 64 seeds in one process, against one, sinusoid;
 - ``meta_batch``: 1 to 1,024 tasks, sinusoid;
 - ``navigation``: policy gradients through rollouts;
-- ``adaptation``: ten steps on 600 test tasks at once, beside a loop over tasks;
-- ``start_up``: seconds from the shell, and a whole run of one step.
+- ``adaptation``: ten steps on 600 test tasks at once, next to a loop over tasks;
+- ``start_up``: seconds of commands started from the shell, and of a whole run of one step.
 
-Times are medians over rounds in which all sizes take their turn. Writes a CSV and a picture into ``--out``.
+Times are medians over rounds in which all sizes take turns. Writes a CSV and a figure into ``--out``.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 def steps_of(engines: list[str], *overrides: str) -> tuple[dict[str, Callable[[], object]], float]:
-    """A meta-step of ``metarun OVERRIDES`` by each engine, sampling left out; and its arithmetic in operations."""
+    """Return a meta-step of ``metarun OVERRIDES`` on each engine, without sampling, and its number of operations."""
     experiment = experiment_of(*overrides, "train.steps=10")
     meta_step = MetaStep(experiment)
     seeds = [one.config.seed for one in experiment.replicas]
@@ -59,7 +59,7 @@ def steps_of(engines: list[str], *overrides: str) -> tuple[dict[str, Callable[[]
 
 
 def timed(cases: dict[tuple[str, int], Callable[[], object]], rounds: int) -> dict[tuple[str, int], float]:
-    """Median milliseconds of each case, in interleaved rounds of about a twentieth of a second each."""
+    """Return the median milliseconds of each case, in interleaved rounds of about a twentieth of a second each."""
     counts: dict[tuple[str, int], int] = {}
     for key, run in cases.items():
         run()
@@ -77,7 +77,7 @@ def timed(cases: dict[tuple[str, int], Callable[[], object]], rounds: int) -> di
 
 
 def growing(case: str, key: str, sizes: list[int], engines: list[str], rounds: int, *overrides: str) -> list[Row]:
-    """Rows of a case in which one key grows."""
+    """Return the rows of a case in which one key grows."""
     cases: dict[tuple[str, int], Callable[[], object]] = {}
     work: dict[int, float] = {}
     for size in sizes:
@@ -96,24 +96,24 @@ def growing(case: str, key: str, sizes: list[int], engines: list[str], rounds: i
 
 
 def replicas(rounds: int) -> list[Row]:
-    """Seeds side by side."""
+    """Measure seeds that are trained together."""
     sizes, engines = [1, 4, 16, 64], ["eager", "replay", "compile"]
     return growing("replicas", "replicas.count", sizes, engines, rounds, "algo.inner_steps=1")
 
 
 def meta_batch(rounds: int) -> list[Row]:
-    """Tasks of a meta-step."""
+    """Measure a growing number of tasks per meta-step."""
     sizes, engines = [1, 4, 16, 64, 256, 1024], ["eager", "replay", "compile"]
     return growing("meta_batch", "train.meta_batch", sizes, engines, rounds, "algo.inner_steps=1")
 
 
 def navigation(rounds: int) -> list[Row]:
-    """Second-order policy gradients: 20 episodes of 100 steps before and after each of two steps."""
+    """Measure second-order policy gradients: 20 episodes of 100 steps before and after each of two steps."""
     return growing("navigation", "train.meta_batch", [5, 20], ["eager"], min(rounds, 5), "task=navigation")
 
 
 def adaptation(rounds: int) -> list[Row]:
-    """Ten steps on every test task, scored after each by us; the loop scores the last alone."""
+    """Measure ten steps on every test task; metarun scores after each step, the loop only after the last."""
     experiment = experiment_of("algo=maml", "task=sinusoid")
     model, algorithm, loss = experiment.model, experiment.algorithm, experiment.loss
     theta = experiment.initial_thetas()[0]
@@ -168,7 +168,7 @@ CASES = {f.__name__: f for f in (replicas, meta_batch, navigation, adaptation, s
 
 
 def picture(path: Path, rows: list[Row]) -> None:
-    """Time against size, a line an engine, for the cases that grow."""
+    """Plot time against size, with one line per engine, for the cases that grow."""
     from matplotlib.figure import Figure
 
     cases = [case for case in ("replicas", "meta_batch") if any(row["case"] == case for row in rows)]
@@ -179,7 +179,7 @@ def picture(path: Path, rows: list[Row]) -> None:
         for name, colour in {"eager": "#999999", "replay": "#0072B2", "compile": "#D55E00"}.items():
             points = [(r["size"], r["milliseconds"]) for r in rows if r["case"] == case and r["engine"] == name]
             axis.plot(*zip(*points, strict=True), label=name, color=colour, marker="o", markersize=4)
-        axis.set(xscale="log", yscale="log", xlabel=case.replace("_", " "), ylabel="milliseconds a meta-step")
+        axis.set(xscale="log", yscale="log", xlabel=case.replace("_", " "), ylabel="milliseconds per meta-step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
     with atomic_write(path) as file:

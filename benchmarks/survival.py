@@ -1,15 +1,15 @@
-"""What runs and sweeps survive: ``python -m benchmarks.survival CAMPAIGN --count 100``.
+"""Tests of what runs and sweeps survive: ``python -m benchmarks.survival CAMPAIGN --count 100``.
 
-- ``kills``: runs of ten pairs of algorithm and task, engines and replicas among them, are ended by SIGKILL at a
+- ``kills``: runs of ten pairs of algorithm and task, with several engines and replicas, are killed by SIGKILL at a
   random moment, up to three times each, and resumed; ``episodes.csv`` and ``result.csv`` must equal those of the
-  undisturbed run, times left out.
-- ``sweeps``: the same for a sweep of which one job fails, started again by the same command or by ``resume=``.
-- ``configurations``: one key of a composed configuration is given a value that makes no sense; it must be refused
-  with a sentence, within ten seconds.
+  undisturbed run, except for times.
+- ``sweeps``: the same for a sweep in which one job fails, started again by the same command or by ``resume=``.
+- ``configurations``: one key of a composed configuration is given a meaningless value, which must be refused with a
+  sentence within ten seconds.
 - ``files``: one file of a finished run is damaged; resuming, comparing and watching must end without a traceback, and a
   resumed run that ends well must have the numbers of the undamaged one.
 
-Whatever goes wrong is printed with what repeats it; the exit code is then 1.
+Each failure is printed together with what reproduces it; the exit code is then 1.
 """
 
 import argparse
@@ -51,26 +51,26 @@ COMMAND = [sys.executable, "-m", "metarun"]
 
 
 def words(text: str) -> list[str]:
-    """A command as it is given in this file: quotes keep spaces together."""
+    """Split a command of this file into words; quotes keep words together."""
     import shlex
 
     return [word.replace("'", "") for word in shlex.split(text)]
 
 
 def metarun(arguments: list[str], cwd: Path, seconds: float = 600) -> subprocess.CompletedProcess[str]:
-    """The command to its end."""
+    """Run the command to its end."""
     return subprocess.run(
         [*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, check=False, timeout=seconds, env=environment()
     )
 
 
 def environment() -> dict[str, str]:
-    """One thread each, so that a kill meets one process at work."""
+    """Return an environment with one thread per process, so that a kill hits one working process."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def killed(arguments: list[str], cwd: Path, after: float) -> bool:
-    """Start the command and kill it after so many seconds; False if it ended before."""
+    """Start the command and kill it after ``after`` seconds; return False if it ended before."""
     process = subprocess.Popen(
         [*COMMAND, *arguments], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )
@@ -84,7 +84,7 @@ def killed(arguments: list[str], cwd: Path, after: float) -> bool:
 
 
 def numbers(directory: Path) -> list[Any]:
-    """What the runs under a directory have measured, times left out."""
+    """Return what the runs under a directory have measured, without times."""
     found: list[Any] = []
     for path in sorted(directory.rglob("result.csv")):
         with path.open(newline="") as file:
@@ -95,7 +95,7 @@ def numbers(directory: Path) -> list[Any]:
 
 
 def kill_runs(count: int, draw: random.Random, folder: Path) -> list[str]:
-    """The runs whose numbers differ after kills."""
+    """Return the runs whose numbers differ after kills."""
     wrong, kills = [], 0
     for pair in PAIRS:
         arguments = words(f"{pair} {SMALL}")
@@ -131,12 +131,12 @@ def has_checkpoint(directory: Path) -> bool:
 
 
 def renamed(found: list[Any], name: str) -> list[Any]:
-    """The numbers of a single run under the name of another directory."""
+    """Return the numbers of a single run under the name of another directory."""
     return [(name, *rest) for _, *rest in found]
 
 
 def kill_sweeps(count: int, draw: random.Random, folder: Path) -> list[str]:
-    """The sweeps whose numbers differ after kills."""
+    """Return the sweeps whose numbers differ after kills."""
     (folder / "undisturbed").mkdir()
     began = time.monotonic()
     done = metarun(words(SWEEP), folder / "undisturbed")
@@ -165,11 +165,11 @@ BAD: dict[type, tuple[str, ...]] = {
     type(None): ("{a: {b: 1}}", "[[many]]", "nan", "-7"),
 }
 ANY_VALUE = ("data_dir", "resume", "device", "task.dataset", "_target_")
-"""Keys whose texts are looked at where they are used."""
+"""Keys whose texts are only checked where they are used."""
 
 
 def leaves_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a plain configuration with its value; lists are values."""
+    """Yield every key of a plain configuration with its value; lists are values."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from leaves_of(value, f"{prefix}{key}.")
@@ -179,7 +179,7 @@ def leaves_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """TimeoutError in what takes longer."""
+    """Inside, TimeoutError is raised after ``seconds``."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError
@@ -194,7 +194,7 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def try_configurations(count: int, draw: random.Random, folder: Path) -> list[str]:
-    """The configurations that were accepted, or refused by anything but a sentence."""
+    """Return the configurations that were accepted, or refused otherwise than with a sentence."""
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
@@ -215,7 +215,7 @@ def try_configurations(count: int, draw: random.Random, folder: Path) -> list[st
         return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), names
 
     for pair in PAIRS:
-        # What is drawn once and cached must not count as a hang.
+        # Data that are drawn once and then cached must not count as a hang.
         assemble(*composed(*words(pair)))
     wrong = []
     for number in range(count):
@@ -244,7 +244,7 @@ def try_configurations(count: int, draw: random.Random, folder: Path) -> list[st
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """Bytes with some damage."""
+    """Return a copy of the bytes with some damage."""
     place, other = draw.randrange(len(data) + 1), draw.randrange(len(data) + 1)
     kinds: list[Callable[[], bytes]] = [
         lambda: data[:place],
@@ -259,7 +259,7 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def damage_files(count: int, draw: random.Random, folder: Path) -> list[str]:
-    """The damages that led to a traceback, to a hang, or to other numbers."""
+    """Return the cases of damage that led to a traceback, to a hang, or to other numbers."""
     arguments = words(f"{PAIRS[0]} {SMALL} hydra.run.dir=whole")
     metarun(arguments, folder)
     expected = numbers(folder / "whole")

@@ -12,11 +12,11 @@ from benchmarks.problems import Problem
 
 Batch = dict[str, Tensor]
 MetaLoss = Callable[[nn.Module, Batch], Iterator[Tensor]]
-"""(model, tasks) → the query loss of each task divided by their number, with a graph."""
+"""(model, tasks) → the query loss of each task divided by the number of tasks, with a graph."""
 
 
 def network(problem: Problem) -> nn.Module:
-    """The model as a user of torch would write it, with the problem's weights."""
+    """Return the model as a user of torch would write it, with the problem's weights."""
     layers: list[nn.Module] = []
     if problem.model == "mlp":
         layers = [nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)]
@@ -39,12 +39,12 @@ def network(problem: Problem) -> nn.Module:
 
 
 def task_loss(problem: Problem, prediction: Tensor, y: Tensor) -> Tensor:
-    """The loss of one task."""
+    """Return the loss of one task."""
     return mse_loss(prediction, y) if problem.model == "mlp" else cross_entropy(prediction, y.argmax(1))
 
 
 def parts(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Support and query of each task."""
+    """Yield support and query of each task."""
     yield from zip(batch["sx"], batch["sy"], batch["qx"], batch["qy"], strict=True)
 
 
@@ -58,7 +58,7 @@ class TorchContestant:
         self.batches = [{n: torch.from_numpy(v) for n, v in problem.batch(i).items()} for i in range(4)]
 
     def gradient(self) -> np.ndarray[Any, Any]:
-        """The first meta-gradient in one vector."""
+        """Return the first meta-gradient as one vector."""
         self.optimizer.zero_grad()
         for loss in self.meta_loss(self.model, self.batches[0]):
             loss.backward()  # type: ignore[no-untyped-call]
@@ -73,7 +73,7 @@ class TorchContestant:
 
 
 def plain_torch(problem: Problem) -> TorchContestant:
-    """``torch.autograd.grad`` in a loop; for prototypical networks one batch, as anyone would write them."""
+    """Use ``torch.autograd.grad`` in a loop; for prototypical networks one batch, as anyone would write them."""
 
     def maml(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
         for sx, sy, qx, qy in parts(batch):
@@ -96,7 +96,7 @@ def plain_torch(problem: Problem) -> TorchContestant:
 
 
 def learn2learn(problem: Problem) -> TorchContestant:
-    """The package's MAML: a clone of the module for each task, whose parameters are replaced in place."""
+    """Use the package's MAML: a clone of the module for each task, whose parameters are replaced in place."""
     from learn2learn.algorithms.maml import MAML
 
     def meta_loss(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
@@ -111,7 +111,7 @@ def learn2learn(problem: Problem) -> TorchContestant:
 
 
 def higher(problem: Problem) -> TorchContestant:
-    """The package's patched module and differentiable SGD."""
+    """Use the package's patched module and differentiable SGD."""
     import higher as package
 
     def meta_loss(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
@@ -127,7 +127,7 @@ def higher(problem: Problem) -> TorchContestant:
 
 
 def torchopt(problem: Problem) -> TorchContestant:
-    """The package's differentiable SGD, with the state taken out and put back for each task."""
+    """Use the package's differentiable SGD, with the state saved and restored for each task."""
     import torchopt as package
 
     def meta_loss(model: nn.Module, batch: Batch) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""A contestant in a process of its own: ``python -m benchmarks.worker CONTESTANT PROBLEM``, spoken to over pipes."""
+"""A contestant in a separate process, controlled through pipes: ``python -m benchmarks.worker CONTESTANT PROBLEM``."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ CONTESTANTS = {
     "TorchOpt": ("torch_peers", "torchopt", ()),
     "JAX": ("jax_peer", "JaxContestant", ()),
 }
-"""Name → module, what to call, and further arguments."""
+"""Name → module, callable, and further arguments."""
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     from benchmarks.problems import PROBLEMS
 
     name, problem = sys.argv[1], PROBLEMS[sys.argv[2]]
-    # What a contestant prints must not be taken for an answer.
+    # The output of a contestant must not be mistaken for an answer.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     if hasattr(os, "sched_setaffinity"):

@@ -77,7 +77,7 @@ def choose_device(device: str) -> str:
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device={device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; choose device=cpu."
+            f"device={device} does not exist: torch sees {torch.cuda.device_count()} CUDA devices; choose device=cpu."
         )
     return device
 

@@ -70,7 +70,7 @@ def sentence_of_system_error(error: OSError, directory: Path) -> str | None:
         return None
     if isinstance(error, FileNotFoundError):
         return f"There is no {path}, which the run needs; put it there, or change the key that names it."
-    return f"{path} cannot be used: {reason}; mend that, or change the key that names it."
+    return f"{path} cannot be used: {reason}; fix that, or change the key that names it."
 
 
 def job(config: DictConfig) -> float:
@@ -112,7 +112,7 @@ def owned_job(config: DictConfig, directory: Path) -> float:
     except KeyboardInterrupt:
         note(config, names, directory, "interrupted")
         if has_checkpoint(directory) and not of_a_sweep:
-            log.info("Stopped; go on with: metarun resume='%s'", directory)
+            log.info("Stopped; continue with: metarun resume='%s'", directory)
         raise
     except Exception as error:
         if wants_traceback():

@@ -267,7 +267,7 @@ def check_call(group: str, name: str, signature: inspect.Signature, keys: Iterab
             known = {"task": "device and data_dir", "model": "spec", "algo": "model and spec"}[group]
             raise UserError(
                 f"{group}.{parameter.name} is missing: {name} needs it; give it in the YAML or as "
-                f"+{group}.{parameter.name}=VALUE (what metarun gives by itself is called {known})."
+                f"+{group}.{parameter.name}=VALUE (metarun itself passes only {known})."
             )
 
 

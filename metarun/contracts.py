@@ -101,7 +101,7 @@ class Numbers:
     """Inputs that are arrays of numbers."""
 
     shape: tuple[int, ...]
-    """Of one input."""
+    """Shape of one input."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Tokens:
     """Inputs that are rows of token ids, where 0 is padding."""
 
     columns: int
-    """Ids of one input."""
+    """Number of ids of one input."""
     ids: int
     """Number of ids."""
     first_bucket: int
@@ -121,7 +121,7 @@ class Tokens:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input."""
+        """Shape of one input."""
         return (self.columns,)
 
 
@@ -162,7 +162,7 @@ class Moments:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one observation."""
+        """Shape of one observation."""
         return (self.observation,)
 
 

@@ -96,11 +96,13 @@ def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Tra
     path = directory / "checkpoints" / "last.pt"
     content = checkpoint.load_last(directory, experiment.device, config_hash(experiment.config))
     if content["replicas"] != _identity(experiment)["replicas"]:
-        raise UserError(f"The checkpoint {path} is of other replicas; resume with no other keys, or start a new run.")
+        raise UserError(
+            f"The checkpoint {path} belongs to other replicas; resume with no other keys, or start a new run."
+        )
     if content["dataset"] != experiment.family.dataset:
         raise UserError(
             f"The checkpoint {path} was trained on {content['dataset']}, and the data found now are "
-            f"{experiment.family.dataset}; set data_dir to where the former lie."
+            f"{experiment.family.dataset}; set data_dir to where the data of the checkpoint are."
         )
     training = start(meta_step)
     shapes = [leaf.shape for leaf in leaves(training.train_state)]

@@ -68,7 +68,7 @@ def test_a_run_leaves_its_files_and_says_where(finished):
         (["algo=protonet"], ["protonet needs examples of classes", "algorithms that fit", "shared_params"]),
         (["model=conv4"], ["conv4 needs images", "model=mlp"]),
         (["device=gpu"], ["device must be auto, cpu, cuda or cuda:N"]),
-        (["device=cuda:99"], ["device=cuda:99 is not there", "device=cpu"]),
+        (["device=cuda:99"], ["device=cuda:99 does not exist", "device=cpu"]),
         (["algo._target_=nowhere.nothing"], ["nowhere.nothing cannot be imported"]),
         (["task=omniglot", "task.dataset=omniglot", "data_dir=empty"], ["empty/omniglot", "task.download=true"]),
         (["task=omniglot", "task.dataset=procedural", "task.ways=900"], ["ways must be at most"]),
@@ -138,7 +138,7 @@ def test_a_broken_checkpoint_and_one_of_another_configuration_are_refused(finish
     run = copy_of(finished, tmp_path / "run")
     refused = metarun(f"resume={run}", "algo.inner_lr=0.5", cwd=tmp_path)
     assert refused.returncode == 1
-    assert "algo.inner_lr=0.5 would make the run" in refused.stderr
+    assert "algo.inner_lr=0.5 would change the run" in refused.stderr
     before = (run / "result.csv").read_bytes()
     path = run / "checkpoints" / "last.pt"
     whole = path.read_bytes()

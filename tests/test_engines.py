@@ -190,7 +190,9 @@ def reading(algorithm):
     return algorithm._replace(meta_grad=meta_grad)
 
 
-@pytest.mark.parametrize(("kind", "why"), [("detour", "does not give what eager gives"), ("reading", "no replay: ")])
+@pytest.mark.parametrize(
+    ("kind", "why"), [("detour", "its results differ from those of eager"), ("reading", "no replay: ")]
+)
 def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, why, caplog):
     experiment = experiment_of("engine=replay", *TINY)
     first, spec = experiment.replicas[0], experiment.family.spec

@@ -116,7 +116,7 @@ def test_a_call_that_cannot_be_made_says_which_argument_is_missing():
     assert built("needs_a_path", path="a") == "a"
     with pytest.raises(UserError, match=r"task.path is missing: .*needs_a_path needs it; .*\+task.path=VALUE"):
         built("needs_a_path")
-    with pytest.raises(UserError, match=r"path is missing: .*what metarun gives by itself is called spec"):
+    with pytest.raises(UserError, match=r"path is missing: .*metarun itself passes only spec"):
         built("needs_a_path", "model", given={"spec": None})
     with pytest.raises(UserError, match=r"model.path cannot be set: .* is given its path"):
         built("needs_a_path", "model", given={"path": None}, path="a")

@@ -57,7 +57,7 @@ def test_a_sweep_ends_with_a_table_and_an_exit_code(undisturbed):
     assert end.startswith(table(jobs_of_sweep(directory)))
     assert "algo.inner_lr=0: algo: inner_lr must be above 0, not 0." in end
     assert "3 completed, 1 failed." in end
-    assert "Go on with: metarun -m resume='sweep'" in end
+    assert "Continue with: metarun -m resume='sweep'" in end
 
 
 @pytest.mark.parametrize("again", [["-m", "resume=sweep"], ["-m", *JOBS]], ids=["resume", "same command"])
@@ -98,7 +98,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path):
     ("arguments", "words"),
     [
         (["-m", *JOBS, "seed=1"], ["holds another sweep", "metarun -m resume='sweep'"]),
-        (["-m", "resume=sweep", "seed=1"], ["seed=1 would make the sweep in sweep another one"]),
+        (["-m", "resume=sweep", "seed=1"], ["seed=1 would change the sweep in sweep"]),
         (["resume=sweep"], ["sweep holds a sweep", "metarun -m resume='sweep'"]),
         (["-m", "resume=sweep/0_maml_sinusoid"], ["There is no sweep to resume in sweep/0_maml_sinusoid"]),
         (["-m", "resume=nowhere"], ["There is no sweep to resume in nowhere"]),

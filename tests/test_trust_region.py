@@ -256,8 +256,8 @@ def test_replicas_take_the_steps_of_separate_runs():
     ("overrides", "sentence"),
     [
         (("task=sinusoid",), "task=sinusoid has none that it can bound; choose train.optimizer=adam"),
-        (("algo=reptile",), "algo=reptile has another meta-gradient; choose algo=maml"),
-        (("algo=mamlpp",), "algo=mamlpp has another meta-gradient; choose algo=maml"),
+        (("algo=reptile",), "algo=reptile has its own meta-gradient; choose algo=maml"),
+        (("algo=mamlpp",), "algo=mamlpp has its own meta-gradient; choose algo=maml"),
         (("engine=replay",), "no recording can follow; choose engine=auto or eager"),
         (("engine.task_map=threads",), "engine.task_map=auto"),
         (("replicas.over={train.lr: [0.1, 0.2]}",), r"does not depend on train\.lr"),

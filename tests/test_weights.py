@@ -335,7 +335,7 @@ def spoiled(part, **leaves):
             spoiled("support", weight=lambda w: w[:, 1:]),
             r'test support\["weight"\] must hold a number for each example',
         ),
-        (spoiled("query", weight=lambda w: w.bool()), r"is of torch.bool .* make it with real.to\(torch.float64\)"),
+        (spoiled("query", weight=lambda w: w.bool()), r"has torch.bool .* make it with real.to\(torch.float64\)"),
         (spoiled("support", weight=lambda w: w / 2), "must be 1 for an example and 0 for padding"),
         (spoiled("query", weight=lambda w: w * 0, y=lambda y: y * 0), "leaves a task without any example"),
         (spoiled("support", weight=lambda w: w * 0 + 1), "is not one-hot"),

@@ -37,7 +37,7 @@ def blame(experiment: Experiment, training: Training) -> str:
             experiment, "train", experiment.config.train.meta_batch, stream(seed, "train", step)
         )
         if wrong := not_finite(batches[seed]):
-            return f"the data of training step {step + 1} hold {wrong}; mend the data, or what sample makes of them"
+            return f"the data of training step {step + 1} hold {wrong}; fix the data, or what sample does with them"
     for replica, theta in zip(experiment.replicas, thetas, strict=True):
         tasks = batches[replica.config.seed]
         losses = evaluate(replica.algorithm, theta, tasks, experiment.loss, 0).losses

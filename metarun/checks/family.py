@@ -35,10 +35,10 @@ def named_leaves(data: Tree, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def not_finite(tasks: Task) -> str | None:
-    """What is not finite in a batch of tasks and where, in words; None if all is."""
+    """Return in words what is not finite in a batch of tasks, and where; None if all numbers are finite."""
     for part in ("support", "query"):
         for name, leaf in named_leaves(getattr(tasks, part), part):
-            # A sum is many times faster than a look at each number, and NaN and infinity show in it.
+            # A sum is many times faster than checking each number, and it shows NaN and infinity.
             if not leaf.is_floating_point() or bool(leaf.sum().isfinite()):
                 continue
             wrong = (~leaf.isfinite()).nonzero()
@@ -62,7 +62,7 @@ def _check(holds: bool, sentence: str) -> None:
 
 
 def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) -> None:
-    """Raise an error if targets are not ``[tasks, examples, width]``, one-hot for classes, and 0 in padding."""
+    """Require targets ``[tasks, examples, width]`` in the default dtype, one-hot for classes, and 0 in padding."""
     examples = weight.shape[1]
     classes = spec.offers("classes")
     width = ways if classes else spec.target.outputs
@@ -77,7 +77,7 @@ def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) 
         has = f"{what} {_shape(y.shape)}" if y.ndim < 2 or y.shape[1] == examples else f"{what} {list(y.shape)}"
         kind = "one-hot classes" if classes else "targets"
         _check(False, f"{name} has {has}, and must hold {kind} {wanted}, where x has {examples} examples; {remedy}")
-    _check(y.dtype == dtype, f"{name} is of {y.dtype}, and must be of {dtype}; convert it with .to({dtype})")
+    _check(y.dtype == dtype, f"{name} has dtype {y.dtype}, and must have {dtype}; convert it with .to({dtype})")
     padding = weight == 0
     _check(
         not bool(y[padding].any()),
@@ -89,11 +89,11 @@ def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) 
 
 
 def _check_weight(name: str, weight: Tensor, examples: int) -> None:
-    """Raise an error if weights are not 1 or 0 for each example, or if a task holds only padding."""
+    """Require a weight for each example, 1 or 0 for padding, and an example in each task."""
     dtype = torch.get_default_dtype()
     _check(
         weight.shape[1:] == (examples,) and weight.dtype == dtype,
-        f"{name} must hold a number for each example, [tasks, {examples}] of {dtype}, and is of {weight.dtype} with "
+        f"{name} must hold a number for each example, [tasks, {examples}] of {dtype}, and has {weight.dtype} with "
         f"shape {list(weight.shape)}; make it with real.to({dtype})",
     )
     _check(
@@ -105,7 +105,7 @@ def _check_weight(name: str, weight: Tensor, examples: int) -> None:
 
 
 def _check_classes(name: str, y: Tensor, shots: int | None, padded: bool) -> None:
-    """Raise an error if a support set lacks a class, or has not ``shots`` (if padded, more than ``shots``) of each."""
+    """Require every class in each support set, with ``shots`` examples each, or at most so many if tasks differ."""
     counts = y.sum(1)
     there = bool((counts > 0).all())
     _check(there, f"{name} lacks a class: each of the {y.shape[2]} needs an example in every task")
@@ -120,7 +120,7 @@ def _check_indices(name: str, index: Tensor, examples: int, count: int | None, w
     integer = not index.is_floating_point() and index.dtype != torch.bool
     _check(
         index.shape[1:] == (examples,) and integer,
-        f"{name} must hold a whole number for each example, [tasks, {examples}], and is of {index.dtype} with shape "
+        f"{name} must hold a whole number for each example, [tasks, {examples}], and has {index.dtype} with shape "
         f"{list(index.shape)}",
     )
     low, high = int(index.min()), int(index.max())
@@ -140,7 +140,7 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
         x.shape[2:] == spec.inputs.shape and x.ndim >= 2,
         f"{x_name} has the shape {list(x.shape)}, and must have [tasks, examples"
         f"{''.join(f', {size}' for size in spec.inputs.shape)}], since spec.inputs.shape is {spec.inputs.shape}; "
-        "reshape it or mend the spec",
+        "reshape it or correct the spec",
     )
     integer = x.dtype in (torch.int32, torch.int64)
     if isinstance(spec.inputs, Tokens):
@@ -149,7 +149,8 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
         inside = low >= 0 and high < spec.inputs.ids
         _check(inside, f"{x_name} must hold token ids from 0 to {spec.inputs.ids - 1}, not {low} to {high}")
     _check(
-        integer or x.dtype == dtype, f"{x_name} is of {x.dtype}, and must be of {dtype}; convert it with .to({dtype})"
+        integer or x.dtype == dtype,
+        f"{x_name} has dtype {x.dtype}, and must have {dtype}; convert it with .to({dtype})",
     )
     examples = x.shape[1]
     classes = spec.offers("classes")
@@ -161,7 +162,7 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
         wanted, most = per_class * (ways if classes else 1), int(weight.sum(1).max())
         words = f"{ways} ways with {per_class} each make {wanted}" if classes else f"the spec says {wanted}"
         fits = most <= wanted if padded else most == wanted
-        _check(fits, f"{name} has {most} examples per task, and {words}; mend sample or the spec")
+        _check(fits, f"{name} has {most} examples per task, and {words}; correct sample or the spec")
     _check_targets(y_name, y, weight, spec, ways)
     if classes and name.endswith("support"):
         _check_classes(y_name, y, per_class, padded)
@@ -199,7 +200,7 @@ def _check_episodes(name: str, data: Tree, wanted: int | None) -> None:
         _check(
             episodes is not None and episodes == wanted,
             f"{leaf_name} has the shape {list(leaf.shape)}, and must have [tasks, {wanted or 'episodes'}, ...], an "
-            "entry per episode; expand it or mend the spec",
+            "entry per episode; expand it or correct the spec",
         )
 
 
@@ -306,8 +307,8 @@ def check_draws(experiment: Experiment, test: Task) -> None:
         shown = all(set(_rows(test.query, i)) <= set(_rows(test.support, i)) for i in range(count))
         _check(
             not shown,
-            "every query example of a test task stands in its support set, input and target alike; score a task on "
-            "other examples than those it is adapted to",
+            "every query example of a test task is also in its support set, input and target alike; score a task on "
+            "examples other than those it is adapted to",
         )
 
 

@@ -1,1 +1,1 @@
-"""What the command line says of itself."""
+"""The command line: help, presets, directories, sweeps and resuming."""

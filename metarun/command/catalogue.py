@@ -52,7 +52,7 @@ Reference = tuple[Family, nn.Module]
 
 
 def references() -> list[Reference]:
-    """Families with models, in the order in which an algorithm is tried on them."""
+    """Return families with models, in the order in which an algorithm is tried on them."""
     images = Omniglot(dataset="procedural", queries=1)
     waves, pulls, tables = Sinusoid(), Bandit(shots=5, queries=5), MDP(shots=5, queries=5)
     with seeded(torch.Generator().manual_seed(0)):
@@ -65,7 +65,7 @@ def references() -> list[Reference]:
 
 
 def first_that_fits(name: str, tried: list[Reference]) -> tuple[Algorithm, nn.Module, Family]:
-    """The algorithm built for the first reference that it serves, with its model and that reference's family."""
+    """Return the algorithm built for the first reference that it fits, with its model and that reference's family."""
     for family, model in tried:
         if found := default_algorithm(name, family, model):
             return *found, family
@@ -73,7 +73,7 @@ def first_that_fits(name: str, tried: list[Reference]) -> tuple[Algorithm, nn.Mo
 
 
 def cost(algorithm: Algorithm, model: nn.Module, family: Family, theta: Tree) -> str:
-    """Work of adapting to one task and answering a query, in forward passes of the model on the same examples."""
+    """Return the work of adapting to a task and answering a query, in forward passes on the same examples."""
     loss = loss_of(family)
     support, query, _ = task_of(family.sample("test", 1, stream(0, "test")), 0)
     query = tree_map(lambda leaf: leaf[:1], query)
@@ -87,7 +87,7 @@ def cost(algorithm: Algorithm, model: nn.Module, family: Family, theta: Tree) ->
 
 
 def row(name: str, tried: list[Reference]) -> tuple[str, str]:
-    """An algorithm's family and its line of the table."""
+    """Return an algorithm's family and its line of the table."""
     algorithm, model, family = first_that_fits(name, tried)
     theta = algorithm.init(stream(0, "algorithm"))
     parts = ", ".join(learned(theta)) if algorithm.meta_learns else ""
@@ -108,7 +108,7 @@ def row(name: str, tried: list[Reference]) -> tuple[str, str]:
 
 
 def catalogue() -> str:
-    """The whole page."""
+    """Return the whole page."""
     tried = references()
     rows = [row(name, tried) for name in algorithm_names()]
     text = HEAD

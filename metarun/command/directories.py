@@ -1,4 +1,4 @@
-"""What happens to directories before Hydra writes into them: one owner for each, and never two runs in one."""
+"""Taking possession of directories before Hydra writes into them: one owner and one run per directory."""
 
 import sys
 from collections import Counter
@@ -19,7 +19,7 @@ from metarun.results.files import has_checkpoint
 from metarun.results.status import PLAN, rows_of, runs_under
 
 UNIQUE_SUBDIR = ("${hydra:job.num}_", "${hydra:job.num}/", "${hydra:job.num}-", "${hydra.job.num}_")
-"""How ``hydra.sweep.subdir`` begins where no two jobs can share a folder."""
+"""Beginnings of ``hydra.sweep.subdir`` with which no two jobs can share a folder."""
 
 
 def holds_a_run(directory: Path) -> bool:
@@ -33,7 +33,7 @@ def holds_a_run(directory: Path) -> bool:
 
 
 def jobs_of(config: DictConfig) -> list[list[str]] | None:
-    """The overrides of each job of a sweep, in order; None where a sweeper decides as it goes."""
+    """Return the overrides of each job of a sweep, in order; None if the sweeper chooses jobs while it runs."""
     if config.hydra.sweeper._target_ != "hydra._internal.core_plugins.basic_sweeper.BasicSweeper":
         return None
     fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
@@ -42,7 +42,7 @@ def jobs_of(config: DictConfig) -> list[list[str]] | None:
 
 
 def folders_of(config: DictConfig, jobs: Sequence[Sequence[str]]) -> list[str]:
-    """The folder of each job within the sweep's directory, found by composing its configuration."""
+    """Return each job's folder within the sweep's directory, found by composing the job's configuration."""
     loader, found = GlobalHydra.instance().config_loader(), []
     for number, overrides in enumerate(jobs):
         composed = loader.load_sweep_config(config, list(overrides))
@@ -55,10 +55,10 @@ def folders_of(config: DictConfig, jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def refuse_shared_folders(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
-    """Refuse a sweep in which jobs would write into the same folder.
+    """Raise an error if jobs of a sweep would write into the same folder.
 
     Raises:
-        UserError: the folder and the jobs.
+        UserError: jobs share a folder; the sentence names the folder and the jobs.
     """
     unresolved: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     if str(unresolved["subdir"]).startswith(UNIQUE_SUBDIR):
@@ -74,15 +74,15 @@ def refuse_shared_folders(config: DictConfig, jobs: Sequence[Sequence[str]]) -> 
 
 
 def directory_under(config: DictConfig, key: str) -> Path:
-    """The directory that a key names."""
+    """Return the directory that a key names."""
     HydraConfig.instance().set_config(config)
     return Path(str(OmegaConf.select(config, key)))
 
 
 class OneOwner(Callback):
-    """Take possession of the directory of a run or a sweep, or leave with a sentence, before Hydra writes there.
+    """Take possession of the directory of a run or a sweep, or exit with a sentence, before Hydra writes there.
 
-    Hydra turns an exception of a callback into a warning and goes on; SystemExit passes.
+    Hydra turns an exception in a callback into a warning and goes on, except for SystemExit.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -94,7 +94,7 @@ class OneOwner(Callback):
         self.leave_if_refused(self.take_sweep, config, "hydra.sweep.dir")
 
     def take_run(self, config: DictConfig, directory: Path) -> None:
-        """Own the directory of a single run; a new one needs one that holds none."""
+        """Own the directory of a single run; a new run needs a directory without one."""
         lock.acquire(directory)
         if (directory / PLAN).exists():
             raise UserError(f"{directory} holds a sweep; choose another hydra.run.dir.")
@@ -104,7 +104,7 @@ class OneOwner(Callback):
             )
 
     def take_sweep(self, config: DictConfig, directory: Path) -> None:
-        """Own the directory of a sweep, new or begun before by the same command."""
+        """Own the directory of a sweep, which is new or was begun by the same command."""
         jobs = jobs_of(config)
         if jobs is not None:
             refuse_shared_folders(config, jobs)
@@ -113,7 +113,7 @@ class OneOwner(Callback):
         sweep.begin(directory, sweep.plan_of(config, jobs), holds_runs)
 
     def leave_if_refused(self, take: Callable[[DictConfig, Path], None], config: DictConfig, key: str) -> None:
-        """Turn what ``take`` refuses into the end of the process."""
+        """Exit the process if ``take`` raises an error."""
         directory = directory_under(config, key)
         try:
             take(config, directory)

@@ -1,9 +1,8 @@
 """One owner per directory: a lock file that names the process which writes there.
 
 The file ``.metarun.lock`` holds the host, the process id and the time at which that process started. A lock is stale
-if the host is this one and the process is gone, or has started at another time (the id has been given to another one
-since); a stale lock is taken over. A process on another host cannot be looked at, so its lock holds until it is
-deleted.
+if it names this host, and the process is gone or started at another time (its id has been reused since). A stale lock
+is taken over. A process on another host cannot be inspected, so its lock remains valid until it is deleted.
 """
 
 import json
@@ -18,15 +17,15 @@ from metarun.errors import UserError
 
 FILE = ".metarun.lock"
 HALF_WRITTEN_SECONDS = 10.0
-"""How long an unreadable lock is believed to be one that is being written at this moment."""
+"""Seconds for which an unreadable lock is assumed to be still being written."""
 
 _held: set[Path] = set()
 
 
 def started_at(pid: int) -> str | None:
-    """When a process of this host started, as the system tells it; None if there is no such process.
+    """Return when a process of this host started, as reported by the system; None if there is no such process.
 
-    Linux counts clock ticks since the boot, so the boot's identifier belongs to the answer; elsewhere ``ps`` knows.
+    Linux counts clock ticks since the boot, so the result includes the boot's identifier; elsewhere ``ps`` is asked.
     """
     if Path("/proc/self/stat").exists():
         try:
@@ -52,19 +51,19 @@ class Owner:
     started: str
 
     def is_gone(self) -> bool:
-        """Whether it certainly runs no more."""
+        """Whether the process is certainly no longer running."""
         return self.host == platform.node() and started_at(self.pid) != self.started
 
 
 def this_process() -> Owner:
-    """The owner that this process would be."""
+    """Return this process as an owner."""
     return Owner(platform.node(), os.getpid(), started_at(os.getpid()) or "unknown")
 
 
 def read(path: Path) -> Owner | None:
-    """The owner that a lock file names; None if there is no such file.
+    """Return the owner that a lock file names; None if there is no such file.
 
-    What cannot be read names an owner that is gone, unless the file is so new that it may be half written.
+    An unreadable file names an owner that is gone, unless the file is so new that it may be half written.
     """
     try:
         text, age = path.read_text(errors="replace"), time.time() - path.stat().st_mtime
@@ -80,7 +79,7 @@ def read(path: Path) -> Owner | None:
 
 
 def _create(path: Path) -> None:
-    """Make the lock of this process, whole at once; FileExistsError if there is one."""
+    """Create the lock of this process atomically; raise FileExistsError if there is a lock already."""
     text = json.dumps(asdict(this_process()))
     complete = path.with_name(f"{FILE}.{os.getpid()}.new")
     try:
@@ -97,7 +96,7 @@ def _create(path: Path) -> None:
 
 
 def _take_away(path: Path, stale: Owner) -> None:
-    """Remove the lock of ``stale``; another process may just have done the same and made its own, which stays."""
+    """Remove the lock of ``stale``; if another process has just replaced it with its own lock, that lock stays."""
     aside = path.with_name(f"{FILE}.{os.getpid()}.stale")
     try:
         path.rename(aside)
@@ -110,11 +109,11 @@ def _take_away(path: Path, stale: Owner) -> None:
 
 
 def acquire(directory: Path) -> None:
-    """Make this process the owner of ``directory``, which is created; no effect if it is already.
+    """Make this process the owner of ``directory``, which is created; nothing happens if this process owns it already.
 
     Raises:
-        UserError: another process owns it.
-        OSError: nothing can be written there.
+        UserError: another process owns the directory.
+        OSError: the directory cannot be written.
     """
     path = directory.absolute() / FILE
     if path in _held:
@@ -127,8 +126,8 @@ def acquire(directory: Path) -> None:
             owner = read(path)
             if owner is not None and not owner.is_gone():
                 raise UserError(
-                    f"{directory} belongs to a process that is running (process {owner.pid} on {owner.host}); wait for "
-                    f"its end or choose another directory. (If that process is gone, delete {path}.)"
+                    f"{directory} belongs to a process that is running (process {owner.pid} on {owner.host}); wait "
+                    f"until it ends, or choose another directory. (If that process is gone, delete {path}.)"
                 ) from None
             if owner is not None:
                 _take_away(path, owner)
@@ -138,23 +137,23 @@ def acquire(directory: Path) -> None:
 
 
 def release(directory: Path) -> None:
-    """Give ``directory`` up, if this process owns it."""
+    """Release ``directory``, if this process owns it."""
     path = directory.absolute() / FILE
     if path in _held:
         _held.discard(path)
         owner = read(path)
-        # A process that was forked off has inherited the set, and not the lock.
+        # A forked process has inherited the set, but not the lock.
         if owner is not None and owner.pid == os.getpid():
             path.unlink(missing_ok=True)
 
 
 def release_all() -> None:
-    """Give up every directory that this process owns."""
+    """Release every directory that this process owns."""
     for path in list(_held):
         release(path.parent)
 
 
 def owner_of(directory: Path) -> Owner | None:
-    """The process that works in ``directory`` now; None if there is none."""
+    """Return the process that currently works in ``directory``; None if there is none."""
     owner = read(directory / FILE)
     return None if owner is None or owner.is_gone() else owner

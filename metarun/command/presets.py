@@ -1,8 +1,8 @@
 """Presets for Hydra: each section of a file ``preset/TASK.yaml`` is the member ``preset/TASK/SECTION`` of its groups.
 
-A section's name is an algorithm's, or ``ALGO/MODEL`` for what holds with one model alone. A file with the key
-``presets_of`` has the sections of another task, each changed by what else the file holds. Files of the user win over
-those of metarun, and a file ``preset/TASK/SECTION.yaml``, which Hydra finds without help, wins over a section.
+A section is named after an algorithm, or ``ALGO/MODEL`` if it applies only to one model. A file with the key
+``presets_of`` has the sections of another task, each changed by the rest of the file. The user's files take precedence
+over those of metarun, and a file ``preset/TASK/SECTION.yaml``, which Hydra finds by itself, over a section.
 """
 
 from functools import cache
@@ -22,10 +22,10 @@ from metarun.errors import UserError
 
 @cache
 def parsed(text: str) -> DictConfig:
-    """A YAML text whose values are mappings, except that of ``presets_of``.
+    """Parse a YAML text whose values are mappings, except that of ``presets_of``.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the text is not of this form; the message says why.
     """
     try:
         table = OmegaConf.create(text)
@@ -40,10 +40,10 @@ def parsed(text: str) -> DictConfig:
 
 
 def table_of(task: str, roots: tuple[Traversable, ...]) -> dict[str, Any]:
-    """The content of every ``preset/TASK.yaml`` in the folders ``roots``, of which a later one wins.
+    """Return the content of every ``preset/TASK.yaml`` in the folders ``roots``; later folders take precedence.
 
     Raises:
-        UserError: a file is no table of presets.
+        UserError: a file is not a table of presets.
     """
     table: dict[str, Any] = {}
     for root in roots:
@@ -57,7 +57,7 @@ def table_of(task: str, roots: tuple[Traversable, ...]) -> dict[str, Any]:
 
 
 def sections(task: str, roots: tuple[Traversable, ...]) -> dict[str, DictConfig]:
-    """Section → what it sets, of the presets for a task."""
+    """Return the presets for a task, as a mapping from section to what it sets."""
     table = table_of(task, roots)
     base = table.pop("presets_of", None)
     if base is None:
@@ -69,12 +69,12 @@ def sections(task: str, roots: tuple[Traversable, ...]) -> dict[str, DictConfig]
 
 
 class PresetSource(ConfigSource):
-    """Where Hydra finds sections; one is read when it is asked for."""
+    """A source of sections for Hydra, which are read on demand."""
 
     roots: ClassVar[tuple[Traversable, ...]] = ()
 
     def preset(self, config_path: str) -> DictConfig | None:
-        """What ``preset/TASK/SECTION`` sets; None for other paths."""
+        """Return what ``preset/TASK/SECTION`` sets; None for other paths."""
         group, _, rest = config_path.partition("/")
         task, _, section = rest.partition("/")
         if group != "preset" or not section:
@@ -86,7 +86,7 @@ class PresetSource(ConfigSource):
 
     @staticmethod
     def scheme() -> str:
-        """Of the paths that this source understands."""
+        """The scheme of the paths that this source understands."""
         return "presets"
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -99,11 +99,11 @@ class PresetSource(ConfigSource):
         return self.preset(config_path) is not None
 
     def is_group(self, config_path: str) -> bool:
-        """No section is a group, and the folder that holds the files is another source's."""
+        """Return False: no section is a group, and the folder with the files belongs to another source."""
         return False
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Nothing, as there are no groups."""
+        """Return an empty list, as there are no groups."""
         return []
 
     def available(self) -> bool:
@@ -112,7 +112,7 @@ class PresetSource(ConfigSource):
 
 
 class PresetPath(SearchPathPlugin):
-    """Puts sections at the end of where Hydra looks."""
+    """Adds sections to the end of Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append ``PresetSource``."""
@@ -120,7 +120,7 @@ class PresetPath(SearchPathPlugin):
 
 
 def register_presets(*roots: Traversable) -> None:
-    """Let Hydra find the presets in the folders ``roots``, of which a later one wins."""
+    """Let Hydra find the presets in the folders ``roots``; later folders take precedence."""
     PresetSource.roots = roots
     Plugins.instance().register(PresetSource)
     Plugins.instance().register(PresetPath)

@@ -1,4 +1,4 @@
-"""``resume=DIR``: the command that a run or a sweep began with, put together from its directory."""
+"""``resume=DIR``: the command that started a run or a sweep, reconstructed from its directory."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ WITH_A_VALUE = (
     *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"),
     "--experimental-rerun",
 )
-"""Hydra's options that are followed by a value."""
+"""Options of Hydra that are followed by a value."""
 
 
 def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's options with their values, and the overrides: it reads no override that stands after an option."""
+    """Separate Hydra's options, with their values, from overrides: Hydra reads no override that follows an option."""
     options, overrides = [], []
     rest = list(arguments)
     while rest:
@@ -34,7 +34,7 @@ def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def config_dirs(arguments: list[str]) -> list[str]:
-    """The values of ``--config-dir`` among the arguments."""
+    """Return the values of ``--config-dir`` among the arguments."""
     return [
         value
         for option, value in zip(arguments, [*arguments, ""][1:], strict=True)
@@ -43,20 +43,20 @@ def config_dirs(arguments: list[str]) -> list[str]:
 
 
 def key_of(override: str) -> str:
-    """The key of an override."""
+    """Return the key of an override."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def quoted(directory: Path) -> str:
-    """A directory as the value of an override."""
+    """Return a directory as the value of an override."""
     return "'" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def kept_by_run(directory: Path) -> tuple[list[str], list[str]]:
-    """The overrides and the config directories that the run in ``directory`` began with.
+    """Return the overrides and the config directories that the run in ``directory`` was started with.
 
     Raises:
-        UserError: there is no run to be resumed.
+        UserError: there is no run to resume.
     """
     path = directory / ".hydra" / "overrides.yaml"
     if (directory / PLAN).is_file():
@@ -78,10 +78,10 @@ def kept_by_run(directory: Path) -> tuple[list[str], list[str]]:
 
 
 def kept_by_sweep(directory: Path) -> tuple[list[str], list[str]]:
-    """The overrides and the config directories that the sweep in ``directory`` began with.
+    """Return the overrides and the config directories that the sweep in ``directory`` was started with.
 
     Raises:
-        UserError: there is no sweep to be resumed.
+        UserError: there is no sweep to resume.
     """
     plan = read_plan(directory)
     if plan is None:
@@ -93,13 +93,12 @@ def kept_by_sweep(directory: Path) -> tuple[list[str], list[str]]:
 
 
 def arguments_of_resumed(arguments: list[str]) -> list[str]:
-    """For ``resume=DIR``: the overrides and ``--config-dir`` that the run or the sweep began with, all written to DIR.
+    """Return, for ``resume=DIR``, the overrides and ``--config-dir`` that the run or sweep in DIR was started with.
 
-    With ``trust=true`` also those are taken from DIR that could run code.
+    The output goes to DIR again. With ``trust=true``, overrides in DIR that could run code are accepted too.
 
     Raises:
-        UserError: DIR holds nothing to resume, or what is not trusted, or keys are given that would make it something
-            else.
+        UserError: DIR holds nothing to resume or something that is not trusted, or a given key would change the run.
     """
     given = [argument for argument in arguments if argument.startswith("resume=")]
     if not given or given[-1] in ("resume=", "resume=null"):
@@ -113,7 +112,7 @@ def arguments_of_resumed(arguments: list[str]) -> list[str]:
     changed = [a for a in overrides if not a.startswith(MAY_CHANGE_IN_A_SWEEP if sweep else MAY_CHANGE_ON_RESUME)]
     if changed:
         raise UserError(
-            f"{changed[0]} would make the {'sweep' if sweep else 'run'} in {directory} another one: resume with no "
+            f"{changed[0]} would change the {'sweep' if sweep else 'run'} in {directory}: resume with no "
             f"other keys than device and data_dir{', and those of the launcher' if sweep else ''}, or start a new one."
         )
     replaced = {"resume", *map(key_of, overrides)}

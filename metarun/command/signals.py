@@ -1,6 +1,6 @@
 """Signals that ask a process to stop: Ctrl-C, what a batch system sends, and the end of a terminal.
 
-The exit code is 128 + the signal's number, as a shell has it.
+The exit code is 128 + the signal's number, by the convention of shells.
 """
 
 import signal
@@ -15,12 +15,12 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """A handler that unwinds what is being done, so that it can say how far it has come."""
+    """Raise ``Stopped`` from a signal handler, so that the work in progress can report how far it has come."""
     raise Stopped(number)
 
 
 def install(handler: Handler) -> dict[int, object]:
-    """Give the stopping signals to ``handler``; returns the handlers that they had.
+    """Give the stopping signals to ``handler``; return the previous handlers.
 
     A signal that the process was told to ignore (``nohup``) stays ignored. Only the main thread can install a handler.
     """
@@ -33,7 +33,7 @@ def install(handler: Handler) -> dict[int, object]:
 
 @contextmanager
 def handled_by(handler: Handler) -> Iterator[None]:
-    """Give the stopping signals to ``handler`` for a while."""
+    """Inside, ``handler`` handles the stopping signals."""
     before = install(handler)
     try:
         yield

@@ -1,6 +1,6 @@
-"""Sweeps that resume: what a sweep was told to do, which of its jobs are done, and how it has ended.
+"""Sweeps that can be resumed: the plan of a sweep, which of its jobs are done, and how it has ended.
 
-Everything is read from files in the folders of the jobs, so that it does not matter which launcher runs them.
+Everything is read from files in the folders of the jobs, so that it does not matter which launcher runs the jobs.
 """
 
 import json
@@ -18,24 +18,24 @@ from metarun.results.files import write_text
 from metarun.results.status import PLAN, identity, jobs_of_sweep, loaded, number, rows_of, table
 
 begun: list[Path] = []
-"""The directory of the sweep that this process runs, once it owns it."""
+"""The directory of the sweep that this process runs, once the process owns it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep does, as its directory keeps it."""
+    """The plan of a sweep, as stored in its directory."""
 
     overrides: list[str]
-    """Of the command, those of Hydra itself left out."""
+    """Overrides of the command, without those of Hydra itself."""
     hydra: list[str]
-    """Overrides of Hydra itself, such as the launcher; the directory and the mode left out."""
+    """Overrides of Hydra itself, such as the launcher, without the directory and the mode."""
     config_dirs: list[str]
     jobs: list[list[str]] | None
-    """The overrides of each job, in order; None where a sweeper decides as it goes."""
+    """The overrides of each job, in order; None if the sweeper chooses jobs while it runs."""
 
 
 def plan_of(config: DictConfig, jobs: list[list[str]] | None) -> Plan:
-    """The plan of a composed command."""
+    """Return the plan of a composed command."""
     left_out = ("hydra.mode=", "hydra.sweep.dir=")
     return Plan(
         overrides=[str(one) for one in config.hydra.overrides.task],
@@ -46,10 +46,10 @@ def plan_of(config: DictConfig, jobs: list[list[str]] | None) -> Plan:
 
 
 def read_plan(directory: Path) -> Plan | None:
-    """The plan that a directory keeps; None if it keeps none.
+    """Return the plan in a directory; None if there is no plan.
 
     Raises:
-        UserError: there is one that cannot be read.
+        UserError: there is a plan that cannot be read.
     """
     path = directory / PLAN
     if not path.exists():
@@ -68,7 +68,7 @@ def read_plan(directory: Path) -> Plan | None:
 
 
 def begin(directory: Path, plan: Plan, holds_runs: bool) -> None:
-    """Keep the plan in the directory of a sweep that this process owns, or see that it is the one that is kept there.
+    """Store the plan in the directory of a sweep that this process owns, or check that the stored plan is the same.
 
     Raises:
         UserError: the directory holds something else.
@@ -80,12 +80,12 @@ def begin(directory: Path, plan: Plan, holds_runs: bool) -> None:
         )
     if before is not None and identity(before.overrides) != identity(plan.overrides):
         raise UserError(
-            f"{directory} holds another sweep ({' '.join(before.overrides)}); go on with that by metarun -m "
+            f"{directory} holds another sweep ({' '.join(before.overrides)}); continue that one with metarun -m "
             f"resume='{directory}', or choose another hydra.sweep.dir."
         )
     if holds_runs and plan.jobs is None:
         raise UserError(
-            f"{directory} holds jobs already, and this sweeper chooses other ones each time; choose another "
+            f"{directory} holds jobs already, and this sweeper chooses different ones each time; choose another "
             "hydra.sweep.dir."
         )
     write_text(directory / PLAN, json.dumps(asdict(plan), indent=1))
@@ -93,8 +93,8 @@ def begin(directory: Path, plan: Plan, holds_runs: bool) -> None:
 
 
 def finished(config: DictConfig, directory: Path) -> float | None:
-    """The validation score of the run that ``directory`` holds, if it has completed and is of this configuration."""
-    # Not needed by whoever asks for help or mistypes a key.
+    """Return the validation score of the run in ``directory``, if it has completed and has this configuration."""
+    # Imported here, since help and errors in keys do not need it.
     from metarun.engine.replicas import replica_configs
 
     rows = rows_of(directory / "result.csv")
@@ -110,12 +110,12 @@ def finished(config: DictConfig, directory: Path) -> float | None:
 
 
 def closing_words(directories: Sequence[Path]) -> tuple[str, bool]:
-    """What is said at the end of sweeps, and whether every job has completed."""
+    """Return the text printed at the end of sweeps, and whether every job has completed."""
     texts, complete = [], True
     for directory in directories:
         jobs = jobs_of_sweep(directory)
         texts.append(f"\n{table(jobs)}")
         if any(job.state != "completed" for job in jobs):
             complete = False
-            texts.append(f"Go on with: metarun -m resume='{directory}'")
+            texts.append(f"Continue with: metarun -m resume='{directory}'")
     return "\n".join(texts), complete

@@ -1,14 +1,14 @@
-"""What reaches the terminal: text that comes from data holds nothing that a terminal would obey."""
+"""Making text from data safe to print: it must hold nothing that a terminal would execute."""
 
 import logging
 import unicodedata
 
 HARMLESS = "\n\t\u200c\u200d"
-"""Line ends, tabs, and the joiners that scripts and emoji are written with."""
+"""Line ends, tabs, and the joiners that some scripts and emoji need."""
 
 
 def printable(text: str) -> str:
-    """``text`` with its control and direction characters written as escapes; line ends and tabs stay."""
+    """Return ``text`` with control and direction characters escaped; line ends and tabs stay."""
     if text.isprintable():
         return text
     return "".join(
@@ -21,5 +21,5 @@ class PrintableRecord(logging.LogRecord):
     """A log record whose message is printable."""
 
     def getMessage(self) -> str:
-        """The message with its arguments."""
+        """Return the message with its arguments, made printable."""
         return printable(super().getMessage())

@@ -1,4 +1,4 @@
-"""What a directory may say that somebody else may have written: values for keys that exist here, and nothing that runs.
+"""Trust in directories that somebody else may have written: only values for existing keys are accepted, never code.
 
 SECURITY.md says what is trusted and what is not.
 """
@@ -24,13 +24,13 @@ IMPORTING = ("task.environment",)
 
 
 def values_of(override: Override) -> list[object]:
-    """The value of an override, or those that it sweeps over."""
+    """Return the value of an override, or the values that it sweeps over."""
     value = override._value
     return list(value.list) if isinstance(value, ChoiceSweep) else [value]
 
 
 def distrusted_of_hydra(key: str, override: Override) -> str | None:
-    """Why an override of Hydra itself is refused: only the name of a launcher or sweeper and its numbers are taken."""
+    """Return why an override of Hydra itself is refused: only names and numbers of a launcher or sweeper are taken."""
     if key in ("hydra/launcher", "hydra/sweeper"):
         return None if MEMBER.fullmatch(override.get_value_element_as_str()) else "which names no member of the group"
     numbers = isinstance(override.value(), int | float | None)
@@ -40,7 +40,7 @@ def distrusted_of_hydra(key: str, override: Override) -> str | None:
 
 
 def distrusted(text: str) -> str | None:
-    """Why an override from a directory is refused; None if it is a plain value for a key that exists here."""
+    """Return why an override from a directory is refused; None if it is a plain value for an existing key."""
     if "${" in text:
         return "which asks for a resolver"
     if re.search(r"(?<![A-Za-z0-9])_(target|args|partial|recursive|convert)_(?![A-Za-z0-9])", text):
@@ -48,11 +48,11 @@ def distrusted(text: str) -> str | None:
     try:
         override = OverridesParser.create().parse_overrides([text])[0]
     except HydraException:
-        return "which is no override"
+        return "which is not an override"
     key = override.key_or_group
     top, _, rest = key.replace("/", ".").partition(".")
     if override.is_delete() or override.package is not None:
-        return "which takes the configuration apart"
+        return "which would change the structure of the configuration"
     if top == "hydra":
         return distrusted_of_hydra(key, override)
     if key in GROUPS or (top in GROUPS and "/" in key):
@@ -70,10 +70,10 @@ def distrusted(text: str) -> str | None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Refuse a directory in which a name leads elsewhere: what is written there would land in another file.
+    """Raise an error if a directory holds links to outside, through which other files would be overwritten.
 
     Raises:
-        UserError: the name.
+        UserError: there is such a link; the sentence names it.
     """
     inside = directory.resolve()
     for path in [
@@ -92,14 +92,14 @@ def refuse_links(directory: Path) -> None:
 def refuse_distrusted(
     directory: Path, overrides: Iterable[str], taken: Sequence[str], needed: Sequence[str], given: bool
 ) -> None:
-    """Refuse to go on with what a directory says, where that could run code.
+    """Raise an error if the content of a directory could run code.
 
     Args:
-        directory: of a run or a sweep.
-        overrides: that it would go on with.
-        taken: the keys of those that the user has given anew and that are not taken from it.
-        needed: configuration directories that it began with.
-        given: whether the user has named one.
+        directory: directory of a run or a sweep.
+        overrides: overrides with which the run or sweep would go on.
+        taken: keys of the overrides that the user has given again, and that are not taken from the directory.
+        needed: configuration directories that the run or sweep was started with.
+        given: whether the user has named a configuration directory.
 
     Raises:
         UserError: the first thing that is not trusted.
@@ -108,11 +108,11 @@ def refuse_distrusted(
     for text in overrides:
         if text.partition("=")[0].lstrip("+~") not in taken and (why := distrusted(text)):
             raise UserError(
-                f"{directory} says {printable(text)}, {why}, and what stands in a directory is not trusted "
+                f"{directory} says {printable(text)}, {why}, and the content of a directory is not trusted "
                 "(SECURITY.md); say trust=true if you know who wrote it."
             )
     if needed and not given:
         raise UserError(
-            f"{directory} says that its configuration comes from {printable(needed[0])}, and what stands in a "
+            f"{directory} says that its configuration comes from {printable(needed[0])}, and the content of a "
             "directory is not trusted (SECURITY.md); name it again with --config-dir, or say trust=true."
         )

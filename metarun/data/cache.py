@@ -20,7 +20,7 @@ from metarun.results.files import remove_leftovers
 log = logging.getLogger(__name__)
 
 A_DAY = 24 * 3600.0
-"""Seconds after which an unfinished file of the cache, which processes share, belongs to one that was killed."""
+"""Seconds after which an unfinished file in the shared cache is assumed to belong to a process that was killed."""
 
 
 def cache_dir() -> Path:

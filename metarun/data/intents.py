@@ -138,7 +138,7 @@ def label_split(data_dir: str, name: str, number: str, known: Mapping[str, Any])
         if unknown or again or not labels:
             what = f"names {unknown[0]}, which is not in the data set" if unknown else "is empty"
             if again:
-                what = f"names {again[0]}, which stands in a split already"
+                what = f"names {again[0]}, which is already in a split"
             raise UserError(f"{path} {what}; put the published file there, or choose task.split=random.")
     return split
 

@@ -76,7 +76,7 @@ def download(data_dir: str, upstream: str = UPSTREAM) -> None:
                 f"{url} could not be fetched ({error}); check the network, or put the file into {folder} yourself."
             ) from error
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            raise UserError(f"{url} arrived with a wrong md5 sum and was thrown away; try again later.")
+            raise UserError(f"{url} arrived with a wrong md5 sum and was deleted; try again later.")
         with atomic_write(folder / f"{half}.zip") as file:
             file.write(content)
 

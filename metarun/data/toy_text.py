@@ -23,7 +23,7 @@ SENTENCES = 40
 """Sentences per class."""
 
 LANGUAGES, SHARED_CLASSES, MEANINGS, COGNATES = 16, 12, 120, 0.6
-"""Of the parallel corpus: languages, classes (the same in all), sentences per class, share of cognates."""
+"""Sizes of the parallel corpus: languages, classes (the same in all), sentences per class, share of cognates."""
 
 SEED = 150
 LETTERS = ("bdfgklmnprstvz", "aeiou")

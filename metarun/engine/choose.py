@@ -180,14 +180,14 @@ class Stepper:
         return out if self.kept is None else self.run_or_halve(given)
 
     def run_or_halve(self, given: Tree) -> Tree:
-        """Run a step; while a GPU is too small for it and ``train.task_chunk`` is not set, halve the tasks at a time."""
+        """Run a step; while a GPU is too small and ``train.task_chunk`` is not set, halve the tasks at a time."""
         while True:
             try:
                 return self.run(given)
             except torch.cuda.OutOfMemoryError as error:
                 release_gpu_memory()
                 if self.engine != "eager":
-                    log.info("The GPU has no room left for engine=%s, so it is eager from here on.", self.engine)
+                    log.info("The GPU has no room left for engine=%s, so the engine is eager from now on.", self.engine)
                     self.engine = "eager"
                 elif self.may_halve and self.chunk > 1:
                     self.chunk = max(c for c in range(1, self.chunk) if self.meta_batch % c == 0)
@@ -222,7 +222,7 @@ class Stepper:
                 if self.kept is None:
                     expected = self.run(other) if expected is None else expected
                     if not agrees(run(other), expected, other):
-                        raise CannotRecord("it does not give what eager gives")
+                        raise CannotRecord("its results differ from those of eager")
             except CannotRecord as error:
                 reasons.append(f"no {name}: {error}")
                 continue

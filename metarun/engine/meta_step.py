@@ -215,7 +215,7 @@ class MetaStep:
         return self.update({**given, **self.gradient(given)})
 
     def within_trust_region(self, given: Tree, index: int) -> Tree:
-        """Take the ``whole`` step of replica ``index``, given its leaves; it branches on values, so it is not mapped."""
+        """Take the ``whole`` step of replica ``index``, given its leaves; it branches on values, so is not mapped."""
         state, settings = given["train_state"], self.trust_region
         assert settings is not None
 

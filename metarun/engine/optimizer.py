@@ -38,7 +38,7 @@ def outer_step(
     lr: Tensor,
     weight_decay: Tensor | float,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Take a step of ``sgd``, ``adam`` or ``adamw`` (https://arxiv.org/abs/1412.6980, https://arxiv.org/abs/1711.05101).
+    """Take one ``sgd``, ``adam`` or ``adamw`` step (https://arxiv.org/abs/1412.6980, https://arxiv.org/abs/1711.05101).
 
     Args:
         optimizer: name of the optimizer.

@@ -37,12 +37,12 @@ def keep_freed_memory() -> None:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Start a new high-water mark, where the system allows it."""
+    """Reset the high-water mark of memory, where the system allows it."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
         try:
-            # What an earlier job of a sweep has freed goes back first.
+            # Memory freed by an earlier job of a sweep is returned to the system first.
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
                 libc.malloc_trim(0)
             CLEAR_REFS.write_text("5")

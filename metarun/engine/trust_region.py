@@ -63,7 +63,7 @@ def check_trust_region(experiment: Experiment) -> None:
     if algorithm.meta_grad is not None or algorithm.meta_loss is not None:
         raise UserError(
             f"train.optimizer=trpo steps along the gradient of the query loss after adaptation, and "
-            f"algo={experiment.names['algo']} has another meta-gradient; choose algo=maml, or train.optimizer=adam."
+            f"algo={experiment.names['algo']} has its own meta-gradient; choose algo=maml, or train.optimizer=adam."
         )
     if engine.mode.name not in ("auto", "eager") or engine.task_map.name == "threads":
         raise UserError(
@@ -123,7 +123,7 @@ def natural_step(product: Callable[[Tensor], Tensor], gradient: Tensor, settings
 def line_search(
     weights: Tensor, step: Tensor, judge: Callable[[Tensor], tuple[float, float]], settings: TrustRegion
 ) -> Tensor:
-    """Return the first of ``weights + rᵏ · step``, k = 0, 1, …, that improves within the trust region, else ``weights``.
+    """Return the first ``weights + rᵏ · step``, k = 0, 1, …, that improves within the trust region, else ``weights``.
 
     Args:
         weights: ``[numbers]``.

@@ -54,7 +54,7 @@ class MLP(nn.Module):
         )
         require(
             not isinstance(spec.inputs, Moments),
-            "mlp needs a tensor, and this task wants a policy; choose model=policy",
+            "mlp needs a tensor, and this task needs a policy; choose model=policy",
         )
         require(initial_std is None or initial_std > 0, f"initial_std must be above 0, not {initial_std}")
         layers = fully_connected(prod(spec.inputs.shape), widths, activation)

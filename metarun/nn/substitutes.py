@@ -199,7 +199,7 @@ def by_torch(function: Any, args: Any, named: dict[str, Any]) -> bool:
 class Substituted(TorchFunctionMode):
     """Inside, the functions in ``FORMULAS`` are computed by its formulas, for the forward pass of one module.
 
-    Where gradients are plain autograd's (`metarun.nn.transforms.plainly`), only what torch cannot do by itself is.
+    With plain autograd (`metarun.nn.transforms.plainly`), only the functions that torch itself cannot handle are.
     """
 
     def __init__(self, buffers: dict[int, str], of: str) -> None:

@@ -1,1 +1,1 @@
-"""What a run leaves behind: tables, pictures and comparisons."""
+"""The results of runs: tables, figures and comparisons."""

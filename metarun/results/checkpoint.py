@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified when they are read, and read without running code from them.
+"""Checkpoints: written atomically, verified when they are read, and read without running code from them.
 
 ``last.pt`` is kept together with the one before it, ``previous.pt``, which is used where the last one is damaged.
 """
@@ -23,7 +23,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def second_name(path: Path, other: Path) -> None:
-    """Give the file ``path`` the name ``other`` as well, whatever had it; without links it only moves there."""
+    """Give the file ``path`` the second name ``other``, replacing any such file; without links, only rename it."""
     aside = other.with_name(f".{other.name}.{os.getpid()}.part")
     aside.unlink(missing_ok=True)
     try:
@@ -36,7 +36,7 @@ def second_name(path: Path, other: Path) -> None:
 
 
 def save_last(directory: Path, content: dict[str, Any]) -> None:
-    """Write ``last.pt``, and keep the former one as ``previous.pt``."""
+    """Write ``last.pt``, and keep the previous one as ``previous.pt``."""
     path = directory / "checkpoints" / LAST
     if path.is_file():
         second_name(path, path.with_name(PREVIOUS))
@@ -66,7 +66,7 @@ def load(path: Path, device: str, config_hash: str) -> dict[str, Any]:
 
 
 def load_last(directory: Path, device: str, config_hash: str) -> dict[str, Any]:
-    """Read ``last.pt``, or ``previous.pt`` with a warning where the last one is damaged; that one then takes its place.
+    """Read ``last.pt``; if it is damaged, warn, read ``previous.pt`` and put that in the place of ``last.pt``.
 
     Raises:
         UserError: both are missing or broken, or they are of another version or configuration.
@@ -81,9 +81,9 @@ def load_last(directory: Path, device: str, config_hash: str) -> dict[str, Any]:
             content = load(previous, device, config_hash)
         except UserError:
             raise UserError(
-                f"The checkpoint {path} {why}, and there is no whole one before it; start that run again."
+                f"The checkpoint {path} {why}, and there is no complete one before it; start that run again."
             ) from error
-        words = "The checkpoint %s %s; the run goes on from the one before it, of step %s."
+        words = "The checkpoint %s %s; the run continues from the one before it, of step %s."
         log.warning(words, path, why, content["step"])
         second_name(previous, path)
         return content

@@ -1,11 +1,11 @@
-"""``metarun-compare``: runs side by side, one table a setting, and the two families on the same episodes.
+"""``metarun-compare``: runs side by side, one table per setting, and the two families on the same episodes.
 
-A setting is a task, data set, ways, shots, queries and metric. In a setting a row is an algorithm with the
+A setting consists of task, data set, ways, shots, queries and metric. Within a setting, a row is an algorithm with the
 keys in which its runs differ from the others, over all its seeds:
 
 - ``score``: mean over seeds of the mean test score;
 - ``ci95``: 95 % confidence interval over episodes of one model, averaged over the seeds;
-- ``seed_std``: standard deviation over seeds, a different number, never mixed with the former.
+- ``seed_std``: standard deviation over seeds, a separate number that is never mixed with ``ci95``.
 
 The best of each family is chosen by validation score. The difference between the two is taken episode by
 episode (each episode's score averaged over seeds), which cancels the difficulty of the episodes.
@@ -58,10 +58,10 @@ class FamilyDifference(Difference):
 
 
 def result_files(paths: Sequence[Path]) -> list[Path]:
-    """Every ``result.csv`` under the directories, and the files named, once each.
+    """Return every ``result.csv`` under the directories, and the files named, once each.
 
     Raises:
-        UserError: a path that does not exist, or nothing found.
+        UserError: a path does not exist, or nothing was found.
     """
     found: list[Path] = []
     for path in paths:
@@ -74,11 +74,11 @@ def result_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def overrides_of(directory: Path) -> frozenset[str]:
-    """The command-line keys of a run that can tell it from other runs of its algorithm."""
+    """Return the command-line keys of a run that can distinguish it from other runs of its algorithm."""
     path = directory / ".hydra" / "overrides.yaml"
     if not path.is_file():
         return frozenset()
-    # As text: what stands in somebody's directory is never resolved.
+    # Read as text, because the content of somebody else's directory must not be resolved.
     overrides = loaded(path)
     if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
         raise UserError(f"{path} does not hold the keys of a run; remove it, or leave that run out.")
@@ -86,7 +86,7 @@ def overrides_of(directory: Path) -> frozenset[str]:
 
 
 def with_varied(given: frozenset[str], varied: Any) -> frozenset[str]:
-    """The overrides of a run with those of a replica, ``varied``, in place of the ones for the same keys."""
+    """Return the overrides of a run, with those of a replica, ``varied``, replacing the ones for the same keys."""
     own = varied.split() if isinstance(varied, str) else []
     keys = {word.partition("=")[0] for word in own}
     kept = {override for override in given if override.partition("=")[0] not in keys}
@@ -94,7 +94,7 @@ def with_varied(given: frozenset[str], varied: Any) -> frozenset[str]:
 
 
 def with_later_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of an earlier version, with the columns that have been added since."""
+    """Return a table of an earlier version with the columns that have been added since."""
     if "metric" in table and "metrics" not in table:
         percent = table["metric"].where(table["metric"] == "accuracy", "")
         table = table.assign(metrics=table["metric"], percent=percent)
@@ -102,10 +102,10 @@ def with_later_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_results(files: Sequence[Path]) -> pd.DataFrame:
-    """All rows, with columns ``directory`` and ``overrides`` added.
+    """Return all rows, with columns ``directory`` and ``overrides`` added.
 
     Raises:
-        UserError: a file that is not a result table.
+        UserError: a file is not a result table.
     """
     tables = []
     for path in files:
@@ -128,7 +128,7 @@ def read_results(files: Sequence[Path]) -> pd.DataFrame:
 
 
 def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Finished runs, the newest of each configuration, and a sentence on whatever was left out."""
+    """Return the newest finished run of each configuration, and a sentence on each omission."""
     notes = []
     finished = results[results["status"] == "completed"]
     for _, row in results[results["status"] != "completed"].iterrows():
@@ -143,14 +143,14 @@ def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def best_first(table: pd.DataFrame, column: str) -> pd.Series:
-    """Scores as sort keys: the best has the smallest."""
+    """Return scores as sort keys: the best score has the smallest key."""
     return table[column].where(~table["higher_is_better"], -table[column])
 
 
 def with_variants(group: pd.DataFrame) -> pd.DataFrame:
     """Add ``variant``: the overrides of each run that not every run of the setting shares.
 
-    Runs that differ in nothing else but were tested on other episodes are told apart by those, never averaged.
+    Runs that differ only in their test episodes are distinguished by these episodes, and never averaged.
     """
     shared = frozenset.intersection(*group["overrides"])
     group = group.assign(variant=[" ".join(sorted(overrides - shared)) for overrides in group["overrides"]])
@@ -161,7 +161,7 @@ def with_variants(group: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(group: pd.DataFrame) -> pd.DataFrame:
-    """One row an algorithm and variant, sorted by score within its family."""
+    """Return one row per algorithm and variant, sorted by score within each family."""
     rows = []
     for (family, algo, model, variant), runs in group.groupby(["family", "algo", "model", "variant"]):
         rows.append(
@@ -172,7 +172,7 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
                 "model": model,
                 "score_before": runs["score_before"].mean(),
                 "adapt_steps": runs["adapt_steps"].max(),
-                # A diverged run must show, not vanish from the mean.
+                # A diverged run must be visible instead of vanishing from the mean.
                 "score": runs["score"].mean(skipna=False),
                 "ci95": runs["ci95"].mean(skipna=False),
                 "seeds": runs["seed"].nunique(),
@@ -203,7 +203,7 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
 
 
 def episode_scores(replicas: Sequence[tuple[str, int]]) -> NDArray[np.float64] | None:
-    """Final score of each episode, averaged over replicas (directory and number); None where one has none to read."""
+    """Return each episode's final score, averaged over replicas (directory and number); None if a replica has none."""
     scores = []
     for directory, number in replicas:
         path = Path(directory) / "episodes.csv"
@@ -222,12 +222,12 @@ def episode_scores(replicas: Sequence[tuple[str, int]]) -> NDArray[np.float64] |
 
 
 def name_of(row: pd.Series) -> str:
-    """An algorithm and its variant."""
+    """Return the name of an algorithm with its variant."""
     return f"{row['algo']} {row['variant']}".strip()
 
 
 def difference_of(a: pd.Series, b: pd.Series) -> Difference:
-    """Row ``a`` minus row ``b``, episode by episode where both were tested on the same ones."""
+    """Return row ``a`` minus row ``b``, episode by episode where both were tested on the same episodes."""
     scores = [episode_scores(row["replicas"]) for row in (a, b)]
     hashes = a["episodes_hashes"] | b["episodes_hashes"]
     same = len(hashes) == 1 and not any(pd.isna(one) for one in hashes)
@@ -240,7 +240,7 @@ def difference_of(a: pd.Series, b: pd.Series) -> Difference:
 
 
 def family_difference(table: pd.DataFrame) -> FamilyDifference | None:
-    """Best model-dependent minus best model-agnostic, each chosen by validation; None if one is missing."""
+    """Return the best model-dependent minus the best model-agnostic row, by validation; None if one is missing."""
     best = {}
     for family in ("agnostic", "dependent"):
         members = table[table["family"] == family]
@@ -252,11 +252,11 @@ def family_difference(table: pd.DataFrame) -> FamilyDifference | None:
 
 
 def against(table: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Add each row's difference from the algorithm ``reference``: ``against``, ``against_ci95``, ``against_paired``;
-    and ``reference``, its name.
+    """Add each row's difference from the algorithm ``reference``.
 
-    Of several variants of the reference the one with the best validation score is taken; where the setting has
-    none the columns are empty.
+    The new columns are ``against``, ``against_ci95``, ``against_paired``, and ``reference``, the name. Of several
+    variants of the reference, the one with the best validation score is taken. Where the setting has no run of the
+    reference, the columns are empty.
     """
     members = table[table["algo"] == reference]
     if members.empty:
@@ -272,18 +272,18 @@ def against(table: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def setting_title(setting: dict[str, Any]) -> str:
-    """A setting in words."""
+    """Return a setting in words."""
     ways = "" if pd.isna(setting["ways"]) else f"{setting['ways']:.0f}-way "
     return f"{setting['task']} ({setting['dataset']}), {ways}{setting['shots']:.0f}-shot, {setting['metric']}"
 
 
 def seconds(value: float) -> str:
-    """A duration for people."""
+    """Return a duration in human-readable form."""
     return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
 
 
 def printed_table(table: pd.DataFrame, metric: Metric) -> list[list[str]]:
-    """Header and rows of the printed table, with the differences from a reference where there are any."""
+    """Return header and rows of the printed table, with the differences from a reference if there are any."""
     header = ["family", "algorithm", "before", "steps", f"{metric.name} ± CI95", "seeds", "std over seeds"]
     header += ["training", "ms/task", "meta-learned", "adapted"]
     compared = "against" in table and bool(table["against"].notna().any())
@@ -320,7 +320,7 @@ def printed_table(table: pd.DataFrame, metric: Metric) -> list[list[str]]:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table that reads well as plain text too."""
+    """Return a Markdown table that is also readable as plain text."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -328,7 +328,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def sentence(difference: FamilyDifference | None, table: pd.DataFrame, metric: Metric) -> str:
-    """The family line."""
+    """Return the sentence that compares the two families."""
     if difference is None:
         missing = [FAMILIES[f] for f in ("agnostic", "dependent") if f not in set(table["family"])]
         return f"Families: no {' and no '.join(missing)} run in this setting, so there is nothing to compare."
@@ -363,7 +363,7 @@ def compare(paths: Sequence[Path], out: Path, reference: str | None = None) -> s
         raise UserError(f"None of the runs has finished ({'; '.join(notes)}); resume one, or start again.")
     if reference is not None and reference not in set(results["algo"]):
         known = ", ".join(sorted(set(results["algo"])))
-        raise UserError(f"None of the runs is of {reference}; compare against one of {known}.")
+        raise UserError(f"None of the runs used {reference}; compare against one of {known}.")
     texts, tables, differences, panels = [], [], [], []
     for values, group in results.groupby(SETTING, dropna=False):
         setting = dict(zip(SETTING, values, strict=True))
@@ -398,7 +398,7 @@ def main() -> None:
     """Entry point of ``metarun-compare``."""
     parser = argparse.ArgumentParser(
         prog="metarun-compare",
-        description="Compare runs: a table for each setting, the two families on the same test episodes.",
+        description="Compare runs: one table per setting, and the two families on the same test episodes.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="directories of runs, or result CSVs")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (the first PATH that is a directory)")

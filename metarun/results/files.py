@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing of files: a file is either complete or absent."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ def has_checkpoint(directory: Path) -> bool:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of ``path`` when the block ends well, and leaves it alone if not."""
+    """Open a binary file that replaces ``path`` when the block ends without an error; otherwise ``path`` stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -39,7 +39,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(directory: Path, age: float = 0.0) -> None:
-    """Delete what killed processes left unfinished in ``directory``, if it is older than ``age`` seconds."""
+    """Delete unfinished files that killed processes left in ``directory``, if older than ``age`` seconds."""
     for path in directory.glob(".*.part"):
         # Another process may be faster, or own the file.
         with suppress(OSError):
@@ -54,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a header; values that are None or missing are empty."""
+    """Write a table with a header; values that are None or missing are left empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: rows, tables, pictures and lines on the screen."""
+"""The results of a finished run: rows, tables, figures and lines on the screen."""
 
 import logging
 from pathlib import Path
@@ -27,7 +27,7 @@ FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "b
 
 
 def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, Any]:
-    """The columns of ``result.csv`` that are known of a replica before training."""
+    """Return the columns of ``result.csv`` that are known about a replica before training."""
     replica = experiment.replicas[index]
     config, spec = replica.config, experiment.family.spec
     return {
@@ -59,7 +59,7 @@ def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, 
 def measured_columns(
     experiment: Experiment, replica: Replica, training: Training, best: Best, tested: Tested
 ) -> dict[str, Any]:
-    """The columns of ``result.csv`` that a finished replica adds; times are those of all replicas together."""
+    """Return the columns of ``result.csv`` that a finished replica adds; times are those of all replicas together."""
     theta, steps = best.theta, tested.scored.adapt_steps
     metrics = metrics_of(experiment)
     scores = tested.scored.scores[metrics[0].name]
@@ -96,13 +96,13 @@ def measured_columns(
 
 
 def confidence(scores: Tensor) -> Tensor:
-    """Half-width of the 95 % confidence interval of the mean over the first axis."""
+    """Return the half-width of the 95 % confidence interval of the mean over the first axis."""
     half_width: Tensor = 1.96 * scores.std(0) / len(scores) ** 0.5
     return half_width
 
 
 def setting_of(experiment: Experiment) -> str:
-    """Ways and shots in words."""
+    """Return ways and shots in words."""
     spec = experiment.family.spec
     return f"{spec.sizes.ways}-way {spec.sizes.shots}-shot" if spec.sizes.ways else f"{spec.sizes.shots}-shot"
 
@@ -157,7 +157,7 @@ def say(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
 def write_pictures(
     experiment: Experiment, training: Training, finished: list[tuple[dict[str, Any], Tested]], directory: Path
 ) -> None:
-    """``training.png`` and ``adaptation.png``, a line for each replica that finished."""
+    """Write ``training.png`` and ``adaptation.png``, with one line per replica that finished."""
     first, metric = finished[0][0], experiment.family.spec.metrics[0]
     title = f"{first['algo']} on {first['task']}"
     if len(finished) == 1:
@@ -173,7 +173,7 @@ def write_pictures(
 
 
 def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:
-    """What is shown besides scores, if anything: a table of all replicas, a picture and lines of the first."""
+    """Write the reports besides scores, if any: a table of all replicas, and a figure and lines of the first."""
     title = f"{experiment.names['algo']} on {experiment.names['task']}"
     if len(thetas) > 1:
         title += f", {label(experiment.replicas[thetas[0][0]].differs)}"

@@ -1,4 +1,4 @@
-"""The pictures that a run and a comparison leave behind."""
+"""The figures of a run and of a comparison."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 from metarun.results.files import atomic_write
 from metarun.targets.metric import Metric
 
-# Names come from data: a dollar sign in one begins no formula.
+# Names come from data, so a dollar sign in a name does not begin a formula.
 rcParams["text.parse_math"] = False
 
 AGNOSTIC, DEPENDENT, BASELINE = "#0072B2", "#D55E00", "#777777"
 FAMILY_COLOURS = {"agnostic": AGNOSTIC, "dependent": DEPENDENT, "baseline": BASELINE}
-"""Told apart by people who cannot tell red from green (Okabe and Ito 2008)."""
+"""Colours that colour-blind readers can distinguish (Okabe and Ito 2008)."""
 
 
 def plain_axis(axis: Any) -> None:
-    """Take the frame's upper and right side away, and draw pale lines across."""
+    """Remove the upper and right sides of the frame, and draw pale grid lines."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
@@ -41,11 +41,11 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 Curve = tuple[str, Sequence[Mapping[str, float | int]], int]
-"""What a replica differs in, its rows of ``metrics.csv``, and the step that was tested."""
+"""How a replica differs from the others, its rows of ``metrics.csv``, and the step that was tested."""
 
 
 def plot_training(path: Path, title: str, metric: Metric, curves: Sequence[Curve]) -> None:
-    """Scores over meta-training and the step that was tested; of several replicas the validation scores alone."""
+    """Plot scores over meta-training and the tested step; for several replicas only the validation scores."""
     figure, axis = new_figure()
     scale = metric.scale
     one = len(curves) == 1
@@ -72,7 +72,7 @@ def plot_training(path: Path, title: str, metric: Metric, curves: Sequence[Curve
 
 
 def replica_colour(number: int, count: int) -> Any:
-    """The colour of one of several lines; of a single one the usual."""
+    """Return the colour of one of several lines, or the usual colour for a single line."""
     return AGNOSTIC if count == 1 else colormaps["viridis"](number / count)
 
 
@@ -81,12 +81,12 @@ Lines = Sequence[tuple[str, Sequence[float], Sequence[float]]]
 
 
 def plot_adaptation(path: Path, title: str, adapt_steps: Sequence[int], panels: Sequence[tuple[Metric, Lines]]) -> None:
-    """Test scores along adaptation with their 95 % confidence intervals over episodes, a panel for each metric.
+    """Plot the test scores along adaptation with their 95 % confidence intervals over episodes, a panel per metric.
 
     Args:
-        path: of the PNG.
-        title: of the picture.
-        adapt_steps: those that were scored.
+        path: path of the PNG.
+        title: title of the figure.
+        adapt_steps: adaptation steps that were scored.
         panels: each metric with its lines.
     """
     figure = Figure(figsize=(6.4 * len(panels), 4.0), layout="constrained")
@@ -134,10 +134,10 @@ def draw_adaptation(axis: Any, metric: Metric, adapt_steps: Sequence[int], lines
 
 
 def plot_comparison(path: Path, panels: Sequence[tuple[str, Metric, Any]]) -> None:
-    """One panel a setting: each row's score with its interval over episodes, the best at the top.
+    """Plot one panel per setting: each row's score with its interval over episodes, with the best at the top.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         panels: title, metric, and a table with columns name, family, score and ci95, for each setting.
     """
     heights = [0.9 + 0.32 * len(table) for _, _, table in panels]

@@ -1,4 +1,4 @@
-"""What is shown of test tasks besides scores: a table, a picture and a few lines."""
+"""Reports on test tasks besides scores: a table, a figure and a few lines."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ class Measured:
 
     replica: int
     axes: Mapping[str, Sequence[str]]
-    """The names along each axis behind the first, which is the episodes'."""
+    """The names along each axis after the first, which is that of the episodes."""
     value: Metric
-    """What a number means."""
+    """What a measured number means."""
     numbers: Any
     """An array ``[episodes, …]``."""
     groups: Sequence[str]
@@ -34,7 +34,7 @@ class Measured:
 
 
 def write_measured(path: Path, measured: Sequence[Measured]) -> None:
-    """A row for each replica, episode and place of the axes."""
+    """Write one row per replica, episode and position on the axes."""
     first = measured[0]
     rows = []
     for one in measured:
@@ -46,7 +46,7 @@ def write_measured(path: Path, measured: Sequence[Measured]) -> None:
 
 
 def winners(measured: Measured) -> dict[str, dict[str, Counter[str]]]:
-    """For each name along the first axis and each group: how often which name along the second has the most."""
+    """Count, per name on the first axis and per group, how often each name on the second has the largest number."""
     (_, rows), (_, columns) = measured.axes.items()
     best = measured.numbers.argmax(-1)
     sound = np.isfinite(measured.numbers).all(-1)
@@ -64,9 +64,9 @@ def winners(measured: Measured) -> dict[str, dict[str, Counter[str]]]:
 
 
 def mean_and_half_width(numbers: Any) -> tuple[Any, Any]:
-    """Mean over episodes of ``numbers [episodes, ...]`` and half-width of its 95 % interval.
+    """Return the mean over episodes of ``numbers [episodes, ...]`` and the half-width of its 95 % interval.
 
-    Episodes whose number is NaN, since they have nothing to measure there, do not count.
+    Episodes whose number is NaN, since they have nothing to measure there, are left out.
     """
     there = np.ma.masked_invalid(numbers)
     half_width = 1.96 * there.std(0, ddof=1) / np.sqrt(there.count(0))
@@ -74,7 +74,7 @@ def mean_and_half_width(numbers: Any) -> tuple[Any, Any]:
 
 
 def described(measured: Measured) -> list[str]:
-    """Lines to be read."""
+    """Return human-readable lines."""
     if len(measured.axes) == 1:
         ((axis, names),) = measured.axes.items()
         means, _ = mean_and_half_width(measured.numbers)
@@ -89,7 +89,7 @@ def described(measured: Measured) -> list[str]:
 
 
 def plot_measured(path: Path, title: str, measured: Measured) -> None:
-    """One axis: means with their 95 % intervals. Two: the share of tasks in which a name of the second has the most."""
+    """Plot means with 95 % intervals for one axis; for two, how often each name of the second has the most."""
     if len(measured.axes) == 1:
         ((axis_name, names),) = measured.axes.items()
         figure, axis = new_figure()

@@ -1,7 +1,7 @@
-"""Files of tensors that notice when they are damaged: torch's own format with a checksum.
+"""Files of tensors whose damage is detected: torch's own format with a checksum.
 
 ``torch.save`` writes a zip archive, and a zip archive may end with a comment. The comment holds the SHA-256 of all
-bytes before it, so that every bit of the file counts and ``torch.load`` still reads it.
+bytes before it, so that every bit of the file is checked and ``torch.load`` can still read the file.
 """
 
 import hashlib
@@ -18,19 +18,19 @@ from metarun.results.files import atomic_write
 
 LABEL = b"metarun sha256 "
 LENGTH = len(LABEL) + 64
-"""Of the comment."""
+"""Length of the comment."""
 BLOCK = 1 << 20
 
 
 class Damaged(Exception):
-    """A file that is not what was written; the text says in what way."""
+    """A file is not what was written; the text says in what way."""
 
 
 def save(path: Path, content: Any) -> None:
     """Write ``content`` (tensors, numbers, texts in dicts and lists) atomically.
 
     Raises:
-        OSError: it cannot be written; what stood there before is whole.
+        OSError: the file cannot be written; a previous file of the same name is unchanged.
     """
     archive = io.BytesIO()
     torch.save(content, archive)
@@ -46,9 +46,9 @@ def verify(path: Path) -> None:
     """Compare a file with its checksum.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be read.
-        Damaged: they differ, or there is no checksum.
+        FileNotFoundError: there is no such file.
+        OSError: the file cannot be read.
+        Damaged: the checksum differs or is missing.
     """
     found, left = hashlib.sha256(), path.stat().st_size - LENGTH
     with path.open("rb") as file:
@@ -63,11 +63,11 @@ def verify(path: Path) -> None:
 
 
 def load(path: Path, device: str = "cpu") -> Any:
-    """What ``save`` wrote, verified; no code is run from it.
+    """Read what ``save`` wrote and verify it; no code from the file is run.
 
     Raises:
         FileNotFoundError: there is no such file.
-        Damaged: it cannot be read, or is not what was written.
+        Damaged: the file cannot be read, or is not what was written.
     """
     try:
         verify(path)

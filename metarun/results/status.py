@@ -1,13 +1,13 @@
-"""``metarun-status``: what has become of runs and sweeps, read from their files alone, while they run or afterwards.
+"""``metarun-status``: the state of runs and sweeps, read only from their files, while they run or afterwards.
 
 A job is in one of these states:
 
 - ``completed``: ``result.csv`` says so;
 - ``running``: a live process owns its folder;
-- ``failed``: with the sentence that it ended with;
-- ``interrupted``: stopped by a signal, after writing a checkpoint if it had come to training;
-- ``cut off``: begun, and neither ended nor running;
-- ``not begun``: planned by the sweep, without a folder.
+- ``failed``: the job ended with an error, and its sentence is shown;
+- ``interrupted``: a signal stopped the job, after a checkpoint was written if training had begun;
+- ``cut off``: the job has begun, and has neither ended nor is it running;
+- ``not begun``: the sweep has planned the job, which has no folder yet.
 """
 
 import argparse
@@ -30,16 +30,16 @@ from metarun.results.files import write_csv
 from metarun.results.tables import RESULT_COLUMNS
 
 PLAN = "sweep.json"
-"""What a sweep was told to do, in its directory."""
+"""The file in a sweep's directory that holds its plan."""
 MAY_CHANGE = ("device=", "data_dir=", "resume=")
-"""Overrides that do not make a job another one."""
+"""Overrides that do not change a job's identity."""
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 STATES = ("completed", "failed", "interrupted", "cut off", "running", "not begun")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, alone or of a sweep."""
+    """A single run, or one of a sweep."""
 
     name: str
     directory: Path | None
@@ -51,11 +51,11 @@ class Job:
     best: float | None = None
     """The best validation score so far."""
     seconds_left: float | None = None
-    """Of training, at the pace so far."""
+    """Seconds of training that remain, at the pace so far."""
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; none where it is missing or cannot be read."""
+    """Return the rows of a table; no rows if the table is missing or cannot be read."""
     try:
         with path.open(newline="", errors="replace") as file:
             return list(csv.DictReader(file))
@@ -64,7 +64,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def loaded(path: Path) -> Any:
-    """What a YAML or JSON file holds, as plain values that nothing resolves; None where it cannot be read."""
+    """Return the content of a YAML or JSON file as plain, unresolved values; None if it cannot be read."""
     try:
         text = path.read_text(errors="replace")
         return json.loads(text) if path.suffix == ".json" else yaml.load(text, SAFE_LOADER)
@@ -73,7 +73,7 @@ def loaded(path: Path) -> Any:
 
 
 def number(text: str | None) -> float | None:
-    """A cell as a finite number; None where it holds none."""
+    """Return a cell as a finite number; None if it holds no such number."""
     with suppress(ValueError, TypeError):
         value = float(text or "")
         return value if math.isfinite(value) else None
@@ -81,18 +81,18 @@ def number(text: str | None) -> float | None:
 
 
 def identity(overrides: Any) -> tuple[str, ...]:
-    """The overrides that make a job what it is."""
+    """Return the overrides that make up a job's identity."""
     given = overrides if isinstance(overrides, list) else []
     return tuple(one for one in given if isinstance(one, str) and not one.startswith(MAY_CHANGE))
 
 
 def mark(directory: Path, known: Sequence[Mapping[str, Any]], status: str, reason: str | None = None) -> None:
-    """Say in ``result.csv`` what state a run is in; a completed result stays as it is.
+    """Record a run's state in ``result.csv``; a completed result stays as it is.
 
     Args:
-        directory: of the run.
-        known: what is known of it; if nothing, the rows that are there keep what they say.
-        status: of every row.
+        directory: directory of the run.
+        known: known columns of the run's rows; if empty, existing rows keep their other columns.
+        status: status of every row.
         reason: the sentence that a failed run ended with.
     """
     before = rows_of(directory / "result.csv")
@@ -104,7 +104,7 @@ def mark(directory: Path, known: Sequence[Mapping[str, Any]], status: str, reaso
 
 
 def progress(directory: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """How far a run has come: steps, the best validation score and the seconds that training still needs."""
+    """Return a run's progress: steps, the best validation score and the remaining seconds of training."""
     metrics = rows_of(directory / "metrics.csv")
     done, seconds = (number(metrics[-1].get(key)) if metrics else None for key in ("step", "seconds"))
     config = loaded(directory / ".hydra" / "config.yaml")
@@ -125,7 +125,7 @@ def progress(directory: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, An
 
 
 def job_in(directory: Path, name: str) -> Job:
-    """The run of a folder."""
+    """Return the run in a folder as a job."""
     rows = rows_of(directory / "result.csv")
     found = Counter(row.get("status") for row in rows)
     reason = next((row["reason"] for row in rows if row.get("reason")), "")
@@ -139,7 +139,7 @@ def job_in(directory: Path, name: str) -> Job:
 
 
 def runs_under(directory: Path) -> list[Path]:
-    """The folders of runs in a directory, in the order of the numbers in their names."""
+    """Return the folders of runs in a directory, in the order of the numbers in their names."""
 
     def order(path: Path) -> tuple[int, str]:
         digits = path.name.partition("_")[0]
@@ -149,7 +149,7 @@ def runs_under(directory: Path) -> list[Path]:
 
 
 def jobs_of_sweep(directory: Path) -> list[Job]:
-    """Every job of the sweep in a directory, begun or not; named by the overrides in which they differ."""
+    """Return every job of the sweep in a directory, begun or not, named by the overrides in which they differ."""
     plan = loaded(directory / PLAN)
     planned = plan.get("jobs") if isinstance(plan, dict) else None
     folders = [folder for folder in runs_under(directory) if folder != directory]
@@ -167,7 +167,7 @@ def jobs_of_sweep(directory: Path) -> list[Job]:
 
 
 def jobs_in(directory: Path) -> list[Job]:
-    """Every job in a directory: a run's, a sweep's, or those of all runs and sweeps below."""
+    """Return every job in a directory: that of a run, those of a sweep, or those of all runs and sweeps below."""
     sweeps = sorted(path.parent for path in directory.rglob(PLAN))
     jobs = [job for sweep in sweeps for job in jobs_of_sweep(sweep)]
     alone = [run for run in runs_under(directory) if not any(sweep in run.parents for sweep in sweeps)]
@@ -175,7 +175,7 @@ def jobs_in(directory: Path) -> list[Job]:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in words."""
+    """Return seconds in words."""
     if seconds is None:
         return ""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -185,7 +185,7 @@ def duration(seconds: float | None) -> str:
 
 
 def table(jobs: Sequence[Job]) -> str:
-    """The jobs as text: a line each, the sentences of those that failed, and how many are in which state."""
+    """Return the jobs as text: one line each, the sentences of failed jobs, and the number of jobs in each state."""
     rows = [("job", "status", "step", "best validation", "left")]
     for job in jobs:
         steps = "" if job.step is None else f"{job.step}/{'?' if job.steps is None else job.steps}"
@@ -204,10 +204,10 @@ def main() -> None:
     """Entry point of ``metarun-status``."""
     parser = argparse.ArgumentParser(
         prog="metarun-status",
-        description="Runs and sweeps: which jobs have completed, failed (and why), run or have not begun; the best "
-        "validation score so far, and the time that is left.",
+        description="Show the state of runs and sweeps: which jobs have completed, failed (and why), are running or "
+        "have not begun, the best validation score so far, and the time left.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="of a run, of a sweep, or above them")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of a run or a sweep, or one above them")
     directory = parser.parse_args().directory
     if not directory.is_dir():
         sys.exit(printable(f"metarun-status: there is no directory {directory}; name that of a run or a sweep."))

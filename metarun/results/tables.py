@@ -9,7 +9,7 @@ from metarun.targets.metric import Metric
 
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds", "replica")
 EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "replica")
-"""``score`` is the first metric; a column with the name of each further one follows."""
+"""Columns of ``episodes.csv``. ``score`` is the first metric; a column with the name of each further metric follows."""
 RESULT_COLUMNS = (
     *(
         "run",
@@ -41,15 +41,16 @@ RESULT_COLUMNS = (
     *("engine", "task_map", "precision", "replica", "varied"),
     *("metrics", "percent", "reason"),
 )
-"""A row per replica of a run, which mostly has one. ``score`` is in ``metric``, the first of ``metrics``, which are
-separated by semicolons; for each further one two columns follow, NAME and NAME_ci95. ``percent`` names the metrics that
-are fractions to be read as percentages. ``episodes_hash`` is equal where the test episodes are."""
+"""Columns of ``result.csv``, which has one row per replica; most runs have one replica. ``score`` is measured in
+``metric``, the first of ``metrics``, which are separated by semicolons. For each further metric two columns follow,
+NAME and NAME_ci95. ``percent`` names the metrics that are fractions displayed as percentages. ``episodes_hash`` is
+equal for runs with the same test episodes."""
 
 SEPARATOR = ";"
 
 
 def write_metrics(directory: Path, rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    """``metrics.csv``: a row a logging step and replica; validation columns are empty where there was none."""
+    """Write ``metrics.csv``: one row per logging step and replica; without validation, its columns are empty."""
     numbered = [{**row, "replica": index} for index, own in enumerate(rows) for row in own]
     write_csv(directory / "metrics.csv", METRICS_COLUMNS, numbered)
 
@@ -59,7 +60,7 @@ class Scored(Protocol):
 
     @property
     def adapt_steps(self) -> Sequence[int]:
-        """Of the states."""
+        """The adaptation steps of the states."""
 
     @property
     def losses(self) -> Any:
@@ -67,11 +68,11 @@ class Scored(Protocol):
 
     @property
     def scores(self) -> Mapping[str, Any]:
-        """A tensor for each metric."""
+        """A tensor per metric."""
 
 
 def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], metrics: Sequence[Metric]) -> None:
-    """``episodes.csv``: a row per test episode, adaptation step and replica, whose number stands with its scores."""
+    """Write ``episodes.csv``: one row per test episode, adaptation step and replica, given by its number."""
     first, *further = (metric.name for metric in metrics)
     rows = []
     for replica, scored in replicas:
@@ -85,17 +86,17 @@ def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], metr
 
 
 def columns_of(metrics: Sequence[Metric]) -> tuple[str, ...]:
-    """The columns of ``result.csv``."""
+    """Return the columns of ``result.csv``."""
     return (*RESULT_COLUMNS, *(column for metric in metrics[1:] for column in (metric.name, f"{metric.name}_ci95")))
 
 
 def write_results(directory: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) -> None:
-    """``result.csv``: the run's rows, one for each replica."""
+    """Write ``result.csv``: the run's rows, one per replica."""
     write_csv(directory / "result.csv", columns_of(metrics), rows)
 
 
 def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
-    """The metrics of a row of ``result.csv``, the first one first."""
+    """Return the metrics of a row of ``result.csv``, in order."""
     percent = str(row["percent"]).split(SEPARATOR)
     first, *further = str(row["metrics"]).split(SEPARATOR)
     return (

@@ -201,5 +201,5 @@ def test_every_row_against_a_reference(runs, capsys, monkeypatch):
 
 
 def test_a_reference_that_did_not_run_is_refused(runs):
-    with pytest.raises(UserError, match="None of the runs is of anil; compare against one of maml, protonet, scratch"):
+    with pytest.raises(UserError, match="None of the runs used anil; compare against one of maml, protonet, scratch"):
         compare([runs[0]], runs[0], "anil")

@@ -55,7 +55,7 @@ def test_the_checkpoint_before_the_last_takes_the_place_of_a_damaged_one(tmp_pat
     last.write_bytes(last.read_bytes()[:-500])
     with caplog.at_level(logging.WARNING):
         assert checkpoint.load_last(tmp_path, "cpu", "abc")["step"] == 2
-    assert "the run goes on from the one before it, of step 2" in caplog.text
+    assert "the run continues from the one before it, of step 2" in caplog.text
     # What is saved next keeps a whole one before it.
     checkpoint.save_last(tmp_path, CONTENT | {"step": 4})
     assert [sealed.load(last.with_name(name))["step"] for name in ("last.pt", "previous.pt")] == [4, 2]

@@ -203,7 +203,7 @@ def test_splits_that_share_a_label_are_refused(tmp_path):
     folder.mkdir(parents=True)
     for part, labels in {"train": "a b", "valid": "c d", "test": "e a"}.items():
         (folder / f"labels.{part}.txt").write_text(labels)
-    with pytest.raises(UserError, match=r"labels\.test\.txt names a, which stands in a split already.*split=random"):
+    with pytest.raises(UserError, match=r"labels\.test\.txt names a, which is already in a split.*split=random"):
         intents.label_split(str(tmp_path), "clinc150", "01", dict.fromkeys("abcde"))
 
 
