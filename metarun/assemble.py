@@ -133,6 +133,7 @@ def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algo
 
 NEEDS: dict[Need, str] = {
     "loss": "a differentiable loss",
+    "examples": "a loss over examples that stay the same",
     "rows": "examples with known targets",
     "numbers": "targets that are numbers",
     "classes": "examples of classes",

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import QUICK, process
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +32,15 @@ def real_omniglot():
     if not (DATA_DIR / "omniglot" / "images_background.zip").is_file():
         pytest.skip("the real Omniglot is not in METARUN_DATA_DIR/omniglot")
     return str(DATA_DIR)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The directory of a short finished run, for tests that read or copy it."""
+    root = tmp_path_factory.mktemp("finished")
+    done = process(*QUICK, "hydra.run.dir=run", cwd=root)
+    assert done.returncode == 0, done.stderr
+    return root / "run"
 
 
 def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:

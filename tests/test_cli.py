@@ -4,33 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
+from commands import QUICK, metarun, process
 
 from metarun.results import sealed
-
-QUICK = ("train.steps=4", "train.eval_every=2", "train.val_episodes=4", "eval.episodes=4", "eval.adapt_steps=1")
-
-
-def metarun(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "metarun", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The directory of a short finished run."""
-    root = tmp_path_factory.mktemp("finished")
-    done = metarun(*QUICK, "hydra.run.dir=run", cwd=root)
-    assert done.returncode == 0, done.stderr
-    return root / "run"
 
 
 def test_a_run_leaves_its_files_and_says_where(finished):
@@ -45,75 +25,78 @@ def test_a_run_leaves_its_files_and_says_where(finished):
     assert "files: run" in log
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["train.step=3"], ["train.step", "did you mean train.steps?"]),
-        (["algo.inner_lrr=3"], ["algo.inner_lrr", "did you mean algo.inner_lr?"]),
-        (["nonsense=3"], ["nonsense"]),
-        (["train.steps=many"], ["train.steps", "many", "Integer"]),
-        (["train.optimizer=adamm"], ["train.optimizer", "adamw"]),
-        (["algo=mamll"], ["algo=mamll", "choose one of", "reptile"]),
-        (["task=omniglott"], ["task=omniglott", "sinusoid"]),
-        (["experiment=none_such"], ["experiment=none_such"]),
-        (["train.meta_batch=0"], ["train.meta_batch must be at least 1, not 0"]),
-        (["train.lr=-1"], ["train.lr", "above 0"]),
-        (["seed=-1"], ["seed must be at least 0"]),
-        (["algo.inner_lr=0"], ["inner_lr must be above 0"]),
-        (["algo.inner_lr=fast"], ["algo.inner_lr must be a number, not 'fast'"]),
-        (["algo.first_order=2"], ["algo.first_order must be true or false"]),
-        (["model.widths=40"], ["model.widths must be a list"]),
-        (["model.activation=step"], ["model.activation must be one of relu, tanh"]),
-        (["task.shots=0"], ["shots must be at least 1"]),
-        (["algo=protonet"], ["protonet needs examples of classes", "algorithms that fit", "shared_params"]),
-        (["model=conv4"], ["conv4 needs images", "model=mlp"]),
-        (["device=gpu"], ["device must be auto, cpu, cuda or cuda:N"]),
-        (["device=cuda:99"], ["device=cuda:99 does not exist", "device=cpu"]),
-        (["algo._target_=nowhere.nothing"], ["nowhere.nothing cannot be imported"]),
-        (["task=omniglot", "task.dataset=omniglot", "data_dir=empty"], ["empty/omniglot", "task.download=true"]),
-        (["task=omniglot", "task.dataset=procedural", "task.ways=900"], ["ways must be at most"]),
-        (
-            ["task=omniglot", "task.dataset=procedural", "algo=maml", "task.train_ways=9"],
-            ["set task.train_ways=5"],
-        ),
-        (
-            ["task=text", "task.dataset=clinc150", "data_dir=empty"],
-            ["empty/clinc150/data_full.json", "task.dataset=toy"],
-        ),
-        (["task=text", "task.dataset=toy", "task.split=06"], ["task.split must be one of auto, 01"]),
-        (["task=text", "task.dataset=toy", "task.grams=[5,3]"], ["grams must be a rising pair"]),
-        (["task=text", "task.dataset=toy", "task.grams=[1.5,3]"], ["a list of 2 values, each a whole number"]),
-        (["task=text", "task.dataset=toy", "task.split=02"], ["the toy language has one split"]),
-        (["task=text", "task.dataset=toy", "task.buckets=1e9"], ["task.buckets must be a whole number"]),
-        (["task=text", "task.dataset=toy", "task.buckets=1000000000"], ["buckets must be from 2 to 1048576"]),
-        (
-            ["algo=protonet", "task=text_crosslingual", "task.dataset=toy", "task.train_ways=90"],
-            ["train_ways must be at most"],
-        ),
-        (["task=text_crosslingual", "task.dataset=nusax", "data_dir=empty"], ["empty/nusax_senti"]),
-        (["task=text", "task.dataset=toy", "model=mlp"], ["mlp needs numbers", "model=text_embedding"]),
-        (["task=bandit", "task.arms=1"], ["arms must be at least 2, not 1"]),
-        (["task=navigation", "task.discount=0"], ["discount must be above 0"]),
-        (["task=navigation", "model=mlp"], ["mlp needs a tensor", "model=policy"]),
-        (["algo=thompson", "task=mdp"], ["thompson is a policy for task=bandit"]),
-        (["algo=protonet", "task=bandit"], ["for a policy choose an algorithm that acts, such as maml"]),
-        (["algo=transfer", "task=bandit"], ["algorithms that fit it:", "maml", "rl2"]),
-        (
-            ["algo=rl2", "task=bandit", "model=policy"],
-            ["needs a policy with a memory", "model=fast_weights_policy"],
-        ),
-        (["algo=transfer", "task=navigation"], ["transfer needs examples with known targets", "maml"]),
-        (["resume=nowhere"], ["nothing to resume in nowhere"]),
-        (["hydra.run.dir=a_file/run"], ["cannot be written", "hydra.run.dir"]),
-        (["train.steps=[1"], ["train.steps"]),
-        (["train.schedule=linear", "train.final=2"], ["train.final must be at most 1"]),
-        (["algo=null"], ["Config group override must be a string"]),
-    ],
-    ids=lambda value: " ".join(value) if value and isinstance(value, list) and "=" in value[0] else "",
-)
-def test_bad_input_gets_one_sentence(tmp_path, arguments, words):
-    (tmp_path / "a_file").write_text("in the way")
-    done = metarun(*arguments, cwd=tmp_path)
+BAD_INPUT = [
+    (["train.step=3"], ["train.step", "did you mean train.steps?"]),
+    (["algo.inner_lrr=3"], ["algo.inner_lrr", "did you mean algo.inner_lr?"]),
+    (["nonsense=3"], ["nonsense"]),
+    (["train.steps=many"], ["train.steps", "many", "Integer"]),
+    (["train.optimizer=adamm"], ["train.optimizer", "adamw"]),
+    (["algo=mamll"], ["algo=mamll", "choose one of", "reptile"]),
+    (["task=omniglott"], ["task=omniglott", "sinusoid"]),
+    (["experiment=none_such"], ["experiment=none_such"]),
+    (["train.meta_batch=0"], ["train.meta_batch must be at least 1, not 0"]),
+    (["train.lr=-1"], ["train.lr", "above 0"]),
+    (["seed=-1"], ["seed must be at least 0"]),
+    (["algo.inner_lr=0"], ["inner_lr must be above 0"]),
+    (["algo.inner_lr=fast"], ["algo.inner_lr must be a number, not 'fast'"]),
+    (["algo.first_order=2"], ["algo.first_order must be true or false"]),
+    (["model.widths=40"], ["model.widths must be a list"]),
+    (["model.activation=step"], ["model.activation must be one of relu, tanh"]),
+    (["task.shots=0"], ["shots must be at least 1"]),
+    (
+        ["algo=protonet"],
+        ["algo=protonet needs examples of classes", "algorithms that fit it: adaptive", "shared_params"],
+    ),
+    (["model=conv4"], ["conv4 needs images", "model=mlp"]),
+    (["device=gpu"], ["device must be auto, cpu, cuda or cuda:N"]),
+    (["device=cuda:99"], ["device=cuda:99 does not exist", "device=cpu"]),
+    (["algo._target_=nowhere.nothing"], ["nowhere.nothing cannot be imported"]),
+    (["task=omniglot", "task.dataset=omniglot", "data_dir=empty"], ["empty/omniglot", "task.download=true"]),
+    (["task=omniglot", "task.dataset=procedural", "task.ways=900"], ["ways must be at most"]),
+    (
+        ["task=omniglot", "task.dataset=procedural", "algo=maml", "task.train_ways=9"],
+        ["set task.train_ways=5"],
+    ),
+    (
+        ["task=text", "task.dataset=clinc150", "data_dir=empty"],
+        ["empty/clinc150/data_full.json", "task.dataset=toy"],
+    ),
+    (["task=text", "task.dataset=toy", "task.split=06"], ["task.split must be one of auto, 01"]),
+    (["task=text", "task.dataset=toy", "task.grams=[5,3]"], ["grams must be a rising pair"]),
+    (["task=text", "task.dataset=toy", "task.grams=[1.5,3]"], ["a list of 2 values, each a whole number"]),
+    (["task=text", "task.dataset=toy", "task.split=02"], ["the toy language has one split"]),
+    (["task=text", "task.dataset=toy", "task.buckets=1e9"], ["task.buckets must be a whole number"]),
+    (["task=text", "task.dataset=toy", "task.buckets=1000000000"], ["buckets must be from 2 to 1048576"]),
+    (
+        ["algo=protonet", "task=text_crosslingual", "task.dataset=toy", "task.train_ways=90"],
+        ["train_ways must be at most"],
+    ),
+    (["task=text_crosslingual", "task.dataset=nusax", "data_dir=empty"], ["empty/nusax_senti"]),
+    (["task=text", "task.dataset=toy", "model=mlp"], ["mlp needs numbers", "model=text_embedding"]),
+    (["task=bandit", "task.arms=1"], ["arms must be at least 2, not 1"]),
+    (["task=navigation", "task.discount=0"], ["discount must be above 0"]),
+    (["task=navigation", "model=mlp"], ["mlp needs a tensor", "model=policy"]),
+    (["algo=thompson", "task=mdp"], ["thompson is a policy for task=bandit"]),
+    (["algo=protonet", "task=bandit"], ["algo=protonet needs examples of classes, and task=bandit has none"]),
+    (["algo=transfer", "task=bandit"], ["algorithms that fit it:", "maml", "rl2"]),
+    (
+        ["algo=rl2", "task=bandit", "model=policy"],
+        ["needs a policy with a memory", "model=fast_weights_policy"],
+    ),
+    (["algo=transfer", "task=navigation"], ["algo=transfer needs examples with known targets", "maml"]),
+    (["resume=nowhere"], ["nothing to resume in nowhere"]),
+    (["hydra.run.dir=a_file/run"], ["cannot be written", "hydra.run.dir"]),
+    (["train.steps=[1"], ["train.steps"]),
+    (["train.schedule=linear", "train.final=2"], ["train.final must be at most 1"]),
+    (["algo=null"], ["Config group override must be a string"]),
+]
+
+
+def words_of(value):
+    return " ".join(value) if value and isinstance(value, list) and "=" in value[0] else ""
+
+
+def says_one_sentence(done, words):
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     assert "Traceback" not in said
@@ -123,19 +106,35 @@ def test_bad_input_gets_one_sentence(tmp_path, arguments, words):
         assert word in lines[0]
 
 
+@pytest.mark.parametrize(("arguments", "words"), BAD_INPUT, ids=words_of)
+def test_bad_input_gets_one_sentence(tmp_path, arguments, words):
+    (tmp_path / "a_file").write_text("in the way")
+    says_one_sentence(metarun(*arguments, cwd=tmp_path), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.step=3"], ["did you mean train.steps?"]),
+        (["train.lr=-1"], ["train.lr must be a finite number above 0"]),
+        (["algo.inner_lr=0"], ["inner_lr must be above 0"]),
+        (["hydra.run.dir=a_file/run"], ["cannot be written", "hydra.run.dir"]),
+    ],
+    ids=["composing", "before torch", "building", "writing"],
+)
+def test_bad_input_ends_a_process_in_the_same_way(tmp_path, arguments, words):
+    (tmp_path / "a_file").write_text("in the way")
+    says_one_sentence(process(*arguments, cwd=tmp_path), words)
+
+
 def test_full_error_shows_the_traceback(tmp_path):
-    done = metarun("algo.inner_lr=0", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
+    done = process("train.lr=-1", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
 
-def copy_of(run: Path, to: Path) -> Path:
-    subprocess.run(["cp", "-r", str(run), str(to)], check=True)
-    return to
-
-
 def test_a_broken_checkpoint_and_one_of_another_configuration_are_refused(finished, tmp_path):
-    run = copy_of(finished, tmp_path / "run")
+    run = copytree(finished, tmp_path / "run")
     refused = metarun(f"resume={run}", "algo.inner_lr=0.5", cwd=tmp_path)
     assert refused.returncode == 1
     assert "algo.inner_lr=0.5 would change the run" in refused.stderr
@@ -161,7 +160,7 @@ def test_a_broken_checkpoint_and_one_of_another_configuration_are_refused(finish
 
 
 def test_a_new_run_keeps_out_of_the_directory_of_another(finished, tmp_path):
-    run = copy_of(finished, tmp_path / "run")
+    run = copytree(finished, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = metarun("algo=reptile", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 1
@@ -175,7 +174,7 @@ class Malicious:
 
 
 def test_a_checkpoint_cannot_run_code(finished, tmp_path):
-    run = copy_of(finished, tmp_path / "run")
+    run = copytree(finished, tmp_path / "run")
     for write in (torch.save, lambda content, path: sealed.save(path, content)):
         for name in ("last.pt", "previous.pt"):
             write({"format": 3, "theta": Malicious()}, run / "checkpoints" / name)

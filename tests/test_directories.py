@@ -7,36 +7,16 @@ import sys
 import time
 
 import pytest
-from test_cli import QUICK, metarun
+from commands import LONG, QUICK, metarun, started
 
 from metarun.command import lock
 from metarun.errors import UserError
-
-LONG = ("train.steps=1000000", "train.eval_every=20", "train.log_every=10", "train.val_episodes=4", "engine=eager")
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_held():
     yield
     lock.release_all()
-
-
-def started(*arguments, cwd):
-    """A run in the background, once it has written a checkpoint."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "metarun", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not list(cwd.rglob("last.pt")):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return process
 
 
 def written(directory, **changes):
@@ -82,22 +62,27 @@ def test_a_lock_of_another_host_holds_until_it_is_deleted(tmp_path):
 def test_of_many_processes_that_find_a_stale_lock_one_gets_the_directory(tmp_path):
     code = (
         "import sys, pathlib; from metarun.command import lock; from metarun.errors import UserError\n"
-        "input()\n"
-        "try: lock.acquire(pathlib.Path(sys.argv[1])); print('owner', flush=True); input()\n"
-        "except UserError: print('refused', flush=True)"
+        "for directory in map(pathlib.Path, sys.argv[1:]):\n"
+        "    input()\n"
+        "    try: lock.acquire(directory); print('owner', flush=True)\n"
+        "    except UserError: print('refused', flush=True)\n"
+        "input()"
     )
-    for _ in range(5):
-        written(tmp_path, pid=2**22 + 1)
-        command = [sys.executable, "-c", code, str(tmp_path)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        rivals = [subprocess.Popen(command, **pipes) for _ in range(6)]
+    rounds = [tmp_path / str(number) for number in range(5)]
+    for directory in rounds:
+        directory.mkdir()
+        written(directory, pid=2**22 + 1)
+    command = [sys.executable, "-c", code, *map(str, rounds)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    rivals = [subprocess.Popen(command, **pipes) for _ in range(6)]
+    for _ in rounds:
         for rival in rivals:
             rival.stdin.write("\n")
             rival.stdin.flush()
         said = [rival.stdout.readline().strip() for rival in rivals]
-        for rival in rivals:
-            rival.communicate("\n")
         assert sorted(said) == ["owner", *["refused"] * 5]
+    for rival in rivals:
+        rival.communicate("\n")
 
 
 def test_a_second_run_and_a_resume_of_a_live_run_get_a_sentence_and_lose_nothing(tmp_path):

@@ -1,14 +1,12 @@
-import csv
+"""Meta-training: what stops it, what is kept, and that a stopped run goes on as if it had not been stopped."""
+
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import metarun, process, rows, started, without_timing
 from conftest import experiment_of
 
 from metarun import evaluation, loop
@@ -17,30 +15,10 @@ from metarun.random import stream
 from metarun.tree import leaves, tree_map
 
 TINY = ("train.steps=40", "train.eval_every=10", "train.log_every=4", "train.val_episodes=8", "eval.episodes=60")
-TIMING = {"train_seconds", "test_seconds", "tasks_per_second", "adapt_ms_per_task", "peak_memory_mb", "run"}
-TIMING |= {"compile_seconds", "engine", "task_map"}
-"""What ``auto`` may choose in runs as short as these equals eager to the bit."""
-
-
-def rows(path: Path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def without_timing(directory: Path):
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(directory / "result.csv")]
 
 
 def metrics(directory: Path):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(directory / "metrics.csv")]
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "metarun", *arguments]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(
@@ -62,29 +40,21 @@ def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, 
         "eval.episodes=60",
     ]
     overrides += ["train.schedule=cosine", "train.clip=5"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped = here"
-    subprocess.run(command(*overrides, f"hydra.run.dir={whole}"), check=True, env=environment())
-    process = subprocess.Popen(
-        command(*overrides, f"hydra.run.dir='{stopped}'"),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (stopped / "checkpoints" / "last.pt").exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(kill)
-    said, _ = process.communicate(timeout=60)
+    metarun(*overrides, "hydra.run.dir=whole", cwd=tmp_path)
+    whole, stopped = tmp_path / "whole", tmp_path / "apart" / "stopped = here"
+    stopped.parent.mkdir()
+    running = started(*overrides, "hydra.run.dir='stopped = here'", cwd=stopped.parent)
+    running.send_signal(kill)
+    said, _ = running.communicate(timeout=60)
     if kill == signal.SIGINT:
-        assert process.returncode == 130
+        assert running.returncode == 130
         assert "metarun resume=" in said
         assert rows(stopped / "result.csv")[0]["status"] == "interrupted"
     else:
         assert rows(stopped / "result.csv")[0]["status"] == "running"
-    subprocess.run(command(f"resume={stopped}"), check=True, env=environment())
+    # In a process that has nothing but the files, once; how a run was stopped makes no difference to that.
+    again = process if kill == signal.SIGKILL else metarun
+    assert again(f"resume={stopped}", cwd=tmp_path).returncode == 0
     assert without_timing(stopped) == without_timing(whole)
     assert metrics(stopped) == metrics(whole)
     assert rows(stopped / "episodes.csv") == rows(whole / "episodes.csv")

@@ -1,7 +1,6 @@
 """Code and configuration from outside the repository: what a stranger writes works, or gets the right sentence."""
 
 import errno
-import os
 import re
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+from commands import QUICK, environment, metarun
 from omegaconf import OmegaConf
-from test_cli import QUICK
 
 from metarun.cli import sentence_of_system_error
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
@@ -26,13 +25,10 @@ METARUN = Path(sys.executable).with_name("metarun")
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
-def metarun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The console script, which, unlike ``python -m``, does not put the current folder on Python's path."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    return subprocess.run(
-        [str(METARUN), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+def console_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """What is installed, which, unlike ``python -m``, does not put the current folder on Python's path."""
+    plain = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    return subprocess.run([str(METARUN), *arguments], cwd=cwd, env=plain, capture_output=True, text=True, check=False)
 
 
 def code_blocks() -> list[tuple[str, str]]:
@@ -50,11 +46,11 @@ def test_the_examples_of_the_documentation_run_as_they_are_printed(tmp_path):
             path.write_text(text)
     commands = blocks[-1][1].splitlines()
     assert len(commands) == 2
-    for command in commands:
+    for command, runs in zip(commands, (console_script, metarun), strict=True):
         program, *arguments = command.split()
         assert program == "metarun"
         small = ("task.dataset=procedural", "task.image_size=16") if "task=omniglot" in arguments else ()
-        done = metarun(*arguments, *QUICK, "train.meta_batch=2", *small, cwd=tmp_path)
+        done = runs(*arguments, *QUICK, "train.meta_batch=2", *small, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     run = next(path.parent for path in (tmp_path / "outputs").rglob("result.csv") if "lines" in str(path))
     assert "lines:steepest=3" in (run / "result.csv").read_text()

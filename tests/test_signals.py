@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from test_directories import LONG, started
-from test_loop import rows
+from commands import LONG, rows, started
 
 from metarun.command import lock
 

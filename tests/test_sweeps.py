@@ -2,15 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_cli import metarun
-from test_directories import started
-from test_loop import without_timing
+from commands import metarun, started, without_timing
 
 from metarun.command import lock, sweep
 from metarun.config import config_hash
@@ -21,8 +20,8 @@ from metarun.results.tables import write_metrics, write_results
 
 JOBS = (
     "algo.inner_lr=0.01,0,0.02,0.03",
-    "train.steps=300",
-    "train.eval_every=50",
+    "train.steps=150",
+    "train.eval_every=25",
     "train.val_episodes=4",
     "eval.episodes=6",
     "eval.adapt_steps=1",
@@ -60,17 +59,24 @@ def test_a_sweep_ends_with_a_table_and_an_exit_code(undisturbed):
     assert "Continue with: metarun -m resume='sweep'" in end
 
 
-@pytest.mark.parametrize("again", [["-m", "resume=sweep"], ["-m", *JOBS]], ids=["resume", "same command"])
-def test_a_killed_sweep_goes_on_where_it_was(undisturbed, tmp_path, again):
-    directory = tmp_path / "sweep"
-    process = started("-m", *JOBS, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A sweep that was killed in its third job."""
+    root = tmp_path_factory.mktemp("killed")
+    process = started("-m", *JOBS, cwd=root)
     deadline = time.monotonic() + 120
-    while not (directory / "2_maml_sinusoid" / "checkpoints" / "last.pt").exists():
+    while not (root / "sweep" / "2_maml_sinusoid" / "checkpoints" / "last.pt").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.communicate()
+    return root / "sweep"
+
+
+@pytest.mark.parametrize("again", [["-m", "resume=sweep"], ["-m", *JOBS]], ids=["resume", "same command"])
+def test_a_killed_sweep_goes_on_where_it_was(undisturbed, killed, tmp_path, again):
+    directory = shutil.copytree(killed, tmp_path / "sweep")
     assert states(directory) == STATES | {"0.02": "cut off", "0.03": "not begun"}
     first = directory / "0_maml_sinusoid" / "result.csv"
     before = first.stat().st_mtime_ns
@@ -124,13 +130,13 @@ def test_only_a_completed_run_of_the_same_configuration_counts_as_done(tmp_path)
     apart = [config_hash(composed(f"seed={seed}")[0]) for seed in (0, 1)]
     row = {"status": "completed", "val_score": 0.5, "higher_is_better": False}
     rows = [row | {"config_hash": one} for one in apart]
-    write_results(tmp_path, rows)
+    write_results(tmp_path, rows, [])
     assert sweep.finished(config, tmp_path) == 0.5
     # A replica that diverged is no reason to train the others again.
-    write_results(tmp_path, [rows[0], rows[1] | {"status": "failed", "val_score": None}])
+    write_results(tmp_path, [rows[0], rows[1] | {"status": "failed", "val_score": None}], [])
     assert sweep.finished(config, tmp_path) == 0.5
     for other in (rows[:1], rows[::-1], [one | {"status": "interrupted"} for one in rows], []):
-        write_results(tmp_path, other)
+        write_results(tmp_path, other, [])
         assert sweep.finished(config, tmp_path) is None
     assert sweep.finished(composed("replicas.count=2", "train.lr=0.5")[0], tmp_path) is None
 
@@ -148,7 +154,7 @@ def a_run(directory: Path, higher_is_better=True, **columns):
     (hydra / "overrides.yaml").write_text("- seed=0\n")
     (hydra / "config.yaml").write_text("train:\n  steps: 100\n")
     row = {"status": "running", "metric": "accuracy", "higher_is_better": higher_is_better}
-    write_results(directory, [row | columns])
+    write_results(directory, [row | columns], [])
     rows = [
         {"step": step, "val_score": score, "seconds": step / 2} for step, score in ((10, 0.4), (20, 0.6), (30, 0.5))
     ]
@@ -194,6 +200,6 @@ def test_a_failure_is_noted_and_a_completed_result_is_left_alone(tmp_path):
     mark(tmp_path, [{"run": "a", "seed": 3}], "failed", "It was refused.")
     (row,) = status.rows_of(tmp_path / "result.csv")
     assert (row["run"], row["seed"], row["status"], row["reason"]) == ("a", "3", "failed", "It was refused.")
-    write_results(tmp_path, [row | {"status": "completed"}])
+    write_results(tmp_path, [row | {"status": "completed"}], [])
     mark(tmp_path, [], "failed", "Too late.")
     assert status.rows_of(tmp_path / "result.csv")[0]["status"] == "completed"

@@ -2,14 +2,15 @@
 
 import json
 import shutil
-import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
-from test_cli import QUICK, metarun
+from commands import metarun
 
 from metarun.command.sweep import Plan
 from metarun.command.trust import distrusted
+from metarun.results import compare, status
 from metarun.results.status import PLAN
 from metarun.results.tables import RESULT_COLUMNS
 
@@ -47,13 +48,6 @@ def test_what_could_run_code_or_read_secrets_is_refused(text):
     assert distrusted(text)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    root = tmp_path_factory.mktemp("finished")
-    assert metarun(*QUICK, "hydra.run.dir=run", cwd=root).returncode == 0
-    return root / "run"
-
-
 def overridden(run):
     """Another target among the overrides."""
     path = run / ".hydra" / "overrides.yaml"
@@ -88,7 +82,7 @@ def linked(run):
         (linked, "is a link to a place outside"),
     ],
 )
-def test_a_directory_that_tries_to_run_code_is_refused_in_words(finished, tmp_path, make, words):
+def test_a_directory_that_tries_to_run_code_is_refused_in_words(finished, tmp_path, monkeypatch, make, words):
     run = shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "evil.py").write_text(PROGRAM)
     make(run)
@@ -97,9 +91,12 @@ def test_a_directory_that_tries_to_run_code_is_refused_in_words(finished, tmp_pa
     assert refused.returncode == 1
     assert words in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
-    for command in ("compare", "status"):
-        code = f"from metarun.__main__ import {command}; {command}()"
-        subprocess.run([sys.executable, "-c", code, "run"], cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # where evil.py is
+    for command in (compare, status):
+        monkeypatch.setattr(sys, "argv", [command.__name__, "run"])
+        with suppress(SystemExit):
+            command.main()
     assert {path: path.read_bytes() for path in before} == before
     assert not (tmp_path / "executed").exists()
     assert not (tmp_path / ".profile").exists()
@@ -129,8 +126,6 @@ def test_a_sweep_that_tries_to_run_code_is_refused(tmp_path):
 
 
 def test_compare_shows_what_data_say_without_obeying_it(finished, tmp_path, monkeypatch, capsys):
-    from metarun.results import compare
-
     run = shutil.copytree(finished, tmp_path / "run")
     header, row = (run / "result.csv").read_text().splitlines()
     cells = dict(zip(header.split(","), row.split(","), strict=True))

@@ -18,7 +18,7 @@ class Classes:
 
     ways: int
     metrics: tuple[Metric, ...] = (ACCURACY,)
-    offers: tuple[Need, ...] = ("loss", "rows", "classes")
+    offers: tuple[Need, ...] = ("loss", "examples", "rows", "classes")
 
     @property
     def outputs(self) -> int:

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenarios import (
-    QUADRATIC_SPEC,
     Quadratic,
     TinyImages,
     centres,
@@ -73,9 +72,9 @@ def test_imaml_by_its_equations_has_the_closed_form_of_a_quadratic_and_stands_st
     """φ = (c + λθ)/(1 + λ), and the meta-gradient of ½‖φ − c‖² is (λ/(1 + λ))² (θ − c)."""
     model, tasks = Quadratic(), centres()
     offset = model.w.detach() - tasks.support["c"].mean(0)
-    ours = gradient(imaml(model, QUADRATIC_SPEC, 0.3, 200, 1.5, 3, 0.0, "proximal", 0.0), model, tasks, quadratic_loss)
+    ours = gradient(imaml(model, 0.3, 200, 1.5, 3, 0.0, "proximal", 0.0), model, tasks, quadratic_loss)
     torch.testing.assert_close(ours.grads["weights"]["w"], (1.5 / 2.5) ** 2 * offset)
-    held = imaml(model, QUADRATIC_SPEC, 1e-6, 200, 1e6, 3, 0.0, "proximal", 0.0)
+    held = imaml(model, 1e-6, 200, 1e6, 3, 0.0, "proximal", 0.0)
     theta = held.init(generator())
     *_, state = islice(held.adapt(theta, one(tasks.support), quadratic_loss), 200)
     torch.testing.assert_close(state["w"], theta["weights"]["w"], atol=1e-5, rtol=0)
@@ -85,7 +84,7 @@ def test_imaml_as_its_official_code_has_the_closed_form_of_a_quadratic():
     """φ − c = ((1 − αλ)(1 − α)^K + αλ)(θ − c) after K plain steps and one of λ, over 1 + damping + 1/(λ + 10)."""
     model, tasks = Quadratic(), centres()
     offset = model.w.detach() - tasks.support["c"].mean(0)
-    ours = gradient(imaml(model, QUADRATIC_SPEC, 0.1, 4, 1.5), model, tasks, quadratic_loss)
+    ours = gradient(imaml(model, 0.1, 4, 1.5), model, tasks, quadratic_loss)
     left = 0.85 * 0.9**4 + 0.15
     torch.testing.assert_close(ours.grads["weights"]["w"], left / (2 + 1 / 11.5) * offset)
 

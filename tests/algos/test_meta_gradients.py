@@ -132,7 +132,7 @@ def test_imaml_approaches_the_direct_solution_as_conjugate_gradients_go_on(name,
     family, model, features = setting(name)
     errors = []
     for steps in (0, 2, 5, 60):
-        algorithm = imaml(model, family.spec, 0.02, 8, strength, steps, 0.5, inner, hessian_damping)
+        algorithm = imaml(model, 0.02, 8, strength, steps, 0.5, inner, hessian_damping)
         theta, tasks, grads = compute(algorithm, family, model, 2)
         arguments = (0.02, 8, strength, 0.5, inner == "descent", hessian_damping)
         expected = reference.implicit_gradient(features, theta["weights"], tasks, reference.kind_of(family), *arguments)

@@ -31,7 +31,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, MetaGradient, Scores, Spec, Task, Tree, Weights
+from metarun.contracts import Algorithm, Loss, MetaGradient, Scores, Task, Tree, Weights
 from metarun.errors import require
 from metarun.inner import descent, gradient_descent, support_gradient
 from metarun.nn.functional import forward_of, parameters_of
@@ -71,7 +71,6 @@ def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps
 
 def imaml(
     model: nn.Module,
-    spec: Spec,
     inner_lr: float = 0.1,
     inner_steps: int = 16,
     strength: float = 2.0,
@@ -84,7 +83,6 @@ def imaml(
 
     Args:
         model: any differentiable module.
-        spec: the task family's, which must not be one of control.
         inner_lr: step size of the inner problem, above 0, for mean losses.
         inner_steps: number of steps on the inner problem, at least 1.
         strength: λ, above 0.
@@ -100,10 +98,6 @@ def imaml(
     require(cg_steps >= 0, f"cg_steps must be at least 0, not {cg_steps}")
     require(damping >= 0, f"damping must be at least 0, not {damping}")
     require(hessian_damping >= 0, f"hessian_damping must be at least 0, not {hessian_damping}")
-    require(
-        not spec.offers("policy"),
-        "imaml needs a support loss that stays the same, and that of a policy does not; choose maml",
-    )
     forward = forward_of(model)
 
     def init(generator: torch.Generator) -> Tree:
@@ -157,7 +151,7 @@ def imaml(
         adapt,
         predict,
         approach="agnostic",
-        needs="loss",
+        needs="examples",
         paper="https://arxiv.org/abs/1909.04630",
         train_steps=inner_steps,
         meta_grad=meta_grad,
