@@ -6,8 +6,17 @@ from importlib.resources import files
 import pytest
 import torch
 from omegaconf import OmegaConf
-from scenarios import TinyImages, generator, sampled
+from scenarios import IMAGE_SPEC, TinyImages, class_spec, generator, sampled
+from torch.func import vmap
 
+from metarun.algos.agnostic.maml import maml
+from metarun.algos.baselines.multitask import multitask
+from metarun.algos.dependent.matching import matching
+from metarun.algos.dependent.metaoptnet import metaoptnet
+from metarun.algos.dependent.protonet import protonet
+from metarun.algos.dependent.relation import relation
+from metarun.algos.dependent.shared_model import shared_model
+from metarun.algos.dependent.shared_params import shared_params
 from metarun.checks.family import check_tasks
 from metarun.checks.transduction import is_transductive
 from metarun.config import build
@@ -243,7 +252,7 @@ def test_the_gradient_of_padded_tasks_is_that_of_plain_autograd(name):
 
 
 def characters(**keys):
-    return Omniglot(dataset="procedural", image_size=16, ways=3, queries=2, **keys)
+    return Omniglot(dataset="procedural", image_size=16, queries=2, **{"ways": 3, **keys})
 
 
 FAMILIES = {
@@ -370,3 +379,64 @@ def test_padding_is_no_query_that_others_could_see():
         algorithm = algorithm_of("protonet", family, model)
         _, batch = uneven(family, "test", [(2, 4), (1, 2)])
         assert is_transductive(algorithm, algorithm.init(generator()), family, batch, 1) == transductive
+
+
+def with_fewer_ways(task, ways):
+    """One task without its classes from the ``ways``-th on: cut away, and as a larger task with padding."""
+
+    def cut(data):
+        kept = data["y"].argmax(-1) < ways
+        return {**{name: leaf[kept] for name, leaf in data.items()}, "y": data["y"][kept, :ways]}
+
+    def blank(data):
+        kept = data["y"].argmax(-1) < ways
+        own = (torch.arange(data["y"].shape[1]) < ways).to(data["y"].dtype).expand_as(data["y"])
+        return {**data, "y": data["y"] * kept[:, None], "weight": kept.to(data["y"].dtype), "ways": own}
+
+    return tuple(Task(*(make(part) for part in task[:2]), task.seed) for make in (cut, blank))
+
+
+CLASS_LEARNERS = {
+    "maml": lambda model, spec: maml(model, 0.1),
+    "protonet": lambda model, spec: protonet(model),
+    "matching": lambda model, spec: matching(model),
+    "relation": lambda model, spec: relation(model),
+    "multitask": lambda model, spec: multitask(model),
+    "shared_params": shared_params,
+    "shared_model": shared_model,
+    "svm": metaoptnet,
+    "ridge": lambda model, spec: metaoptnet(model, spec, head="ridge"),
+}
+
+
+@pytest.mark.parametrize("name", CLASS_LEARNERS)
+def test_a_task_with_fewer_classes_is_the_task_of_those_classes(name):
+    """Loss and accuracy of three ways of which one is absent, against the same weights and examples in two ways."""
+    torch.manual_seed(0)
+    family, spec = TinyImages(), class_spec((1, 16, 16), 2, 2, 4)
+    three, two = Conv4(IMAGE_SPEC, filters=4), Conv4(spec, filters=4)
+    two.load_state_dict({n: w[:2] if n.startswith("head.") else w for n, w in three.state_dict().items()})
+    batch = sampled(family, "train", 1, generator(1))
+    task = Task(*({key: leaf[0] for key, leaf in part.items()} for part in batch[:2]), batch.seed[0])
+    small, large = (tree_map(lambda leaf: leaf[None], one) for one in with_fewer_ways(task, 2))
+    learners = CLASS_LEARNERS[name](two, spec), CLASS_LEARNERS[name](three, IMAGE_SPEC)
+    expected, found = (
+        meta_gradient(learner, learner.init(generator()), tasks, loss_of(family))
+        for learner, tasks in zip(learners, (small, large), strict=True)
+    )
+    close([found.loss, found.scores["accuracy"]], [expected.loss, expected.scores["accuracy"]])
+
+
+def test_ways_are_drawn_for_each_task_and_absent_classes_have_no_chance():
+    family = characters(ways=(2, 5), shots=2)
+    assert "ways=2-5" in family.dataset
+    tasks = family.sample("test", 600, generator(3))
+    number = tasks.support["ways"][:, 0].sum(1)
+    frequency = torch.stack([(number == ways).double().mean() for ways in range(2, 6)])
+    assert ((frequency - 0.25).abs() < 4 * (0.25 * 0.75 / 600) ** 0.5).all()
+    counts = tasks.support["y"].sum(1)
+    assert torch.equal(counts, 2 * tasks.support["ways"][:, 0])
+    check_tasks(tasks, family.spec, "test", 600, "cpu")
+    output = torch.zeros(*tasks.query["y"].shape)
+    loss = vmap(family.spec.target.loss)(output, tasks.query)
+    torch.testing.assert_close(loss, number.log())

@@ -104,10 +104,13 @@ def _check_weight(name: str, weight: Tensor, examples: int) -> None:
     _check(bool((weight.sum(1) > 0).all()), f"{name} leaves a task without any example; draw at least one per task")
 
 
-def _check_classes(name: str, y: Tensor, shots: int | None, padded: bool) -> None:
-    """Require every class in each support set, with ``shots`` examples each, or at most so many if tasks differ."""
+def _check_classes(name: str, y: Tensor, shots: int | None, padded: bool, ways: Tensor | None) -> None:
+    """Require every class in each support set, with ``shots`` examples each, or at most so many if tasks differ.
+
+    ``ways [tasks, examples, ways]`` says which classes a task has; None: all.
+    """
     counts = y.sum(1)
-    there = bool((counts > 0).all())
+    there = bool((counts > 0).all() if ways is None else ((counts > 0) == (ways[:, 0] > 0)).all())
     _check(there, f"{name} lacks a class: each of the {y.shape[2]} needs an example in every task")
     if shots is not None:
         fits = bool((counts <= shots if padded else counts == shots).all())
@@ -165,7 +168,7 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
         _check(fits, f"{name} has {most} examples per task, and {words}; correct sample or the spec")
     _check_targets(y_name, y, weight, spec, ways)
     if classes and name.endswith("support"):
-        _check_classes(y_name, y, per_class, padded)
+        _check_classes(y_name, y, per_class, padded, data.get("ways"))
     if "class" in data:
         _check_indices(f'{name}["class"]', data["class"], examples, spec.sizes.training_classes, "training classes")
     if spec.facts.groups is not None:

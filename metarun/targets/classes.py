@@ -9,6 +9,18 @@ from metarun.contracts import Need, Rows, Scores, Tree
 from metarun.targets.metric import Metric
 from metarun.targets.weights import mean_over
 
+NO_CHANCE = -1e9
+"""The logit of a class that a task lacks: its probability is 0 to the bit, and its gradient too."""
+
+
+def own_classes(output: Tensor, data: Tree) -> Tensor:
+    """Return the logits ``output [examples, ways]`` without chances for the classes that the task lacks.
+
+    Tasks with fewer classes than the largest one say in ``ways [examples, ways]`` which they have.
+    """
+    return output.masked_fill(data["ways"] == 0, NO_CHANCE) if "ways" in data else output
+
+
 ACCURACY = Metric("accuracy", higher_is_better=True, percent=True)
 
 
@@ -27,11 +39,12 @@ class Classes:
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:
         """Return the mean cross-entropy in nats."""
-        return mean_over(-(data["y"] * log_softmax(output, -1)).sum(-1), data)
+        return mean_over(-(data["y"] * log_softmax(own_classes(output, data), -1)).sum(-1), data)
 
     def scores(self, output: Tensor, data: Tree) -> Scores:
         """Return the accuracy, a fraction; an output that is not finite counts as wrong."""
-        correct = (output.argmax(-1) == data["y"].argmax(-1)) & output.isfinite().all(-1)
+        chosen = own_classes(output, data).argmax(-1)
+        correct = (chosen == data["y"].argmax(-1)) & output.isfinite().all(-1)
         return {ACCURACY.name: mean_over(correct.to(output.dtype), data)}
 
     def rows(self, z: Tensor, data: Tree) -> Rows:

@@ -9,6 +9,8 @@ from metarun.errors import require
 
 Shots = int | tuple[int, int]
 """A number of support examples, or the range [least, most] from which each task draws its number."""
+Ways = int | tuple[int, int]
+"""A number of classes, or the range [least, most] from which each task draws its number."""
 
 
 class Range(NamedTuple):
@@ -31,30 +33,35 @@ class Range(NamedTuple):
         return torch.randint(self.least, self.most + 1, shape, generator=generator)
 
 
-def range_of(name: str, shots: Shots) -> Range:
-    """Return ``shots``, the value of the key ``name``, as a range.
+def range_of(name: str, value: Shots | Ways, smallest: int = 1) -> Range:
+    """Return the value of the key ``name`` as a range.
 
     Raises:
-        ValueError: a number is below 1, or the range is not rising.
+        ValueError: a number is below ``smallest``, or the range is not rising.
     """
-    if isinstance(shots, int):
-        require(shots >= 1, f"{name} must be at least 1, not {shots}")
-        return Range(shots, shots)
-    least, most = shots
-    require(1 <= least <= most, f"{name} must be a rising range [least, most] from 1 on, not {list(shots)}")
+    if isinstance(value, int):
+        require(value >= smallest, f"{name} must be at least {smallest}, not {value}")
+        return Range(value, value)
+    least, most = value
+    rising = smallest <= least <= most
+    require(rising, f"{name} must be a rising range [least, most] from {smallest} on, not {list(value)}")
     return Range(least, most)
 
 
-def with_padding(x: Tensor, y: Tensor, real: Tensor | None) -> dict[str, Tensor]:
-    """Return leaves of tasks, zero and of weight 0 where ``real [tasks, examples]`` is False; None: all are real."""
+def with_padding(x: Tensor, y: Tensor, real: Tensor | None, ways: Tensor | None = None) -> dict[str, Tensor]:
+    """Return leaves of tasks, zero and of weight 0 where ``real [tasks, examples]`` is False; None: all are real.
+
+    ``ways [tasks, ways]`` says which classes each task has; None: all.
+    """
     if real is None:
         return {"x": x, "y": y}
     real = real.to(x.device)
+    own = {} if ways is None else {"ways": ways[:, None].expand(-1, y.shape[1], -1).to(y)}
 
     def blank(leaf: Tensor) -> Tensor:
         return leaf.masked_fill(~real.view(*real.shape, *[1] * (leaf.ndim - 2)), 0)
 
-    return {"x": blank(x), "y": blank(y), "weight": real.to(y.dtype)}
+    return {"x": blank(x), "y": blank(y), "weight": real.to(y.dtype), **own}
 
 
 class TaskSizes(NamedTuple):
@@ -65,6 +72,8 @@ class TaskSizes(NamedTuple):
     queries: int
     uneven: bool = False
     """Whether each class, instead of each task, draws its number of support examples."""
+    fewest_ways: int | None = None
+    """The smallest number of classes where tasks draw theirs, ``ways`` being the largest; None: they do not."""
 
     @property
     def examples(self) -> int:
@@ -73,7 +82,8 @@ class TaskSizes(NamedTuple):
 
     def text(self) -> list[str]:
         """Return what makes scores incomparable and is not visible in the number of shots."""
-        return self.shots.text("uneven_shots" if self.uneven else "shots")
+        ways = [] if self.fewest_ways is None else [f"ways={self.fewest_ways}-{self.ways}"]
+        return [*ways, *self.shots.text("uneven_shots" if self.uneven else "shots")]
 
 
 class Dealt(NamedTuple):
@@ -87,13 +97,15 @@ class Dealt(NamedTuple):
     """Identity of the example within the class."""
     real: Tensor | None
     """True for examples, False for padding; None where there is no padding."""
+    ways: Tensor | None = None
+    """True for the classes of each task ``[tasks, ways]``; None where it has all."""
 
 
 def task_sizes(
-    ways: int,
+    ways: Ways,
     shots: Shots,
     queries: int,
-    train_ways: int | None,
+    train_ways: Ways | None,
     train_shots: Shots | None,
     train_queries: int | None,
     uneven: bool,
@@ -104,8 +116,8 @@ def task_sizes(
         ValueError: fewer than 2 ways, fewer than 1 of anything else, a range that is not rising, or ``uneven`` without
             a range.
     """
-    for name, value in {"ways": ways, "train_ways": train_ways}.items():
-        require(value is None or value >= 2, f"{name} must be at least 2, not {value}")
+    other_ways = range_of("ways", ways, 2)
+    own_ways = other_ways if train_ways is None else range_of("train_ways", train_ways, 2)
     for name, value in {"queries": queries, "train_queries": train_queries}.items():
         require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
     others = range_of("shots", shots)
@@ -114,9 +126,13 @@ def task_sizes(
         not (uneven and others.fixed and train.fixed),
         "uneven=true draws the shots of each class from a range; set shots or train_shots to one, such as [1, 5]",
     )
+
+    def sizes(ways: Range, shots: Range, queries: int) -> TaskSizes:
+        return TaskSizes(ways.most, shots, queries, uneven, None if ways.fixed else ways.least)
+
     return {
-        False: TaskSizes(ways, others, queries, uneven),
-        True: TaskSizes(train_ways or ways, train, train_queries or queries, uneven),
+        False: sizes(other_ways, others, queries),
+        True: sizes(own_ways, train, train_queries or queries),
     }
 
 
@@ -145,9 +161,16 @@ def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.G
         return Dealt(label, classes.gather(1, label), example.gather(1, order), None), order
 
     (support, order), (query, _) = part(slice(most)), part(slice(most, None))
-    if sizes.shots.fixed:
+    if sizes.shots.fixed and sizes.fewest_ways is None:
         return support, query
     # Drawn last, so that tasks with fewer shots are those with the most, less some of their support examples.
     count = sizes.shots.draw((len(classes), classes.shape[1] if sizes.uneven else 1, 1), generator)
     real = (torch.arange(most) < count).expand(-1, classes.shape[1], -1).flatten(1).gather(1, order)
-    return support._replace(real=real), query._replace(real=torch.ones_like(query.label, dtype=torch.bool))
+    if sizes.fewest_ways is None:
+        return support._replace(real=real), query._replace(real=torch.ones_like(query.label, dtype=torch.bool))
+    number = Range(sizes.fewest_ways, sizes.ways).draw((len(classes), 1), generator)
+    own = torch.arange(sizes.ways) < number
+    return (
+        support._replace(real=real & own.gather(1, support.label), ways=own),
+        query._replace(real=own.gather(1, query.label), ways=own),
+    )

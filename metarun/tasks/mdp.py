@@ -12,10 +12,10 @@ from torch import Tensor
 
 from metarun.contracts import Moments, Seen, Sizes, Spec, Split, Task, Tree
 from metarun.nn.ops import one_hot
+from metarun.nn.planning import action_values
 from metarun.random import fold, normal, uniform
 from metarun.targets.actions import RETURN, Actions
 from metarun.tasks import control
-from metarun.tasks.planning import action_values
 
 
 class Table:

@@ -17,7 +17,7 @@ from metarun.data import omniglot as real
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Dealt, Shots, deal, draw, task_sizes, with_padding
+from metarun.tasks.few_shot import Dealt, Shots, Ways, deal, draw, task_sizes, with_padding
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Omniglot:
     The order of classes and of images is random, so neither labels nor positions carry information.
 
     Args:
-        ways: number of classes of a task, at least 2.
+        ways: number of classes of a task, at least 2, or a range from which each task draws it.
         shots: number of support images per class, at least 1; or a range from which each task draws this number.
         queries: number of query images per class of a validation or test task, at least 1.
         train_ways: number of classes of a training task, for learners that allow it; null: ``ways``.
@@ -49,10 +49,10 @@ class Omniglot:
 
     def __init__(
         self,
-        ways: int = 5,
+        ways: Ways = 5,
         shots: Shots = 1,
         queries: int = 15,
-        train_ways: int | None = None,
+        train_ways: Ways | None = None,
         train_shots: Shots | None = None,
         train_queries: int | None = None,
         uneven: bool = False,
@@ -95,16 +95,20 @@ class Omniglot:
         train_images = self.images["train"]
         self.spec = Spec(
             Numbers((1, image_size, image_size)),
-            Classes(ways),
+            Classes(self.sizes[False].ways),
             Sizes(
-                self.sizes[False].shots.most, queries, ways, self.sizes[True].ways, training_classes=len(train_images)
+                self.sizes[False].shots.most,
+                queries,
+                self.sizes[False].ways,
+                self.sizes[True].ways,
+                training_classes=len(train_images),
             ),
             metrics=(ACCURACY,),
         )
 
     def _check_sizes(self) -> None:
         for split, images in self.images.items():
-            ways, shots, queries, _ = self.sizes[split == "train"]
+            ways, shots, queries, *_ = self.sizes[split == "train"]
             classes, drawings = self._classes(images), images.shape[1]
             require(
                 ways <= classes,
@@ -137,7 +141,7 @@ class Omniglot:
             identity = dealt.identity.to(self.device)
             x = images[identity, dealt.example.to(self.device)][:, :, None]
             y = one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype())
-            data = with_padding(x.to(torch.get_default_dtype()) / white, y, dealt.real)
+            data = with_padding(x.to(torch.get_default_dtype()) / white, y, dealt.real, dealt.ways)
             return {**data, "class": identity} if split == "train" else data
 
         support, query = deal(classes, drawings, sizes, generator)

@@ -20,7 +20,7 @@ from metarun.data import intents, tokens
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Dealt, Shots, TaskSizes, deal, draw, task_sizes, with_padding
+from metarun.tasks.few_shot import Dealt, Shots, TaskSizes, Ways, deal, draw, task_sizes, with_padding
 
 log = logging.getLogger(__name__)
 
@@ -113,10 +113,10 @@ class Text:
         for pool in pools.values():
             pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
         self.pools = pools
-        ways, shots, queries, _ = sizes[False]
+        ways, shots, queries, *_ = sizes[False]
         self.spec = Spec(
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
-            Classes(ways),
+            Classes(self.sizes[False].ways),
             Sizes(shots.most, queries, ways, sizes[True].ways, training_classes=len(labels["train"])),
             metrics=(ACCURACY,),
             facts=Facts(features=tf_idf),
@@ -124,7 +124,7 @@ class Text:
 
     def _check_sizes(self, pools: Mapping[str, Pool]) -> None:
         for split, pool in pools.items():
-            ways, shots, queries, _ = self.sizes[split == "train"]
+            ways, shots, queries, *_ = self.sizes[split == "train"]
             prefix = "train_" if split == "train" and self.sizes[True] != self.sizes[False] else ""
             large_enough = int((pool.size >= shots.most + queries).sum(1).min())
             require(
@@ -144,7 +144,7 @@ class Text:
         def part(dealt: Dealt) -> Tree:
             x = pool.rows[(pool.first[language, dealt.identity] + dealt.example).to(self.device)].long()
             y = one_hot(dealt.label, sizes.ways).to(self.device, torch.get_default_dtype())
-            return with_padding(x, y, dealt.real) | (
+            return with_padding(x, y, dealt.real, dealt.ways) | (
                 {"class": dealt.identity.to(self.device)} if split == "train" else {}
             )
 
@@ -169,10 +169,10 @@ def _dealt(names: Sequence[str], seed: int, shares: Mapping[str, float]) -> dict
 
 
 def text(
-    ways: int = 5,
+    ways: Ways = 5,
     shots: Shots = 1,
     queries: int = 15,
-    train_ways: int | None = None,
+    train_ways: Ways | None = None,
     train_shots: Shots | None = None,
     train_queries: int | None = None,
     uneven: bool = False,
@@ -186,7 +186,7 @@ def text(
     """Tasks whose classes training has not seen.
 
     Args:
-        ways: number of classes of a task, at least 2.
+        ways: number of classes of a task, at least 2, or a range from which each task draws it.
         shots: number of support sentences per class, at least 1; or a range from which each task draws this number.
         queries: number of query sentences per class of a validation or test task, at least 1.
         train_ways: number of classes of a training task, for learners that allow it; null: ``ways``.
@@ -249,10 +249,10 @@ def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[st
 
 
 def text_crosslingual(
-    ways: int = 5,
+    ways: Ways = 5,
     shots: Shots = 1,
     queries: int = 5,
-    train_ways: int | None = None,
+    train_ways: Ways | None = None,
     train_shots: Shots | None = None,
     train_queries: int | None = None,
     uneven: bool = False,
@@ -265,7 +265,7 @@ def text_crosslingual(
     """Tasks within one language, with new languages in test; no test sentence has a translation in training.
 
     Args:
-        ways: number of classes of a task, at least 2 (at most 3 for nusax).
+        ways: number of classes of a task, at least 2 (at most 3 for nusax), or a range from which each task draws it.
         shots: number of support sentences per class, at least 1; or a range from which each task draws this number.
         queries: number of query sentences per class of a validation or test task, at least 1.
         train_ways: number of classes of a training task, for learners that allow it; null: ``ways``.

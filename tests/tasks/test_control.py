@@ -25,14 +25,14 @@ from metarun.engine.recording import Recording
 from metarun.inner import at_step, support_gradient
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.nn.functional import forward_of
+from metarun.nn.planning import action_values
 from metarun.nn.transforms import task_of
-from metarun.random import uniform
+from metarun.random import LARGEST_SUM, gamma, uniform
 from metarun.targets.scoring import loss_of
 from metarun.tasks import control
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
-from metarun.tasks.planning import LARGEST_SUM, action_values, gamma
 
 
 def mean_score(algorithm, family, tasks=1000, seed=0):

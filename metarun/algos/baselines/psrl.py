@@ -20,8 +20,8 @@ from torch import Tensor
 from metarun.algos.baselines.random_policy import environment_of, fixed_policy
 from metarun.contracts import Algorithm, Seen, Spec
 from metarun.nn.ops import one_hot
-from metarun.random import uniform
-from metarun.tasks.planning import LARGEST_SUM, action_values, gamma
+from metarun.nn.planning import action_values
+from metarun.random import LARGEST_SUM, gamma, uniform
 
 
 class Memory(NamedTuple):

@@ -43,6 +43,7 @@ from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_
 from metarun.nn.normalisation import normalised
 from metarun.nn.ops import kept, lstm, one_hot, unit_rows
 from metarun.nn.padding import weighing
+from metarun.targets.classes import own_classes
 from metarun.targets.weights import count_of
 
 USAGE_DECAY = 0.99
@@ -205,7 +206,7 @@ def mann(
         with weighing(task.query.get("weight")):
             along, _ = sequence(theta, support, task.query["x"])
         y = support["y"]
-        correct = ((along.argmax(-1) == y.argmax(-1)) & along.isfinite().all(-1)).to(y.dtype)
+        correct = ((own_classes(along, support).argmax(-1) == y.argmax(-1)) & along.isfinite().all(-1)).to(y.dtype)
         each = one_hot(instance_of(y).long() - 1, spec.sizes.shots, y)
         return cast(Tensor, correct @ each / each.sum(0))
 

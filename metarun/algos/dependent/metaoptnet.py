@@ -17,6 +17,7 @@ to the last digit and, differentiated, its exact derivative (the implicit one of
 through these solves.
 """
 
+import math
 from typing import Any, Literal, cast
 
 import torch
@@ -43,8 +44,8 @@ def on_simplex(v: Tensor) -> Tensor:
     return (v - excess.amax(-1, keepdim=True)).clamp(min=0)
 
 
-def active_set(gram: Tensor, y: Tensor, reach: float, steps: int) -> Tensor:
-    """Return which entries of β are above 0 at the optimum ``[n, ways]``: 1 or 0.
+def active_set(gram: Tensor, y: Tensor, reach: float, steps: int, ways: Tensor | None = None) -> Tensor:
+    """Return which entries of β are above 0 at the optimum ``[n, ways]``: 1 or 0, and 0 for classes not in ``ways``.
 
     FISTA (Beck and Teboulle 2009) on the dual, restarted where it overshoots (O'Donoghue and Candès 2015).
     """
@@ -53,9 +54,10 @@ def active_set(gram: Tensor, y: Tensor, reach: float, steps: int) -> Tensor:
 
     def down(beta: Tensor) -> Tensor:
         # Gradient of the dual over C²: −(G α)/C + 1/C at the true class.
-        return on_simplex(beta - length * (y / reach - gram @ (y - beta)))
+        new = beta - length * (y / reach - gram @ (y - beta))
+        return on_simplex(new if ways is None else new.masked_fill(ways == 0, -math.inf))
 
-    beta = ahead = torch.full_like(y, 1 / y.shape[-1])
+    beta = ahead = torch.full_like(y, 1 / y.shape[-1]) if ways is None else ways / ways.sum(-1, keepdim=True)
     momentum = gram.new_ones(())
     for _ in range(steps):
         new = down(ahead)
@@ -82,7 +84,7 @@ def with_active_set(gram: Tensor, y: Tensor, reach: float, free: Tensor) -> tupl
     return beta, multipliers[:, 0]
 
 
-def support_vectors(gram: Tensor, y: Tensor, reach: float, steps: int) -> Tensor:
+def support_vectors(gram: Tensor, y: Tensor, reach: float, steps: int, ways: Tensor | None = None) -> Tensor:
     """Return the dual variables α ``[n, ways]`` of the support vector machine, differentiable in ``gram [n, n]``.
 
     Args:
@@ -90,13 +92,16 @@ def support_vectors(gram: Tensor, y: Tensor, reach: float, steps: int) -> Tensor
         y: one-hot classes ``[n, ways]``.
         reach: C, above 0.
         steps: number of steps that find the active set.
+        ways: 1 for the classes that the task has ``[n, ways]``; None: all.
     """
     fixed = gram.detach()
-    free = active_set(fixed, y, reach, steps)
+    free = active_set(fixed, y, reach, steps, ways)
     for _ in range(CORRECTIONS):
         beta, multipliers = with_active_set(fixed, y, reach, free)
         pays = y / reach - fixed @ (y - beta) + multipliers[:, None] < 0
         free = torch.where(free > 0, beta > 0, pays).to(y.dtype)
+        if ways is not None:
+            free = free * ways
     return reach * (y - with_active_set(gram, y, reach, free)[0])
 
 
@@ -131,11 +136,11 @@ def metaoptnet(
         weights = parameters_of(trunk)
         return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
 
-    def classifier(z: Tensor, y: Tensor) -> Tensor:
+    def classifier(z: Tensor, y: Tensor, ways: Tensor | None) -> Tensor:
         if head == "ridge":
             return ridge(z, y, torch.as_tensor(strength, dtype=z.dtype, device=z.device))
         gram = z @ z.T + torch.eye(len(z), dtype=z.dtype, device=z.device)
-        return z.T @ support_vectors(gram, y, reach, solver_steps)
+        return z.T @ support_vectors(gram, y, reach, solver_steps, ways)
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         z, queries = embed_together(embed, theta["weights"], state, x)
@@ -143,7 +148,7 @@ def metaoptnet(
         with full_precision(z):
             # A row of zeros is orthogonal to all others in the Gram matrix, and contributes nothing to W.
             z = without_padding(z.to(theta["scale"].dtype), state.get("weight"))
-            weights = classifier(z, state["y"])
+            weights = classifier(z, state["y"], state.get("ways"))
         return cast(Tensor, theta["scale"] * queries @ weights)
 
     return Algorithm(

@@ -107,7 +107,11 @@ def relation(model: nn.Module, width: int = 64) -> Algorithm:
         with weighing(task.query.get("weight")):
             relations = predict(theta, task.support, task.query["x"])
         _, scores = loss(lambda x: relations, task.query)
-        return MetaLoss(mean_over((relations - task.query["y"]).square(), task.query), scores)
+        errors = (relations - task.query["y"]).square()
+        if "ways" in task.query:
+            ways = task.query["ways"]
+            errors = (errors * ways).sum(-1) / ways.sum(-1)
+        return MetaLoss(mean_over(errors, task.query), scores)
 
     return Algorithm(
         init,

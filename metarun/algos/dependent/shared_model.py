@@ -105,11 +105,12 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
         with weighing(weight):
             z = embed(theta["reader"], support["x"])
         examples = class_means(z, y, weight) if classes else torch.cat([z, y], -1)
-        of_task = mean_row(encode(theta["encoder"], examples), None if classes else weight)
+        rows = support["ways"][0] if classes and "ways" in support else None if classes else weight
+        of_task = mean_row(encode(theta["encoder"], examples), rows)
         weights = {name: written(w, theta["writers"][name], of_task) for name, w in theta["weights"].items()}
         if classes:
-            rows = write_class(theta["class_writer"], torch.cat([examples, of_task.expand(len(examples), -1)], -1))
-            weights |= {"head.weight": rows[:, :-1], "head.bias": rows[:, -1]}
+            head = write_class(theta["class_writer"], torch.cat([examples, of_task.expand(len(examples), -1)], -1))
+            weights |= {"head.weight": head[:, :-1], "head.bias": head[:, -1]}
         yield weights
 
     def predict(theta: Tree, state: Weights, x: Any) -> Tensor:
