@@ -96,6 +96,12 @@ def constants(model: nn.Module) -> list[Tensor]:
     return [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
 
 
+@cache
+def _member(group: str, name: str) -> DictConfig:
+    """A file of metarun's own configuration as it is written; whoever changes it takes a copy."""
+    return cast(DictConfig, OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text()))
+
+
 def algorithm_names() -> list[str]:
     """Return the members of the group ``algo``, without aliases."""
     paths = (files("metarun.conf") / "algo").iterdir()
@@ -118,12 +124,11 @@ def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algo
 
     Return None if the algorithm does not fit the family or the model.
     """
-    conf = files("metarun.conf")
-    algo = cast(DictConfig, OmegaConf.create((conf / "algo" / f"{name}.yaml").read_text()))
+    algo = _member("algo", name).copy()
     try:
         for default in algo.pop("defaults", []):
             if isinstance(default, DictConfig):
-                own = OmegaConf.create((conf / "model" / f"{next(iter(default.values()))}.yaml").read_text())
+                own = _member("model", next(iter(default.values())))
                 model = build(OmegaConf.create({"model": own}), "model", spec=family.spec)
         algorithm: Algorithm = build(OmegaConf.create({"algo": algo}), "algo", model=model, spec=family.spec)
     except UserError:

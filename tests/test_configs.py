@@ -1,5 +1,6 @@
 """Every configuration file composes, builds what it names and runs."""
 
+from functools import wraps
 from importlib.resources import files
 
 import pytest
@@ -11,17 +12,21 @@ from metarun.command.presets import sections
 from metarun.config import register_schema
 from metarun.errors import UserError
 from metarun.run import run
+from metarun.tasks import text as sentences
 
 CONF = files("metarun.conf")
-QUICK = ("train.steps=2", "train.eval_every=1", "train.val_episodes=2", "eval.episodes=3", "eval.adapt_steps=2")
+QUICK = (
+    *("train.steps=2", "train.meta_batch=2", "train.eval_every=1", "train.val_episodes=2"),
+    *("eval.episodes=3", "eval.adapt_steps=2"),
+)
 CONTROL = ("task.shots=2", "task.queries=2")
 SERVE_ALL = ("maml", "fomaml", "mamlpp", "reptile", "metasgd", "anil", "boil", "scratch")
 TWENTY = ("sinusoid", "omniglot", "text", "navigation", "bandit")
 """Tasks on which every algorithm that fits takes twenty meta-steps; on others two."""
 SMALL = {
-    "omniglot": ("task.dataset=procedural", "task.image_size=16", "train.meta_batch=2"),
-    "text": ("task.dataset=toy", "task.buckets=64", "train.meta_batch=2"),
-    "text_crosslingual": ("task.dataset=toy", "task.buckets=64"),
+    "omniglot": ("task.dataset=procedural", "task.image_size=16", "task.queries=3"),
+    "text": ("task.dataset=toy", "task.buckets=64", "task.queries=3"),
+    "text_crosslingual": ("task.dataset=toy", "task.buckets=64", "task.queries=3"),
     "navigation": ("task.horizon=5", *CONTROL),
     "bandit": ("task.pulls=4", *CONTROL),
     "gymnasium": ("task.horizon=5", *CONTROL),
@@ -31,10 +36,41 @@ SMALL = {
 }
 
 
+def remembering(make):
+    """``make``, which gives the same object for the same arguments."""
+    made = {}
+
+    @wraps(make)
+    def remembered(**named):
+        key = repr(sorted(named.items()))
+        if key not in made:
+            made[key] = make(**named)
+        return made[key]
+
+    return remembered
+
+
+SHARED = {name: remembering(getattr(sentences, name)) for name in ("text", "text_crosslingual")}
+
+
+@pytest.fixture(autouse=True)
+def families_of_sentences_are_shared(monkeypatch):
+    """Their words are counted once, not once for each of forty algorithms."""
+    for name, make in SHARED.items():
+        monkeypatch.setattr(sentences, name, make)
+
+
 def names(group):
     return sorted(p.name.removesuffix(".yaml") for p in (CONF / group).iterdir() if p.name.endswith(".yaml"))
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """``run`` as it is but for its pictures, which take longer than all the rest of a short run."""
+    monkeypatch.setattr("metarun.run.write_pictures", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("task", names("task"))
 @pytest.mark.parametrize("algo", algorithm_names())
 def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
@@ -61,6 +97,18 @@ def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
         assert (tmp_path / "result.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("algo", "task"),
+    [*(("maml", task) for task in names("task")), ("cnp", "sinusoid"), ("shared_model", "omniglot"), ("rl2", "bandit")],
+)
+def test_runs_leave_pictures(algo, task, tmp_path):
+    """For the metrics of every task, and for algorithms whose adaptation is one step, none, or episodes."""
+    run(*composed(f"algo={algo}", f"task={task}", *QUICK, *SMALL.get(task, ())), tmp_path)
+    for name in ("training", "adaptation"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("model", names("model"))
 def test_every_model_runs_where_it_fits(model, tmp_path):
     ran = []
@@ -73,6 +121,7 @@ def test_every_model_runs_where_it_fits(model, tmp_path):
     assert len(ran) == 1
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(("downsample", "norm"), [("stride", "group"), ("max_pool", "batch"), ("max_pool", "none")])
 def test_conv4_variants_run(downsample, norm, tmp_path):
     overrides = ("task=omniglot", "model.filters=4", f"model.downsample={downsample}", f"model.norm={norm}")
