@@ -44,8 +44,8 @@ class Task(NamedTuple):
     ``[examples, ways]``, so that the number of ways can be read off the shape. Where tasks differ in size, both parts
     also carry ``weight [examples]``: 1 for an example, 0 for padding, which may stand anywhere and whose target is
     zero. Where they differ in their number of classes, both parts also carry ``ways [examples, ways]``: 1 for each
-    class that the task has, the same for all of its examples. Training tasks may carry ``class``, the identity ``[examples]``
-    of each example's class among all training classes.
+    class that the task has, the same for all of its examples. Training tasks may carry ``class``, the identity
+    ``[examples]`` of each example's class among all training classes.
     Control families hold what an environment is made of, ``[episodes, ...]`` each; and of their randomness a seed for
     each support episode, from which every step of adaptation draws, or the random numbers of a query episode.
     """

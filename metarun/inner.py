@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from metarun.contracts import Loss, Task, Tree, Weights
+from metarun.contracts import Loss, Rows, RowTarget, Spec, Task, Tree, Weights
 from metarun.nn.functional import Forward
 from metarun.nn.ops import channels_last
 from metarun.nn.padding import present_weight, weighing
@@ -129,6 +129,24 @@ def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -
     with weighing(weight_together(support, x)):
         z = embed(weights, channels_last(both) if both.is_cuda and both.ndim == 4 else both)
     return z[:n], z[n:]
+
+
+def rows_together(spec: Spec, embed: Forward, weights: Weights, support: Tree, x: Tensor) -> tuple[Rows, Tensor]:
+    """Return the support set as rows, and features of ``x`` ``[..., d]``, by ``embed_together``.
+
+    A row is an example where an output is a vector; the target makes rows of whatever else examples consist of, such as
+    the words of sentences.
+    """
+    z, queries = embed_together(embed, weights, support, x)
+    return cast(RowTarget, spec.target).rows(z, support), queries
+
+
+def by_row(answer: Callable[[Tensor], Tensor], queries: Tensor) -> Tensor:
+    """Return ``answer``, a function of rows ``[rows, d]``, for features ``queries [..., d]``, in the same shape."""
+    if queries.ndim == 2:
+        return answer(queries)
+    answers = answer(queries.flatten(0, -2))
+    return answers.view(*queries.shape[:-1], answers.shape[-1])
 
 
 class Fit(NamedTuple):

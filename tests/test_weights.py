@@ -398,9 +398,9 @@ def with_fewer_ways(task, ways):
 
 CLASS_LEARNERS = {
     "maml": lambda model, spec: maml(model, 0.1),
-    "protonet": lambda model, spec: protonet(model),
-    "matching": lambda model, spec: matching(model),
-    "relation": lambda model, spec: relation(model),
+    "protonet": lambda model, spec: protonet(model, spec),
+    "matching": lambda model, spec: matching(model, spec),
+    "relation": lambda model, spec: relation(model, spec),
     "multitask": lambda model, spec: multitask(model),
     "shared_params": shared_params,
     "shared_model": shared_model,

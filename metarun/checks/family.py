@@ -7,16 +7,18 @@ test tasks, is therefore checked, which costs a pass over the numbers.
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from metarun.assemble import Experiment
-from metarun.contracts import Predict, Scores, Spec, Split, Task, Tokens, Tree
+from metarun.contracts import Predict, RowTarget, Scores, Spec, Split, Task, Tokens, Tree
 from metarun.engine.batch import adapt_and_score
 from metarun.errors import UserError
 from metarun.random import stream
+from metarun.targets.classes import Classes
 from metarun.targets.scoring import scores_in_test
 from metarun.tree import first_tasks, leaves
 
@@ -59,6 +61,18 @@ def _shape(sizes: torch.Size) -> str:
 def _check(holds: bool, sentence: str) -> None:
     if not holds:
         raise UserError(f"task: {sentence}.")
+
+
+def _rows_of(name: str, data: Tree, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Return targets ``[tasks, rows, width]`` and weights of the rows that the target makes of examples."""
+    y = data["y"]
+    # Targets alone are looked at, so the features may be anything.
+    found = vmap(cast(RowTarget, spec.target).rows)(y.new_zeros(*y.shape[:-1], 1), data)
+    _check(
+        found.y.ndim == 3 and found.z.shape[:2] == found.y.shape[:2],
+        f"spec.target.rows makes rows of shape {list(found.y.shape[1:])} of {name}; let it return [rows, outputs]",
+    )
+    return found.y, y.new_ones(found.y.shape[:2]) if found.weight is None else found.weight.to(y.dtype)
 
 
 def _check_targets(name: str, y: Tensor, weight: Tensor, spec: Spec, ways: int) -> None:
@@ -135,9 +149,9 @@ def _check_indices(name: str, index: Tensor, examples: int, count: int | None, w
 
 def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int | None) -> None:
     """Check one part of supervised tasks; ``per_class`` is the number of examples per class (per task without them)."""
-    for key in ("x", "y"):
+    for key in ("x", "y") if spec.offers("rows") else ("x",):
         _check(key in data, f'{name} lacks the leaf "{key}"; supervised tasks hold inputs x and targets y')
-    x, y = data["x"], data["y"]
+    x = data["x"]
     x_name, y_name, dtype = f'{name}["x"]', f'{name}["y"]', torch.get_default_dtype()
     _check(
         x.shape[2:] == spec.inputs.shape and x.ndim >= 2,
@@ -156,7 +170,7 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
         f"{x_name} has dtype {x.dtype}, and must have {dtype}; convert it with .to({dtype})",
     )
     examples = x.shape[1]
-    classes = spec.offers("classes")
+    classes = spec.sizes.ways is not None
     _check(examples >= 1, f"{name} has no examples; draw at least one per task")
     padded = "weight" in data
     weight = data["weight"] if padded else x.new_ones(x.shape[:2], dtype=dtype)
@@ -166,9 +180,14 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
         words = f"{ways} ways with {per_class} each make {wanted}" if classes else f"the spec says {wanted}"
         fits = most <= wanted if padded else most == wanted
         _check(fits, f"{name} has {most} examples per task, and {words}; correct sample or the spec")
-    _check_targets(y_name, y, weight, spec, ways)
-    if classes and name.endswith("support"):
-        _check_classes(y_name, y, per_class, padded, data.get("ways"))
+    if spec.offers("rows"):
+        y = data["y"]
+        if y.ndim > 3 and y.shape[1] == examples:
+            _check_targets(f"the rows of {y_name}", *_rows_of(y_name, data, spec), spec, spec.target.outputs)
+        else:
+            _check_targets(y_name, y, weight, spec, ways)
+            if classes and name.endswith("support"):
+                _check_classes(y_name, y, per_class, padded, data.get("ways"))
     if "class" in data:
         _check_indices(f'{name}["class"]', data["class"], examples, spec.sizes.training_classes, "training classes")
     if spec.facts.groups is not None:
@@ -213,7 +232,7 @@ def check_spec(spec: Spec) -> None:
     Raises:
         UserError: the spec contradicts itself; the sentence says where.
     """
-    if spec.offers("classes"):
+    if isinstance(spec.target, Classes):
         _check(
             spec.sizes.ways is not None and spec.sizes.ways >= 2 and spec.target.outputs == spec.sizes.ways,
             "spec.sizes.ways must be at least 2 and equal to spec.target.outputs, and they are "
@@ -264,10 +283,10 @@ def check_tasks(tasks: Task, spec: Spec, split: Split, count: int, device: str) 
     for part, size in parts.items():
         data, name = getattr(tasks, part), f"{split} {part}"
         per_class = None if split == "train" else size
-        if spec.offers("rows"):
+        if not spec.offers("policy"):
             ways = (split == "train" and spec.sizes.train_ways) or spec.sizes.ways or 0
             _check_examples(name, data, spec, ways, per_class)
-        elif spec.offers("policy"):
+        else:
             _check_episodes(name, data, per_class)
 
 

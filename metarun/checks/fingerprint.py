@@ -27,8 +27,8 @@ def probe_score(family: Family, tasks: Task) -> list[str]:
     query = tree_map(lambda leaf: leaf[0], task.query)
 
     def nothing(given: Any) -> Tensor:
-        if spec.offers("rows"):
-            return torch.zeros_like(query["y"])
+        if not spec.offers("policy"):
+            return torch.zeros_like(query["y"]) if "y" in query else given.new_zeros(len(given), spec.target.outputs)
         observation: Tensor = given.observation
         return observation.new_zeros(*observation.shape[:2], spec.target.outputs)
 

@@ -18,7 +18,7 @@ def is_transductive(algorithm: Algorithm, theta: Tree, family: Family, tasks: Ta
     The learner adapts to the first of ``tasks`` by ``steps`` steps. Then half of the queries stay, and the others
     become copies of the first one. Episodes of a policy do not see each other.
     """
-    if not family.spec.offers("rows"):
+    if family.spec.offers("policy"):
         return False
     task = first_tasks(tasks, 1)
     x = task.query["x"]

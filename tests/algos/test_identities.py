@@ -148,7 +148,7 @@ def one(part):
 def test_protonet_equals_its_linear_form():
     """Equation 8: −‖z − c‖² and 2 cᵀz − cᵀc differ by a constant of the query."""
     family, model, tasks = image_setting()
-    algorithm = protonet(model)
+    algorithm = protonet(model, family.spec)
     theta = algorithm.init(generator())
     support, query = one(tasks.support), one(tasks.query)
     _, state = algorithm.adapt(theta, support, loss_of(family))
@@ -161,7 +161,7 @@ def test_protonet_equals_its_linear_form():
 @pytest.mark.parametrize("factory", [protonet, shared_params, matching, relation])
 def test_class_order_does_not_matter(factory):
     family, model, tasks = image_setting()
-    algorithm = factory(model, family.spec) if factory is shared_params else factory(model)
+    algorithm = factory(model, family.spec)
     theta = algorithm.init(generator())
     support, query = one(tasks.support), one(tasks.query)
     order = torch.tensor([2, 0, 1])
@@ -204,15 +204,15 @@ def test_maml_steps_after_the_first_have_their_own_size():
 def test_matching_with_one_shot_is_a_softmax_over_prototypes_and_sums_attention_with_more():
     family, model, tasks = image_setting()
     support, query = one(tasks.support), one(tasks.query)
-    algorithm = matching(model, "euclidean")
+    algorithm = matching(model, family.spec, "euclidean")
     theta = algorithm.init(generator())
     single = {
         name: torch.stack([leaf[support["y"].argmax(1) == k][0] for k in range(3)]) for name, leaf in support.items()
     }
-    *_, state = protonet(model).adapt(theta, single, loss_of(family))
-    logits = protonet(model).predict(theta, state, query["x"])
+    *_, state = protonet(model, family.spec).adapt(theta, single, loss_of(family))
+    logits = protonet(model, family.spec).predict(theta, state, query["x"])
     torch.testing.assert_close(algorithm.predict(theta, single, query["x"]).exp(), logits.softmax(1), atol=2e-6, rtol=0)
-    cosine = matching(model)
+    cosine = matching(model, family.spec)
     z, q = model.trunk(support["x"]), model.trunk(query["x"])
     near = F.cosine_similarity(q[:, None], z[None], dim=-1).softmax(1)
     chances = torch.stack([near[:, support["y"].argmax(1) == k].sum(1) for k in range(3)], 1)
@@ -222,7 +222,7 @@ def test_matching_with_one_shot_is_a_softmax_over_prototypes_and_sums_attention_
 def test_relation_compares_each_query_with_each_class():
     family, model, tasks = image_setting()
     support, query = one(tasks.support), one(tasks.query)
-    algorithm = relation(model, 5)
+    algorithm = relation(model, family.spec, 5)
     theta = algorithm.init(generator())
     task = Task(support, query)
     w, z, q = theta["relation"], model.trunk(support["x"]), model.trunk(query["x"])
@@ -261,5 +261,5 @@ def test_relation_takes_features_for_maps_where_the_model_has_them():
     assert Conv4(spec, 4).maps is None
     model = Conv4(spec, 4, readout="flatten", halvings=2)
     assert model.maps == (4, 4, 4)
-    theta = relation(model).init(generator())
+    theta = relation(model, spec).init(generator())
     assert theta["relation"]["of_class.weight"].shape == (64, 4, 3, 3)

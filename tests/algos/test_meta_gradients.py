@@ -174,7 +174,7 @@ def test_reptile(name):
 @pytest.mark.parametrize("name", SETTINGS[1:])
 def test_protonet(name):
     family, model, features = setting(name)
-    theta, tasks, grads = compute(protonet(model), family, model)
+    theta, tasks, grads = compute(protonet(model, family.spec), family, model)
     assert_same(grads["weights"], reference.protonet_gradient(features, theta["weights"], tasks))
 
 

@@ -234,7 +234,7 @@ def test_a_sentence_without_words_leaves_gradients_finite():
     tasks = family.sample("train", 2, generator())
     for part in tasks[:2]:
         part["x"][:, 0] = 0
-    for algorithm in (maml(model, 0.5, 2), protonet(model, "cosine")):
+    for algorithm in (maml(model, 0.5, 2), protonet(model, family.spec, "cosine")):
         grads = meta_gradient(algorithm, algorithm.init(generator()), tasks, loss_of(family)).grads
         assert all(leaf.isfinite().all() for leaf in leaves(grads))
 

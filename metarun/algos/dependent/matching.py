@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Tree
+from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.inner import embed_together, keep_support
+from metarun.inner import by_row, keep_support, rows_together
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
 from metarun.nn.ops import kept, lstm, seen, squared_distances, unit_rows
 
@@ -64,6 +64,7 @@ class FullContext(nn.Module):
 
 def matching(
     model: nn.Module,
+    spec: Spec,
     distance: Literal["cosine", "euclidean"] = "cosine",
     full_context: bool = False,
     reads: int = 5,
@@ -72,6 +73,7 @@ def matching(
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used.
+        spec: that of a task with classes.
         distance: how far a query is from a support example.
         full_context: whether embeddings depend on the whole support set.
         reads: K, number of reading steps, at least 1.
@@ -87,12 +89,17 @@ def matching(
         return {"weights": weights, "context": drawn(generator)} if full_context else {"weights": weights}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        z, queries = embed_together(embed, theta["weights"], state, x)
-        if full_context:
-            z, queries = in_context(theta["context"], (z, queries, state.get("weight")))
-        near = unit_rows(queries) @ unit_rows(z).T if distance == "cosine" else -squared_distances(queries, z)
-        chances: Tensor = seen(near, state.get("weight")).softmax(-1) @ state["y"] + LEAST_CHANCE
-        return chances.log()
+        rows, features = rows_together(spec, embed, theta["weights"], state, x)
+
+        def answer(queries: Tensor) -> Tensor:
+            z = rows.z
+            if full_context:
+                z, queries = in_context(theta["context"], (z, queries, rows.weight))
+            near = unit_rows(queries) @ unit_rows(z).T if distance == "cosine" else -squared_distances(queries, z)
+            chances: Tensor = seen(near, rows.weight).softmax(-1) @ rows.y + LEAST_CHANCE
+            return chances.log()
+
+        return by_row(answer, features)
 
     return Algorithm(
         init,

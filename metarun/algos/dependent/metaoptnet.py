@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from metarun.algos.dependent.shared_params import ridge
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.inner import embed_together, keep_support
+from metarun.inner import by_row, keep_support, rows_together
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 from metarun.nn.ops import full_precision, without_padding
 
@@ -143,13 +143,13 @@ def metaoptnet(
         return z.T @ support_vectors(gram, y, reach, solver_steps, ways)
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        z, queries = embed_together(embed, theta["weights"], state, x)
+        rows, features = rows_together(spec, embed, theta["weights"], state, x)
         # Low-precision products cannot tell which dual variables are zero.
-        with full_precision(z):
+        with full_precision(rows.z):
             # A row of zeros is orthogonal to all others in the Gram matrix, and contributes nothing to W.
-            z = without_padding(z.to(theta["scale"].dtype), state.get("weight"))
-            weights = classifier(z, state["y"], state.get("ways"))
-        return cast(Tensor, theta["scale"] * queries @ weights)
+            z = without_padding(rows.z.to(theta["scale"].dtype), rows.weight)
+            weights = classifier(z, rows.y, state.get("ways"))
+        return by_row(lambda queries: cast(Tensor, theta["scale"] * queries @ weights), features)
 
     return Algorithm(
         init,

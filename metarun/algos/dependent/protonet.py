@@ -23,20 +23,21 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Tree
+from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.inner import embed_together, keep_support
+from metarun.inner import by_row, keep_support, rows_together
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 from metarun.nn.ops import class_means, squared_distances, unit_rows
 
 
 def protonet(
-    model: nn.Module, distance: Literal["euclidean", "cosine"] = "euclidean", scale: float = 10.0
+    model: nn.Module, spec: Spec, distance: Literal["euclidean", "cosine"] = "euclidean", scale: float = 10.0
 ) -> Algorithm:
     """Prototypical networks.
 
     Args:
         model: a module with ``trunk`` and ``head``; the head is not used.
+        spec: that of a task with classes.
         distance: how far a query is from a prototype.
         scale: initial τ of the cosine, above 0.
     """
@@ -51,11 +52,15 @@ def protonet(
         return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        z, queries = embed_together(embed, theta["weights"], state, x)
-        centres = class_means(z, state["y"], state.get("weight"))
-        if distance == "euclidean":
-            return -squared_distances(queries, centres)
-        return cast(Tensor, theta["scale"] * unit_rows(queries) @ unit_rows(centres).T)
+        rows, queries = rows_together(spec, embed, theta["weights"], state, x)
+        centres = class_means(rows.z, rows.y, rows.weight)
+
+        def near(z: Tensor) -> Tensor:
+            if distance == "euclidean":
+                return -squared_distances(z, centres)
+            return cast(Tensor, theta["scale"] * unit_rows(z) @ unit_rows(centres).T)
+
+        return by_row(near, queries)
 
     return Algorithm(
         init,

@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Loss, MetaLoss, Task, Tree
+from metarun.contracts import Algorithm, Loss, MetaLoss, RowTarget, Spec, Task, Tree
 from metarun.errors import require
-from metarun.inner import embed_together, keep_support
+from metarun.inner import by_row, keep_support, rows_together
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
 from metarun.nn.padding import weighing
 from metarun.targets.weights import mean_over
@@ -77,12 +77,13 @@ class CompareMaps(nn.Module):
         return relations.view(joined.shape[:2])
 
 
-def relation(model: nn.Module, width: int = 64) -> Algorithm:
+def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
     """Relation networks.
 
     Args:
         model: a module with ``trunk`` and ``head``; of the head only its width is used. If it says in ``maps`` what
             shape its features have, they are compared as maps.
+        spec: that of a task with classes.
         width: width of the hidden linear layer of g, at least 1 (8 in the paper).
     """
     require(width >= 1, f"width must be at least 1, not {width}")
@@ -100,18 +101,20 @@ def relation(model: nn.Module, width: int = 64) -> Algorithm:
         return {"weights": weights, "relation": drawn(generator)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        z, queries = embed_together(embed, theta["weights"], state, x)
-        return cast(Tensor, compare(theta["relation"], (state["y"].T @ z, queries)))
+        rows, features = rows_together(spec, embed, theta["weights"], state, x)
+        classes = rows.y.T @ rows.z
+        return by_row(lambda queries: cast(Tensor, compare(theta["relation"], (classes, queries))), features)
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         with weighing(task.query.get("weight")):
             relations = predict(theta, task.support, task.query["x"])
         _, scores = loss(lambda x: relations, task.query)
-        errors = (relations - task.query["y"]).square()
+        found, true, weight = cast(RowTarget, spec.target).rows(relations, task.query)
+        errors = (found - true).square()
         if "ways" in task.query:
             ways = task.query["ways"]
             errors = (errors * ways).sum(-1) / ways.sum(-1)
-        return MetaLoss(mean_over(errors, task.query), scores)
+        return MetaLoss(mean_over(errors, {} if weight is None else {"weight": weight}), scores)
 
     return Algorithm(
         init,

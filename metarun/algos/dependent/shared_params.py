@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
-from metarun.inner import embed_together, keep_support
+from metarun.inner import by_row, keep_support, rows_together
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 from metarun.nn.ops import without_padding
-from metarun.targets.weights import count_of
 
 
 def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
@@ -70,11 +69,15 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
         return {"weights": weights, "solver": solver}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        solver, root = theta["solver"], count_of(state) ** 0.5
-        z, queries = map(with_bias, embed_together(embed, theta["weights"], state, x))
-        z = without_padding(z, state.get("weight"))
-        w = ridge(z / root, state["y"], solver["log_strength"].exp())
-        return cast(Tensor, solver["scale"] * (queries / root) @ w + solver["shift"])
+        rows, features = rows_together(spec, embed, theta["weights"], state, x)
+        solver, root = theta["solver"], (len(rows.y) if rows.weight is None else rows.weight.sum()) ** 0.5
+        z = without_padding(with_bias(rows.z), rows.weight)
+        w = ridge(z / root, rows.y, solver["log_strength"].exp())
+
+        def read_out(queries: Tensor) -> Tensor:
+            return cast(Tensor, solver["scale"] * (with_bias(queries) / root) @ w + solver["shift"])
+
+        return by_row(read_out, features)
 
     return Algorithm(
         init,

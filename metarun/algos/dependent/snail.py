@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarun.contracts import Algorithm, Spec, Tree
+from metarun.contracts import Algorithm, Rows, Spec, Tree
 from metarun.errors import require
-from metarun.inner import embed_together, keep_support, padding_first
+from metarun.inner import by_row, keep_support, padding_first, rows_together
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
 from metarun.nn.ops import seen, without_padding
 
@@ -154,11 +154,15 @@ def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) ->
         return {"weights": weights, "reader": drawn(generator)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        support = padding_first(state)
-        z, queries = embed_together(embed, theta["weights"], support, x)
-        y, weight = support["y"], support.get("weight")
-        answers: Tensor = read(theta["reader"], Sequences(labelled(z, y), unlabelled(queries, y), weight))
-        return answers
+        rows, features = rows_together(spec, embed, theta["weights"], state, x)
+        z, y, weight = rows if rows.weight is None else Rows(**padding_first(rows._asdict()))
+        known = labelled(z, y)
+
+        def answer(queries: Tensor) -> Tensor:
+            answers: Tensor = read(theta["reader"], Sequences(known, unlabelled(queries, y), weight))
+            return answers
+
+        return by_row(answer, features)
 
     return Algorithm(
         init,
