@@ -113,6 +113,10 @@ def read_results(files: Sequence[Path]) -> pd.DataFrame:
             table = pd.read_csv(path, dtype={"run": str, "config_hash": str, "episodes_hash": str})
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a table ({error}); remove it or run again.") from error
+        table.columns = [printable(str(column)) for column in table.columns]
+        for column in table.select_dtypes(exclude=["number", "bool"]):
+            # Names come from data, and are shown on terminals and in pictures.
+            table[column] = [printable(v.replace("\n", " ")) if isinstance(v, str) else v for v in table[column]]
         table = with_later_columns(table)
         missing = [column for column in RESULT_COLUMNS if column not in table]
         if missing:
