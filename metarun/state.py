@@ -1,13 +1,15 @@
 """Everything that changes during meta-training, and how it is saved and restored."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
-from metarun.assemble import Experiment
+from metarun.assemble import Experiment, constants
 from metarun.config import config_hash
 from metarun.contracts import Tree
 from metarun.engine.meta_step import MetaStep
@@ -64,7 +66,16 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
         "config_hash": config_hash(experiment.config),
         "replicas": [config_hash(replica.config) for replica in experiment.replicas],
         "dataset": experiment.family.dataset,
+        "constants": hash_of_constants(experiment.replicas[0].model),
     }
+
+
+def hash_of_constants(model: nn.Module) -> str:
+    """Return a hash of the buffers and frozen parameters of ``model``, which no checkpoint holds."""
+    found = hashlib.sha256()
+    for tensor in constants(model):
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 SAVED_AS_IT_IS = (
@@ -103,6 +114,11 @@ def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Tra
         raise UserError(
             f"The checkpoint {path} was trained on {content['dataset']}, and the data found now are "
             f"{experiment.family.dataset}; set data_dir to where the data of the checkpoint are."
+        )
+    if content["constants"] != _identity(experiment)["constants"]:
+        raise UserError(
+            f"The checkpoint {path} was trained with other frozen parameters or buffers than those that the model has "
+            "now; restore the file that they were read from, or start a new run."
         )
     training = start(meta_step)
     shapes = [leaf.shape for leaf in leaves(training.train_state)]

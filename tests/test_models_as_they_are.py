@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import experiment_of
+from conftest import composed, experiment_of
+from omegaconf import OmegaConf
 from scenarios import class_spec, classification_loss, generator
 from test_torch_modules import WAYS, First, Model, found
 from torch import nn
@@ -18,6 +19,7 @@ from metarun.loop import meta_train
 from metarun.nn.functional import forward_of
 from metarun.nn.transforms import plainly
 from metarun.random import drawing, fold, uniform
+from metarun.run import run
 from metarun.tree import leaves, tree_map
 
 SPEC = class_spec((6,), WAYS, 2, 2, WAYS, WAYS)
@@ -282,3 +284,31 @@ def test_ordinary_models_run_unchanged(name, algo, tmp_path):
     training = meta_train(experiment, tmp_path, resume=False)
     assert bool(training.train_state["weights"].isfinite().all())
     assert training.best[0] is not None
+
+
+class FromFile(torch.nn.Module):
+    """A trained head on a frozen layer, which is read from a file."""
+
+    def __init__(self, spec, path: str):
+        super().__init__()
+        self.trunk = torch.nn.Linear(1, 4)
+        self.trunk.load_state_dict(torch.load(path, weights_only=True))
+        self.trunk.requires_grad_(False)
+        self.head = torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.trunk(x).tanh())
+
+
+def test_a_run_is_not_resumed_on_other_frozen_weights(tmp_path):
+    torch.save(torch.nn.Linear(1, 4).state_dict(), tmp_path / "backbone.pt")
+    quick = ("train.steps=2", "train.eval_every=1", "train.val_episodes=3", "eval.episodes=3", "eval.adapt_steps=1")
+    config, names = composed("algo=maml", "task=sinusoid", "engine=eager", *quick)
+    config.model = OmegaConf.create(
+        {"_target_": "test_models_as_they_are.FromFile", "path": str(tmp_path / "backbone.pt")}
+    )
+    run(config, names, tmp_path / "run")
+    run(config, names, tmp_path / "run", resume=True)
+    torch.save(torch.nn.Linear(1, 4).state_dict(), tmp_path / "backbone.pt")
+    with pytest.raises(UserError, match="other frozen parameters or buffers"):
+        run(config, names, tmp_path / "run", resume=True)

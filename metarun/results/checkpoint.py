@@ -14,7 +14,7 @@ from metarun.results.files import LAST, PREVIOUS
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
