@@ -15,6 +15,22 @@ register_schema()
 DATA_DIR = Path(os.environ.get("METARUN_DATA_DIR", "data"))
 
 
+QUICK_FILES = (
+    *("algos/test_identities", "algos/test_mamlpp", "algos/test_readers", "results/test_compare"),
+    *("results/test_reports", "results/test_sealed", "tasks/test_sinusoid", "tasks/test_teachers"),
+    *("test_family_check", "test_imports", "test_limits", "test_models", "test_outer", "test_targets"),
+    "test_transduction",
+)
+"""The quick tier: cheap, and likely to catch a mistake in what one is working on."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the quick tier."""
+    for item in items:
+        if any(str(item.path).endswith(f"{name}.py") for name in QUICK_FILES):
+            item.add_marker("quick")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)

@@ -127,13 +127,13 @@ def test_a_mixed_convolution_is_the_weighted_sum_of_its_operations():
 def test_from_a_head_of_zeros_the_first_gradient_is_a_sum_of_features_and_leaves_the_trunk_alone():
     """The softmax is uniform, so that row c has Σ (1/ways − [label = c]) features (https://arxiv.org/abs/2106.15367)."""
     model = Conv4(IMAGE_SPEC, 4, zero_head=True)
-    images = torch.randn(6, *IMAGE_SPEC.input_shape, generator=generator())
-    labels = torch.arange(6) % IMAGE_SPEC.outputs
+    images = torch.randn(6, *IMAGE_SPEC.inputs.shape, generator=generator())
+    labels = torch.arange(6) % IMAGE_SPEC.target.outputs
     nn.functional.cross_entropy(model(images), labels, reduction="sum").backward()
     features = model.trunk(images)
     assert model.head.weight.grad is not None
     assert model.head.weight.grad.any()
     for row, gradient in enumerate(model.head.weight.grad):
         own = features[labels == row].sum(0)
-        torch.testing.assert_close(gradient, features.sum(0) / IMAGE_SPEC.outputs - own)
+        torch.testing.assert_close(gradient, features.sum(0) / IMAGE_SPEC.target.outputs - own)
     assert all((weight.grad == 0).all() for weight in model.trunk.parameters())
