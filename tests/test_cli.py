@@ -77,7 +77,7 @@ BAD_INPUT = [
     (["task=navigation", "task.discount=0"], ["discount must be above 0"]),
     (["task=navigation", "model=mlp"], ["mlp needs a tensor", "model=policy"]),
     (["algo=thompson", "task=mdp"], ["thompson is a policy for task=bandit"]),
-    (["algo=protonet", "task=bandit"], ["algo=protonet needs examples of classes, and task=bandit has none"]),
+    (["algo=protonet", "task=bandit"], ["for a policy choose an algorithm that acts, such as maml"]),
     (["algo=transfer", "task=bandit"], ["algorithms that fit it:", "maml", "rl2"]),
     (
         ["algo=rl2", "task=bandit", "model=policy"],
