@@ -21,7 +21,7 @@ from metarun.random import drawing, fold, uniform
 from metarun.tree import leaves, tree_map
 
 SPEC = class_spec((6,), WAYS, 2, 2, WAYS, WAYS)
-FLAT, SEQUENCE = (6,), (5, 6)
+FLAT, SEQUENCE = (6,), (3, 6)
 
 
 @pytest.fixture(autouse=True)
