@@ -59,6 +59,12 @@ def finished(tmp_path_factory):
     return root / "run"
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """``run`` as it is but for its pictures, which take longer than all the rest of a short run."""
+    monkeypatch.setattr("metarun.run.write_pictures", lambda *arguments: None)
+
+
 def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     with initialize_config_module("metarun.conf", version_base="1.3"):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)

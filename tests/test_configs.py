@@ -19,14 +19,15 @@ QUICK = (
     *("train.steps=2", "train.meta_batch=2", "train.eval_every=1", "train.val_episodes=2"),
     *("eval.episodes=3", "eval.adapt_steps=2"),
 )
+FEW = ("task.queries=3", "task.train_queries=1")
 CONTROL = ("task.shots=2", "task.queries=2")
 SERVE_ALL = ("maml", "fomaml", "mamlpp", "reptile", "metasgd", "anil", "boil", "scratch")
 TWENTY = ("sinusoid", "omniglot", "text", "navigation", "bandit")
 """Tasks on which every algorithm that fits takes twenty meta-steps; on others two."""
 SMALL = {
-    "omniglot": ("task.dataset=procedural", "task.image_size=16", "task.queries=3"),
-    "text": ("task.dataset=toy", "task.buckets=64", "task.queries=3"),
-    "text_crosslingual": ("task.dataset=toy", "task.buckets=64", "task.queries=3"),
+    "omniglot": ("task.dataset=procedural", "task.image_size=16", *FEW),
+    "text": ("task.dataset=toy", "task.buckets=64", *FEW),
+    "text_crosslingual": ("task.dataset=toy", "task.buckets=64", *FEW),
     "navigation": ("task.horizon=5", *CONTROL),
     "bandit": ("task.pulls=4", *CONTROL),
     "gymnasium": ("task.horizon=5", *CONTROL),
@@ -64,10 +65,11 @@ def names(group):
     return sorted(p.name.removesuffix(".yaml") for p in (CONF / group).iterdir() if p.name.endswith(".yaml"))
 
 
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """``run`` as it is but for its pictures, which take longer than all the rest of a short run."""
-    monkeypatch.setattr("metarun.run.write_pictures", lambda *arguments: None)
+def narrow(model):
+    """Sets few filters and a small width where a model has them."""
+    for key, small in {"filters": 8, "width": 16}.items():
+        if key in model:
+            model[key] = small
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -76,6 +78,7 @@ def without_pictures(monkeypatch):
 def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
     more = ("train.steps=20", "train.eval_every=20") if task in TWENTY else ()
     config, chosen = composed(f"algo={algo}", f"task={task}", *QUICK, *SMALL.get(task, ()), *more)
+    narrow(config.model)
     try:
         run(config, chosen, tmp_path)
     except UserError as refused:

@@ -34,10 +34,12 @@ def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, 
         f"engine={engine}",
         f"algo={algo}",
         f"replicas.count={count}",
-        "train.steps=600",
-        "train.eval_every=100",
-        "train.log_every=30",
-        "eval.episodes=60",
+        "train.steps=300",
+        "train.meta_batch=4",
+        "train.eval_every=50",
+        "train.log_every=15",
+        "train.val_episodes=10",
+        "eval.episodes=20",
     ]
     overrides += ["train.schedule=cosine", "train.clip=5"]
     metarun(*overrides, "hydra.run.dir=whole", cwd=tmp_path)

@@ -23,7 +23,7 @@ from metarun.run import run
 from metarun.tree import leaves, tree_map
 
 SPEC = class_spec((6,), WAYS, 2, 2, WAYS, WAYS)
-FLAT, SEQUENCE = (6,), (5, 6)
+FLAT, SEQUENCE = (6,), (3, 6)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ A new module is one line of ``MODULES``. The reference knows nothing of metarun:
 ``torch.autograd.grad``, in which the model is called as it is.
 """
 
+import inspect
 from functools import partial
 
 import pytest
@@ -354,7 +355,8 @@ def test_meta_gradient_equals_plain_autograd(name, algo, engine):
     with sdpa_kernel(SDPBackend.MATH):
         expected = reference(built(name, own=True), tasks, kind, steps)
     before = [buffer.clone() for buffer in model.buffers()]
-    algorithm = factory(model, spec)
+    context = {"model": model, "spec": spec}
+    algorithm = factory(**{name: context[name] for name in context if name in inspect.signature(factory).parameters})
     theta = algorithm.init(generator())
     gradients = found(engine, algorithm, theta, tasks)["weights"]
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()

@@ -61,8 +61,8 @@ def test_support_vectors_satisfy_the_optimality_conditions(n, ways, reach, like_
 
 
 def test_support_vectors_differentiate_to_finite_differences():
-    gram, y, reach = machine(12, 3, 0.5)
-    weights = torch.randn(12, 3)
+    gram, y, reach = machine(6, 3, 0.5)
+    weights = torch.randn(6, 3)
 
     def value(g):
         return (support_vectors((g + g.T) / 2, y, reach, 200) * weights).sum()

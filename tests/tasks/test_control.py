@@ -1,6 +1,7 @@
 """Environments score what theory says; returns, baselines and posteriors equal closed forms."""
 
 import math
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -178,7 +179,9 @@ def test_hindsight_is_off_and_where_it_is_on_the_data_set_says_so():
     torch.testing.assert_close(trial.reward - trial.credit, known["reward_noise"].T)
 
 
-@pytest.mark.parametrize("family", [Navigation, Bandit, MDP])
+@pytest.mark.parametrize(
+    "family", [partial(Navigation, horizon=5), partial(Bandit, pulls=5), partial(MDP, episodes=2, horizon=3)]
+)
 def test_every_step_of_adaptation_plays_new_episodes_and_the_same_ones_when_played_again(family):
     """One policy at three steps, alone, under vmap and in a recording; with one tape all steps are alike."""
     fresh = family(shots=3, queries=2)
