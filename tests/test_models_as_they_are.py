@@ -215,7 +215,7 @@ REFUSED = {
         "offsets",
     ),
     "bias_k": (
-        SEQUENCE,
+        (5, 6),
         lambda: First(nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True), 3),
         "add_bias_kv",
     ),
