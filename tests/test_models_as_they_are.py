@@ -23,7 +23,7 @@ from metarun.run import run
 from metarun.tree import leaves, tree_map
 
 SPEC = class_spec((6,), WAYS, 2, 2, WAYS, WAYS)
-FLAT, SEQUENCE = (6,), (3, 6)
+FLAT, SEQUENCE = (6,), (5, 6)
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +215,7 @@ REFUSED = {
         "offsets",
     ),
     "bias_k": (
-        (5, 6),
+        SEQUENCE,
         lambda: First(nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True), 3),
         "add_bias_kv",
     ),

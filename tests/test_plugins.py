@@ -92,7 +92,9 @@ def test_a_class_without_its_own_init_is_checked_by_its_parents():
     assert built("Inherited", shots=3).spec.sizes.shots == 3
     assert isinstance(built("Nothing"), Nothing)
     assert built("Pair", width=2) == Pair(2)
-    with pytest.raises(UserError, match=r"task.shots must be a whole number or a list of 2 values, each a whole number, not 'three'"):
+    with pytest.raises(
+        UserError, match=r"task.shots must be a whole number or a list of 2 values, each a whole number, not 'three'"
+    ):
         built("Inherited", shots="three")
     with pytest.raises(UserError, match=r"task.width is unknown"):
         built("Nothing", width=3)
