@@ -82,7 +82,9 @@ def meta_loss(problem: Problem, weights: Any, batch: Any) -> Any:
 class JaxContestant:
     """One jitted call per meta-step, Adam included; its buffers are donated to the results."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, device: str) -> None:
+        jax.config.update("jax_platforms", device)
+        jax.config.update("jax_default_matmul_precision", "float32")
         self.weights = [jnp.asarray(w) for w in problem.weights()]
         self.moments = [jnp.zeros_like(w) for w in self.weights], [jnp.zeros_like(w) for w in self.weights]
         self.count = jnp.zeros(())
@@ -107,4 +109,7 @@ class JaxContestant:
         """One meta-step."""
         out = self.jitted(self.weights, self.moments, self.count, self.batches[number % 4])
         self.weights, self.moments, self.count = out
+
+    def wait(self) -> None:
+        """Return when the steps so far are done."""
         self.count.block_until_ready()

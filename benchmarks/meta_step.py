@@ -30,6 +30,8 @@ from metarun.engine.process import keep_freed_memory
 from metarun.results.files import atomic_write
 
 IMAGE_MAML = ("omniglot_maml", "omniglot_fomaml")
+ON_CPU = ("metarun replay, threads", "metarun compile, threads")
+ON_GPU = ("metarun cudagraph",)
 ONLY_FOR = {"metarun replay, threads": IMAGE_MAML, "metarun compile, threads": IMAGE_MAML}
 NOT_FOR = {
     "metarun compile": IMAGE_MAML,
@@ -79,10 +81,10 @@ class Contestant:
 
 
 @contextmanager
-def contestant(name: str, problem: Problem) -> Iterator[Contestant]:
+def contestant(name: str, problem: Problem, device: str) -> Iterator[Contestant]:
     """Start a worker, and end it afterwards."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.worker", name, problem.name],
+        [sys.executable, "-m", "benchmarks.worker", name, problem.name, device],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -100,12 +102,14 @@ def agree(ours: Any, other: Any) -> float:
     return float(np.linalg.norm(ours - other) / np.linalg.norm(ours))
 
 
-def measure(problem: Problem, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def measure(problem: Problem, device: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Start all contestants, compare gradients, time them in interleaved rounds; return the rows of the table."""
     names = [
         name
         for name in CONTESTANTS
-        if problem.name not in NOT_FOR.get(name, ()) and problem.name in ONLY_FOR.get(name, (problem.name,))
+        if name not in (ON_GPU if device == "cpu" else ON_CPU)
+        and problem.name not in NOT_FOR.get(name, ())
+        and problem.name in ONLY_FOR.get(name, (problem.name,))
     ]
     from contextlib import ExitStack
 
@@ -114,7 +118,7 @@ def measure(problem: Problem, rounds: int, seconds: float) -> list[dict[str, Any
         present: list[Contestant] = []
         reference = None
         for name in names:
-            one = stack.enter_context(contestant(name, problem))
+            one = stack.enter_context(contestant(name, problem, device))
             path = Path(folder) / f"{len(rows)}.npy"
             row: dict[str, Any] = {"problem": problem.name, "contestant": name}
             rows.append(row)
@@ -145,22 +149,24 @@ def measure(problem: Problem, rounds: int, seconds: float) -> list[dict[str, Any
     return rows
 
 
-def table(problem: Problem, rows: list[dict[str, Any]]) -> str:
+def table(problem: Problem, device: str, rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown, fastest first, with ratios to metarun's fastest engine."""
     measured = sorted((r for r in rows if "milliseconds" in r), key=lambda r: float(r["milliseconds"]))
     ours = next((r["milliseconds"] for r in measured if r["contestant"].startswith("metarun")), float("nan"))
-    lines = [f"**{problem.title}**, {problem.cores} core{'s' * (problem.cores > 1)}", ""]
+    place = f"{problem.cores} core{'s' * (problem.cores > 1)}" if device == "cpu" else "GPU"
+    lines = [f"**{problem.title}**, {place}", ""]
     lines += ["| contestant | ms per meta-step | × metarun's fastest | gradient differs by |", "|---|---|---|---|"]
     for row in measured:
         ms, difference = row["milliseconds"], row["gradient_difference"]
         lines.append(f"| {row['contestant']} | {readable(ms)} | {ms / ours:.2f} | {difference:.0e} |")
     lines += [f"| {r['contestant']} | – | – | {r['note']} |" for r in rows if "note" in r]
-    if (bound := arithmetic_bound(problem)) is not None:
+    if device == "cpu":
+        bound = arithmetic_bound(problem)
         lines += ["", f"Arithmetic alone, at the rate that is measured for products of this size: {bound:.3g} ms."]
     return "\n".join(lines)
 
 
-def arithmetic_bound(problem: Problem) -> float | None:
+def arithmetic_bound(problem: Problem) -> float:
     """Return the milliseconds that the products of a step take at the rate of one such product alone."""
     import time
 
@@ -222,8 +228,8 @@ def picture(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def versions() -> str:
-    """Return the machine and the measured versions, in one line."""
+def versions(device: str = "cpu") -> str:
+    """Return the processor or the GPU and the measured versions, in one line."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
@@ -235,6 +241,10 @@ def versions() -> str:
     model = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         model = next((line.partition(": ")[2] for line in info.read_text().splitlines() if "model name" in line), model)
+    if device == "cuda":
+        import torch
+
+        model = torch.cuda.get_device_name()
     return f"{model}, Python {platform.python_version()}, {', '.join(found)}"
 
 
@@ -245,18 +255,19 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.meta_step", description=__doc__)
     parser.add_argument("problems", nargs="*", metavar="PROBLEM", help=", ".join(PROBLEMS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each contestant and problem, over all rounds")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/meta_step"))
     arguments = parser.parse_args()
     if unknown := set(arguments.problems) - set(PROBLEMS):
         parser.error(f"there is no problem {unknown.pop()}; choose among {', '.join(PROBLEMS)}")
-    results, texts = {}, [versions(), ""]
+    results, texts = {}, [versions(arguments.device), ""]
     print(texts[0], flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.problems or list(PROBLEMS):
-        results[name] = measure(PROBLEMS[name], arguments.rounds, arguments.seconds)
-        texts += [table(PROBLEMS[name], results[name]), ""]
+        results[name] = measure(PROBLEMS[name], arguments.device, arguments.rounds, arguments.seconds)
+        texts += [table(PROBLEMS[name], arguments.device, results[name]), ""]
         print("\n" + texts[-2], flush=True)
     with (arguments.out / "meta_step.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")

@@ -45,13 +45,14 @@ def overrides_of(problem: Problem) -> list[str]:
 class Own:
     """One of metarun's engines, with the memory setting that every run makes."""
 
-    def __init__(self, problem: Problem, engine: str, task_map: str = "vmap") -> None:
+    def __init__(self, problem: Problem, device: str, engine: str, task_map: str = "vmap") -> None:
         keep_freed_memory()
         extra = [f"engine={engine}", f"engine.task_map={task_map}", f"engine.threads={torch.get_num_threads()}"]
-        self.experiment = experiment_of(*overrides_of(problem), *extra)
+        self.experiment = experiment_of(*overrides_of(problem), *extra, f"device={device}")
+        self.device = device
         self.meta_step = MetaStep(self.experiment)
         template = self.meta_step.layout.template
-        order = [torch.from_numpy(w) for w in problem.weights()]
+        order = [torch.from_numpy(w).to(device) for w in problem.weights()]
         theta = like(template, iter(order))
         weights = self.meta_step.layout.vector(theta)[None]
         self.state: Tree = {**self.meta_step.initial_train_state(), "weights": weights}
@@ -64,19 +65,28 @@ class Own:
 
     def tasks(self, batch: dict[str, Any]) -> Task:
         """Return a batch as metarun's tasks."""
-        b = {name: torch.from_numpy(value)[None] for name, value in batch.items()}
+        b = {name: torch.from_numpy(value)[None].to(self.device) for name, value in batch.items()}
         return Task({"x": b["sx"], "y": b["sy"]}, {"x": b["qx"], "y": b["qy"]})
 
     def given(self, number: int) -> Tree:
         """Return the input of a step."""
-        return {"train_state": self.state, "tasks": self.batches[number % 4], "rates": {"lr": torch.tensor([1e-3])}}
+        return {
+            "train_state": self.state,
+            "tasks": self.batches[number % 4],
+            "rates": {"lr": torch.tensor([1e-3], device=self.device)},
+        }
 
     def gradient(self) -> np.ndarray[Any, Any]:
         """Return the first meta-gradient as one vector, from the first moment of the engine's own step."""
         moment: torch.Tensor = self.stepper.run(self.given(0))["train_state"]["moments"]["mean"][0]
-        vector: np.ndarray[Any, Any] = (moment / 0.1).numpy()
+        vector: np.ndarray[Any, Any] = (moment / 0.1).cpu().numpy()
         return vector
 
     def step(self, number: int) -> None:
         """One meta-step."""
         self.state = self.stepper.run(self.given(number))["train_state"]
+
+    def wait(self) -> None:
+        """Return when the steps so far are done."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()

@@ -51,18 +51,18 @@ def parts(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
 class TorchContestant:
     """A loop over tasks, ``backward`` and ``torch.optim.Adam``."""
 
-    def __init__(self, problem: Problem, meta_loss: MetaLoss) -> None:
-        self.problem, self.meta_loss = problem, meta_loss
-        self.model = network(problem)
+    def __init__(self, problem: Problem, device: str, meta_loss: MetaLoss) -> None:
+        self.problem, self.device, self.meta_loss = problem, device, meta_loss
+        self.model = network(problem).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
-        self.batches = [{n: torch.from_numpy(v) for n, v in problem.batch(i).items()} for i in range(4)]
+        self.batches = [{n: torch.from_numpy(v).to(device) for n, v in problem.batch(i).items()} for i in range(4)]
 
     def gradient(self) -> np.ndarray[Any, Any]:
         """Return the first meta-gradient as one vector."""
         self.optimizer.zero_grad()
         for loss in self.meta_loss(self.model, self.batches[0]):
             loss.backward()  # type: ignore[no-untyped-call]
-        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]).numpy()
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]).cpu().numpy()
 
     def step(self, number: int) -> None:
         """One meta-step."""
@@ -71,8 +71,13 @@ class TorchContestant:
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
+    def wait(self) -> None:
+        """Return when the steps so far are done."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
 
-def plain_torch(problem: Problem) -> TorchContestant:
+
+def plain_torch(problem: Problem, device: str) -> TorchContestant:
     """Use ``torch.autograd.grad`` in a loop; for prototypical networks one batch, as anyone would write them."""
 
     def maml(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
@@ -92,10 +97,10 @@ def plain_torch(problem: Problem) -> TorchContestant:
             centres = (sy.T @ support) / problem.shots
             yield cross_entropy(-torch.cdist(query, centres).square(), qy.argmax(1)) / problem.tasks
 
-    return TorchContestant(problem, protonet if problem.method == "protonet" else maml)
+    return TorchContestant(problem, device, protonet if problem.method == "protonet" else maml)
 
 
-def learn2learn(problem: Problem) -> TorchContestant:
+def learn2learn(problem: Problem, device: str) -> TorchContestant:
     """Use the package's MAML: a clone of the module for each task, whose parameters are replaced in place."""
     from learn2learn.algorithms.maml import MAML
 
@@ -107,10 +112,10 @@ def learn2learn(problem: Problem) -> TorchContestant:
                 learner.adapt(task_loss(problem, learner(sx), sy))
             yield task_loss(problem, learner(qx), qy) / problem.tasks
 
-    return TorchContestant(problem, meta_loss)
+    return TorchContestant(problem, device, meta_loss)
 
 
-def higher(problem: Problem) -> TorchContestant:
+def higher(problem: Problem, device: str) -> TorchContestant:
     """Use the package's patched module and differentiable SGD."""
     import higher as package
 
@@ -123,10 +128,10 @@ def higher(problem: Problem) -> TorchContestant:
                     opt.step(task_loss(problem, f(sx), sy))
                 yield task_loss(problem, f(qx), qy) / problem.tasks
 
-    return TorchContestant(problem, meta_loss)
+    return TorchContestant(problem, device, meta_loss)
 
 
-def torchopt(problem: Problem) -> TorchContestant:
+def torchopt(problem: Problem, device: str) -> TorchContestant:
     """Use the package's differentiable SGD, with the state saved and restored for each task."""
     import torchopt as package
 
@@ -140,4 +145,4 @@ def torchopt(problem: Problem) -> TorchContestant:
             package.recover_state_dict(model, at_start[0])
             package.recover_state_dict(inner, at_start[1])
 
-    return TorchContestant(problem, meta_loss)
+    return TorchContestant(problem, device, meta_loss)

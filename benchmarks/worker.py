@@ -1,4 +1,7 @@
-"""A contestant in a separate process, controlled through pipes: ``python -m benchmarks.worker CONTESTANT PROBLEM``."""
+"""A contestant in a separate process, controlled through pipes.
+
+``python -m benchmarks.worker CONTESTANT PROBLEM DEVICE`` (``cpu`` or ``cuda``).
+"""
 
 import os
 import sys
@@ -10,6 +13,7 @@ CONTESTANTS = {
     "metarun eager": ("own", "Own", ("eager",)),
     "metarun replay": ("own", "Own", ("replay",)),
     "metarun compile": ("own", "Own", ("compile",)),
+    "metarun cudagraph": ("own", "Own", ("cudagraph",)),
     "metarun replay, threads": ("own", "Own", ("replay", "threads")),
     "metarun compile, threads": ("own", "Own", ("compile", "threads")),
     "plain torch": ("torch_peers", "plain_torch", ()),
@@ -25,7 +29,7 @@ def main() -> None:
     """Answer ``gradient PATH`` with ``ok`` and ``step N`` with the seconds of N steps, until the input ends."""
     from benchmarks.problems import PROBLEMS
 
-    name, problem = sys.argv[1], PROBLEMS[sys.argv[2]]
+    name, problem, device = sys.argv[1], PROBLEMS[sys.argv[2]], sys.argv[3]
     # The output of a contestant must not be mistaken for an answer.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -39,7 +43,8 @@ def main() -> None:
             import torch
 
             torch.set_num_threads(problem.cores)
-        contestant = getattr(__import__(f"benchmarks.{module}", fromlist=[target]), target)(problem, *arguments)
+            torch.backends.cudnn.allow_tf32 = False  # as in every run of metarun
+        contestant = getattr(__import__(f"benchmarks.{module}", fromlist=[target]), target)(problem, device, *arguments)
     except Exception as error:
         print(f"no {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=answers)
         return
@@ -57,6 +62,7 @@ def main() -> None:
             for _ in range(int(argument)):
                 contestant.step(number)
                 number += 1
+            contestant.wait()
             print(time.perf_counter() - began, file=answers)
 
 
