@@ -9,7 +9,7 @@ from test_engines import given
 from torch import nn
 
 from metarun.assemble import algorithm_names
-from metarun.checks.gradient import check_gradient, plain_gradient
+from metarun.checks.gradient import check_gradient, compare_gradients, plain_gradient
 from metarun.engine.meta_step import MetaStep
 from metarun.errors import UserError
 
@@ -60,6 +60,26 @@ def test_in_first_order_the_same_model_is_right():
 @pytest.mark.parametrize("seed", range(3))
 def test_rounding_stops_nothing(overrides, seed):
     check_gradient(*prepared(*overrides, f"seed={seed}"))
+
+
+@pytest.mark.parametrize("more", [(), ("replicas.count=2",)])
+def test_a_jump_that_only_float32_sees_stops_nothing(more, monkeypatch, caplog):
+    """As where an active set changes with the last digit; without the comparison in float64 the run would stop."""
+
+    def jumping(meta_step, given, jitter=0.0):
+        found = plain_gradient(meta_step, given, jitter)
+        return found if found.dtype == torch.float64 else found * 1.006
+
+    monkeypatch.setattr("metarun.checks.gradient.plain_gradient", jumping)
+    meta_step, first = prepared(
+        "algo=metaoptnet", "task=omniglot", "task.dataset=procedural", "task.image_size=16", *more
+    )
+    with pytest.raises(UserError, match=r"0\.6 %"):
+        compare_gradients(meta_step, first)
+    with caplog.at_level(logging.INFO):
+        check_gradient(meta_step, first)
+    assert "right in float64" in caplog.text
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.usefixtures("float64")
