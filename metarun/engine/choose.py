@@ -103,6 +103,11 @@ class Counted(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations, self.work = 0, 0.0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Being marked for torch's compiler would import all of the compiler, and nothing here is compiled."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         self.operations += 1

@@ -5,8 +5,10 @@ transform of ``torch.func``: tasks are looped over, and ``torch.autograd.grad`` 
 the same.
 """
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +19,27 @@ from torch.func import grad, vmap
 from metarun.contracts import Task, Tree
 from metarun.random import drawing
 from metarun.tree import leaves, like, tree_map
+
+
+class Late:
+    """Stands for a module that is imported when anything but what is ready here is asked of it."""
+
+    def __init__(self, module: str, **ready: Any) -> None:
+        self.module = module
+        self.__dict__.update(ready)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.module), name)
+
+
+if "torch._dynamo" not in sys.modules:
+    # torch.func.grad switches compiled autograd off while it differentiates, and for that imports all of torch's
+    # compiler: a third of the time that a short run takes to its first step. What has not been imported is off already.
+    # When torch._dynamo is imported, it takes the place of its stand-in.
+    torch.__dict__.setdefault(
+        "_dynamo",
+        Late("torch._dynamo", compiled_autograd=Late("torch._dynamo.compiled_autograd", _disable=nullcontext)),
+    )
 
 plain: ContextVar[bool] = ContextVar("plain", default=False)
 
