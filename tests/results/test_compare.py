@@ -182,7 +182,7 @@ def test_the_last_adaptation_step_is_compared(runs):
     root, *_ = runs
     with (root / "a" / "episodes.csv").open() as file:
         last = [float(row["score"]) for row in csv.DictReader(file) if row["adapt_step"] == "1"]
-    np.testing.assert_allclose(final_scores(str(root / "a"), 0)["score"], last)
+    np.testing.assert_allclose(final_scores(str(root / "a"))[0]["score"], last)
 
 
 def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
@@ -272,7 +272,7 @@ def test_rows_and_columns_that_are_asked_for(seeds):
         {"filters": ["algo=nothing"]},
         {"filters": ["algo"]},
     ):
-        with pytest.raises(UserError, match="^--(sort|columns|filter)"):
+        with pytest.raises(UserError, match=r"^--(sort|columns|filter)"):
             compare([seeds], seeds, **wrong)
 
 

@@ -140,7 +140,7 @@ def draw_costs(axis: Any, metric: Metric, table: pd.DataFrame, column: str, fron
     axis.margins(x=0.2, y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#eeeeee", linewidth=0.6)
-    named = best if len(drawn) > 15 else drawn
+    named = best.head(15) if len(drawn) > 15 else drawn
     label_apart(axis, [(row[column], metric.scale * row["score"], short_name(row)) for _, row in named.iterrows()])
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from metarun.command.terminal import printable
 from metarun.errors import UserError
@@ -37,6 +39,8 @@ NEEDED = ("status", "algo", "family", "task", "dataset", "seed", "shots", "metri
 """Columns that every version has written."""
 LARGEST = 20_000_000
 """Bytes of the largest ``result.csv`` that is read; a row has about 600."""
+
+Array = NDArray[np.float64]
 
 
 @dataclass
@@ -284,15 +288,25 @@ def chosen(results: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
     return results
 
 
-def final_scores(directory: str, replica: int) -> pd.DataFrame | None:
-    """Return the scores of every episode after the last adaptation step; None if they are missing or damaged."""
-    path = Path(directory) / "episodes.csv"
+def final_scores(directory: str) -> dict[int, dict[str, Array]]:
+    """Return each replica's scores by metric ``[episodes]``, after the last adaptation step and in order of episodes.
+
+    It is empty if the file is missing or damaged.
+    """
     try:
-        table = pd.read_csv(path, low_memory=False)
-        table = table[table["replica"] == replica] if "replica" in table else table
-        last = table[table["adapt_step"] == table["adapt_step"].max()].sort_values("episode")
-        if last.empty or last["episode"].duplicated().any():
-            return None
-        return last.drop(columns=["episode", "adapt_step", "loss", "replica"], errors="ignore").astype(float)
+        # Through numpy, because filtering by pandas takes longer than reading.
+        table = pd.read_csv(Path(directory) / "episodes.csv", low_memory=False)
+        columns = {str(name): values.to_numpy(dtype=float) for name, values in table.items() if name != "loss"}
+        step, episode = columns.pop("adapt_step"), columns.pop("episode")
+        replica = columns.pop("replica", np.zeros(len(table)))
+        found = {}
+        for number in np.unique(replica):
+            own = replica == number
+            last = own & (step == step[own].max())
+            order = np.flatnonzero(last)[np.argsort(episode[last], kind="stable")]
+            if len(np.unique(episode[order])) < len(order):
+                return {}
+            found[int(number)] = {name: values[order] for name, values in columns.items()}
+        return found
     except (OSError, ValueError, TypeError, KeyError, pd.errors.ParserError):
-        return None
+        return {}

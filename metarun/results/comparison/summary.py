@@ -79,9 +79,9 @@ def with_variants(group: pd.DataFrame) -> pd.DataFrame:
 
 
 @lru_cache(maxsize=100_000)
-def cached_scores(directory: str, replica: int) -> pd.DataFrame | None:
+def cached_scores(directory: str) -> dict[int, dict[str, Array]]:
     """Return `final_scores`, read once."""
-    return final_scores(directory, replica)
+    return final_scores(directory)
 
 
 def scores_of(replicas: Replicas, metric: str | None = None) -> tuple[Array, tuple[float, ...]] | None:
@@ -91,10 +91,10 @@ def scores_of(replicas: Replicas, metric: str | None = None) -> tuple[Array, tup
     """
     by_seed: dict[float, list[Array]] = {}
     for directory, number, seed in replicas:
-        table = cached_scores(directory, number)
-        if table is None or (metric or "score") not in table:
+        scores = cached_scores(directory).get(number, {}).get(metric or "score")
+        if scores is None:
             return None
-        by_seed.setdefault(seed, []).append(table[metric or "score"].to_numpy())
+        by_seed.setdefault(seed, []).append(scores)
     if len({len(scores) for own in by_seed.values() for scores in own}) != 1:
         return None
     seeds = tuple(sorted(by_seed))
@@ -104,9 +104,8 @@ def scores_of(replicas: Replicas, metric: str | None = None) -> tuple[Array, tup
 def read_ahead(results: pd.DataFrame) -> None:
     """Read the episodes of every method that has several seeds, by several threads."""
     several = results.groupby(["algo", "model", "overrides"])["seed"].transform("nunique") > 1
-    replicas = list(zip(results["directory"][several], results["replica"][several], strict=True))
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda one: cached_scores(*one), replicas))
+        list(pool.map(cached_scores, results["directory"][several].unique()))
 
 
 def estimate_of(runs: pd.DataFrame, replicas: Replicas, metric: str | None = None) -> tuple[Estimate, bool]:
@@ -185,13 +184,13 @@ def further(runs: pd.DataFrame, replicas: Replicas, metric: str) -> tuple[float,
 
 
 def pareto(table: pd.DataFrame, cost: str) -> list[bool]:
-    """Return for each row whether no other has both a better score and a lower cost."""
-    keys = list(zip(best_first(table, "score"), table[cost], strict=True))
-    return [
-        not any(math.isnan(value) for value in own)
-        and not any(other != own and other[0] <= own[0] and other[1] <= own[1] for other in keys)
-        for own in keys
-    ]
+    """Return for each row whether no other is as good in both score and cost, of equal rows the first."""
+    worth, best = [False] * len(table), math.inf
+    keys = zip(table[cost], best_first(table, "score"), range(len(table)), strict=True)
+    for _, score, place in sorted(key for key in keys if not math.isnan(key[0] + key[1])):
+        if score < best:
+            worth[place], best = True, score
+    return worth
 
 
 def name_of(row: pd.Series) -> str:
