@@ -25,13 +25,18 @@ def short_name(row: pd.Series) -> str:
     return shorten(name_of(row), 48, placeholder=" …")
 
 
+def plain(value: float, position: int | None = None) -> str:
+    """Return a number of a logarithmic axis without a power of ten, unless it would be long."""
+    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e+") if not 1000 <= value < 1e6 else f"{value:,.0f}"
+
+
 def readable_log(axis: Any, low: float, high: float) -> None:
     """Label a logarithmic x axis from ``low`` to ``high`` with plain numbers."""
     axis.set_xscale("log")
     decades = math.log10(high / low) if low > 0 else 9.0
     steps = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
     axis.xaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(plain))
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -94,8 +99,8 @@ def draw_comparison(axis: Any, metric: Metric, table: pd.DataFrame) -> None:
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     several_seeds = bool(table["method_ci95"].notna().any())
-    over = "over seeds and episodes (thick), over episodes of one model (thin)" if several_seeds else "over episodes"
-    axis.set_xlabel(f"test {metric.label}, 95 % interval {over}", fontsize=9)
+    over = "over seeds and episodes (thick), of one model (thin)" if several_seeds else "over episodes"
+    axis.set_xlabel(f"test {metric.label}\n95 % interval {over}", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -136,7 +141,7 @@ def draw_costs(axis: Any, metric: Metric, table: pd.DataFrame, column: str, fron
         and drawn["score"].max() > 4 * drawn["score"].min()
     ):
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_major_formatter(FuncFormatter(plain))
     axis.margins(x=0.2, y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#eeeeee", linewidth=0.6)
@@ -146,9 +151,10 @@ def draw_costs(axis: Any, metric: Metric, table: pd.DataFrame, column: str, fron
 
 def label_apart(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Write a name next to each point, on the side where it covers no other name, if there is one."""
-    taken: list[tuple[float, float, float, float]] = []
-    for x, y, name in points:
-        across, up = axis.transData.transform((x, y)) * 72 / axis.figure.dpi
+    # In points of 1/72 inch; the layout may still move the axis a little.
+    places = [tuple(axis.transData.transform((x, y)) * 72 / axis.figure.dpi) for x, y, _ in points]
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
+    for (x, y, name), (across, up) in zip(points, places, strict=True):
         width = 4.6 * len(name)
         for dx, dy in ((5, 4), (5, -11), (-5 - width, 4), (-5 - width, -11)):
             box = (across + dx, up + dy, across + dx + width, up + dy + 9)
@@ -171,7 +177,12 @@ def groups_without_difference(ranks: Sequence[float], critical: float) -> list[t
 
 
 def plot_ranks(path: Path, ranking: Ranking) -> None:
-    """Plot average ranks; a bar joins algorithms whose ranks are not further apart than the critical difference."""
+    """Plot average ranks."""
+    save_figure(rank_figure(ranking), path)
+
+
+def rank_figure(ranking: Ranking) -> Figure:
+    """Return average ranks as a figure; a bar joins algorithms closer than the critical difference."""
     count, ranks = len(ranking.algos), ranking.ranks
     spans = groups_without_difference(ranks, ranking.critical_difference)
     half = (count + 1) // 2
@@ -205,4 +216,4 @@ def plot_ranks(path: Path, ranking: Ranking) -> None:
     axis.xaxis.set_ticks_position("top")
     axis.set_yticks([])
     axis.set_title(f"average rank over {ranking.settings} settings (1 is the best)", fontsize=10, loc="left")
-    save_figure(figure, path)
+    return figure
