@@ -1,4 +1,4 @@
-"""The commands: ``metarun`` (also ``python -m metarun``), ``metarun-compare`` and ``metarun-status``.
+"""The commands: ``metarun`` (also ``python -m metarun``), ``metarun-compare``, ``metarun-report``, ``metarun-status``.
 
 Before anything else is imported, stopping signals are made to end the process silently: there is nothing to save, and
 an interrupted import would print a traceback.
@@ -29,6 +29,13 @@ def main() -> None:
 def compare() -> None:
     """Entry point of ``metarun-compare``."""
     from metarun.results.compare import main as command
+
+    command()
+
+
+def report() -> None:
+    """Entry point of ``metarun-report``."""
+    from metarun.results.report import main as command
 
     command()
 

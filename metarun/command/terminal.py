@@ -9,7 +9,8 @@ HARMLESS = "\n\t\u200c\u200d"
 
 def printable(text: str) -> str:
     """Return ``text`` with control and direction characters escaped; line ends and tabs stay."""
-    if text.isprintable():
+    # Line ends and tabs alone must not cost a look at every character of a file.
+    if text.replace("\n", "").replace("\t", "").isprintable():
         return text
     return "".join(
         repr(c)[1:-1] if c not in HARMLESS and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c

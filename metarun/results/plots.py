@@ -1,4 +1,4 @@
-"""The figures of a run and of a comparison."""
+"""The figures of a run, and what all figures share."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -131,36 +131,3 @@ def draw_adaptation(axis: Any, metric: Metric, adapt_steps: Sequence[int], lines
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=8)
     axis.set(xlabel="adaptation step", ylabel=f"test {metric.label}")
-
-
-def plot_comparison(path: Path, panels: Sequence[tuple[str, Metric, Any]]) -> None:
-    """Plot one panel per setting: each row's score with its interval over episodes, with the best at the top.
-
-    Args:
-        path: path of the PNG.
-        panels: title, metric, and a table with columns name, family, score and ci95, for each setting.
-    """
-    heights = [0.9 + 0.32 * len(table) for _, _, table in panels]
-    figure = Figure(figsize=(7.5, sum(heights) + 0.4), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (title, metric, table) in zip(axes, panels, strict=True):
-        scale = metric.scale
-        rows = range(len(table))
-        for family, colour in FAMILY_COLOURS.items():
-            chosen = [i for i in rows if table["family"].iloc[i] == family]
-            if chosen:
-                x = [scale * table["score"].iloc[i] for i in chosen]
-                error = [scale * table["ci95"].iloc[i] for i in chosen]
-                label = family if family == "baseline" else f"model-{family}"
-                axis.errorbar(x, chosen, xerr=error, fmt="o", color=colour, capsize=3, markersize=5, label=label)
-        axis.set_yticks(list(rows), list(table["name"]))
-        axis.set_ylim(len(table) - 0.4, -0.6)
-        if not metric.higher_is_better and (table["score"] - table["ci95"]).min() > 0:
-            axis.set_xscale("log")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel(f"test {metric.label}, 95 % interval over episodes")
-        axis.legend(frameon=False, fontsize=8)
-    save_figure(figure, path)

@@ -124,17 +124,21 @@ def progress(directory: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, An
     }
 
 
-def job_in(directory: Path, name: str) -> Job:
-    """Return the run in a folder as a job."""
-    rows = rows_of(directory / "result.csv")
+def state_of(directory: Path, rows: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+    """Return the state of the run in a folder and the sentence that explains it, given the rows of ``result.csv``."""
     found = Counter(row.get("status") for row in rows)
     reason = next((row["reason"] for row in rows if row.get("reason")), "")
     if found["completed"]:
-        state, reason = "completed", f"{found['failed']} of {len(rows)} replicas diverged" if found["failed"] else ""
-    elif owner_of(directory) is not None:
-        state, reason = "running", ""
-    else:
-        state = next((state for state in ("failed", "interrupted") if found[state]), "cut off")
+        return "completed", f"{found['failed']} of {len(rows)} replicas diverged" if found["failed"] else ""
+    if owner_of(directory) is not None:
+        return "running", ""
+    return next((state for state in ("failed", "interrupted") if found[state]), "cut off"), reason
+
+
+def job_in(directory: Path, name: str) -> Job:
+    """Return the run in a folder as a job."""
+    rows = rows_of(directory / "result.csv")
+    state, reason = state_of(directory, rows)
     return Job(name, directory, state, reason, **progress(directory, rows))
 
 

@@ -11,7 +11,8 @@ import torch
 from metarun.engine.batch import Evaluated
 from metarun.errors import UserError
 from metarun.results import compare as module
-from metarun.results.compare import compare, episode_scores
+from metarun.results.compare import compare
+from metarun.results.comparison.reading import final_scores
 from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_results
 from metarun.targets.metric import Metric
 
@@ -52,14 +53,23 @@ def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
         "metrics": columns.get("metric", "accuracy"),
         "percent": "accuracy",
     }
+    row |= columns
     metric = Metric(row["metrics"], row["higher_is_better"], row["metrics"] == "accuracy")
-    write_results(directory, [row | columns], [metric])
+    write_results(directory, [row], [metric])
     values = torch.tensor([[0.2, score] for score in scores], dtype=torch.float64)
     write_episodes(directory, [(0, Evaluated([0, 1], values, {metric.name: values}))], [metric])
     if overrides:
         (directory / ".hydra").mkdir()
         (directory / ".hydra" / "overrides.yaml").write_text("\n".join(f"- {o}" for o in overrides))
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _pictures(request, monkeypatch):
+    """Draw pictures only in the tests that look at them, since they take longer than all the rest."""
+    if "pictures" not in request.keywords:
+        for name in ("plot_comparison", "plot_costs", "plot_ranks"):
+            monkeypatch.setattr(f"metarun.results.comparison.pictures.{name}", lambda *arguments: None)
 
 
 @pytest.fixture
@@ -76,6 +86,7 @@ def runs(tmp_path):
     return tmp_path, (maml + maml_again) / 2, protonet
 
 
+@pytest.mark.pictures
 def test_means_intervals_and_the_paired_difference(runs):
     root, maml, protonet = runs
     text = compare([root], root)
@@ -89,23 +100,27 @@ def test_means_intervals_and_the_paired_difference(runs):
     families = pd.read_csv(root / "families.csv").iloc[0]
     difference = protonet - maml
     assert families["paired"]
+    assert not families["about_methods"]
     assert families["difference"] == pytest.approx(difference.mean())
-    assert families["ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5)
+    assert families["ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
     # Pairing is what it is for: the shared difficulty of the episodes cancels.
     assert families["ci95"] < 0.2 * table["ci95"].min()
-    assert "model-dependent is better" in text
+    assert "model-dependent is better, for these trained models" in text
     assert (root / "comparison.md").read_text() == text
-    assert (root / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("comparison.png", "costs.png"):
+        assert (root / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_on_other_episodes_are_not_paired(runs):
-    root, _, protonet = runs
+    root, maml, protonet = runs
     make_run(root, "c", "protonet", "dependent", 0, protonet, episodes_hash="other")
     compare([root], root)
     families = pd.read_csv(root / "families.csv").iloc[0]
     table = pd.read_csv(root / "comparison.csv").set_index("algo")
     assert not families["paired"]
-    assert families["ci95"] == pytest.approx(np.hypot(table.loc["maml", "ci95"], table.loc["protonet", "ci95"]))
+    # What is known of the episodes' variance is that of one model.
+    expected = np.hypot(np.sqrt(np.mean(np.square([maml.std(ddof=1)] * 2)) / 200) * 1.96, table.loc["protonet", "ci95"])
+    assert families["ci95"] == pytest.approx(expected, rel=2e-3)
 
 
 def test_settings_and_datasets_are_never_mixed(runs):
@@ -167,7 +182,7 @@ def test_the_last_adaptation_step_is_compared(runs):
     root, *_ = runs
     with (root / "a" / "episodes.csv").open() as file:
         last = [float(row["score"]) for row in csv.DictReader(file) if row["adapt_step"] == "1"]
-    np.testing.assert_allclose(episode_scores([(str(root / "a"), 0)]), last)
+    np.testing.assert_allclose(final_scores(str(root / "a"))[0]["score"], last)
 
 
 def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
@@ -176,7 +191,7 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"No result\.csv under"):
         compare([tmp_path], tmp_path)
     (tmp_path / "result.csv").write_text("run,score\nx,1\n")
-    with pytest.raises(UserError, match="lacks the column status"):
+    with pytest.raises(UserError, match="it lacks the column status"):
         compare([tmp_path], tmp_path)
     monkeypatch.setattr(sys, "argv", ["metarun-compare", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
@@ -191,7 +206,9 @@ def test_every_row_against_a_reference(runs, capsys, monkeypatch):
     table = pd.read_csv(root / "comparison.csv").set_index("algo")
     difference = maml - protonet
     assert table.loc["maml", "against"] == pytest.approx(difference.mean())
-    assert table.loc["maml", "against_ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5)
+    assert table.loc["maml", "against_ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
+    assert table.loc["maml", "against_better"] == (difference > 0).mean()
+    assert np.isnan(table.loc["protonet", "against_p"])
     assert table.loc["maml", "against_paired"]
     assert table.loc["protonet", "against"] == 0
     assert set(table["reference"]) == {"protonet"}
@@ -203,3 +220,140 @@ def test_every_row_against_a_reference(runs, capsys, monkeypatch):
 def test_a_reference_that_did_not_run_is_refused(runs):
     with pytest.raises(UserError, match="None of the runs used anil; compare against one of maml, protonet, scratch"):
         compare([runs[0]], runs[0], "anil")
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Two methods with three seeds each on the same episodes, and a baseline with one."""
+    rng = np.random.default_rng(1)
+    difficulty = rng.normal(0, 0.1, 100)
+    for seed, shift in enumerate((-0.03, 0.0, 0.03)):
+        for algo, family, mean in (("maml", "agnostic", 0.7), ("protonet", "dependent", 0.8)):
+            scores = mean + shift + difficulty + rng.normal(0, 0.05, 100)
+            make_run(tmp_path, f"{algo}{seed}", algo, family, seed, scores, train_seconds=10 * mean)
+    make_run(tmp_path, "scratch", "scratch", "baseline", 0, 0.5 + difficulty, train_seconds=1.0)
+    return tmp_path
+
+
+def test_several_seeds_make_claims_about_methods(seeds):
+    text = compare([seeds], seeds, "maml")
+    table = pd.read_csv(seeds / "comparison.csv").set_index("algo")
+    families = pd.read_csv(seeds / "families.csv").iloc[0]
+    assert families["about_methods"]
+    assert families["paired_seeds"]
+    assert "paired on 100 episodes, over seeds and episodes: model-dependent is better." in text
+    # The same shift of both methods by the seed cancels; in the interval of one method it does not.
+    assert table.loc["maml", "method_ci95"] > 3 * table.loc["maml", "ci95"] > 3 * families["ci95"] / 2
+    assert not table.loc["scratch", "against_methods"]
+    assert "(m): for this trained model alone" in text
+    assert "*: differs from maml at the level of 5 % (Holm, 2 comparisons)" in text
+
+
+def test_what_is_worth_its_cost(seeds):
+    compare([seeds], seeds)
+    table = pd.read_csv(seeds / "pareto.csv").set_index("algo")
+    assert list(table.index[table["pareto_training"]]) == ["scratch", "maml", "protonet"]
+    assert list(table.index[table["pareto_adaptation"]]) == ["protonet"]
+
+
+def test_rows_and_columns_that_are_asked_for(seeds):
+    text = compare([seeds], seeds, sort="train_seconds:falling", columns=["algo", "val_score"], latex=True)
+    assert (seeds / "comparison.tex").read_text() == text
+    rows = [line.split("&")[0].strip() for line in text.splitlines() if "&" in line]
+    assert rows == ["algorithm", "protonet (t)", "maml (t)", "scratch (t)"]
+    assert r"\toprule" in text
+    text = compare([seeds], seeds, filters=["algo=maml,protonet", "seed=1"])
+    assert list(pd.read_csv(seeds / "comparison.csv")["seeds"]) == [1, 1]
+    assert "scratch" not in text
+    for wrong in (
+        {"sort": "nothing"},
+        {"columns": ["nothing"]},
+        {"filters": ["nothing=1"]},
+        {"filters": ["algo=nothing"]},
+        {"filters": ["algo"]},
+    ):
+        with pytest.raises(UserError, match=r"^--(sort|columns|filter)"):
+            compare([seeds], seeds, **wrong)
+
+
+def test_a_key_of_the_configuration_filters(seeds):
+    for seed, steps in enumerate((10, 20, 20)):
+        for algo in ("maml", "protonet"):
+            folder = seeds / f"{algo}{seed}" / ".hydra"
+            folder.mkdir()
+            (folder / "config.yaml").write_text(f"train:\n  steps: {steps}\n")
+            (folder / "overrides.yaml").write_text(f"- seed={seed}\n")
+    compare([seeds], seeds, filters=["train.steps=20"])
+    assert list(pd.read_csv(seeds / "comparison.csv")["seeds"]) == [2, 2]
+
+
+@pytest.mark.pictures
+def test_ranks_over_settings(seeds):
+    for shots in (2, 3):
+        for algo, family, score in (("maml", "agnostic", 0.9), ("protonet", "dependent", 0.8)):
+            scores = score + np.random.default_rng(shots).normal(0, 0.01, 50)
+            make_run(seeds, f"{algo}{shots}shots", algo, family, 0, scores, shots=shots)
+    text = compare([seeds], seeds)
+    assert "maml 1.33, protonet 1.67" in text
+    assert "Not in every setting: scratch" in text
+    assert (seeds / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "binary": lambda path: path.write_bytes(bytes(range(256)) * 40),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2]),
+    "no number": lambda path: path.write_text(path.read_text().replace(",100,", ",many,")),
+    "another family": lambda path: path.write_text(path.read_text().replace("agnostic", "of its own")),
+    "another truth": lambda path: path.write_text(path.read_text().replace("True", "perhaps")),
+    "too many cells": lambda path: path.write_text(path.read_text().rstrip() + "," * 200),
+    "a huge cell": lambda path: path.write_text(path.read_text() + "x" * 200_000),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_results_are_named_and_the_rest_is_compared(seeds, damage):
+    DAMAGE[damage](seeds / "maml1" / "result.csv")
+    text = compare([seeds], seeds)
+    assert f"left out: {seeds / 'maml1'}" in text
+    assert pd.read_csv(seeds / "comparison.csv").set_index("algo").loc["maml", "seeds"] == 2
+
+
+@pytest.mark.parametrize("content", ["[", "a: 1", "- 1", "- [a]", "\x00", "- !!python/object:os.system x"])
+def test_unreadable_overrides_are_named_and_the_rest_is_compared(seeds, content):
+    (seeds / "maml1" / ".hydra").mkdir()
+    (seeds / "maml1" / ".hydra" / "overrides.yaml").write_text(content)
+    text = compare([seeds], seeds)
+    assert "maml1/result.csv (its .hydra/overrides.yaml does not hold the keys of a run)" in text
+    assert pd.read_csv(seeds / "comparison.csv").set_index("algo").loc["maml", "seeds"] == 2
+
+
+@pytest.mark.parametrize("damage", ["empty", "binary", "cut off", "a directory"])
+def test_damaged_episodes_leave_an_interval_over_seeds(seeds, damage):
+    DAMAGE[damage](seeds / "maml1" / "episodes.csv")
+    text = compare([seeds], seeds)
+    row = pd.read_csv(seeds / "comparison.csv").set_index("algo").loc["maml"]
+    assert not row["from_episodes"]
+    assert row["method_ci95"] > 4.3 * row["seed_std"] / 3**0.5
+    assert "(s): the scores of the episodes are missing" in text
+    assert not pd.read_csv(seeds / "families.csv").iloc[0]["paired"]
+
+
+def test_runs_without_a_result_are_listed(seeds):
+    (seeds / "sweep" / "0_maml" / ".hydra").mkdir(parents=True)
+    (seeds / "sweep" / "0_maml" / ".hydra" / "overrides.yaml").write_text("- algo=maml\n- seed=7\n")
+    (seeds / "sweep" / "sweep.json").write_text('{"jobs": [["algo=maml", "seed=7"], ["algo=maml", "seed=8"]]}')
+    text = compare([seeds], seeds)
+    assert f"left out: {seeds / 'sweep' / '0_maml'} (cut off)" in text
+    assert f"left out: algo=maml seed=8 of {seeds / 'sweep'} (not begun)" in text
+
+
+def test_a_table_of_the_first_version_is_read(seeds):
+    path = seeds / "maml1" / "result.csv"
+    table = pd.read_csv(path).drop(columns=["metrics", "percent", "reason", "replica", "varied", "engine", "task_map"])
+    table.to_csv(path, index=False)
+    compare([seeds], seeds)
+    row = pd.read_csv(seeds / "comparison.csv").set_index("algo").loc["maml"]
+    assert row["seeds"] == 3
+    assert row["from_episodes"]

@@ -1,0 +1,320 @@
+"""One row per method and setting, differences between rows, average ranks, and what is worth its cost.
+
+A setting consists of task, data set, ways, shots, queries and metric. Within a setting, a row is an algorithm with the
+keys in which its runs differ from the others, over all its seeds. ``statistics.py`` says what the intervals are.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from metarun.results.comparison import statistics
+from metarun.results.comparison.reading import FAMILIES, final_scores
+from metarun.results.comparison.statistics import Estimate
+from metarun.results.tables import metrics_of
+
+Array = NDArray[np.float64]
+Replicas = tuple[tuple[str, int, float], ...]
+"""Directory, number and seed of each replica of a row."""
+OBJECTS = ["replicas", "episodes_hashes", "metrics", "further", "estimate"]
+"""Columns of a table that no file can hold."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The score of one row minus that of another."""
+
+    difference: float
+    ci95: float
+    p: float
+    """The level at which the interval just reaches 0."""
+    about_methods: bool
+    """Whether the interval is over seeds and episodes, instead of over the episodes of the trained models alone."""
+    n_episodes: int
+    paired: bool
+    """Whether it is taken episode by episode."""
+    paired_seeds: bool
+    """Whether it is also taken seed by seed."""
+    effect_size: float
+    """Cohen's d: the difference in standard deviations over episodes; NaN where it is not paired."""
+    share_better: float
+    """The share of episodes on which the first has the better score; NaN where it is not paired."""
+
+
+@dataclass(frozen=True)
+class FamilyDifference(Difference):
+    """The best model-dependent row minus the best model-agnostic one, both chosen by validation.
+
+    Where it is about methods, ``ci95`` and ``p`` allow for the choice among ``candidates`` pairs (Bonferroni): the
+    chosen models had lucky seeds, which make them better in the test too.
+    """
+
+    candidates: int
+    agnostic: str
+    dependent: str
+
+
+def best_first(table: pd.DataFrame, column: str) -> pd.Series:
+    """Return scores as sort keys: the best score has the smallest key."""
+    return table[column].where(~table["higher_is_better"], -table[column])
+
+
+def with_variants(group: pd.DataFrame) -> pd.DataFrame:
+    """Add ``variant``: the overrides of each run that not every run of the setting shares.
+
+    Runs that differ only in their test episodes are distinguished by these episodes, and never averaged.
+    """
+    shared = frozenset.intersection(*group["overrides"])
+    group = group.assign(variant=[" ".join(sorted(overrides - shared)) for overrides in group["overrides"]])
+    mixed = group.groupby(["algo", "model", "variant"])["episodes_hash"].transform("nunique") > 1
+    named = (group["variant"] + " episodes=" + group["episodes_hash"].replace("", "unknown")).str.strip()
+    return group.assign(variant=group["variant"].where(~mixed, named))
+
+
+@lru_cache(maxsize=100_000)
+def cached_scores(directory: str) -> dict[int, dict[str, Array]]:
+    """Return `final_scores`, read once."""
+    return final_scores(directory)
+
+
+def scores_of(replicas: Replicas, metric: str | None = None) -> tuple[Array, tuple[float, ...]] | None:
+    """Return scores ``[seeds, episodes]`` and the seeds; None if a file is missing or damaged, or numbers differ.
+
+    Replicas with the same seed are averaged. ``metric`` names a further metric; None: the first.
+    """
+    by_seed: dict[float, list[Array]] = {}
+    for directory, number, seed in replicas:
+        scores = cached_scores(directory).get(number, {}).get(metric or "score")
+        if scores is None:
+            return None
+        by_seed.setdefault(seed, []).append(scores)
+    if len({len(scores) for own in by_seed.values() for scores in own}) != 1:
+        return None
+    seeds = tuple(sorted(by_seed))
+    return np.array([np.mean(by_seed[seed], axis=0) for seed in seeds]), seeds
+
+
+def read_ahead(results: pd.DataFrame) -> None:
+    """Read the episodes of every method that has several seeds, by several threads."""
+    several = results.groupby(["algo", "model", "overrides"])["seed"].transform("nunique") > 1
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(cached_scores, results["directory"][several].unique()))
+
+
+def estimate_of(runs: pd.DataFrame, replicas: Replicas, metric: str | None = None) -> tuple[Estimate, bool]:
+    """Return the mean score of a method, and whether its interval comes from the scores of single episodes.
+
+    Its interval is over seeds and episodes if there are several seeds, else over the episodes of the one model.
+    """
+    several = len({seed for *_, seed in replicas}) > 1
+    # Only several seeds are worth reading every episode for.
+    found = scores_of(replicas, metric) if several and all(runs["episodes_hash"] != "") else None
+    if found is not None and found[0].shape[1] > 1:
+        return statistics.over_seeds_and_episodes(found[0]), True
+    columns = ("score", "ci95") if metric is None else (metric, f"{metric}_ci95")
+    by_seed = runs.groupby("seed")[list(columns)].agg(lambda values: values.mean(skipna=False))
+    means, half_widths = (by_seed[column].to_numpy(dtype=float) for column in columns)
+    return statistics.of_summaries(means, (half_widths / 1.96) ** 2, several), not several
+
+
+def summarise(group: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per algorithm and variant, sorted by score within each family."""
+    rows = []
+    for (family, algo, model, variant), runs in group.groupby(["family", "algo", "model", "variant"]):
+        replicas = tuple(zip(runs["directory"], runs["replica"], runs["seed"], strict=True))
+        estimate, exact = estimate_of(runs, replicas)
+        metrics, several = metrics_of(runs.iloc[0]), runs["seed"].nunique() > 1
+        rows.append(
+            {
+                "family": family,
+                "algo": algo,
+                "variant": variant,
+                "model": model,
+                "score_before": runs["score_before"].mean(),
+                "adapt_steps": runs["adapt_steps"].max(),
+                # A diverged run must be visible instead of vanishing from the mean.
+                "score": runs["score"].mean(skipna=False),
+                "method_ci95": estimate.ci95 if several else math.nan,
+                "ci95": runs["ci95"].mean(skipna=False),
+                "seeds": runs["seed"].nunique(),
+                "seed_std": runs["score"].std(ddof=1, skipna=False),
+                "val_score": runs["val_score"].mean(),
+                "n_episodes": runs["n_episodes"].min(),
+                "transductive": runs["transductive"].any(),
+                "meta_steps": runs["meta_steps"].mean(),
+                "train_seconds": runs["train_seconds"].mean(),
+                "adapt_ms_per_task": runs["adapt_ms_per_task"].mean(),
+                "peak_memory_mb": runs["peak_memory_mb"].max(),
+                "meta_parameters": runs["meta_parameters"].max(),
+                "adapted_parameters": runs["adapted_parameters"].max(),
+                "higher_is_better": bool(runs["higher_is_better"].iloc[0]),
+                "from_episodes": exact,
+                "metrics": metrics,
+                "further": {metric.name: further(runs, replicas, metric.name) for metric in metrics[1:]},
+                "replicas": replicas,
+                "episodes_hashes": set(runs["episodes_hash"]),
+                "estimate": estimate,
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["family"] = pd.Categorical(table["family"], list(FAMILIES), ordered=True)
+    order = pd.DataFrame({"family": table["family"], "score": best_first(table, "score")})
+    table = table.loc[order.sort_values(["family", "score"]).index].reset_index(drop=True)
+    return table.assign(
+        **{f"pareto_{name}": pareto(table, cost) for name, cost in (("training", "train_seconds"), *ADAPTATION)}
+    )
+
+
+ADAPTATION = (("adaptation", "adapt_ms_per_task"),)
+
+
+def further(runs: pd.DataFrame, replicas: Replicas, metric: str) -> tuple[float, float]:
+    """Return mean and half-width of a metric besides the first; NaN where a run does not have it."""
+    if metric not in runs or f"{metric}_ci95" not in runs:
+        return math.nan, math.nan
+    estimate, _ = estimate_of(runs, replicas, metric)
+    return float(runs[metric].mean(skipna=False)), estimate.ci95
+
+
+def pareto(table: pd.DataFrame, cost: str) -> list[bool]:
+    """Return for each row whether no other is as good in both score and cost, of equal rows the first."""
+    worth, best = [False] * len(table), math.inf
+    keys = zip(table[cost], best_first(table, "score"), range(len(table)), strict=True)
+    for _, score, place in sorted(key for key in keys if not math.isnan(key[0] + key[1])):
+        if score < best:
+            worth[place], best = True, score
+    return worth
+
+
+def name_of(row: pd.Series) -> str:
+    """Return the name of an algorithm with its variant."""
+    return f"{row['algo']} {row['variant']}".strip()
+
+
+def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference:
+    """Return row ``a`` minus row ``b``, episode by episode where both were tested on the same episodes.
+
+    It is about methods if both have several seeds; ``ci95`` and ``p`` then allow for a choice among ``candidates``.
+    """
+    hashes = a["episodes_hashes"] | b["episodes_hashes"]
+    same = len(hashes) == 1 and "" not in hashes
+    found = [scores_of(row["replicas"]) if same else None for row in (a, b)]
+    about_methods = min(a["seeds"], b["seeds"]) > 1
+    paired = False
+    if found[0] is not None and found[1] is not None:
+        (first, first_seeds), (second, second_seeds) = found[0], found[1]
+        paired = first.shape[1] == second.shape[1] > 1
+    if not paired:
+        estimate = statistics.unpaired(a["estimate"], b["estimate"])
+        sizes = (math.nan, math.nan)
+    elif about_methods:
+        estimate = statistics.difference_of_methods(first, second, first_seeds == second_seeds)
+    else:
+        estimate = statistics.over_episodes(first.mean(0) - second.mean(0))
+    if paired:
+        better = statistics.share_better(first, second, bool(a["higher_is_better"]))
+        sizes = (statistics.effect_size(first, second), better)
+    choices = candidates if about_methods else 1
+    return Difference(
+        estimate.mean,
+        estimate.half_width(0.05 / choices),
+        min(1.0, choices * estimate.p) if not math.isnan(estimate.p) else math.nan,
+        about_methods,
+        int(min(a["n_episodes"], b["n_episodes"])),
+        paired,
+        paired and about_methods and first_seeds == second_seeds,
+        *sizes,
+    )
+
+
+def best_of(members: pd.DataFrame) -> pd.Series:
+    """Return the row with the best validation score, or the best test score if none was validated."""
+    keys = best_first(members, "val_score")
+    return members.loc[(keys if keys.notna().any() else best_first(members, "score").fillna(math.inf)).idxmin()]
+
+
+def family_difference(table: pd.DataFrame) -> FamilyDifference | None:
+    """Return the best model-dependent minus the best model-agnostic row, by validation; None if one is missing."""
+    agnostic, dependent = (table[table["family"] == family] for family in ("agnostic", "dependent"))
+    if agnostic.empty or dependent.empty:
+        return None
+    a, b = best_of(agnostic), best_of(dependent)
+    candidates = len(agnostic) * len(dependent)
+    found = difference_of(b, a, candidates)
+    choices = candidates if found.about_methods else 1
+    return FamilyDifference(**vars(found), candidates=choices, agnostic=name_of(a), dependent=name_of(b))
+
+
+def against(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Add each row's difference from the algorithm ``reference``, in columns whose names begin with ``against``.
+
+    ``against_p`` has Holm's correction for all rows of the table; ``reference`` is the name of the row. Of several
+    variants of the reference, the one with the best validation score is taken. Where the setting has no run of the
+    reference, the columns are empty.
+    """
+    members = table[table["algo"] == reference]
+    columns = {
+        **{"against": "difference", "against_ci95": "ci95", "against_p": "p", "against_d": "effect_size"},
+        **{"against_better": "share_better", "against_paired": "paired", "against_methods": "about_methods"},
+    }
+    if members.empty:
+        empty = dict.fromkeys(columns, math.nan) | {"against_paired": False, "against_methods": False}
+        return table.assign(**empty, reference="")
+    row = best_of(members)
+    found = [difference_of(other, row) for _, other in table.iterrows()]
+    own = [index == row.name for index in table.index]
+    table = table.assign(**{name: [getattr(d, value) for d in found] for name, value in columns.items()})
+    levels = statistics.holm([math.nan if same else d.p for d, same in zip(found, own, strict=True)])
+    table = table.assign(against_p=levels, reference=name_of(row))
+    table.loc[own, ["against_d", "against_better"]] = math.nan
+    return table
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Average ranks of the algorithms that every setting has."""
+
+    algos: list[str]
+    """The best average rank first."""
+    ranks: list[float]
+    settings: int
+    p: float
+    critical_difference: float
+    left_out: list[str]
+    """Algorithms that some setting lacks."""
+
+
+def ranking(tables: Sequence[pd.DataFrame]) -> Ranking | None:
+    """Rank the algorithms over settings, each by its best variant; None for fewer than 2 settings or algorithms."""
+    have = [set(table["algo"]) for table in tables]
+    common, all_of_them = sorted(set.intersection(*have)), sorted(set.union(*have))
+    if len(tables) < 2 or len(common) < 2:
+        return None
+    chosen = [[best_of(table[table["algo"] == algo]) for algo in common] for table in tables]
+    higher = [bool(table["higher_is_better"].iloc[0]) for table in tables]
+    # A method that diverged is the last.
+    worst = [[-math.inf if up else math.inf] for up in higher]
+    scores = np.array([[row["score"] for row in rows] for rows in chosen], dtype=float)
+    found = statistics.ranks_of(np.where(np.isnan(scores), worst, scores), higher)
+    order = np.argsort(found.mean, kind="stable")
+    return Ranking(
+        [common[i] for i in order],
+        [float(found.mean[i]) for i in order],
+        len(tables),
+        found.p,
+        found.critical_difference,
+        [algo for algo in all_of_them if algo not in common],
+    )
+
+
+def settings_of(results: pd.DataFrame, columns: Sequence[str]) -> Iterable[tuple[dict[str, Any], pd.DataFrame]]:
+    """Yield each setting with its runs."""
+    for values, group in results.groupby(list(columns), dropna=False):
+        yield dict(zip(columns, values, strict=True)), group

@@ -1,0 +1,1 @@
+"""The page that ``metarun-report`` writes: its HTML and its pictures."""
