@@ -283,9 +283,9 @@ class Family(Protocol):
     """A task family: samples tasks, and scores predictions.
 
     A family may also have ``converter``, a ``Converter`` of what users have into its inputs; if that is fitted to
-    training data, the family takes an argument ``converter``, for one that another run has fitted. It may have ``loss``,
-    a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict, data of one
-    task) to those of ``spec.metrics`` that only tests need; and ``report``, a ``Report``.
+    training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
+    ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict,
+    data of one task) to those of ``spec.metrics`` that only tests need; and ``report``, a ``Report``.
     """
 
     spec: Spec

@@ -1,9 +1,10 @@
 """Plain forms of objects, with which a checkpoint can hold them although it holds no code.
 
 A checkpoint is read without running anything from it, so it consists of tensors, numbers, texts, lists and
-dictionaries. An object that has been marked with ``portable`` (a dataclass, a named tuple or a function of a module) is
-written as its name and its fields. When it is read, the name is looked up among the objects that the modules imported so
-far have marked: a checkpoint can choose among these, and can neither import a module nor name anything else.
+dictionaries. An object that has been marked with ``portable`` (a dataclass, a named tuple or a function of a module)
+is written as its name and its fields. When it is read, the name is looked up among the objects that the modules
+imported so far have marked: a checkpoint can choose among these, and can neither import a module nor name anything
+else.
 """
 
 import dataclasses

@@ -93,7 +93,7 @@ def test_arrays_take_what_holds_numbers_and_refuse_the_rest(tmp_path):
         torch.testing.assert_close(arrays.inputs(given), expected)
     torch.testing.assert_close(Arrays((1,)).inputs([1, 2]), torch.tensor([[1.0], [2.0]]))
     for wrong in ([1, 2], [[1.0, float("nan")]], [["a", "b"]], [[1, 2, 3]]):
-        with pytest.raises(ValueError, match="x must|numbers"):
+        with pytest.raises(ValueError, match=r"x must|numbers"):
             arrays.inputs(wrong)
     file = tmp_path / "table.csv"
     file.write_text("height,Y,weight\n1,10,2\n3,30,4\n")
