@@ -96,8 +96,8 @@ def save_best(experiment: Experiment, training: Training, directory: Path) -> No
     """Write ``best.pt``: the parameters that validation selected, one set per replica where there are several."""
     best = [vars(best) if best else None for best in training.best]
     content: dict[str, Any] = {"best": best} if len(best) > 1 else (best[0] or {})
-    content |= {"names": experiment.names, "family": described(experiment.family)}
-    checkpoint.save(directory / "checkpoints" / "best.pt", _identity(experiment) | content)
+    learner = {"names": experiment.names, "family": described(experiment.family)}
+    checkpoint.save(directory / "checkpoints" / "best.pt", _identity(experiment) | content | learner)
 
 
 def described(family: Family) -> dict[str, Any]:

@@ -103,8 +103,8 @@ class Targets:
         require(
             found <= most,
             f"algo={self.learned.names['algo']} has a head for {most} classes, the number that it was trained with, "
-            f"and y has {found}; give at most {most}, train with task.ways={found}, or choose an algorithm that makes its "
-            "head from the examples, such as protonet",
+            f"and y has {found}; give at most {most}, train with task.ways={found}, or choose an algorithm that makes "
+            "its head from the examples, such as protonet",
         )
         return most
 
