@@ -16,6 +16,7 @@ import yaml
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from metarun.assemble import build_model, choose_device
 from metarun.command.composing import CHOICES, composed
@@ -51,6 +52,7 @@ class Remembered:
 class Learned:
     """The parts of a learner."""
 
+    model: nn.Module
     algorithm: Algorithm
     theta: Tree
     """The parameters that validation selected."""
@@ -212,14 +214,31 @@ def learned(
     """
     device = choose_device(device)
     content = read_best(path, device)
-    place = best_file(path)
+    place, count = best_file(path), len(best_of(content))
+    if not 0 <= replica < count:
+        raise UserError(f"{place} holds {count} replicas; give a number from 0 to {count - 1}, not {replica}.")
     config, names = recomposed(content, place, config_dir=config_dir, trust=trust)
+    return learned_in(content, place, config, names, device, replica)
+
+
+def best_of(content: Mapping[str, Any]) -> list[Any]:
+    """Return what validation selected of each replica: ``theta``, ``step`` and ``val_score``, or None."""
+    found: list[Any] = content.get("best", [content])
+    return [None if one is None or "theta" not in one else one for one in found]
+
+
+def learned_in(
+    content: Mapping[str, Any], place: Path, config: DictConfig, names: dict[str, str], device: str, replica: int
+) -> Learned:
+    """Return a learner of the checkpoint ``content``, which was read from ``place``; ``config`` is its own.
+
+    Raises:
+        UserError: the checkpoint does not fit what is installed, or validation selected nothing.
+    """
+    chosen = best_of(content)[replica]
+    if chosen is None:
+        raise UserError(f"Replica {replica} in {place} has no parameters that validation selected; choose another.")
     check_ranges(config)
-    best = content.get("best", [content])
-    if not 0 <= replica < len(best):
-        raise UserError(f"{place} holds {len(best)} replicas; give a number from 0 to {len(best) - 1}, not {replica}.")
-    if best[replica] is None or "theta" not in best[replica]:
-        raise UserError(f"Replica {replica} in {place} was never validated; choose another, or train again.")
     own, _ = replica_configs(config)[replica]
     family = family_of(content, own, device)
     model = build_model(own, family).to(device)
@@ -229,15 +248,13 @@ def learned(
             "the file that they were read from, or train again."
         )
     algorithm = cast(Algorithm, build(own, "algo", model=model, spec=family.spec))
-    chosen = best[replica]
-    expected = algorithm.init(torch.Generator())
-    if shapes_of(chosen["theta"]) != shapes_of(expected):
+    if shapes_of(chosen["theta"]) != shapes_of(algorithm.init(torch.Generator())):
         raise UserError(f"The parameters in {place} do not fit the model that is built now; train again.")
     converter = getattr(family, "converter", None)
     if converter is None and isinstance(family.spec.inputs, Numbers):
         converter = Arrays(family.spec.inputs.shape, family.spec.target.outputs)
     return Learned(
-        *(algorithm, chosen["theta"], family, converter, own, names, content["dataset"]),
+        *(model, algorithm, chosen["theta"], family, converter, own, names, content["dataset"]),
         *(chosen["step"], chosen["val_score"], replica, device),
     )
 

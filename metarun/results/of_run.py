@@ -150,14 +150,15 @@ def say(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
         worse = int(((change < 0) if metric.higher_is_better else (change > 0)).sum())
         if worse:
             log.info("  %d of %d episodes score worse after adaptation than before", worse, row["n_episodes"])
-    log.info(
-        "  step %s of %s selected by validation (%s), trained in %.0f s, tested in %.1f s",
-        row["selected_step"],
-        row["meta_steps"],
-        metric.text(row["val_score"]),
-        row["train_seconds"],
-        row["test_seconds"],
-    )
+    if row.get("train_seconds") is not None:
+        log.info(
+            "  step %s of %s selected by validation (%s), trained in %.0f s, tested in %.1f s",
+            row["selected_step"],
+            row["meta_steps"],
+            metric.text(row["val_score"]),
+            row["train_seconds"],
+            row["test_seconds"],
+        )
 
 
 def write_pictures(
