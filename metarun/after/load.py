@@ -123,6 +123,9 @@ def with_recorded(
         for group in CHOICES:
             if not isinstance(recorded.get(group), dict):
                 raise UserError(f"The configuration in {path} is damaged: it has no {group}; train again.")
+            if trust and recorded[group].get("_target_") != config[group].get("_target_"):
+                # What the installed files set is for another target.
+                config[group] = {name: one for name, one in config[group].items() if is_given(f"{group}.{name}")}
             for name, value in recorded[group].items():
                 key = f"{group}.{name}"
                 if is_given(key):

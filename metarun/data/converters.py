@@ -34,7 +34,7 @@ def numbers_of(x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x.detach().to(torch.get_default_dtype())
     try:
-        array = np.asarray(x, dtype=np.float64)
+        array = np.array(x, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"these inputs are arrays, tables or lists of numbers, and this is not ({error})") from None
     return torch.from_numpy(array).to(torch.get_default_dtype())

@@ -2,23 +2,16 @@
 
 import subprocess
 import sys
-from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
-import torch
 from commands import environment
 from conftest import experiment_of
-from omegaconf import OmegaConf, open_dict
-from scenarios import generator
+from learners import leave_a_checkpoint, with_algorithm
 
-from metarun.assemble import Replica, algorithm_names, build_model
-from metarun.config import build
+from metarun.assemble import algorithm_names
 from metarun.evaluation import episodes, evaluate
 from metarun.results import sealed
-from metarun.state import Best, Training, save_best
-from metarun.tree import tree_map
 
 EPISODES = 3
 TASKS = {
@@ -68,28 +61,9 @@ def test_no_algorithm_is_left_out():
     assert sorted([*SUPERNETS, *(name for names in OF_TASK.values() for name in names)]) == algorithm_names()
 
 
-def with_algorithm(experiment, algo: str):
-    """The experiment with another algorithm, and the family as it is."""
-    config, family = experiment.config.copy(), experiment.family
-    own = OmegaConf.create((files("metarun.conf") / "algo" / f"{algo}.yaml").read_text())
-    own.pop("defaults", None)
-    model, names = experiment.model, experiment.names | {"algo": algo}
-    with open_dict(config):
-        config.algo = own
-        if algo in SUPERNETS:
-            names["model"], config.model = "supernet_mlp", {"_target_": "metarun.models.supernet.SupernetMLP"}
-            model = build_model(config, family)
-    algorithm = build(config, "algo", model=model, spec=family.spec)
-    replicas = [Replica(config, {}, model, algorithm)]
-    return replace(experiment, config=config, names=names, replicas=replicas, algorithm=algorithm)
-
-
 def leave_a_run(experiment, directory: Path) -> None:
-    """Leave in ``directory`` what a run leaves, without training: a checkpoint, test tasks and their scores."""
-    # Other parameters than those with which the learner begins anyway.
-    noise, theta = generator(3), experiment.initial_thetas()[0]
-    theta = tree_map(lambda w: w + 0.02 * torch.randn(w.shape, generator=noise) if w.is_floating_point() else w, theta)
-    save_best(experiment, Training({}, [Best(1, 0.5, theta)], [[]]), directory)
+    """Leave in ``directory`` a checkpoint, test tasks and their scores."""
+    theta = leave_a_checkpoint(experiment, directory)
     tasks = next(episodes(experiment, "test", EPISODES))
     scored = evaluate(experiment, experiment.replicas[0], theta, [tasks], testing=True)
     score = scored.scores[experiment.family.spec.metrics[0].name][:, -1]
@@ -102,7 +76,8 @@ def runs(tmp_path_factory):
     for task, settings in TASKS.items():
         experiment = experiment_of(f"task={task}", *settings, f"algo={OF_TASK[task][0]}", "eval.adapt_steps=2")
         for algo in OF_TASK[task] + (SUPERNETS if task == "sinusoid" else ()):
-            leave_a_run(with_algorithm(experiment, algo), root / algo)
+            model = "metarun.models.supernet.SupernetMLP" if algo in SUPERNETS else None
+            leave_a_run(with_algorithm(experiment, algo, model), root / algo)
     return root
 
 
