@@ -100,7 +100,7 @@ def export(
     task = random_task(learned, sizes, seed=0)
     try:
         traced = make_fx(adapt_and_predict)(*task)
-        program = torch.export.export(traced, task)
+        program = torch.export.export(traced, task, strict=False)
     except Exception as error:
         what = f"algo={names['algo']} on task={names['task']}"
         raise UserError(f"{what} cannot be exported ({first_line(error)}).") from error

@@ -82,9 +82,10 @@ class Targets:
         spec, self.learned, self.classes = learned.spec, learned, None
         if spec.offers("classes"):
             labels = labels_of(y)
-            self.classes = classes_of(labels)
+            self.classes = self._classes(labels)
             self.columns = self._columns(ways)
-            index = torch.tensor([self.classes.index(label) for label in labels])
+            position = {label: column for column, label in enumerate(self.classes)}
+            index = torch.tensor([position[label] for label in labels])
             self.y = one_hot(index, self.columns).to(torch.get_default_dtype())
         else:
             require(
@@ -93,6 +94,16 @@ class Targets:
                 "them; give the family a converter with targets and answers",
             )
             self.y = self._numbers(y)
+
+    def _classes(self, labels: Sequence[Hashable]) -> list[Hashable]:
+        """Return the classes by column; those that mean the same in every task have fixed columns."""
+        names: tuple[str, ...] = getattr(self.learned.spec.target, "names", ())
+        if not names:
+            return classes_of(labels)
+        given = {str(label): label for label in labels}
+        unknown = given.keys() - set(names)
+        require(not unknown, f"the classes are {', '.join(names)}, and y has {', '.join(sorted(unknown))}")
+        return [given.get(name, name) for name in names]
 
     def _columns(self, ways: int | None) -> int:
         spec, found = self.learned.spec, len(self.classes or ())

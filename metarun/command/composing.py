@@ -7,6 +7,7 @@ from pathlib import Path
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
@@ -37,7 +38,8 @@ def hydra_of(config_dir: str | Path | None) -> Iterator[Hydra]:
     register_schema(*own)
     path = create_config_search_path("pkg://metarun.conf")
     for folder in own:
-        path.append("command-line", str(folder))
+        # Where Hydra itself puts the folder of --config-dir.
+        path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     before = Singleton._instances.pop(GlobalHydra, None)
     version.setbase("1.3")
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,9 @@ from learners import leave_a_checkpoint, with_algorithm
 from torch import nn
 
 import metarun
+from metarun.portable import plain, portable
 from metarun.results import sealed
+from metarun.targets.classes import Classes
 
 WALK = ("task=navigation", "task.horizon=6", "task.shots=4", "task.queries=2", "model.widths=[8]", "eval.adapt_steps=2")
 
@@ -129,6 +132,26 @@ def test_labels_of_any_kind_come_back(sentences):
         assert list(found) == list(labels)
     # More classes than in training: prototypes need no head.
     assert len(learner.adapt(texts, range(5)).classes_) == 5
+
+
+@portable
+@dataclass(frozen=True)
+class Health(Classes):
+    """Classes that mean the same in every task."""
+
+    names: tuple[str, ...] = ("healthy", "ill", "unclear")
+
+
+def test_classes_with_a_fixed_meaning_keep_their_columns(sentences, tmp_path):
+    content = sealed.load(sentences / "protonet" / "checkpoints" / "best.pt")
+    content["family"]["spec"]["from"]["target"] = plain(Health(3))
+    sealed.save(tmp_path / "best.pt", content)
+    learner = metarun.load(tmp_path / "best.pt")
+    adapted = learner.adapt(["feeling well", "feeling sick", "who knows"], ["unclear", "ill", "healthy"])
+    assert list(adapted.classes_) == ["healthy", "ill", "unclear"]
+    assert list(adapted.predict(["feeling sick", "feeling well"])) == ["ill", "unclear"]
+    with pytest.raises(ValueError, match="the classes are healthy, ill, unclear, and y has dead"):
+        learner.adapt(["one", "two"], ["ill", "dead"])
 
 
 def test_a_head_of_a_fixed_width_takes_fewer_classes_and_refuses_more(sentences):
@@ -275,3 +298,49 @@ def test_a_policy_with_a_memory_keeps_it_until_it_is_reset(tmp_path):
         reward = float(pulled[-1] == 2)
     assert pulled[10:].count(2) >= 7
     assert copy.copy(set(pulled)) <= {0, 1, 2}
+
+
+FAMILY = """
+import torch
+from metarun.contracts import Numbers, Sizes, Spec, Task
+from metarun.targets.real import MSE, Real
+
+
+class Lines:
+    def __init__(self, steepest: float = 2.0, device: str = "cpu") -> None:
+        self.steepest, self.dataset = steepest, f"lines:{steepest:g}"
+        self.spec = Spec(Numbers((1,)), Real(outputs=1), Sizes(5, 5), metrics=(MSE,))
+
+    def sample(self, split, count, generator):
+        x = torch.randn(count, 10, 1, generator=generator)
+        y = self.steepest * (2 * torch.rand(count, 1, 1, generator=generator) - 1) * x
+        return Task({"x": x[:, :5], "y": y[:, :5]}, {"x": x[:, 5:], "y": y[:, 5:]})
+
+
+def doubled(model):
+    from metarun.algos.agnostic.maml import maml
+    return maml(model, inner_lr=0.02)
+"""
+
+
+def test_families_and_algorithms_of_ones_own_are_loaded_with_their_configuration(
+    tmp_path, monkeypatch, without_pictures
+):
+    (tmp_path / "my_lines.py").write_text(FAMILY)
+    for group, name, text in (
+        ("task", "lines", "_target_: my_lines.Lines\nsteepest: 3.0\n"),
+        ("algo", "mine", "_target_: my_lines.doubled\n"),
+    ):
+        (tmp_path / "conf" / group).mkdir(parents=True)
+        (tmp_path / "conf" / group / f"{name}.yaml").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = metarun.train(
+        *("task=lines", "algo=mine", "train.steps=1", "train.val_episodes=2", "eval.episodes=2", "engine=eager"),
+        directory=tmp_path / "run",
+        config_dir=tmp_path / "conf",
+    )
+    x = np.linspace(-1, 1, 5)
+    before, *_, after = run.learner.adapt(x, 2 * x).curve
+    assert after < before
+    with pytest.raises(metarun.UserError, match=r"There is no (algo=mine|task=lines).*config_dir"):
+        metarun.load(tmp_path / "run")
