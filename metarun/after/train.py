@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from metarun import cli
 from metarun.after.learner import Learner, load
 from metarun.command.composing import hydra_of
-from metarun.command.resume import arguments_of_resumed, options_first
+from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.command.terminal import PrintableRecord
 from metarun.errors import UserError
 
@@ -79,8 +79,9 @@ def train(*overrides: str, directory: str | Path | None = None, config_dir: str 
         )
     if directory is not None:
         given.append("hydra.run.dir='" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'")
-    options, given = options_first(arguments_of_resumed(given))
-    config_dir = config_dir or (options[1] if len(options) > 1 else None)
+    own = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    options, given = options_first(arguments_of_resumed([*own, *given]))
+    config_dir = next(iter(config_dirs(options)), None)
     before, done = len(cli.failures), dict[str, Path]()
 
     def job(config: DictConfig) -> float:

@@ -66,6 +66,14 @@ def test_training_from_python_writes_the_files_of_the_command(trained):
     assert repr(trained.learner) == f"<maml trained on sinusoid, step {row['selected_step']}>"
 
 
+def test_training_from_python_continues_a_run(trained, tmp_path):
+    run = copytree(trained.directory, tmp_path / "run")
+    (run / "result.csv").unlink()
+    again = metarun.train(f"resume={run}")
+    assert again.directory.resolve() == run.resolve()
+    assert again.results["score"].tolist() == trained.results["score"].tolist()
+
+
 def test_training_from_python_raises_what_the_command_says(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     handlers = logging.getLogger().handlers[:]
