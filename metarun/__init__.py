@@ -1,3 +1,40 @@
-"""Command-line experiments in meta-learning; see ``metarun --help``."""
+"""Meta-learning experiments: the command ``metarun`` (see ``metarun --help``), and what can be done with its runs.
+
+    >>> import metarun
+    >>> learner = metarun.load("outputs/first")
+    >>> adapted = learner.adapt(x, y)
+    >>> adapted.predict(new_x)
+
+The names below are imported when they are first used, so that ``import metarun`` takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+__all__ = ["Adapted", "AdaptedPolicy", "AdaptedTasks", "Learner", "Run", "UserError", "load", "train"]
+
+if TYPE_CHECKING:
+    from metarun.after.learner import Adapted, AdaptedTasks, Learner, load
+    from metarun.after.policy import AdaptedPolicy
+    from metarun.after.train import Run, train
+    from metarun.errors import UserError
+
+HOMES = {
+    **dict.fromkeys(["Adapted", "AdaptedTasks", "Learner", "load"], "metarun.after.learner"),
+    "AdaptedPolicy": "metarun.after.policy",
+    **dict.fromkeys(["Run", "train"], "metarun.after.train"),
+    "UserError": "metarun.errors",
+}
+"""The module of each name of the public interface."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'metarun' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,4 +1,4 @@
-"""The commands: ``metarun`` (also ``python -m metarun``), ``metarun-compare``, ``metarun-report``, ``metarun-status``.
+"""The commands: ``metarun`` (also ``python -m metarun``), and those for what comes after a run.
 
 Before anything else is imported, stopping signals are made to end the process silently: there is nothing to save, and
 an interrupted import would print a traceback.
@@ -43,6 +43,20 @@ def report() -> None:
 def status() -> None:
     """Entry point of ``metarun-status``."""
     from metarun.results.status import main as command
+
+    command()
+
+
+def test() -> None:
+    """Entry point of ``metarun-test``."""
+    from metarun.after.later_test import main as command
+
+    command()
+
+
+def predict() -> None:
+    """Entry point of ``metarun-predict``."""
+    from metarun.after.predict import main as command
 
     command()
 

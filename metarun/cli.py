@@ -3,7 +3,6 @@
 torch is imported only after a configuration is composed, so that help, completion and most errors appear at once.
 """
 
-import difflib
 import errno
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +24,7 @@ import metarun
 from metarun.command import lock, sweep
 from metarun.command.help import help_text
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
+from metarun.command.sentences import sentence_of
 from metarun.command.signals import handled_by, install, stop
 from metarun.command.sweep import closing_words, finished
 from metarun.command.terminal import PrintableRecord, printable
@@ -155,36 +155,6 @@ def note(config: DictConfig, names: dict[str, str], directory: Path, status: str
         known = [row]
     with suppress(OSError):
         mark(directory, known, status, " ".join(sentence.split()))
-
-
-def sentence_of(error: BaseException) -> str:
-    """Return an error of Hydra or OmegaConf as one sentence that says what to do."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"There is no {group}={name}; choose one of: {', '.join(error.options)}."
-    if isinstance(error, OverrideParseException):
-        return (
-            f"The argument {error.override!r} cannot be read: write KEY=VALUE, with quotes around special characters."
-        )
-    if isinstance(cause, OmegaConfBaseException) and cause.key is not None:
-        key = str(cause.full_key or cause.key)
-        parent = cause.parent_node
-        if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
-            prefix = key.rpartition(".")[0]
-            siblings = list(parent) if isinstance(parent, DictConfig) and not parent._is_none() else []
-            close = difflib.get_close_matches(str(cause.key), [str(sibling) for sibling in siblings], 1)
-            hint = (
-                f"did you mean {prefix + '.' if prefix else ''}{close[0]}?"
-                if close
-                else "metarun --help lists the keys."
-            )
-            if prefix in ("algo", "task", "model"):
-                hint += f" (+{key}=... sets one that {parent.get('_target_')} takes and its YAML does not list)"
-            return f"There is no key {key}; {hint}"
-        return f"{key}: {str(cause.msg or cause).splitlines()[0]}."
-    text = " ".join(str(error).split())
-    return text if text.endswith(".") else f"{text}."
 
 
 def say_how_it_ended() -> bool:

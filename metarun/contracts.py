@@ -1,13 +1,17 @@
 """The contracts between task families, targets, models, algorithms and the engine."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from metarun.portable import portable
 from metarun.targets.metric import Metric
+
+portable(Metric)
 
 Tree: TypeAlias = Mapping[str, Any]
 """Nested mappings with tensors as leaves."""
@@ -98,6 +102,7 @@ class RowTarget(Target, Protocol):
         """Return the data as rows, given the features ``z`` of their inputs."""
 
 
+@portable
 @dataclass(frozen=True)
 class Numbers:
     """Inputs that are arrays of numbers."""
@@ -106,6 +111,7 @@ class Numbers:
     """Shape of one input."""
 
 
+@portable
 @dataclass(frozen=True)
 class Tokens:
     """Inputs that are rows of token ids, where 0 is padding."""
@@ -148,6 +154,7 @@ class Seen(NamedTuple):
     """The carry that the policy returned with its last outputs; None at the start of a trial."""
 
 
+@portable
 @dataclass(frozen=True)
 class Moments:
     """Inputs that a policy receives from an environment, as ``Seen``."""
@@ -168,6 +175,7 @@ class Moments:
         return (self.observation,)
 
 
+@portable
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of tasks; those of validation and test tasks unless stated otherwise."""
@@ -185,11 +193,13 @@ class Sizes:
     """Number of classes that the training tasks draw from, where tasks share classes."""
 
 
+@portable
 def flat(x: Tensor) -> Tensor:
     """Flatten inputs ``[examples, *input]`` to ``[examples, numbers]``."""
     return x.flatten(1)
 
 
+@portable
 @dataclass(frozen=True)
 class Facts:
     """What a family knows of its tasks, only for baselines and reports."""
@@ -202,6 +212,7 @@ class Facts:
     """Names of the kinds of task in the family, if there are several; the data carry ``group [examples]``."""
 
 
+@portable
 @dataclass(frozen=True)
 class Spec:
     """What an algorithm and a model may know of a task family."""
@@ -216,6 +227,41 @@ class Spec:
     def offers(self, need: Need) -> bool:
         """Whether the target has what an algorithm needs."""
         return need in self.target.offers
+
+
+class Examples(NamedTuple):
+    """Examples as their owner has them, read from a file or a folder."""
+
+    x: Any
+    """What ``Converter.inputs`` takes, one item per example."""
+    y: Sequence[Any] | None
+    """The label or the number of each example; None where there are none."""
+    names: Sequence[str]
+    """What each example is called in a table of predictions: a file's name, or the number of a row."""
+
+
+class Converter(Protocol):
+    """Turns what a user has into inputs of a family's models; the family holds it as ``converter``.
+
+    A converter is a frozen dataclass marked with `metarun.portable.portable`: its fields are plain values and tensors
+    (sizes, means, a vocabulary), so that a checkpoint holds it and a learner needs no training data. What it was fitted
+    to is the training data alone. Where the targets of a family are not in the user's units, it also has
+    ``targets(y) -> Tensor [examples, outputs]`` and its inverse ``answers(output) -> Any``.
+    """
+
+    def inputs(self, x: Any) -> Tensor:
+        """Return inputs ``[examples, *spec.inputs.shape]``, made as those that the family samples.
+
+        Raises:
+            ValueError: ``x`` is nothing that the family can read; the sentence says what it takes.
+        """
+
+    def read(self, path: Path) -> Examples:
+        """Read a file or a folder.
+
+        Raises:
+            ValueError: there is nothing that the family can read; the sentence says what it takes.
+        """
 
 
 class Report(NamedTuple):
@@ -236,9 +282,10 @@ class Report(NamedTuple):
 class Family(Protocol):
     """A task family: samples tasks, and scores predictions.
 
-    A family may also have ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``,
-    which maps (predict, data of one task) to those of ``spec.metrics`` that only tests need; and ``report``, a
-    ``Report``.
+    A family may also have ``converter``, a ``Converter`` of what users have into its inputs; if that is fitted to
+    training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
+    ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict,
+    data of one task) to those of ``spec.metrics`` that only tests need; and ``report``, a ``Report``.
     """
 
     spec: Spec
@@ -309,6 +356,8 @@ class Algorithm(NamedTuple):
     """False for a baseline that leaves ``theta`` as it was drawn."""
     any_ways: bool = False
     """Whether the algorithm can train on more ways than it is tested on."""
+    open_ways: bool = False
+    """Whether its predictions have as many classes as the support set, whatever their number was in training."""
     max_steps: int | None = None
     """Largest number of adaptation steps, where each step has learned parameters; None: there is no limit."""
     metrics: tuple[Metric, ...] = ()

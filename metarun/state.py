@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from metarun.assemble import Experiment, constants
 from metarun.config import config_hash
-from metarun.contracts import Tree
+from metarun.contracts import Family, Tree
 from metarun.engine.meta_step import MetaStep
 from metarun.errors import UserError
+from metarun.portable import plain
 from metarun.results import checkpoint
 from metarun.tree import leaves
 
@@ -95,7 +96,17 @@ def save_best(experiment: Experiment, training: Training, directory: Path) -> No
     """Write ``best.pt``: the parameters that validation selected, one set per replica where there are several."""
     best = [vars(best) if best else None for best in training.best]
     content: dict[str, Any] = {"best": best} if len(best) > 1 else (best[0] or {})
-    checkpoint.save(directory / "checkpoints" / "best.pt", _identity(experiment) | content)
+    learner = {"names": experiment.names, "family": described(experiment.family)}
+    checkpoint.save(directory / "checkpoints" / "best.pt", _identity(experiment) | content | learner)
+
+
+def described(family: Family) -> dict[str, Any]:
+    """Return what a learner needs to know of a family without its data, in plain form."""
+    return {
+        "spec": plain(family.spec),
+        "converter": plain(getattr(family, "converter", None)),
+        "own_loss": hasattr(family, "loss"),
+    }
 
 
 def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Training:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from metarun.command.composing import quoted
 from metarun.command.sweep import read_plan
 from metarun.command.trust import refuse_distrusted
 from metarun.errors import UserError
@@ -45,11 +46,6 @@ def config_dirs(arguments: list[str]) -> list[str]:
 def key_of(override: str) -> str:
     """Return the key of an override."""
     return override.partition("=")[0].lstrip("+~")
-
-
-def quoted(directory: Path) -> str:
-    """Return a directory as the value of an override."""
-    return "'" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def kept_by_run(directory: Path) -> tuple[list[str], list[str]]:

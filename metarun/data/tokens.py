@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metarun.nn.ops import unit_rows
+from metarun.portable import portable
 
 UNKNOWN = 1024
 MAX_WORDS, MAX_GRAMS = 48, 512
@@ -47,6 +48,7 @@ def spread(text: str, buckets: int) -> int:
     return zlib.crc32(text.encode()) % buckets
 
 
+@portable
 @dataclass(frozen=True)
 class Tokenizer:
     """Turns sentences into rows of ids; created by `fit`.

@@ -43,8 +43,8 @@ def save_last(directory: Path, content: dict[str, Any]) -> None:
     save(path, content)
 
 
-def load(path: Path, device: str, config_hash: str) -> dict[str, Any]:
-    """Read a checkpoint of the configuration with ``config_hash``.
+def load(path: Path, device: str, config_hash: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint of the configuration with ``config_hash``; None: of any.
 
     Raises:
         UserError: missing, broken, from another version or of another configuration.
@@ -57,7 +57,7 @@ def load(path: Path, device: str, config_hash: str) -> dict[str, Any]:
         raise UserError(f"The checkpoint {path} is broken ({error}); start that run again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of metarun; start that run again.")
-    if content["config_hash"] != config_hash:
+    if config_hash is not None and content["config_hash"] != config_hash:
         raise UserError(
             f"The checkpoint {path} belongs to another configuration; resume with no other keys than "
             "resume, device and data_dir, or start a new run."

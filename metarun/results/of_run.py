@@ -60,14 +60,28 @@ def measured_columns(
     experiment: Experiment, replica: Replica, training: Training, best: Best, tested: Tested
 ) -> dict[str, Any]:
     """Return the columns of ``result.csv`` that a finished replica adds; times are those of all replicas together."""
-    theta, steps = best.theta, tested.scored.adapt_steps
-    metrics = metrics_of(experiment)
+    trained_tasks = training.step * experiment.config.train.meta_batch * len(experiment.replicas)
+    return {
+        **tested_columns(experiment, replica, best.theta, tested),
+        "val_score": best.val_score,
+        "selected_step": best.step,
+        "meta_steps": training.step,
+        "train_seconds": round(training.seconds, 3),
+        "compile_seconds": round(training.compile_seconds, 3),
+        "engine": training.engine,
+        "task_map": training.task_map,
+        "tasks_per_second": round(trained_tasks / training.step_seconds, 1) if training.step else None,
+    }
+
+
+def tested_columns(experiment: Experiment, replica: Replica, theta: Tree, tested: Tested) -> dict[str, Any]:
+    """Return the columns of ``result.csv`` that a test adds."""
+    steps, metrics = tested.scored.adapt_steps, metrics_of(experiment)
     scores = tested.scored.scores[metrics[0].name]
     further: dict[str, Any] = {}
     for metric in metrics[1:]:
         last = tested.scored.scores[metric.name][:, -1]
         further |= {metric.name: last.mean().item(), f"{metric.name}_ci95": confidence(last).item()}
-    trained_tasks = training.step * experiment.config.train.meta_batch * len(experiment.replicas)
     return {
         "status": "completed",
         "adapt_steps": steps[-1],
@@ -78,15 +92,7 @@ def measured_columns(
         "n_episodes": len(scores),
         "episodes_hash": tested.episodes_hash,
         "transductive": tested.transductive,
-        "val_score": best.val_score,
-        "selected_step": best.step,
-        "meta_steps": training.step,
-        "train_seconds": round(training.seconds, 3),
-        "compile_seconds": round(training.compile_seconds, 3),
-        "engine": training.engine,
-        "task_map": training.task_map,
         "test_seconds": round(tested.seconds, 3),
-        "tasks_per_second": round(trained_tasks / training.step_seconds, 1) if training.step else None,
         "adapt_ms_per_task": round(tested.adapt_ms_per_task, 4),
         "peak_memory_mb": round(peak_memory_mb(experiment.device), 1),
         "meta_parameters": size(learned(theta)) if experiment.algorithm.meta_learns else 0,
@@ -144,32 +150,43 @@ def say(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
         worse = int(((change < 0) if metric.higher_is_better else (change > 0)).sum())
         if worse:
             log.info("  %d of %d episodes score worse after adaptation than before", worse, row["n_episodes"])
-    log.info(
-        "  step %s of %s selected by validation (%s), trained in %.0f s, tested in %.1f s",
-        row["selected_step"],
-        row["meta_steps"],
-        metric.text(row["val_score"]),
-        row["train_seconds"],
-        row["test_seconds"],
-    )
+    if row.get("train_seconds") is not None:
+        log.info(
+            "  step %s of %s selected by validation (%s), trained in %.0f s, tested in %.1f s",
+            row["selected_step"],
+            row["meta_steps"],
+            metric.text(row["val_score"]),
+            row["train_seconds"],
+            row["test_seconds"],
+        )
 
 
 def write_pictures(
     experiment: Experiment, training: Training, finished: list[tuple[dict[str, Any], Tested]], directory: Path
 ) -> None:
     """Write ``training.png`` and ``adaptation.png``, with one line per replica that finished."""
-    first, metric = finished[0][0], experiment.family.spec.metrics[0]
-    title = f"{first['algo']} on {first['task']}"
-    if len(finished) == 1:
-        title += f", {first['varied'] or 'seed ' + str(first['seed'])}"
     if training.step:
         curves = [(row["varied"], training.rows[row["replica"]], row["selected_step"]) for row, _ in finished]
-        plot_training(directory / "training.png", title, metric, curves)
+        metric = experiment.family.spec.metrics[0]
+        plot_training(directory / "training.png", title_of(finished), metric, curves)
+    write_adaptation(experiment, finished, directory)
+
+
+def title_of(finished: list[tuple[dict[str, Any], Tested]]) -> str:
+    """Return the title of a run's pictures."""
+    first = finished[0][0]
+    title = f"{first['algo']} on {first['task']}"
+    return title if len(finished) > 1 else f"{title}, {first['varied'] or 'seed ' + str(first['seed'])}"
+
+
+def write_adaptation(experiment: Experiment, finished: list[tuple[dict[str, Any], Tested]], directory: Path) -> None:
+    """Write ``adaptation.png``, with one line per replica that was tested."""
     panels = []
     for shown in metrics_of(experiment):
         scores = [(row["varied"], tested.scored.scores[shown.name]) for row, tested in finished]
         panels.append((shown, [(name, s.mean(0).tolist(), confidence(s).tolist()) for name, s in scores]))
-    plot_adaptation(directory / "adaptation.png", title, finished[0][1].scored.adapt_steps, panels)
+    steps = finished[0][1].scored.adapt_steps
+    plot_adaptation(directory / "adaptation.png", title_of(finished), steps, panels)
 
 
 def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:

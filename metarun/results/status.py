@@ -31,6 +31,8 @@ from metarun.results.tables import RESULT_COLUMNS
 
 PLAN = "sweep.json"
 """The file in a sweep's directory that holds its plan."""
+TESTS = "tests"
+"""The folder of a run in which later tests of it lie."""
 MAY_CHANGE = ("device=", "data_dir=", "resume=")
 """Overrides that do not change a job's identity."""
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -143,13 +145,22 @@ def job_in(directory: Path, name: str) -> Job:
 
 
 def runs_under(directory: Path) -> list[Path]:
-    """Return the folders of runs in a directory, in the order of the numbers in their names."""
+    """Return the folders of runs in a directory, in the order of the numbers in their names.
+
+    Later tests of a run (``metarun-test``), which lie in its folder ``tests``, are no runs of their own.
+    """
 
     def order(path: Path) -> tuple[int, str]:
         digits = path.name.partition("_")[0]
         return int(digits) if digits.isdecimal() and len(digits) < 10 else 0, str(path)
 
-    return sorted({path.parent.parent for path in directory.rglob(".hydra/overrides.yaml")}, key=order)
+    found = {path.parent.parent for path in directory.rglob(".hydra/overrides.yaml")}
+    return sorted((path for path in found if not is_later_test(path)), key=order)
+
+
+def is_later_test(directory: Path) -> bool:
+    """Whether a folder holds a later test of a run, and no run."""
+    return directory.parent.name == TESTS and (directory.parent.parent / ".hydra").is_dir()
 
 
 def jobs_of_sweep(directory: Path) -> list[Job]:

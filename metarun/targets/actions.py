@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from metarun.contracts import Need
+from metarun.portable import portable
 from metarun.targets.metric import Metric
 
 RETURN = Metric("return", higher_is_better=True)
 
 
+@portable
 @dataclass(frozen=True)
 class Actions:
     """Discrete actions, or vectors of numbers."""

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from metarun.contracts import Need, Rows, Scores, Tree
+from metarun.portable import portable
 from metarun.targets.metric import Metric
 from metarun.targets.weights import mean_over
 
@@ -24,6 +25,7 @@ def own_classes(output: Tensor, data: Tree) -> Tensor:
 ACCURACY = Metric("accuracy", higher_is_better=True, percent=True)
 
 
+@portable
 @dataclass(frozen=True)
 class Classes:
     """Targets ``y [examples, ways]`` that are one-hot classes."""

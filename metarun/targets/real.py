@@ -6,12 +6,14 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from metarun.contracts import Need, Rows, Scores, Tree
+from metarun.portable import portable
 from metarun.targets.metric import Metric
 from metarun.targets.weights import mean_over
 
 MSE = Metric("mse", higher_is_better=False)
 
 
+@portable
 @dataclass(frozen=True)
 class Real:
     """Targets ``y [examples, outputs]`` that are numbers."""

@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 
 from metarun.contracts import Numbers, Sizes, Spec, Split, Task, Tree
 from metarun.data import omniglot as real
+from metarun.data.converters import Drawings
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
@@ -85,6 +86,7 @@ class Omniglot:
         self.dataset = ":".join([dataset, split_name, f"rotations={rotations}", f"{image_size}px", *others])
         self.rotations = rotations
         self.device = device
+        self.converter = Drawings(image_size)
         turns = 1 if rotations == "none" else 4
         # [characters * turns, drawings, size, size], with the turns of a character next to each other.
         self.images = {

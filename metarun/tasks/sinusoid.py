@@ -12,12 +12,14 @@ from torch import Tensor
 
 from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
 from metarun.errors import require
+from metarun.portable import portable
 from metarun.targets.real import MSE, Real
 from metarun.tasks.few_shot import Shots, range_of, with_padding
 
 PAPER = {"amplitude": (0.1, 5.0), "phase": (0.0, math.pi), "inputs": (-5.0, 5.0)}
 
 
+@portable
 def waves(x: Tensor) -> Tensor:
     """Return the features in which A sin(x − φ) is linear: A cos φ · sin x − A sin φ · cos x."""
     return torch.cat([torch.sin(x), torch.cos(x)], -1)

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
@@ -17,8 +18,10 @@ from torch.nn.functional import one_hot, pad
 
 from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens, Tree
 from metarun.data import intents, tokens
+from metarun.data.converters import Sentences
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
+from metarun.portable import portable
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Dealt, Shots, TaskSizes, Ways, deal, draw, task_sizes, with_padding
 
@@ -51,6 +54,20 @@ class Pool:
         self.size = torch.tensor([[len(cell) for cell in language] for language in texts])
         self.first = (self.size.flatten().cumsum(0) - self.size.flatten()).view_as(self.size)
         self.rows = tokenizer([text for language in texts for cell in language for text in cell])
+
+
+@portable
+@dataclass(frozen=True)
+class TermFrequencies:
+    """Rows of ids as weighted counts of their n-grams, of length one (TF-IDF)."""
+
+    weights: Tensor
+    """Inverse sentence frequencies of n-grams ``[ids]``, and 0 for words."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[sentences, columns]`` → ``[sentences, ids]``."""
+        weights = self.weights.to(x.device, torch.get_default_dtype())
+        return tokens.term_frequencies(x, len(weights), weights)
 
 
 class Text:
@@ -103,23 +120,21 @@ class Text:
             torch.stack([pad(document, (0, longest - len(document))) for document in documents]), tokenizer.ids
         )
         by_class[: tokenizer.first_bucket] *= WORD_WEIGHT
-        grams_only = by_sentence.clone().to(device)
+        grams_only = by_sentence.clone()
         grams_only[: tokenizer.first_bucket] = 0
-
-        def tf_idf(x: Tensor) -> Tensor:
-            return tokens.term_frequencies(x, tokenizer.ids, grams_only.to(torch.get_default_dtype()))
 
         columns = max(pool.rows.shape[1] for pool in pools.values())
         for pool in pools.values():
             pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
         self.pools = pools
+        self.converter = Sentences(tokenizer, columns)
         ways, shots, queries, *_ = sizes[False]
         self.spec = Spec(
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
             Classes(self.sizes[False].ways),
             Sizes(shots.most, queries, ways, sizes[True].ways, training_classes=len(labels["train"])),
             metrics=(ACCURACY,),
-            facts=Facts(features=tf_idf),
+            facts=Facts(features=TermFrequencies(grams_only.to(device))),
         )
 
     def _check_sizes(self, pools: Mapping[str, Pool]) -> None:

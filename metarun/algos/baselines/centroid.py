@@ -45,5 +45,6 @@ def centroid(spec: Spec) -> Algorithm:
         needs="classes",
         paper="",
         meta_learns=False,
+        open_ways=True,
         adapted_parameters=lambda theta: 0,
     )

@@ -74,5 +74,6 @@ def multitask(model: nn.Module, head_lr: float = 1.0, head_steps: int = 10) -> A
         train_steps=head_steps,
         meta_loss=meta_loss,
         any_ways=True,
+        open_ways=True,
         adapted_parameters=lambda theta: sum(p.numel() for p in head.parameters()),
     )

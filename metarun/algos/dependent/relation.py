@@ -125,5 +125,6 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
         paper="https://arxiv.org/abs/1711.06025",
         meta_loss=meta_loss,
         any_ways=True,
+        open_ways=True,
         adapted_parameters=lambda theta: 0,
     )

@@ -124,5 +124,6 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
         needs="rows",
         paper="https://arxiv.org/abs/1609.09106",
         any_ways=classes,
+        open_ways=classes,
         adapted_parameters=lambda theta: size(parameters_of(model)),
     )

@@ -1,0 +1,1 @@
+"""After a run: its learner, further tests of it, predictions, and what other programs can load."""

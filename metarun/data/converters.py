@@ -1,0 +1,208 @@
+"""From what users have to the inputs of a family: arrays and tables of numbers, sentences, and pictures of drawings.
+
+See `metarun.contracts.Converter`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from metarun.contracts import Examples
+from metarun.data.tokens import Tokenizer
+from metarun.errors import require
+from metarun.portable import portable
+
+TARGET_NAMES = ("y", "target", "label", "class")
+"""Names of the column that holds the target, in any case; y1, y2, … where there are several."""
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def numbers_of(x: Any) -> Tensor:
+    """Return arrays, tensors, tables or nested lists of numbers as a tensor of the default dtype.
+
+    Raises:
+        ValueError: there is something that is not a number.
+    """
+    if isinstance(x, Tensor):
+        return x.detach().to(torch.get_default_dtype())
+    try:
+        array = np.array(x, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"these inputs are arrays, tables or lists of numbers, and this is not ({error})") from None
+    return torch.from_numpy(array).to(torch.get_default_dtype())
+
+
+def table_of(path: Path) -> Any:
+    """Return the table in a CSV, TSV or Parquet file.
+
+    Raises:
+        ValueError: the file is none of them, or cannot be read.
+    """
+    import pandas as pd
+
+    kinds = {".csv": pd.read_csv, ".tsv": lambda file: pd.read_csv(file, sep="\t"), ".parquet": pd.read_parquet}
+    require(path.suffix.lower() in kinds, f"{path} is no .csv, .tsv or .parquet file; name one")
+    try:
+        table = kinds[path.suffix.lower()](path)
+    except (ValueError, ImportError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
+    require(len(table) > 0, f"{path} has no rows; give it at least one")
+    return table
+
+
+def row_names(count: int) -> list[str]:
+    """Return the numbers of rows, from 1."""
+    return [str(row + 1) for row in range(count)]
+
+
+@portable
+@dataclass(frozen=True)
+class Arrays:
+    """Inputs that are arrays of numbers, as they are."""
+
+    shape: tuple[int, ...]
+    """Shape of one input."""
+    outputs: int = 1
+    """Number of columns of a table that are targets."""
+
+    def inputs(self, x: Any) -> Tensor:
+        """Return ``x`` as ``[examples, *shape]``; where an input is one number, ``[examples]`` will do.
+
+        Raises:
+            ValueError: ``x`` has another shape, or holds something that is not a finite number.
+        """
+        found = numbers_of(x)
+        if found.ndim == 1 and math.prod(self.shape) == 1:
+            found = found.reshape(-1, *self.shape)
+        wanted = f"[examples{''.join(f', {size}' for size in self.shape)}]"
+        require(found.shape[1:] == self.shape, f"x must have shape {wanted}, not {list(found.shape)}")
+        require(bool(found.isfinite().all()), "x must hold finite numbers alone; replace what is missing")
+        return found
+
+    def read(self, path: Path) -> Examples:
+        """Read a table: one row per example, one column per number of an input, and columns of targets or none.
+
+        Targets are in columns named y (y1, y2, … where there are several), target, label or class, or else in the last
+        columns, if the table has as many more as there are targets.
+
+        Raises:
+            ValueError: the file cannot be read, or has another number of columns.
+        """
+        table, count = table_of(path), math.prod(self.shape)
+        names = (*TARGET_NAMES, *(f"{name}{i + 1}" for name in TARGET_NAMES for i in range(self.outputs)))
+        targets = [column for column in table if str(column).lower() in names]
+        if not targets and table.shape[1] == count + self.outputs:
+            targets = list(table.columns[count:])
+        inputs = [column for column in table if column not in targets]
+        require(
+            len(inputs) == count,
+            f"{path} has {len(inputs)} columns of inputs, and the learner takes {count}; name the column of the target "
+            "y, and leave out what is no input",
+        )
+        y = table[targets[0]].tolist() if len(targets) == 1 else table[targets].values.tolist() if targets else None
+        return Examples(table[inputs].to_numpy().reshape(-1, *self.shape), y, row_names(len(table)))
+
+
+@portable
+@dataclass(frozen=True)
+class Sentences:
+    """Sentences as rows of token ids (`metarun.data.tokens`)."""
+
+    tokenizer: Tokenizer
+    columns: int
+    """Number of ids of a row; those of longer sentences are cut off."""
+
+    def inputs(self, x: Any) -> Tensor:
+        """Return a list (or a column of a table) of sentences as rows of ids ``[sentences, columns]``.
+
+        Raises:
+            ValueError: there is something that is not a text.
+        """
+        sentences = [x] if isinstance(x, str) else list(x)
+        texts = len(sentences) > 0 and all(isinstance(one, str) for one in sentences)
+        require(texts, "these inputs are sentences; give a list of texts with at least one")
+        rows = self.tokenizer(sentences)[:, : self.columns]
+        return pad(rows, (0, self.columns - rows.shape[1])).long()
+
+    def read(self, path: Path) -> Examples:
+        """Read a table with a column ``text`` (or ``sentence``), and ``label`` where sentences have one.
+
+        Raises:
+            ValueError: the file cannot be read, or has no such column.
+        """
+        table = table_of(path)
+        columns = {str(column).lower(): column for column in table}
+        text = next((columns[name] for name in ("text", "sentence") if name in columns), None)
+        require(text is not None, f"{path} has no column named text; name the column of the sentences so")
+        target = next((columns[name] for name in TARGET_NAMES if name in columns), None)
+        y = None if target is None else table[target].tolist()
+        return Examples(table[text].astype(str).tolist(), y, row_names(len(table)))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the pictures directly in a folder, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+
+
+def read_pictures(path: Path) -> Examples:
+    """Read a picture, a folder of pictures, or a folder with one folder of pictures per class, as paths.
+
+    Raises:
+        ValueError: there is no picture.
+    """
+    if path.is_file():
+        return Examples([path], None, [path.name])
+    require(path.is_dir(), f"there is no {path}; name a picture or a folder of pictures")
+    loose = pictures_in(path)
+    if loose:
+        return Examples(loose, None, [found.name for found in loose])
+    of_class = [
+        (found, folder.name) for folder in sorted(path.iterdir()) if folder.is_dir() for found in pictures_in(folder)
+    ]
+    require(
+        len(of_class) > 0,
+        f"{path} has neither pictures ({', '.join(PICTURES)}) nor folders with pictures, one per class",
+    )
+    found, labels = [one for one, _ in of_class], [label for _, label in of_class]
+    return Examples(found, labels, [str(one.relative_to(path)) for one in found])
+
+
+@portable
+@dataclass(frozen=True)
+class Drawings:
+    """Drawings in dark ink on light paper, as ``[1, size, size]`` with ink 1 on 0."""
+
+    size: int
+
+    def inputs(self, x: Any) -> Tensor:
+        """Return paths of pictures, or arrays ``[n, size, size]`` or ``[n, 1, size, size]`` with ink 1 on 0.
+
+        Raises:
+            ValueError: a picture cannot be read, or the arrays have another shape.
+        """
+        if isinstance(x, str | Path):
+            x = [x]
+        if isinstance(x, Sequence) and len(x) > 0 and all(isinstance(one, str | Path) for one in x):
+            return torch.stack([self._drawing(Path(one)) for one in x])
+        found = numbers_of(x)
+        return Arrays((1, self.size, self.size)).inputs(found[:, None] if found.ndim == 3 else found)
+
+    def _drawing(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                small = image.convert("L").resize((self.size, self.size), Image.Resampling.LANCZOS)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+        return torch.from_numpy(255 - np.asarray(small)).to(torch.get_default_dtype())[None] / 255
+
+    def read(self, path: Path) -> Examples:
+        """Read a folder of pictures, or one with a folder per class (see ``read_pictures``)."""
+        return read_pictures(path)

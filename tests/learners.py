@@ -1,0 +1,39 @@
+"""Learners without a training: what a run leaves, for tests of what comes after it."""
+
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf, open_dict
+from scenarios import generator
+
+from metarun.assemble import Experiment, Replica, build_model
+from metarun.config import build
+from metarun.contracts import Tree
+from metarun.state import Best, Training, save_best
+from metarun.tree import tree_map
+
+
+def with_algorithm(experiment: Experiment, algo: str, model: str | None = None) -> Experiment:
+    """The experiment with another algorithm, and with another model if its ``_target_`` is given."""
+    config, family = experiment.config.copy(), experiment.family
+    own = OmegaConf.create((files("metarun.conf") / "algo" / f"{algo}.yaml").read_text())
+    own.pop("defaults", None)
+    module, names = experiment.model, experiment.names | {"algo": algo}
+    with open_dict(config):
+        config.algo = own
+        if model is not None:
+            config.model = {"_target_": model}
+            module = build_model(config, family)
+    algorithm = build(config, "algo", model=module, spec=family.spec)
+    replicas = [Replica(config, {}, module, algorithm)]
+    return replace(experiment, config=config, names=names, replicas=replicas, algorithm=algorithm)
+
+
+def leave_a_checkpoint(experiment: Experiment, directory: Path) -> Tree:
+    """Leave ``best.pt`` with other parameters than those with which the learner begins anyway; return them."""
+    noise, theta = generator(3), experiment.initial_thetas()[0]
+    theta = tree_map(lambda w: w + 0.02 * torch.randn(w.shape, generator=noise) if w.is_floating_point() else w, theta)
+    save_best(experiment, Training({}, [Best(1, 0.5, theta)], [[]]), directory)
+    return theta
