@@ -7,24 +7,24 @@ on languages that training has not seen. Inputs are rows of token ids (`metarun.
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
 from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens, Tree
 from metarun.data import intents, tokens
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Dealt, Shots, TaskSizes, Ways, deal, draw, task_sizes, with_padding
+from metarun.tasks.few_shot import Asked, Dealt, Shots, Ways, cells_of, part_of, sizes_for
 
 log = logging.getLogger(__name__)
 
-Cells = Mapping[str, Mapping[str, Sequence[str]]]
+Sentences = Mapping[str, Mapping[str, Sequence[str]]]
 """Sentences by language and label."""
 
 MOST_BUCKETS = 2**20
@@ -42,14 +42,12 @@ class Pool:
 
     Attributes:
         rows: token ids ``[sentences, columns]``.
-        first: index in ``rows`` at which the sentences of each language and label begin, ``[languages, labels]``.
-        size: number of these sentences, ``[languages, labels]``; 0 where the language lacks the label.
+        cells: the rows of each language and label.
     """
 
-    def __init__(self, cells: Cells, labels: Sequence[str], tokenizer: tokens.Tokenizer) -> None:
-        texts = [[list(cells[language].get(label, ())) for label in labels] for language in sorted(cells)]
-        self.size = torch.tensor([[len(cell) for cell in language] for language in texts])
-        self.first = (self.size.flatten().cumsum(0) - self.size.flatten()).view_as(self.size)
+    def __init__(self, sentences: Sentences, labels: Sequence[str], tokenizer: tokens.Tokenizer) -> None:
+        texts = [[list(sentences[language].get(label, ())) for label in labels] for language in sorted(sentences)]
+        self.cells = cells_of(torch.tensor([[len(cell) for cell in language] for language in texts]))
         self.rows = tokenizer([text for language in texts for cell in language for text in cell])
 
 
@@ -59,20 +57,22 @@ class Text:
     Args:
         corpus: sentences by language and label for each split.
         dataset: name of the corpus, and all that makes scores incomparable.
-        sizes: sizes of training tasks (True) and of others (False).
+        asked: sizes of tasks.
         grams: length of the shortest and longest character n-gram, rising.
         buckets: number of ids that the n-grams share, from 2 to ``MOST_BUCKETS``.
         device: where the sentences live.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
     """
 
     def __init__(
         self,
-        corpus: Mapping[str, Cells],
+        corpus: Mapping[str, Sentences],
         dataset: str,
-        sizes: Mapping[bool, TaskSizes],
+        asked: Asked,
         grams: tuple[int, int],
         buckets: int,
         device: str,
+        typed: Collection[str] | None = None,
     ) -> None:
         require(1 <= grams[0] <= grams[1], f"grams must be a rising pair of lengths from 1, not {list(grams)}")
         require(2 <= buckets <= MOST_BUCKETS, f"buckets must be from 2 to {MOST_BUCKETS}, not {buckets}")
@@ -81,10 +81,9 @@ class Text:
                 any(language.values() for language in languages.values()),
                 f"the data leave no sentence for {split}; fetch all of their files, or choose task.dataset=toy",
             )
-        self.sizes, self.device = sizes, device
+        self.device = device
         # Episodes are equal only where the sentences are.
         sentences = sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()[:6]
-        self.dataset = ":".join([dataset, *sizes[False].text(), sentences])
         training = [s for language in corpus["train"].values() for cell in language.values() for s in cell]
         tokenizer = tokens.fit(training, buckets, (grams[0], grams[1]))
         labels = {
@@ -92,11 +91,14 @@ class Text:
             for split, cells in corpus.items()
         }
         pools = {split: Pool(cells, labels[split], tokenizer) for split, cells in corpus.items()}
-        self._check_sizes(pools)
+        counts = {split: pool.cells.size for split, pool in pools.items()}
+        self.sizes = sizes_for(asked, counts, f"{dataset}:{sentences}", "sentences", typed)
+        others = self.sizes[False]
+        self.dataset = ":".join([dataset, *others.text(), sentences])
         train = pools["train"]
         by_sentence = tokens.inverse_document_frequency(train.rows, tokenizer.ids)
         # Each class is one document: a word that many classes use tells little, however seldom each uses it.
-        ends = zip(train.first.flatten().tolist(), train.size.flatten().tolist(), strict=True)
+        ends = zip(*(leaf.flatten().tolist() for leaf in train.cells), strict=True)
         documents = [train.rows[first : first + size].flatten() for first, size in ends if size]
         longest = max(len(document) for document in documents)
         by_class = tokens.inverse_document_frequency(
@@ -113,42 +115,22 @@ class Text:
         for pool in pools.values():
             pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
         self.pools = pools
-        ways, shots, queries, *_ = sizes[False]
         self.spec = Spec(
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
-            Classes(self.sizes[False].ways),
-            Sizes(shots.most, queries, ways, sizes[True].ways, training_classes=len(labels["train"])),
+            Classes(others.ways),
+            Sizes(others.shots.most, others.queries, others.ways, self.sizes[True].ways, len(labels["train"])),
             metrics=(ACCURACY,),
             facts=Facts(features=tf_idf),
         )
 
-    def _check_sizes(self, pools: Mapping[str, Pool]) -> None:
-        for split, pool in pools.items():
-            ways, shots, queries, *_ = self.sizes[split == "train"]
-            prefix = "train_" if split == "train" and self.sizes[True] != self.sizes[False] else ""
-            large_enough = int((pool.size >= shots.most + queries).sum(1).min())
-            require(
-                ways <= large_enough,
-                f"{prefix}ways must be at most {large_enough}, the {split} classes of {self.dataset} with "
-                f"{prefix}shots + {prefix}queries = {shots.most} + {queries} sentences or more, not {ways}",
-            )
-
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, sentences, ...]``, and ``class`` as well for training tasks."""
         pool, sizes = self.pools[split], self.sizes[split == "train"]
-        language = torch.randint(len(pool.size), (count, 1), generator=generator)
-        classes = draw((pool.size >= sizes.examples)[language[:, 0]], sizes.ways, generator)
-        available = pool.size[language, classes]
-        sentences = draw(torch.arange(int(pool.size.max())) < available[..., None], sizes.examples, generator)
+        support, query = pool.cells.draw(sizes, count, generator)
 
         def part(dealt: Dealt) -> Tree:
-            x = pool.rows[(pool.first[language, dealt.identity] + dealt.example).to(self.device)].long()
-            y = one_hot(dealt.label, sizes.ways).to(self.device, torch.get_default_dtype())
-            return with_padding(x, y, dealt.real, dealt.ways) | (
-                {"class": dealt.identity.to(self.device)} if split == "train" else {}
-            )
+            return part_of(dealt, pool.rows[dealt.example.to(self.device)].long(), sizes.ways, split == "train")
 
-        support, query = deal(classes, sentences, sizes, generator)
         return Task(part(support), part(query))
 
 
@@ -182,6 +164,7 @@ def text(
     buckets: int = 4096,
     device: str = "cpu",
     data_dir: str = "data",
+    typed: Collection[str] | None = None,
 ) -> Text:
     """Tasks whose classes training has not seen.
 
@@ -201,11 +184,13 @@ def text(
         buckets: number of ids that the n-grams share.
         device: where the sentences live.
         data_dir: holds the folders ``clinc150`` and ``banking77``.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
 
     Raises:
         UserError: data are missing or damaged.
     """
-    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+    asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+    asked.sizes()
     if dataset == "auto":
         dataset = "clinc150" if intents.is_there(data_dir, "clinc150") else "toy"
         if dataset == "toy":
@@ -215,7 +200,9 @@ def text(
     require(split != "domains" or dataset != "banking77", "split=domains is for clinc150; banking77 has no domains")
     if dataset == "toy":
         require(split == "auto", f"split={split} is for clinc150 and banking77; the toy language has one split")
-        return Text({part: {"": cells} for part, cells in toy_classes().items()}, "toy", sizes, grams, buckets, device)
+        return Text(
+            {part: {"": cells} for part, cells in toy_classes().items()}, "toy", asked, grams, buckets, device, typed
+        )
     by_label = intents.clinc150(data_dir) if dataset == "clinc150" else intents.banking77(data_dir)
     if split == "auto":
         split = "01" if intents.has_label_splits(data_dir, dataset) else "random"
@@ -228,8 +215,8 @@ def text(
         labels = {part: sorted(chosen) for part, chosen in _dealt(list(by_label), LABEL_SPLIT_SEED, shares).items()}
     else:
         labels = intents.label_split(data_dir, dataset, split, by_label)
-    corpus = {part: {"": {label: by_label[label] for label in chosen}} for part, chosen in labels.items()}
-    return Text(corpus, f"{dataset}:{split}", sizes, grams, buckets, device)
+    chosen = {part: {"": {label: by_label[label] for label in names}} for part, names in labels.items()}
+    return Text(chosen, f"{dataset}:{split}", asked, grams, buckets, device, typed)
 
 
 def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -261,6 +248,7 @@ def text_crosslingual(
     buckets: int = 4096,
     device: str = "cpu",
     data_dir: str = "data",
+    typed: Collection[str] | None = None,
 ) -> Text:
     """Tasks within one language, with new languages in test; no test sentence has a translation in training.
 
@@ -279,11 +267,13 @@ def text_crosslingual(
         buckets: number of ids that the n-grams share.
         device: where the sentences live.
         data_dir: holds the folders ``xsid`` and ``nusax_senti``.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
 
     Raises:
         UserError: data are missing or damaged.
     """
-    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+    asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+    asked.sizes()
     if dataset == "auto":
         dataset = "xsid" if intents.is_there(data_dir, "xsid") else "toy"
         if dataset == "toy":
@@ -292,4 +282,4 @@ def text_crosslingual(
         sentences = toy_languages()
     else:
         sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
-    return Text(_parallel_splits(sentences), f"{dataset}:languages", sizes, grams, buckets, device)
+    return Text(_parallel_splits(sentences), f"{dataset}:languages", asked, grams, buckets, device, typed)
