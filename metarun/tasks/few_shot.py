@@ -1,13 +1,14 @@
 """Drawing N-way K-shot tasks from pools of classes, and how many examples a task has."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from metarun.contracts import Task
 from metarun.errors import require
 
 log = logging.getLogger(__name__)
@@ -301,13 +302,6 @@ def cells_of(size: Tensor) -> Cells:
     return Cells((size.flatten().cumsum(0) - size.flatten()).view_as(size), size)
 
 
-def part_of(dealt: Dealt, x: Tensor, ways: int, training: bool) -> dict[str, Tensor]:
-    """Return the leaves of one part of tasks, given its inputs ``x``; parts of training tasks also have ``class``."""
-    y = one_hot(dealt.label, ways).to(x.device, torch.get_default_dtype())
-    identity = {"class": dealt.identity.to(x.device)} if training else {}
-    return {**with_padding(x, y, dealt.real, dealt.ways), **identity}
-
-
 def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.Generator) -> tuple[Dealt, Dealt]:
     """Deal drawn examples into the support and query parts of tasks, each in its own random order.
 
@@ -340,3 +334,34 @@ def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.G
         support._replace(real=real & own.gather(1, support.label), ways=own),
         query._replace(real=own.gather(1, query.label), ways=own),
     )
+
+
+def part_of(dealt: Dealt, x: Tensor, ways: int, training: bool) -> dict[str, Tensor]:
+    """Return the leaves of one part of tasks, given its inputs ``x``; parts of training tasks also have ``class``."""
+    y = one_hot(dealt.label, ways).to(x.device, torch.get_default_dtype())
+    identity = {"class": dealt.identity.to(x.device)} if training else {}
+    return {**with_padding(x, y, dealt.real, dealt.ways), **identity}
+
+
+def draw_tasks(
+    cells: Cells,
+    sizes: TaskSizes,
+    count: int,
+    generator: torch.Generator,
+    inputs: Callable[[Tensor], Tensor],
+    training: bool,
+) -> Task:
+    """Draw tasks from labelled rows.
+
+    Args:
+        cells: where the rows of each class are.
+        sizes: sizes of the tasks.
+        count: number of tasks.
+        generator: source of all that is drawn.
+        inputs: rows ``[tasks, examples]`` → inputs ``[tasks, examples, *input]``; called for support, then query.
+        training: whether parts tell the identity of each example's class.
+    """
+    support, query = (
+        part_of(part, inputs(part.example), sizes.ways, training) for part in cells.draw(sizes, count, generator)
+    )
+    return Task(support, query)

@@ -6,32 +6,37 @@ on languages that training has not seen. Inputs are rows of token ids (`metarun.
 
 import json
 import logging
-import random
 from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens, Tree
-from metarun.data import intents, tokens
+from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens
+from metarun.data import intents, splits, tokens
+from metarun.data.files import found, read_file, split_in, table
+from metarun.data.splits import SHARES
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Asked, Dealt, Shots, Ways, cells_of, part_of, sizes_for
+from metarun.tasks.few_shot import Asked, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for
 
 log = logging.getLogger(__name__)
 
-Sentences = Mapping[str, Mapping[str, Sequence[str]]]
+Sentences: TypeAlias = Mapping[str, Mapping[str, Sequence[str]]]
 """Sentences by language and label."""
 
 MOST_BUCKETS = 2**20
 LABEL_SPLIT_SEED = 7
 LANGUAGE_SPLIT_SEED = 19
-SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
-"""Share of the languages, and of the meanings, in each split of a parallel corpus."""
+COLUMNS = {
+    "text": ("text", "sentence", "utterance"),
+    "label": ("label", "class", "category", "intent"),
+    "split": ("split",),
+}
+"""The columns of a table of the user, and other names that they may have."""
 
 WORD_WEIGHT = 2.0
 """Weight of a whole word relative to one of its n-grams."""
@@ -114,7 +119,7 @@ class Text:
         columns = max(pool.rows.shape[1] for pool in pools.values())
         for pool in pools.values():
             pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
-        self.pools = pools
+        self.pools, self.prepare = pools, tokens.Sentences(tokenizer, columns)
         self.spec = Spec(
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
             Classes(others.ways),
@@ -126,12 +131,11 @@ class Text:
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, sentences, ...]``, and ``class`` as well for training tasks."""
         pool, sizes = self.pools[split], self.sizes[split == "train"]
-        support, query = pool.cells.draw(sizes, count, generator)
 
-        def part(dealt: Dealt) -> Tree:
-            return part_of(dealt, pool.rows[dealt.example.to(self.device)].long(), sizes.ways, split == "train")
+        def inputs(rows: Tensor) -> Tensor:
+            return pool.rows[rows.to(self.device)].long()
 
-        return Task(part(support), part(query))
+        return draw_tasks(pool.cells, sizes, count, generator, inputs, split == "train")
 
 
 def _by_domain(domains: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -141,13 +145,35 @@ def _by_domain(domains: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {split: sorted(label for name in chosen for label in domains[name]) for split, chosen in cut.items()}
 
 
-def _dealt(names: Sequence[str], seed: int, shares: Mapping[str, float]) -> dict[str, set[str]]:
-    """Assign ``names`` to the splits by ``shares``, at random by ``seed``."""
-    shuffled = sorted(names)
-    random.Random(seed).shuffle(shuffled)
-    train = round(shares["train"] * len(names))
-    test = len(names) - round(shares["test"] * len(names))
-    return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
+def of_table(path: str, data_dir: str, split: str, smallest: int, ways: int) -> tuple[dict[str, Sentences], str]:
+    """Return the sentences of a table by split and label, and the name of the data.
+
+    Args:
+        path: a CSV with the columns ``text`` and ``label``, and perhaps ``split``.
+        data_dir: where it is looked up if it is not here.
+        split: ``given``, ``random`` or ``auto`` (see `splits.by_class`).
+        smallest: number of sentences of the smallest label that is of use.
+        ways: number of labels that a split should have at least.
+
+    Raises:
+        UserError: the table is missing or broken, or a label is in two splits.
+    """
+    require(split in ("auto", "given", "random"), f"split must be auto, given or random for a table, not {split}")
+    place = found(path, data_dir)
+    rows = table(read_file(place), str(place), COLUMNS, optional=("split",))
+    examples = splits.Examples(
+        place.stem,
+        "sentences",
+        [row.values["label"] for row in rows],
+        [split_in(row, str(place)) for row in rows],
+        [row.values["text"].casefold() for row in rows],
+    )
+    positions, name = splits.by_class(examples, examples.rows_of(smallest), split, LABEL_SPLIT_SEED, ways)
+    corpus: dict[str, Sentences] = {
+        part: {"": {label: [rows[i].values["text"] for i in own] for label, own in by_label.items()}}
+        for part, by_label in positions.items()
+    }
+    return corpus, f"{place.stem}:{name}"
 
 
 def text(
@@ -159,9 +185,10 @@ def text(
     train_queries: int | None = None,
     uneven: bool = False,
     dataset: Literal["auto", "toy", "clinc150", "banking77"] = "auto",
-    split: Literal["auto", "01", "02", "03", "04", "05", "random", "domains"] = "auto",
+    split: Literal["auto", "01", "02", "03", "04", "05", "random", "domains", "given"] = "auto",
     grams: tuple[int, int] = (3, 5),
     buckets: int = 4096,
+    path: str | None = None,
     device: str = "cpu",
     data_dir: str = "data",
     typed: Collection[str] | None = None,
@@ -179,9 +206,11 @@ def text(
             one number for all its classes.
         dataset: ``clinc150``, ``banking77``, ``toy``, or ``auto``: clinc150 if it is there, else toy.
         split: number of a published label split, ``random`` (thirds of the labels by a fixed seed), ``domains``
-            (clinc150 only: test domains are new too), or ``auto``: 01 if it is there, else random.
+            (clinc150 only: test domains are new too), or ``auto``: 01 if it is there, else random. For ``path``:
+            ``given`` (by its column ``split``), ``random``, or ``auto``: given if there is such a column.
         grams: length of the shortest and longest character n-gram.
         buckets: number of ids that the n-grams share.
+        path: the user's CSV with the columns ``text`` and ``label``, and perhaps ``split``, in place of ``dataset``.
         device: where the sentences live.
         data_dir: holds the folders ``clinc150`` and ``banking77``.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
@@ -191,6 +220,12 @@ def text(
     """
     asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
     asked.sizes()
+    if path is not None:
+        require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
+        smallest, fewest = range_of("shots", shots).most + 1, range_of("ways", ways).least
+        corpus, name = of_table(path, data_dir, split, smallest, fewest)
+        return Text(corpus, name, asked, grams, buckets, device, typed)
+    require(split != "given", "split=given is for a table of your own; set path too, or choose another split")
     if dataset == "auto":
         dataset = "clinc150" if intents.is_there(data_dir, "clinc150") else "toy"
         if dataset == "toy":
@@ -212,7 +247,9 @@ def text(
         labels = _by_domain(intents.clinc150_domains(data_dir, by_label))
     elif split == "random":
         shares = {"train": 1 / 3, "val": 1 / 3, "test": 1 / 3}
-        labels = {part: sorted(chosen) for part, chosen in _dealt(list(by_label), LABEL_SPLIT_SEED, shares).items()}
+        labels = {
+            part: sorted(chosen) for part, chosen in splits.dealt(list(by_label), LABEL_SPLIT_SEED, shares).items()
+        }
     else:
         labels = intents.label_split(data_dir, dataset, split, by_label)
     chosen = {part: {"": {label: by_label[label] for label in names}} for part, names in labels.items()}
@@ -221,8 +258,8 @@ def text(
 
 def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:
     """Return corpora that share neither a language nor a meaning, with one sentence per meaning and language."""
-    languages = _dealt(list({s.language for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
-    meanings = _dealt(list({s.meaning for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
+    languages = splits.dealt(list({s.language for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
+    meanings = splits.dealt(list({s.meaning for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
     corpus: dict[str, dict[str, dict[str, list[str]]]] = {split: {} for split in languages}
     seen = set()
     for sentence in sentences:
