@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,7 +38,11 @@ def opened(content: bytes) -> Image.Image:
         ValueError: it is not a picture, or an absurdly large one.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it has more than {MOST_PIXELS} pixels") from error
     except Exception as error:  # a broken picture raises what its format's reader happens to meet
         raise ValueError("it is not a picture, or its header is broken") from error
     if image.width * image.height > MOST_PIXELS:

@@ -49,9 +49,12 @@ class Vectors:
 def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return the shape and type that the header of an array declares, without reading the array."""
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, kind = read(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, kind = read(file)
+        except Exception as error:  # a broken header raises what numpy's parser happens to meet
+            raise ValueError(f"{info.filename} has a broken header") from error
         size = int(np.prod(shape, dtype=object)) * kind.itemsize
         if kind.hasobject:
             raise ValueError(f"{info.filename} holds Python objects; save numbers or texts")
