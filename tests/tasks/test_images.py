@@ -11,15 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DATA_DIR, composed
 from PIL import Image, ImageOps
 from scenarios import generator
 
+from metarun.assemble import assemble
 from metarun.checks.family import check_tasks
 from metarun.data import augment, store
 from metarun.data.files import LARGEST_FILE, Files, table
 from metarun.data.pictures import Pictures
 from metarun.data.splits import dealt
 from metarun.errors import UserError
+from metarun.results.status import rows_of
+from metarun.run import run
 from metarun.tasks.features import Features
 from metarun.tasks.images import Images, colours
 from metarun.tasks.text import text
@@ -574,3 +578,46 @@ def test_many_pictures_are_held_in_bounded_memory_and_drawn_fast(tmp_path):
     print(f"{spent / 1024:.0f} MB, {1000 * min(times):.1f} ms")
     assert min(times) < 0.02
     assert store.DIGEST == 16
+
+
+RUNS = [
+    *(("images", algo) for algo in ("fomaml", "protonet", "centroid")),
+    *(("features", algo) for algo in ("reptile", "transfer")),
+    ("text", "protonet"),
+]
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize(("task", "algo"), RUNS)
+def test_runs_on_own_data_from_the_presets(tmp_path, caplog, task, algo):
+    """Presets ask for more ways and queries than the data have, and the run goes on with a line that says so."""
+    caplog.set_level(logging.INFO)
+    path = {
+        "images": lambda: drawn(tmp_path / "data"),
+        "features": lambda: vectors(tmp_path / "v.npz"),
+        "text": lambda: sentences(tmp_path / "mine.csv"),
+    }[task]()
+    quick = ("train.steps=2", "train.meta_batch=2", "train.eval_every=2", "train.val_episodes=2", "eval.episodes=3")
+    more = {"images": ("task.image_size=16", "model.filters=4"), "text": ("task.buckets=64",)}.get(task, ())
+    config, names = composed(f"algo={algo}", f"task={task}", f"task.path={path}", *quick, *more, "eval.adapt_steps=1")
+    assert run(config, names, tmp_path / "run", typed={"task.path"}) >= 0
+    assert "cannot serve larger tasks, so task." in caplog.text
+    row = rows_of(tmp_path / "run" / "result.csv")[0]
+    assert (row["ways"], row["status"]) == ("5" if task == "features" else "4", "completed")
+
+
+@pytest.mark.parametrize(
+    ("task", "classes"),
+    [
+        pytest.param("grocery", {"train": 49, "val": 12, "test": 20}, marks=pytest.mark.slow),
+        pytest.param("cells", {"train": 65, "val": 16, "test": 12}, marks=pytest.mark.slow),
+        ("faces", {"train": 61, "val": 15, "test": 26}),
+    ],
+)
+def test_named_data_sets_have_their_published_sizes(task, classes):
+    config, names = composed(f"task={task}", f"data_dir={DATA_DIR}", "task.image_size=16")
+    if not (DATA_DIR / config.task.path).is_dir():
+        pytest.skip(f"{config.task.path} is not in METARUN_DATA_DIR")
+    family = assemble(config, names, set()).family
+    assert {split: len(own) for split, own in family.classes.items()} == classes
+    assert family.spec.sizes.ways == 5
