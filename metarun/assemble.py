@@ -1,5 +1,6 @@
 """Building a family, a model and an algorithm that fit each other from a configuration."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -174,8 +175,14 @@ def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: 
         )
 
 
-def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
+def assemble(config: DictConfig, names: dict[str, str], typed: Collection[str] | None = None) -> Experiment:
     """Build everything that ``config`` names.
+
+    Args:
+        config: the whole configuration.
+        names: the members chosen for ``algo``, ``task`` and ``model``.
+        typed: the keys that the user set, such as ``task.train_ways``; a task family may lower others to what its data
+            can serve. None: all keys.
 
     Raises:
         UserError: a value is out of range, data are missing, or the parts do not fit each other.
@@ -184,7 +191,8 @@ def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
     configs = replica_configs(config)
     for own, _ in configs:
         check_ranges(own)
-    family = cast(Family, build(config, "task", device=device, data_dir=config.data_dir))
+    given = None if typed is None else {key.removeprefix("task.") for key in typed if key.startswith("task.")}
+    family = cast(Family, build(config, "task", device=device, data_dir=config.data_dir, typed=given))
     replicas = []
     for own, differs in configs:
         model = build_model(own, family).to(device)

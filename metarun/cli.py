@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 import metarun
 from metarun.command import lock, sweep
 from metarun.command.help import help_text
+from metarun.command.presets import typed_keys
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.command.sentences import sentence_of
 from metarun.command.signals import handled_by, install, stop
@@ -108,7 +109,8 @@ def owned_job(config: DictConfig, directory: Path) -> float:
 
         resume = config.resume is not None or (of_a_sweep and has_checkpoint(directory))
         with handled_by(stop):
-            return run(config, names, directory, resume)
+            typed = typed_keys(state.overrides.task, state.runtime.choices.get("experiment"))
+            return run(config, names, directory, resume, typed)
     except KeyboardInterrupt:
         note(config, names, directory, "interrupted")
         if has_checkpoint(directory) and not of_a_sweep:

@@ -264,7 +264,7 @@ def check_call(group: str, name: str, signature: inspect.Signature, keys: Iterab
     for parameter in signature.parameters.values():
         missing = parameter.default is parameter.empty and parameter.kind not in variadic
         if missing and parameter.name not in named:
-            known = {"task": "device and data_dir", "model": "spec", "algo": "model and spec"}[group]
+            known = {"task": "device, data_dir and typed", "model": "spec", "algo": "model and spec"}[group]
             raise UserError(
                 f"{group}.{parameter.name} is missing: {name} needs it; give it in the YAML or as "
                 f"+{group}.{parameter.name}=VALUE (metarun itself passes only {known})."

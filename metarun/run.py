@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,17 @@ from metarun.results.tables import write_episodes, write_results
 log = logging.getLogger(__name__)
 
 
-def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool | None = None) -> float:
+def run(
+    config: DictConfig,
+    names: dict[str, str],
+    directory: Path,
+    resume: bool | None = None,
+    typed: Collection[str] | None = None,
+) -> float:
     """Meta-train, select, meta-test; write tables and pictures into ``directory``.
 
     ``resume`` says whether to go on from the checkpoint in ``directory``; None leaves that to ``config.resume``.
+    ``typed`` are the keys that the user set (see `assemble`).
     ``result.csv`` says ``running`` from the beginning, and is written again as the last of all files.
 
     Returns:
@@ -34,7 +42,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool
         Interrupted: the user stopped the run.
     """
     with settings_of(config):
-        experiment = assemble(config, names)
+        experiment = assemble(config, names, typed)
         if ":" in experiment.device:
             torch.cuda.set_device(experiment.device)
         reset_peak_memory(experiment.device)

@@ -5,6 +5,7 @@ A section is named after an algorithm, or ``ALGO/MODEL`` if it applies only to o
 over those of metarun, and a file ``preset/TASK/SECTION.yaml``, which Hydra finds by itself, over a section.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources.abc import Traversable
 from typing import Any, ClassVar
@@ -66,6 +67,20 @@ def sections(task: str, roots: tuple[Traversable, ...]) -> dict[str, DictConfig]
     if not borrowed or "presets_of" in borrowed:
         raise UserError(f"preset/{task}.yaml: presets_of must name a task with sections, and {base} has none.")
     return {section: OmegaConf.merge(preset, table) for section, preset in borrowed.items()}  # type: ignore[misc]
+
+
+def typed_keys(overrides: Iterable[str], experiment: str | None) -> set[str]:
+    """Return the keys of groups that the user set, on the command line or in an experiment: ``{"task.ways"}``.
+
+    All other keys have defaults, or come from a preset.
+    """
+    keys = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    for root in PresetSource.roots if experiment else ():
+        path = root / "experiment" / f"{experiment}.yaml"
+        if path.is_file():
+            groups: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+            keys |= {f"{name}.{key}" for name, group in groups.items() if isinstance(group, dict) for key in group}
+    return keys
 
 
 class PresetSource(ConfigSource):

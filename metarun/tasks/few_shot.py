@@ -1,11 +1,17 @@
 """Drawing N-way K-shot tasks from pools of classes, and how many examples a task has."""
 
+import logging
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+from metarun.contracts import Task
 from metarun.errors import require
+
+log = logging.getLogger(__name__)
 
 Shots = int | tuple[int, int]
 """A number of support examples, or the range [least, most] from which each task draws its number."""
@@ -46,6 +52,17 @@ def range_of(name: str, value: Shots | Ways, smallest: int = 1) -> Range:
     rising = smallest <= least <= most
     require(rising, f"{name} must be a rising range [least, most] from {smallest} on, not {list(value)}")
     return Range(least, most)
+
+
+def at_most(value: Shots | Ways, limit: int) -> Shots | Ways:
+    """Return a number or a range without what is above ``limit``; a range becomes a number where nothing else is left.
+
+    A range from YAML is a list.
+    """
+    if isinstance(value, int):
+        return min(value, limit)
+    least, most = (min(bound, limit) for bound in value)
+    return least if least == most else (least, most)
 
 
 def with_padding(x: Tensor, y: Tensor, real: Tensor | None, ways: Tensor | None = None) -> dict[str, Tensor]:
@@ -94,52 +111,195 @@ class Dealt(NamedTuple):
     identity: Tensor
     """Identity of the class."""
     example: Tensor
-    """Identity of the example within the class."""
+    """Identity of the example within the class, or the row that holds it."""
     real: Tensor | None
     """True for examples, False for padding; None where there is no padding."""
     ways: Tensor | None = None
     """True for the classes of each task ``[tasks, ways]``; None where it has all."""
 
 
-def task_sizes(
-    ways: Ways,
-    shots: Shots,
-    queries: int,
-    train_ways: Ways | None,
-    train_shots: Shots | None,
-    train_queries: int | None,
-    uneven: bool,
+class Asked(NamedTuple):
+    """Sizes of tasks as a configuration has them; None in training means as in the other tasks."""
+
+    ways: Ways
+    shots: Shots
+    queries: int
+    train_ways: Ways | None = None
+    train_shots: Shots | None = None
+    train_queries: int | None = None
+    uneven: bool = False
+
+    def sizes(self) -> dict[bool, TaskSizes]:
+        """Return the sizes of training tasks (True) and of others (False).
+
+        Raises:
+            ValueError: fewer than 2 ways, fewer than 1 of anything else, a range that is not rising, or ``uneven``
+                without a range.
+        """
+        other_ways = range_of("ways", self.ways, 2)
+        own_ways = other_ways if self.train_ways is None else range_of("train_ways", self.train_ways, 2)
+        for name, value in {"queries": self.queries, "train_queries": self.train_queries}.items():
+            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        others = range_of("shots", self.shots)
+        train = others if self.train_shots is None else range_of("train_shots", self.train_shots)
+        require(
+            not (self.uneven and others.fixed and train.fixed),
+            "uneven=true draws the shots of each class from a range; set shots or train_shots to one, such as [1, 5]",
+        )
+
+        def sizes(ways: Range, shots: Range, queries: int) -> TaskSizes:
+            return TaskSizes(ways.most, shots, queries, self.uneven, None if ways.fixed else ways.least)
+
+        return {
+            False: sizes(other_ways, others, self.queries),
+            True: sizes(own_ways, train, self.train_queries or self.queries),
+        }
+
+
+Pools = Mapping[str, Tensor]
+"""The number of examples of each class ``[groups, classes]`` by split; a task draws its classes from one group."""
+
+
+def classes_with(pool: Tensor, examples: int) -> int:
+    """Return how many classes of every group have at least this number of examples."""
+    return int((pool >= examples).sum(1).min())
+
+
+def _common_size(pool: Tensor, ways: int, shots: int) -> int:
+    """Return a number of examples that ``ways`` classes, and half of those with a query, have in every group."""
+    sizes = pool.sort(1, descending=True).values
+    usable = (sizes > shots).sum(1)
+    rank = ((usable + 1) // 2).clamp(min=min(ways, pool.shape[1]))
+    return int(sizes.gather(1, rank[:, None] - 1).min())
+
+
+def _lowered(asked: Asked, pools: Pools, typed: Collection[str]) -> Asked:
+    """Return sizes that the pools can serve as far as keys that are not ``typed`` allow; test sizes come first.
+
+    The sizes of test tasks depend on the data alone, and not on what an algorithm's preset asks of training, so that
+    algorithms stay comparable.
+    """
+
+    def lowered(asked: Asked, key: str, limit: int, smallest: int) -> Asked:
+        value: Shots | Ways | None = getattr(asked, key)
+        if value is None or key in typed:
+            return asked
+        return Asked(**{**asked._asdict(), key: at_most(value, max(limit, smallest))})
+
+    most_shots = range_of("shots", asked.shots).most
+    asked = lowered(asked, "ways", min(classes_with(pool, most_shots + 1) for pool in pools.values()), 2)
+    others = asked.sizes()[False]
+    for split in pools.keys() - {"train"}:
+        if classes_with(pools[split], others.examples) < others.ways:
+            size = _common_size(pools[split], others.ways, most_shots)
+            asked = lowered(asked, "queries", size - most_shots, 1)
+    pool = pools["train"]
+    own = asked.sizes()[True]
+    if classes_with(pool, own.examples) >= own.ways:
+        return asked
+    few_shots = 1 if asked.train_shots is not None and "train_shots" not in typed else own.shots.most
+    asked = lowered(asked, "train_ways", classes_with(pool, few_shots + 1), 2)
+    own = asked.sizes()[True]
+    if classes_with(pool, own.examples) < own.ways:
+        size = _common_size(pool, own.ways, few_shots)
+        key = "queries" if asked.train_queries is None else "train_queries"
+        if key not in typed:
+            asked = asked._replace(train_queries=min(own.queries, max(size - own.shots.most, 1)))
+        asked = lowered(asked, "train_shots", size - asked.sizes()[True].queries, 1)
+    return asked
+
+
+def sizes_for(
+    asked: Asked, pools: Pools, dataset: str, what: str, typed: Collection[str] | None = None
 ) -> dict[bool, TaskSizes]:
-    """Return the sizes of training tasks (True) and of others (False); None in training means as in the others.
+    """Return the sizes of training tasks (True) and of others (False) that the pools can serve.
+
+    A size that the user did not type, but that comes from a preset or a default, gives way to the data, and a line of
+    the log says so.
+
+    Args:
+        asked: the sizes that the configuration has.
+        pools: the number of examples of each class ``[groups, classes]`` by split.
+        dataset: name of the data, for messages.
+        what: what examples are called, for messages.
+        typed: the keys that the user set; None: all.
 
     Raises:
-        ValueError: fewer than 2 ways, fewer than 1 of anything else, a range that is not rising, or ``uneven`` without
-            a range.
+        ValueError: the pools cannot serve what the user asked for.
     """
-    other_ways = range_of("ways", ways, 2)
-    own_ways = other_ways if train_ways is None else range_of("train_ways", train_ways, 2)
-    for name, value in {"queries": queries, "train_queries": train_queries}.items():
-        require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
-    others = range_of("shots", shots)
-    train = others if train_shots is None else range_of("train_shots", train_shots)
-    require(
-        not (uneven and others.fixed and train.fixed),
-        "uneven=true draws the shots of each class from a range; set shots or train_shots to one, such as [1, 5]",
-    )
-
-    def sizes(ways: Range, shots: Range, queries: int) -> TaskSizes:
-        return TaskSizes(ways.most, shots, queries, uneven, None if ways.fixed else ways.least)
-
-    return {
-        False: sizes(other_ways, others, queries),
-        True: sizes(own_ways, train, train_queries or queries),
-    }
+    asked.sizes()
+    possible = asked if typed is None else _lowered(asked, pools, typed)
+    changes = [
+        f"task.{key}={new} instead of {getattr(asked, key) or asked.queries}"
+        for key, new in possible._asdict().items()
+        if new != getattr(asked, key)
+    ]
+    if changes:
+        log.info("%s cannot serve larger tasks, so %s.", dataset, " and ".join(changes))
+    sizes = possible.sizes()
+    for split, pool in pools.items():
+        ways, shots, queries, *_ = sizes[split == "train"]
+        prefix = "train_" if split == "train" and sizes[True] != sizes[False] else ""
+        enough = classes_with(pool, shots.most + queries)
+        require(
+            ways <= enough,
+            f"{prefix}ways must be at most {enough}, the {split} classes of {dataset} with "
+            f"{prefix}shots + {prefix}queries = {shots.most} + {queries} {what} or more, not {ways}",
+        )
+    return sizes
 
 
 def draw(allowed: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Draw ``size`` different positions in each row of ``allowed [..., pool]``, uniformly among the True ones."""
     # Positions that are not allowed sort after all those that are.
     return torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1.0).topk(size).indices
+
+
+def draw_few(available: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draw ``size`` different numbers below each of ``available [...]``, in random order: ``[..., size]``.
+
+    Unlike `draw`, this takes time and memory that do not grow with the pools (R. W. Floyd's algorithm, in Bentley and
+    Floyd 1987, https://doi.org/10.1145/30401.315746).
+    """
+    chosen = available.new_zeros(*available.shape, size)
+    for i in range(size):
+        last = available - size + i
+        drawn = (
+            torch.rand(available.shape, generator=generator, dtype=torch.float64).mul(last + 1).long().clamp(max=last)
+        )
+        taken = (chosen[..., :i] == drawn[..., None]).any(-1)
+        chosen[..., i] = torch.where(taken, last, drawn)
+    # A late position can hold numbers that an early one cannot.
+    return chosen.gather(-1, draw(torch.ones_like(chosen, dtype=torch.bool), size, generator))
+
+
+LARGE_POOL = 1024
+"""Number of examples of a class above which tasks are drawn by `draw_few`."""
+
+
+class Cells(NamedTuple):
+    """Where the examples of each group and class lie in one array of rows."""
+
+    first: Tensor
+    """The row at which the examples of each group and class begin ``[groups, classes]``."""
+    size: Tensor
+    """The number of these examples ``[groups, classes]``; 0 where a group lacks the class."""
+
+    def draw(self, sizes: TaskSizes, count: int, generator: torch.Generator) -> tuple[Dealt, Dealt]:
+        """Draw tasks, each from one group; return their support and query parts, with rows as examples."""
+        group = torch.randint(len(self.size), (count, 1), generator=generator)
+        classes = draw((self.size >= sizes.examples)[group[:, 0]], sizes.ways, generator)
+        available, largest = self.size[group, classes], int(self.size.max())
+        if largest > LARGE_POOL:
+            examples = draw_few(available, sizes.examples, generator)
+        else:
+            examples = draw(torch.arange(largest) < available[..., None], sizes.examples, generator)
+        return deal(classes, self.first[group, classes][..., None] + examples, sizes, generator)
+
+
+def cells_of(size: Tensor) -> Cells:
+    """Return the cells of rows that are sorted by group and class, given their numbers ``[groups, classes]``."""
+    return Cells((size.flatten().cumsum(0) - size.flatten()).view_as(size), size)
 
 
 def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.Generator) -> tuple[Dealt, Dealt]:
@@ -174,3 +334,34 @@ def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.G
         support._replace(real=real & own.gather(1, support.label), ways=own),
         query._replace(real=own.gather(1, query.label), ways=own),
     )
+
+
+def part_of(dealt: Dealt, x: Tensor, ways: int, training: bool) -> dict[str, Tensor]:
+    """Return the leaves of one part of tasks, given its inputs ``x``; parts of training tasks also have ``class``."""
+    y = one_hot(dealt.label, ways).to(x.device, torch.get_default_dtype())
+    identity = {"class": dealt.identity.to(x.device)} if training else {}
+    return {**with_padding(x, y, dealt.real, dealt.ways), **identity}
+
+
+def draw_tasks(
+    cells: Cells,
+    sizes: TaskSizes,
+    count: int,
+    generator: torch.Generator,
+    inputs: Callable[[Tensor], Tensor],
+    training: bool,
+) -> Task:
+    """Draw tasks from labelled rows.
+
+    Args:
+        cells: where the rows of each class are.
+        sizes: sizes of the tasks.
+        count: number of tasks.
+        generator: source of all that is drawn.
+        inputs: rows ``[tasks, examples]`` → inputs ``[tasks, examples, *input]``; called for support, then query.
+        training: whether parts tell the identity of each example's class.
+    """
+    support, query = (
+        part_of(part, inputs(part.example), sizes.ways, training) for part in cells.draw(sizes, count, generator)
+    )
+    return Task(support, query)

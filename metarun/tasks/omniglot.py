@@ -6,11 +6,11 @@ need no download.
 """
 
 import logging
+from collections.abc import Collection
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from metarun.contracts import Numbers, Sizes, Spec, Split, Task, Tree
 from metarun.data import omniglot as real
@@ -18,7 +18,7 @@ from metarun.data.converters import Drawings
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Dealt, Shots, Ways, deal, draw, task_sizes, with_padding
+from metarun.tasks.few_shot import Asked, Dealt, Shots, Ways, deal, draw, part_of, sizes_for
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Omniglot:
         download: whether to fetch the real data set if it is missing.
         device: where the images live.
         data_dir: holds the folder ``omniglot``.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Omniglot:
         download: bool = False,
         device: str = "cpu",
         data_dir: str = "data",
+        typed: Collection[str] | None = None,
     ) -> None:
-        self.sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+        asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+        asked.sizes()
         require(16 <= image_size <= 105, f"image_size must be from 16 to 105, not {image_size}")
 
         if dataset == "auto":
@@ -82,8 +85,7 @@ class Omniglot:
             characters, split_name = real.characters(data_dir, image_size, split)
         else:
             characters, split_name = procedural_characters(image_size), "fixed"
-        others = self.sizes[False].text()
-        self.dataset = ":".join([dataset, split_name, f"rotations={rotations}", f"{image_size}px", *others])
+        name = ":".join([dataset, split_name, f"rotations={rotations}", f"{image_size}px"])
         self.rotations = rotations
         self.device = device
         self.converter = Drawings(image_size)
@@ -93,33 +95,22 @@ class Omniglot:
             name: torch.stack([images.rot90(k, (2, 3)) for k in range(turns)], 1).flatten(0, 1).to(device)
             for name, images in characters.items()
         }
-        self._check_sizes()
-        train_images = self.images["train"]
+        pools = {name: torch.full((1, self._classes(part)), part.shape[1]) for name, part in self.images.items()}
+        self.sizes = sizes_for(asked, pools, name, "drawings", typed)
+        others = self.sizes[False]
+        self.dataset = ":".join([name, *others.text()])
         self.spec = Spec(
             Numbers((1, image_size, image_size)),
-            Classes(self.sizes[False].ways),
+            Classes(others.ways),
             Sizes(
-                self.sizes[False].shots.most,
-                queries,
-                self.sizes[False].ways,
+                others.shots.most,
+                others.queries,
+                others.ways,
                 self.sizes[True].ways,
-                training_classes=len(train_images),
+                training_classes=len(self.images["train"]),
             ),
             metrics=(ACCURACY,),
         )
-
-    def _check_sizes(self) -> None:
-        for split, images in self.images.items():
-            ways, shots, queries, *_ = self.sizes[split == "train"]
-            classes, drawings = self._classes(images), images.shape[1]
-            require(
-                ways <= classes,
-                f"ways must be at most {classes}, the {split} classes of {self.dataset}, not {ways}",
-            )
-            require(
-                shots.most + queries <= drawings,
-                f"shots + queries must be at most {drawings}, the drawings of a class, not {shots.most} + {queries}",
-            )
 
     def _classes(self, images: Tensor) -> int:
         return len(images) // 4 if self.rotations == "task" else len(images)
@@ -140,11 +131,8 @@ class Omniglot:
         drawings = draw(torch.ones(count, ways, images.shape[1], dtype=torch.bool), sizes.examples, generator)
 
         def part(dealt: Dealt) -> Tree:
-            identity = dealt.identity.to(self.device)
-            x = images[identity, dealt.example.to(self.device)][:, :, None]
-            y = one_hot(dealt.label, ways).to(self.device, torch.get_default_dtype())
-            data = with_padding(x.to(torch.get_default_dtype()) / white, y, dealt.real, dealt.ways)
-            return {**data, "class": identity} if split == "train" else data
+            x = images[dealt.identity.to(self.device), dealt.example.to(self.device)][:, :, None]
+            return part_of(dealt, x.to(torch.get_default_dtype()) / white, ways, split == "train")
 
         support, query = deal(classes, drawings, sizes, generator)
         return Task(part(support), part(query))

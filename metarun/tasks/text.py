@@ -6,35 +6,39 @@ on languages that training has not seen. Inputs are rows of token ids (`metarun.
 
 import json
 import logging
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
-from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens, Tree
-from metarun.data import intents, tokens
-from metarun.data.converters import Sentences
+from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens
+from metarun.data import converters, intents, splits, tokens
+from metarun.data.files import found, read_file, split_in, table
+from metarun.data.splits import SHARES
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
 from metarun.portable import portable
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Dealt, Shots, TaskSizes, Ways, deal, draw, task_sizes, with_padding
+from metarun.tasks.few_shot import Asked, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for
 
 log = logging.getLogger(__name__)
 
-Cells = Mapping[str, Mapping[str, Sequence[str]]]
+Sentences: TypeAlias = Mapping[str, Mapping[str, Sequence[str]]]
 """Sentences by language and label."""
 
 MOST_BUCKETS = 2**20
 LABEL_SPLIT_SEED = 7
 LANGUAGE_SPLIT_SEED = 19
-SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
-"""Share of the languages, and of the meanings, in each split of a parallel corpus."""
+COLUMNS = {
+    "text": ("text", "sentence", "utterance"),
+    "label": ("label", "class", "category", "intent"),
+    "split": ("split",),
+}
+"""The columns of a table of the user, and other names that they may have."""
 
 WORD_WEIGHT = 2.0
 """Weight of a whole word relative to one of its n-grams."""
@@ -45,14 +49,12 @@ class Pool:
 
     Attributes:
         rows: token ids ``[sentences, columns]``.
-        first: index in ``rows`` at which the sentences of each language and label begin, ``[languages, labels]``.
-        size: number of these sentences, ``[languages, labels]``; 0 where the language lacks the label.
+        cells: the rows of each language and label.
     """
 
-    def __init__(self, cells: Cells, labels: Sequence[str], tokenizer: tokens.Tokenizer) -> None:
-        texts = [[list(cells[language].get(label, ())) for label in labels] for language in sorted(cells)]
-        self.size = torch.tensor([[len(cell) for cell in language] for language in texts])
-        self.first = (self.size.flatten().cumsum(0) - self.size.flatten()).view_as(self.size)
+    def __init__(self, sentences: Sentences, labels: Sequence[str], tokenizer: tokens.Tokenizer) -> None:
+        texts = [[list(sentences[language].get(label, ())) for label in labels] for language in sorted(sentences)]
+        self.cells = cells_of(torch.tensor([[len(cell) for cell in language] for language in texts]))
         self.rows = tokenizer([text for language in texts for cell in language for text in cell])
 
 
@@ -76,20 +78,22 @@ class Text:
     Args:
         corpus: sentences by language and label for each split.
         dataset: name of the corpus, and all that makes scores incomparable.
-        sizes: sizes of training tasks (True) and of others (False).
+        asked: sizes of tasks.
         grams: length of the shortest and longest character n-gram, rising.
         buckets: number of ids that the n-grams share, from 2 to ``MOST_BUCKETS``.
         device: where the sentences live.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
     """
 
     def __init__(
         self,
-        corpus: Mapping[str, Cells],
+        corpus: Mapping[str, Sentences],
         dataset: str,
-        sizes: Mapping[bool, TaskSizes],
+        asked: Asked,
         grams: tuple[int, int],
         buckets: int,
         device: str,
+        typed: Collection[str] | None = None,
     ) -> None:
         require(1 <= grams[0] <= grams[1], f"grams must be a rising pair of lengths from 1, not {list(grams)}")
         require(2 <= buckets <= MOST_BUCKETS, f"buckets must be from 2 to {MOST_BUCKETS}, not {buckets}")
@@ -98,10 +102,9 @@ class Text:
                 any(language.values() for language in languages.values()),
                 f"the data leave no sentence for {split}; fetch all of their files, or choose task.dataset=toy",
             )
-        self.sizes, self.device = sizes, device
+        self.device = device
         # Episodes are equal only where the sentences are.
         sentences = sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()[:6]
-        self.dataset = ":".join([dataset, *sizes[False].text(), sentences])
         training = [s for language in corpus["train"].values() for cell in language.values() for s in cell]
         tokenizer = tokens.fit(training, buckets, (grams[0], grams[1]))
         labels = {
@@ -109,11 +112,14 @@ class Text:
             for split, cells in corpus.items()
         }
         pools = {split: Pool(cells, labels[split], tokenizer) for split, cells in corpus.items()}
-        self._check_sizes(pools)
+        counts = {split: pool.cells.size for split, pool in pools.items()}
+        self.sizes = sizes_for(asked, counts, f"{dataset}:{sentences}", "sentences", typed)
+        others = self.sizes[False]
+        self.dataset = ":".join([dataset, *others.text(), sentences])
         train = pools["train"]
         by_sentence = tokens.inverse_document_frequency(train.rows, tokenizer.ids)
         # Each class is one document: a word that many classes use tells little, however seldom each uses it.
-        ends = zip(train.first.flatten().tolist(), train.size.flatten().tolist(), strict=True)
+        ends = zip(*(leaf.flatten().tolist() for leaf in train.cells), strict=True)
         documents = [train.rows[first : first + size].flatten() for first, size in ends if size]
         longest = max(len(document) for document in documents)
         by_class = tokens.inverse_document_frequency(
@@ -126,45 +132,24 @@ class Text:
         columns = max(pool.rows.shape[1] for pool in pools.values())
         for pool in pools.values():
             pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
-        self.pools = pools
-        self.converter = Sentences(tokenizer, columns)
-        ways, shots, queries, *_ = sizes[False]
+        self.pools, self.prepare = pools, tokens.Sentences(tokenizer, columns)
+        self.converter = converters.Sentences(tokenizer, columns)
         self.spec = Spec(
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
-            Classes(self.sizes[False].ways),
-            Sizes(shots.most, queries, ways, sizes[True].ways, training_classes=len(labels["train"])),
+            Classes(others.ways),
+            Sizes(others.shots.most, others.queries, others.ways, self.sizes[True].ways, len(labels["train"])),
             metrics=(ACCURACY,),
             facts=Facts(features=TermFrequencies(grams_only.to(device))),
         )
 
-    def _check_sizes(self, pools: Mapping[str, Pool]) -> None:
-        for split, pool in pools.items():
-            ways, shots, queries, *_ = self.sizes[split == "train"]
-            prefix = "train_" if split == "train" and self.sizes[True] != self.sizes[False] else ""
-            large_enough = int((pool.size >= shots.most + queries).sum(1).min())
-            require(
-                ways <= large_enough,
-                f"{prefix}ways must be at most {large_enough}, the {split} classes of {self.dataset} with "
-                f"{prefix}shots + {prefix}queries = {shots.most} + {queries} sentences or more, not {ways}",
-            )
-
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, sentences, ...]``, and ``class`` as well for training tasks."""
         pool, sizes = self.pools[split], self.sizes[split == "train"]
-        language = torch.randint(len(pool.size), (count, 1), generator=generator)
-        classes = draw((pool.size >= sizes.examples)[language[:, 0]], sizes.ways, generator)
-        available = pool.size[language, classes]
-        sentences = draw(torch.arange(int(pool.size.max())) < available[..., None], sizes.examples, generator)
 
-        def part(dealt: Dealt) -> Tree:
-            x = pool.rows[(pool.first[language, dealt.identity] + dealt.example).to(self.device)].long()
-            y = one_hot(dealt.label, sizes.ways).to(self.device, torch.get_default_dtype())
-            return with_padding(x, y, dealt.real, dealt.ways) | (
-                {"class": dealt.identity.to(self.device)} if split == "train" else {}
-            )
+        def inputs(rows: Tensor) -> Tensor:
+            return pool.rows[rows.to(self.device)].long()
 
-        support, query = deal(classes, sentences, sizes, generator)
-        return Task(part(support), part(query))
+        return draw_tasks(pool.cells, sizes, count, generator, inputs, split == "train")
 
 
 def _by_domain(domains: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -174,13 +159,35 @@ def _by_domain(domains: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {split: sorted(label for name in chosen for label in domains[name]) for split, chosen in cut.items()}
 
 
-def _dealt(names: Sequence[str], seed: int, shares: Mapping[str, float]) -> dict[str, set[str]]:
-    """Assign ``names`` to the splits by ``shares``, at random by ``seed``."""
-    shuffled = sorted(names)
-    random.Random(seed).shuffle(shuffled)
-    train = round(shares["train"] * len(names))
-    test = len(names) - round(shares["test"] * len(names))
-    return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
+def of_table(path: str, data_dir: str, split: str, smallest: int, ways: int) -> tuple[dict[str, Sentences], str]:
+    """Return the sentences of a table by split and label, and the name of the data.
+
+    Args:
+        path: a CSV with the columns ``text`` and ``label``, and perhaps ``split``.
+        data_dir: where it is looked up if it is not here.
+        split: ``given``, ``random`` or ``auto`` (see `splits.by_class`).
+        smallest: number of sentences of the smallest label that is of use.
+        ways: number of labels that a split should have at least.
+
+    Raises:
+        UserError: the table is missing or broken, or a label is in two splits.
+    """
+    require(split in ("auto", "given", "random"), f"split must be auto, given or random for a table, not {split}")
+    place = found(path, data_dir)
+    rows = table(read_file(place), str(place), COLUMNS, optional=("split",))
+    examples = splits.Examples(
+        place.stem,
+        "sentences",
+        [row.values["label"] for row in rows],
+        [split_in(row, str(place)) for row in rows],
+        [row.values["text"].casefold() for row in rows],
+    )
+    positions, name = splits.by_class(examples, examples.rows_of(smallest), split, LABEL_SPLIT_SEED, ways)
+    corpus: dict[str, Sentences] = {
+        part: {"": {label: [rows[i].values["text"] for i in own] for label, own in by_label.items()}}
+        for part, by_label in positions.items()
+    }
+    return corpus, f"{place.stem}:{name}"
 
 
 def text(
@@ -192,11 +199,13 @@ def text(
     train_queries: int | None = None,
     uneven: bool = False,
     dataset: Literal["auto", "toy", "clinc150", "banking77"] = "auto",
-    split: Literal["auto", "01", "02", "03", "04", "05", "random", "domains"] = "auto",
+    split: Literal["auto", "01", "02", "03", "04", "05", "random", "domains", "given"] = "auto",
     grams: tuple[int, int] = (3, 5),
     buckets: int = 4096,
+    path: str | None = None,
     device: str = "cpu",
     data_dir: str = "data",
+    typed: Collection[str] | None = None,
 ) -> Text:
     """Tasks whose classes training has not seen.
 
@@ -211,16 +220,26 @@ def text(
             one number for all its classes.
         dataset: ``clinc150``, ``banking77``, ``toy``, or ``auto``: clinc150 if it is there, else toy.
         split: number of a published label split, ``random`` (thirds of the labels by a fixed seed), ``domains``
-            (clinc150 only: test domains are new too), or ``auto``: 01 if it is there, else random.
+            (clinc150 only: test domains are new too), or ``auto``: 01 if it is there, else random. For ``path``:
+            ``given`` (by its column ``split``), ``random``, or ``auto``: given if there is such a column.
         grams: length of the shortest and longest character n-gram.
         buckets: number of ids that the n-grams share.
+        path: the user's CSV with the columns ``text`` and ``label``, and perhaps ``split``, in place of ``dataset``.
         device: where the sentences live.
         data_dir: holds the folders ``clinc150`` and ``banking77``.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
 
     Raises:
         UserError: data are missing or damaged.
     """
-    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+    asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+    asked.sizes()
+    if path is not None:
+        require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
+        smallest, fewest = range_of("shots", shots).most + 1, range_of("ways", ways).least
+        corpus, name = of_table(path, data_dir, split, smallest, fewest)
+        return Text(corpus, name, asked, grams, buckets, device, typed)
+    require(split != "given", "split=given is for a table of your own; set path too, or choose another split")
     if dataset == "auto":
         dataset = "clinc150" if intents.is_there(data_dir, "clinc150") else "toy"
         if dataset == "toy":
@@ -230,7 +249,9 @@ def text(
     require(split != "domains" or dataset != "banking77", "split=domains is for clinc150; banking77 has no domains")
     if dataset == "toy":
         require(split == "auto", f"split={split} is for clinc150 and banking77; the toy language has one split")
-        return Text({part: {"": cells} for part, cells in toy_classes().items()}, "toy", sizes, grams, buckets, device)
+        return Text(
+            {part: {"": cells} for part, cells in toy_classes().items()}, "toy", asked, grams, buckets, device, typed
+        )
     by_label = intents.clinc150(data_dir) if dataset == "clinc150" else intents.banking77(data_dir)
     if split == "auto":
         split = "01" if intents.has_label_splits(data_dir, dataset) else "random"
@@ -240,17 +261,19 @@ def text(
         labels = _by_domain(intents.clinc150_domains(data_dir, by_label))
     elif split == "random":
         shares = {"train": 1 / 3, "val": 1 / 3, "test": 1 / 3}
-        labels = {part: sorted(chosen) for part, chosen in _dealt(list(by_label), LABEL_SPLIT_SEED, shares).items()}
+        labels = {
+            part: sorted(chosen) for part, chosen in splits.dealt(list(by_label), LABEL_SPLIT_SEED, shares).items()
+        }
     else:
         labels = intents.label_split(data_dir, dataset, split, by_label)
-    corpus = {part: {"": {label: by_label[label] for label in chosen}} for part, chosen in labels.items()}
-    return Text(corpus, f"{dataset}:{split}", sizes, grams, buckets, device)
+    chosen = {part: {"": {label: by_label[label] for label in names}} for part, names in labels.items()}
+    return Text(chosen, f"{dataset}:{split}", asked, grams, buckets, device, typed)
 
 
 def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:
     """Return corpora that share neither a language nor a meaning, with one sentence per meaning and language."""
-    languages = _dealt(list({s.language for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
-    meanings = _dealt(list({s.meaning for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
+    languages = splits.dealt(list({s.language for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
+    meanings = splits.dealt(list({s.meaning for s in sentences}), LANGUAGE_SPLIT_SEED, SHARES)
     corpus: dict[str, dict[str, dict[str, list[str]]]] = {split: {} for split in languages}
     seen = set()
     for sentence in sentences:
@@ -276,6 +299,7 @@ def text_crosslingual(
     buckets: int = 4096,
     device: str = "cpu",
     data_dir: str = "data",
+    typed: Collection[str] | None = None,
 ) -> Text:
     """Tasks within one language, with new languages in test; no test sentence has a translation in training.
 
@@ -294,11 +318,13 @@ def text_crosslingual(
         buckets: number of ids that the n-grams share.
         device: where the sentences live.
         data_dir: holds the folders ``xsid`` and ``nusax_senti``.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
 
     Raises:
         UserError: data are missing or damaged.
     """
-    sizes = task_sizes(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+    asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+    asked.sizes()
     if dataset == "auto":
         dataset = "xsid" if intents.is_there(data_dir, "xsid") else "toy"
         if dataset == "toy":
@@ -307,4 +333,4 @@ def text_crosslingual(
         sentences = toy_languages()
     else:
         sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
-    return Text(_parallel_splits(sentences), f"{dataset}:languages", sizes, grams, buckets, device)
+    return Text(_parallel_splits(sentences), f"{dataset}:languages", asked, grams, buckets, device, typed)

@@ -125,7 +125,7 @@ def test_cognates_share_n_grams_and_other_words_do_not():
 def test_tasks_of_the_parallel_corpus_stay_inside_one_language():
     family = text_crosslingual(dataset="toy")
     pool = family.pools["test"]
-    language_of = torch.arange(len(pool.size)).repeat_interleave(pool.size.sum(1))
+    language_of = torch.arange(len(pool.cells.size)).repeat_interleave(pool.cells.size.sum(1))
     tasks = family.sample("test", 20, generator())
     for i in range(20):
         rows = torch.cat([part["x"][i] for part in tasks[:2]]).int()
@@ -154,7 +154,11 @@ def test_published_sets_have_their_published_sizes():
 
 def test_domains_of_clinc150_are_disjoint():
     family = text(dataset="clinc150", split="domains", data_dir=real("clinc150"))
-    assert {split: pool.size.shape[1] for split, pool in family.pools.items()} == {"train": 90, "val": 15, "test": 45}
+    assert {split: pool.cells.size.shape[1] for split, pool in family.pools.items()} == {
+        "train": 90,
+        "val": 15,
+        "test": 45,
+    }
 
 
 @pytest.mark.parametrize(("shots", "published"), [(1, 0.787), (5, 0.949)])
@@ -220,7 +224,7 @@ def test_without_label_splits_the_labels_are_dealt_at_random_and_the_data_are_na
     banking(tmp_path / "a", cells)
     family = text(ways=2, queries=2, dataset="banking77", data_dir=str(tmp_path / "a"))
     assert family.dataset.startswith("banking77:random:")
-    assert [len(pool.size[0]) for pool in family.pools.values()] == [5, 5, 5]
+    assert [len(pool.cells.size[0]) for pool in family.pools.values()] == [5, 5, 5]
     again = text(ways=2, queries=2, dataset="banking77", split="random", data_dir=str(tmp_path / "a"))
     assert again.dataset == family.dataset
     banking(tmp_path / "b", cells | {"label3": ["other"] * 6})

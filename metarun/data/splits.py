@@ -1,0 +1,189 @@
+"""Assigning classes to training, validation and test."""
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from metarun.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
+"""Share of the classes in each split that is drawn."""
+VALIDATION = 0.2
+"""Share of the training classes that become validation classes where the data have none."""
+NAMED = 5
+"""The most classes that a message names."""
+
+
+def dealt(names: Iterable[str], seed: int, shares: Mapping[str, float], fewest: int = 0) -> dict[str, set[str]]:
+    """Assign ``names`` to the splits by ``shares``, at random by ``seed``.
+
+    Each split of ``shares`` has at least ``fewest`` names, or an equal share where there are too few for that.
+    """
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    fewest = min(fewest, len(shuffled) // max(len(shares), 1))
+
+    def size(split: str) -> int:
+        return max(round(shares.get(split, 0) * len(shuffled)), fewest if split in shares else 0)
+
+    test = len(shuffled) - size("test")
+    # Rounding training leaves what remains to validation, unless that would have too few.
+    train = min(size("train"), test - (fewest if "val" in shares else 0)) if "val" in shares else test
+    return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled examples, in any order."""
+
+    name: str
+    """What the data are called."""
+    what: str
+    """What an example is called, in the plural."""
+    labels: Sequence[str]
+    splits: Sequence[str | None]
+    """The split that the data name for each example."""
+    copies: Sequence[object] = field(default=())
+    """A value for each example, equal for those that are the same; empty: no two are."""
+
+    def rows_of(self, smallest: int, elsewhere: frozenset[object] = frozenset()) -> dict[str, list[int]]:
+        """Return the positions of each class's examples, without copies and without classes that are too small.
+
+        Args:
+            smallest: number of examples of the smallest class that is of use.
+            elsewhere: the examples of another data set, whose copies are left out too.
+        """
+        seen, found, left = set(elsewhere), dict[str, list[int]](), list[str]()
+        for row, label in enumerate(self.labels):
+            if self.copies:
+                if self.copies[row] in seen:
+                    left.append(label)
+                    continue
+                seen.add(self.copies[row])
+            found.setdefault(label, []).append(row)
+        if left:
+            log.info(
+                "%s: %d %s are copies of others and are left out, such as one of %s.",
+                *(self.name, len(left), self.what, left[0]),
+            )
+        small = {label: len(rows) for label, rows in sorted(found.items()) if len(rows) < smallest}
+        if small:
+            log.info(
+                "%s: classes with fewer than %d %s are left out: %s.",
+                *(self.name, smallest, self.what, listed([f"{label} ({n})" for label, n in small.items()])),
+            )
+        return {label: rows for label, rows in sorted(found.items()) if label not in small}
+
+
+def lists_in(folder: Path, labels: Iterable[str]) -> dict[str, set[str]]:
+    """Return the classes of each split by the files ``train.txt``, ``val.txt`` and ``test.txt`` of a folder.
+
+    A line holds the name of a class, or the last part of its name.
+
+    Raises:
+        UserError: a file cannot be read, or a line names no class, or one that another line names too.
+    """
+    labels = list(labels)
+    by_name = {label.rpartition("/")[2]: label for label in labels} | {label: label for label in labels}
+    split: dict[str, set[str]] = {}
+    place: dict[str, str] = {}
+    for part in SHARES:
+        path = folder / f"{part}.txt"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); put lists of classes there, or choose task.split=random."
+            ) from error
+        split[part] = set()
+        for number, line in enumerate(map(str.strip, lines), 1):
+            here = f"{path}, line {number}"
+            if line and line not in by_name:
+                raise UserError(f"{here}, names {line!r}, which is not a class of the data; mend or delete the line.")
+            if line and by_name[line] in place:
+                raise UserError(
+                    f"{here}, names {line!r}, as {place[by_name[line]]} does; let each class have one split."
+                )
+            if line:
+                place[by_name[line]] = here
+                split[part].add(by_name[line])
+    return split
+
+
+def given(examples: Examples, rows: Mapping[str, Sequence[int]]) -> dict[str, set[str]]:
+    """Return the classes of each split that the data name themselves.
+
+    Raises:
+        UserError: a class is in two splits, or has examples in none.
+    """
+    split: dict[str, set[str]] = {part: set() for part in SHARES}
+    for label, own in rows.items():
+        parts = {examples.splits[row] for row in own}
+        if len(parts) > 1 or None in parts:
+            where = " and ".join(sorted(str(part) for part in parts if part)) or "no split"
+            also = " and in none" if None in parts and len(parts) > 1 else ""
+            raise UserError(
+                f"{examples.name}: class {label} is in {where}{also}, but test classes must be new; give each class "
+                "one split, or choose task.split=random, which draws whole classes."
+            )
+        split[str(parts.pop())].add(label)
+    return split
+
+
+def by_class(
+    examples: Examples,
+    rows: Mapping[str, Sequence[int]],
+    option: str,
+    seed: int,
+    ways: int,
+    lists: Path | None = None,
+    testing: bool = True,
+) -> tuple[dict[str, dict[str, list[int]]], str]:
+    """Return the positions of examples by split and class, and the name of the split.
+
+    Args:
+        examples: the data.
+        rows: positions of the examples by class (`Examples.rows_of`).
+        option: ``given`` (by the data), ``random``, ``lists``, or ``auto``: given if the data name splits.
+        seed: of random splits.
+        ways: number of classes that a split should have at least.
+        lists: the folder of the option ``lists``.
+        testing: whether test tasks are made of these data.
+
+    Raises:
+        UserError: the data do not name their splits, or a split has no class.
+    """
+    has_splits = any(part is not None for part in examples.splits)
+    if option == "auto":
+        option = "given" if has_splits else "random"
+    if option == "given" and not has_splits:
+        raise UserError(f"{examples.name} names no splits; choose task.split=random.")
+    shares = SHARES if testing else {"train": 1 - VALIDATION, "val": VALIDATION}
+    if option == "random":
+        split, name = dealt(rows, seed, shares, ways), f"random{seed}"
+    else:
+        split = given(examples, rows) if option == "given" or lists is None else lists_in(lists, rows)
+        name = "given" if option == "given" or lists is None else lists.name
+        if not split["val"]:
+            log.info("%s names no validation classes, so a fifth of its training classes become these.", examples.name)
+            split |= dealt(split["train"], seed, {"train": 1 - VALIDATION, "val": VALIDATION}, ways) | {
+                "test": split["test"]
+            }
+    wanted = [part for part in SHARES if testing or part != "test"]
+    for part in wanted:
+        if not split[part]:
+            raise UserError(
+                f"{examples.name} has no {part} class with enough {examples.what} (of {len(rows)} such classes); add "
+                "some, or choose task.split=random."
+            )
+    return {part: {label: list(rows[label]) for label in sorted(split[part])} for part in wanted}, name

@@ -1,0 +1,193 @@
+"""Few-shot classification of vectors that the user has computed: N ways, K shots."""
+
+import hashlib
+import zipfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarun.contracts import Numbers, Sizes, Spec, Split, Task
+from metarun.data import splits
+from metarun.data.files import DAMAGED, PARTS, found
+from metarun.errors import UserError
+from metarun.targets.classes import ACCURACY, Classes
+from metarun.tasks.few_shot import Asked, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for
+
+LARGEST_ARRAY = 2**36
+"""Bytes of the largest array that is read."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Turns vectors into the tensor that a model takes."""
+
+    mean: tuple[float, ...]
+    """Mean of each number over the training vectors; 0 without standardisation."""
+    std: tuple[float, ...]
+    """Standard deviation of each number, 1 where it never changes; 1 without standardisation."""
+
+    def __call__(self, vectors: Sequence[Sequence[float]] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """Return vectors ``[n, numbers]`` standardised, in the default dtype.
+
+        Raises:
+            UserError: they have another width, or are not finite numbers.
+        """
+        x = torch.as_tensor(np.asarray(vectors), dtype=torch.get_default_dtype())
+        if x.ndim != 2 or x.shape[1] != len(self.mean):
+            raise UserError(f"The vectors must have shape [vectors, {len(self.mean)}], not {list(x.shape)}.")
+        if not bool(x.isfinite().all()):
+            row = int((~x.isfinite()).any(1).nonzero()[0])
+            raise UserError(f"Vector {row} (counted from 0) holds a number that is not finite; mend or remove it.")
+        return (x - x.new_tensor(self.mean)) / x.new_tensor(self.std)
+
+
+def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and type that the header of an array declares, without reading the array."""
+    with archive.open(info) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, kind = read(file)
+        except Exception as error:  # a broken header raises what numpy's parser happens to meet
+            raise ValueError(f"{info.filename} has a broken header") from error
+        size = int(np.prod(shape, dtype=object)) * kind.itemsize
+        if kind.hasobject:
+            raise ValueError(f"{info.filename} holds Python objects; save numbers or texts")
+        if size > min(info.file_size, LARGEST_ARRAY):
+            raise ValueError(f"{info.filename} declares {size} bytes and has {info.file_size}")
+    return shape, kind
+
+
+def arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the arrays ``x``, ``y`` and, if there, ``split`` of a file; headers are checked before memory is spent.
+
+    Raises:
+        UserError: the file is missing, damaged or lacks an array, or shapes do not agree.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = {
+                info.filename.removesuffix(".npy"): _declared(archive, info)
+                for info in archive.infolist()
+                if info.filename in ("x.npy", "y.npy", "split.npy")
+            }
+        for name in ("x", "y"):
+            if name not in declared:
+                raise UserError(f"{path} holds no array {name}; save it with numpy.savez(path, x=vectors, y=labels).")
+        shape = declared["x"][0]
+        if len(shape) != 2 or not all(shape) or declared["x"][1].kind not in "fiub":
+            raise UserError(f"{path}: x must be numbers of shape [examples, numbers], not {list(shape)}.")
+        for name, (own, _) in declared.items():
+            if name != "x" and own != shape[:1]:
+                raise UserError(f"{path}: {name} must have shape {list(shape[:1])}, as x has rows, not {list(own)}.")
+        with np.load(path, allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in declared}
+    except DAMAGED as error:
+        raise UserError(f"{path} is not a file of numpy.savez, or is damaged ({error}); save it again.") from error
+
+
+def _part(path: Path, row: int, value: str) -> str:
+    """Return the split that a row names."""
+    if value.lower() not in PARTS:
+        raise UserError(f"{path}: row {row} (from 0) has the split {value!r}; write train, val or test.")
+    return PARTS[value.lower()]
+
+
+class Features:
+    """Tasks of ``ways`` classes; ``x [examples, numbers]``, ``y [examples, ways]`` one-hot. Test classes are new.
+
+    Args:
+        path: a file of ``numpy.savez`` with ``x [examples, numbers]``, ``y [examples]`` (numbers or texts, equal within
+            a class), and perhaps ``split [examples]`` (``train``, ``val`` or ``test``).
+        ways: number of classes of a task, at least 2, or a range from which each task draws it.
+        shots: number of support examples per class, at least 1; or a range from which each task draws this number.
+        queries: number of query examples per class of a validation or test task, at least 1.
+        train_ways: number of classes of a training task, for learners that allow it; null: ``ways``.
+        train_shots: number of support examples per class in training, or a range; null: ``shots``.
+        train_queries: number of query examples per class in training; null: ``queries``.
+        uneven: whether each class draws its own number of support examples from a range, instead of each task drawing
+            one number for all its classes.
+        split: ``given`` (by the array ``split``), ``random`` (by class and ``split_seed``), or ``auto``: given if there
+            is such an array.
+        split_seed: seed of a random split.
+        standardise: whether each number is scaled to mean 0 and standard deviation 1 of the training examples.
+        device: where the vectors live.
+        data_dir: where the path is looked up if it does not exist here.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
+
+    Raises:
+        UserError: the file is missing or broken, or a class is in two splits.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        ways: Ways = 5,
+        shots: Shots = 1,
+        queries: int = 15,
+        train_ways: Ways | None = None,
+        train_shots: Shots | None = None,
+        train_queries: int | None = None,
+        uneven: bool = False,
+        split: Literal["auto", "given", "random"] = "auto",
+        split_seed: int = 0,
+        standardise: bool = True,
+        device: str = "cpu",
+        data_dir: str = "data",
+        typed: Collection[str] | None = None,
+    ) -> None:
+        asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+        asked.sizes()
+        place = found(path, data_dir)
+        held = arrays(place)
+        x = torch.as_tensor(held["x"], dtype=torch.get_default_dtype())
+        if not bool((finite := x.isfinite().all(1)).all()):
+            row = int((~finite).nonzero()[0])
+            raise UserError(f"{place}: row {row} (from 0) of x holds a number that is not finite; mend or remove it.")
+        own = held.get("split", [None] * len(x))
+        parts = [None if value is None else _part(place, row, str(value)) for row, value in enumerate(own)]
+        examples = splits.Examples(place.stem, "examples", [str(label) for label in held["y"].tolist()], parts)
+        fewest, several = range_of("shots", shots).most + 1, range_of("ways", ways).least
+        positions, split_name = splits.by_class(examples, examples.rows_of(fewest), split, split_seed, several)
+        orders = {
+            part: torch.tensor([row for rows in by_label.values() for row in rows])
+            for part, by_label in positions.items()
+        }
+        self.cells = {
+            part: cells_of(torch.tensor([[len(rows) for rows in by_label.values()]]))
+            for part, by_label in positions.items()
+        }
+        training = x[orders["train"]].double()
+        mean, std = training.mean(0), training.std(0, correction=0)
+        std = torch.where(std > 0, std, 1.0)
+        if not standardise:
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        self.prepare = Vectors(tuple(mean.tolist()), tuple(std.tolist()))
+        self.rows = {part: self.prepare(x[order]).to(device) for part, order in orders.items()}
+        self.device = device
+        content = hashlib.sha256(repr({part: [*map(len, by.values())] for part, by in positions.items()}).encode())
+        for rows in self.rows.values():
+            content.update(rows.cpu().numpy().tobytes())
+        name = ":".join([place.stem, split_name, content.hexdigest()[:6]])
+        self.sizes = sizes_for(asked, {part: cells.size for part, cells in self.cells.items()}, name, "examples", typed)
+        others = self.sizes[False]
+        self.dataset = ":".join([name, *others.text()])
+        self.spec = Spec(
+            Numbers((x.shape[1],)),
+            Classes(others.ways),
+            Sizes(others.shots.most, others.queries, others.ways, self.sizes[True].ways, len(positions["train"])),
+            metrics=(ACCURACY,),
+        )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """Draw ``count`` tasks; leaves ``[count, examples, ...]``, and ``class`` as well for training tasks."""
+
+        def inputs(examples: Tensor) -> Tensor:
+            return self.rows[split][examples.to(self.device)]
+
+        return draw_tasks(self.cells[split], self.sizes[split == "train"], count, generator, inputs, split == "train")

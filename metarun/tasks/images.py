@@ -1,0 +1,221 @@
+"""Few-shot classification of pictures that the user has: a folder per class, an index, or an archive of these."""
+
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
+from metarun.data import splits
+from metarun.data.augment import AUGMENTATIONS, augmented
+from metarun.data.files import Files, found
+from metarun.data.pictures import Pictures, decoded, found_in
+from metarun.data.store import Store, stored
+from metarun.errors import require
+from metarun.nn.ops import unit_rows
+from metarun.targets.classes import ACCURACY, Classes
+from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for
+
+LARGEST_SIZE = 512
+MEASURED = 5000
+"""Number of training pictures, evenly spaced, that mean and standard deviation are computed of."""
+BINS = 8
+"""Bins per channel of the colour histograms that ``centroid`` compares."""
+
+
+class Pool(NamedTuple):
+    """The pictures of one split."""
+
+    rows: Tensor
+    """Pixels ``[pictures of the data set, channels, size, size]``, uint8."""
+    order: Tensor
+    """The rows of the split, sorted by class."""
+    cells: Cells
+    """Where each class is in ``order``."""
+
+
+def measured(rows: Tensor, order: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel, with white as 1, rounded to four digits."""
+    some = order[:: len(order) // MEASURED + 1]
+    sums = torch.zeros(2, rows.shape[1], dtype=torch.float64)
+    for first in range(0, len(some), 256):
+        x = rows[some[first : first + 256]].double() / 255
+        sums += torch.stack([x.mean((2, 3)).sum(0), x.square().mean((2, 3)).sum(0)])
+    mean, square = sums / len(some)
+    std = (square - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+
+
+def colours(x: Tensor) -> Tensor:
+    """Return the square roots of joint histograms of colour: pixels ``[n, 3, h, w]`` of 0 to 1 → ``[n, BINS³]``."""
+    bins = (x * BINS).long().clamp(0, BINS - 1)
+    joint = ((bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]).flatten(1)
+    counts = x.new_zeros(len(x), BINS**3).scatter_add(1, joint, torch.ones_like(joint, dtype=x.dtype))
+    return unit_rows(counts.sqrt())
+
+
+class Images:
+    """Tasks of ``ways`` classes; ``x [pictures, channels, size, size]`` normalised, ``y [pictures, ways]`` one-hot.
+
+    Pictures are decoded and resized once, one by one, into a file of the cache, and stay there as bytes on the CPU. A
+    picture that occurs several times is used once, so none is in two splits. Test classes are new.
+
+    Args:
+        path: a folder or a zip with a folder per class at any depth, with ``train``, ``val`` and ``test`` folders of
+            such, with an ``index.csv``, or with ``train.csv``, ``val.csv`` and ``test.csv`` next to a folder
+            ``images``; or an index: a CSV with the columns ``path``, ``class`` and perhaps ``split``.
+        ways: number of classes of a task, at least 2, or a range from which each task draws it.
+        shots: number of support pictures per class, at least 1; or a range from which each task draws this number.
+        queries: number of query pictures per class of a validation or test task, at least 1.
+        train_ways: number of classes of a training task, for learners that allow it; null: ``ways``.
+        train_shots: number of support pictures per class in training, or a range; null: ``shots``.
+        train_queries: number of query pictures per class in training; null: ``queries``.
+        uneven: whether each class draws its own number of support pictures from a range, instead of each task drawing
+            one number for all its classes.
+        split: ``given`` (by the data), ``random`` (by class and ``split_seed``), ``auto`` (given if the data name
+            splits, else random), or a folder with lists of classes ``train.txt``, ``val.txt`` and ``test.txt``.
+        split_seed: seed of a random split.
+        test_path: other data whose classes are all test classes; null: test classes are of ``path``.
+        class_of: a regular expression, searched in each picture's path, whose group is the class; null: the folder.
+        image_size: edge in pixels to which pictures are resized, 16 to 512.
+        channels: 3 for RGB, 1 for grey.
+        crop: the part of each picture that is kept: left, top, right and bottom as shares of width and height.
+        augment: what changes training pictures at random: some of ``flip``, ``crop`` and ``colour``.
+        device: where the pictures live.
+        data_dir: where paths are looked up that do not exist here.
+        typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
+
+    Raises:
+        UserError: data are missing or broken, or a class is in two splits.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        ways: Ways = 5,
+        shots: Shots = 1,
+        queries: int = 15,
+        train_ways: Ways | None = None,
+        train_shots: Shots | None = None,
+        train_queries: int | None = None,
+        uneven: bool = False,
+        split: str = "auto",
+        split_seed: int = 0,
+        test_path: str | None = None,
+        class_of: str | None = None,
+        image_size: int = 84,
+        channels: int = 3,
+        crop: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+        augment: Sequence[str] = (),
+        device: str = "cpu",
+        data_dir: str = "data",
+        typed: Collection[str] | None = None,
+    ) -> None:
+        asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
+        asked.sizes()
+        require(16 <= image_size <= LARGEST_SIZE, f"image_size must be 16 to {LARGEST_SIZE}, not {image_size}")
+        require(channels in (1, 3), f"channels must be 3 (RGB) or 1 (grey), not {channels}")
+        left, top, right, bottom = crop
+        require(
+            0 <= left < right <= 1 and 0 <= top < bottom <= 1,
+            f"crop must be left, top, right and bottom from 0 to 1, not {list(crop)}",
+        )
+        unknown = sorted(set(augment) - set(AUGMENTATIONS))
+        require(not unknown, f"augment must hold some of {', '.join(AUGMENTATIONS)}, not {', '.join(unknown)}")
+        require("colour" not in augment or channels == 3, "augment=[colour] is for channels=3, and these are grey")
+        require(_has_one_group(class_of), f"class_of must be a regular expression with one group, not {class_of!r}")
+        form = Pictures(image_size, channels, (left, top, right, bottom))
+        self.augment, self.device = tuple(name for name in AUGMENTATIONS if name in augment), device
+
+        source = found(path, data_dir)
+        own, store = _read(source, class_of, form)
+        other = None
+        if test_path is not None:
+            elsewhere = found(test_path, data_dir, "task.test_path")
+            other = (elsewhere, *_read(elsewhere, class_of, form))
+        fewest = range_of("shots", shots).most + 1
+        copied = frozenset(other[2].digests) if other else frozenset()
+        lists = None if split in ("auto", "given", "random") else found(split, data_dir, "task.split")
+        rows, split_name = splits.by_class(
+            own,
+            own.rows_of(fewest, copied),
+            "lists" if lists else split,
+            split_seed,
+            range_of("ways", ways).least,
+            lists,
+            testing=other is None,
+        )
+        stores = dict.fromkeys(rows, store)
+        name = [own.name, split_name]
+        if other is not None:
+            rows["test"], stores["test"] = other[1].rows_of(fewest), other[2]
+            name.append(f"test={other[1].name}")
+        digests = hashlib.sha256()
+        self.pools, self.classes = {}, {}
+        for part, by_label in rows.items():
+            order = [row for positions in by_label.values() for row in positions]
+            digests.update(f"{part} {[len(positions) for positions in by_label.values()]}".encode())
+            digests.update(b"".join(stores[part].digests[row] for row in order))
+            cells = cells_of(torch.tensor([[len(positions) for positions in by_label.values()]], dtype=torch.long))
+            self.pools[part] = Pool(stores[part].rows, torch.tensor(order, dtype=torch.long), cells)
+            self.classes[part] = list(by_label)
+        name += [f"{image_size}px" + ("" if channels == 3 else ":grey"), digests.hexdigest()[:6]]
+        counts = {part: pool.cells.size for part, pool in self.pools.items()}
+        self.sizes = sizes_for(asked, counts, ":".join(name), "pictures", typed)
+        others = self.sizes[False]
+        self.dataset = ":".join([*name, *others.text()])
+        mean, std = measured(store.rows, self.pools["train"].order)
+        self.prepare = Pictures(image_size, channels, form.crop, mean, std)
+        if device != "cpu":
+            held = {id(part.rows): part.rows.to(device) for part in stores.values()}
+            self.pools = {part: pool._replace(rows=held[id(pool.rows)]) for part, pool in self.pools.items()}
+        self.spec = Spec(
+            Numbers((channels, image_size, image_size)),
+            Classes(others.ways),
+            Sizes(others.shots.most, others.queries, others.ways, self.sizes[True].ways, len(self.classes["train"])),
+            metrics=(ACCURACY,),
+            facts=Facts(features=lambda x: colours(self.prepare.shares(x))) if channels == 3 else Facts(),
+        )
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """Draw ``count`` tasks; leaves ``[count, pictures, ...]``, and ``class`` as well for training tasks."""
+        pool = self.pools[split]
+
+        def inputs(examples: Tensor) -> Tensor:
+            pixels = pool.rows[pool.order[examples].to(self.device)]
+            if split == "train" and self.augment:
+                pixels = augmented(pixels.flatten(0, 1), self.augment, generator).reshape(pixels.shape)
+            return self.prepare.normalised(pixels)
+
+        return draw_tasks(pool.cells, self.sizes[split == "train"], count, generator, inputs, split == "train")
+
+
+def _has_one_group(pattern: str | None) -> bool:
+    """Whether there is no pattern, or one with a group."""
+    try:
+        return pattern is None or re.compile(pattern).groups == 1
+    except re.error:
+        return False
+
+
+def _read(source: Path, class_of: str | None, form: Pictures) -> tuple[splits.Examples, Store]:
+    """Return the pictures of a data set with their labels, decoded."""
+    is_index = source.suffix.lower() in (".csv", ".tsv")
+    with Files(source.parent if is_index else source) as files:
+        pictures = found_in(files, source if is_index else None, class_of)
+        names = [picture.name for picture in pictures]
+        shape = (form.channels, form.size, form.size)
+        store = stored(
+            "images",
+            f"{files.stamp(names)} {form}",
+            len(names),
+            shape,
+            lambda: decoded(files, pictures, form),
+            f"Reading {len(names)} pictures of {source}, once.",
+        )
+    labels, parts = [picture.label for picture in pictures], [picture.split for picture in pictures]
+    return splits.Examples(source.stem if is_index else source.name, "pictures", labels, parts, store.digests), store
