@@ -17,7 +17,6 @@ from metarun.targets.certainty import (
     macro_f1,
 )
 from metarun.targets.classes import ACCURACY, Classes, own_classes
-from metarun.targets.metric import Metric
 from metarun.targets.ranking import AUROC, PRECISION_GAIN, auroc, average_precision, base_rate
 from metarun.targets.weights import mean_over, weight_of
 
