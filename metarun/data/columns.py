@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metarun.data.tables import Source, first_where, words
+from metarun.data.tables import Source, first_where, places, words
 from metarun.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Columns:
                 features[:, place + 1] = np.isnan(values)
             place += 1 + number.flagged
         for category in self.categories:
-            codes = pd.Categorical(words(table[category.name]), categories=category.values).codes
+            codes = places(words(table[category.name]), category.values)
             known = np.flatnonzero(codes >= 0)
             features[known, place + codes[known]] = 1
             place += len(category.values)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from metarun.data.columns import Columns
-from metarun.data.tables import words
+from metarun.data.tables import places, words
 from metarun.errors import UserError
 
 
@@ -134,7 +134,7 @@ class Recipe:
         if self.threshold is not None:
             numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=float)
             return np.where(np.isnan(numbers), -1, numbers > self.threshold).astype(np.int64)
-        return pd.Categorical(words(values), categories=self.classes).codes.astype(np.int64)
+        return places(words(values), self.classes or [])
 
     def _require(self, holds: Any, values: pd.Series, what: str) -> None:
         if not holds.all():

@@ -147,6 +147,9 @@ class Source:
         return f"{path} line {within + 1 + self.header}"
 
     def __str__(self) -> str:
+        folder = self.paths[0].parent
+        if len(self.paths) > 1 and all(path.parent == folder for path in self.paths):
+            return f"{folder} ({len(self.paths)} files)"
         return ", ".join(map(str, self.paths))
 
 
@@ -226,3 +229,8 @@ def words(values: pd.Series) -> pd.Series:
         names = np.array([None if np.isnan(u) else f"{u:.15g}" for u in unique], dtype=object)
         return pd.Series(names[codes], index=values.index, name=values.name, dtype=object)
     return values.astype(object).where(values.notna(), None).map(lambda v: None if v is None else str(v))
+
+
+def places(values: pd.Series, known: Sequence[str]) -> Any:
+    """Return the index of each text in ``known`` as an array of integers; −1 where it is empty or not among them."""
+    return pd.Index(known, dtype=object).get_indexer(values.to_numpy(dtype=object)).astype(np.int64)

@@ -122,7 +122,8 @@ class Draws(NamedTuple):
         """Whether tasks differ in size, so that they are padded."""
         size = self.cells.size[self.tasks]
         ordered_classes = self.cells.when is not None and size.shape[1] > 1
-        return not self.shots.fixed or ordered_classes or int(size.min()) < self.shots.most + self.most_queries
+        asked = self.most_queries * (2 if self.moving else 1)
+        return not self.shots.fixed or ordered_classes or int(size.min()) < self.shots.most + asked
 
     def ways(self, task: Tensor) -> Tensor | None:
         """Return which classes each task has ``[tasks, classes]``; None where every task of the split has all."""
@@ -160,7 +161,8 @@ class Draws(NamedTuple):
         first, there, never = cells.first[task], size > 0, len(cells.row)
         start = torch.zeros_like(size)
         if self.moving:
-            whole = torch.minimum(size, shots + self.most_queries)
+            # In small tasks half of what is not support may come before it, so that not all begin with the first row.
+            whole = shots + ((size - shots + 1) // 2).clamp(max=self.most_queries)
             last_start = cells.when[(first + size - whole).clamp(max=never - 1)].masked_fill(~there, never).amin(1)
             rank = (torch.rand(len(task), generator=generator, dtype=torch.float64) * (last_start + 1)).long()
             start = cells.from_rank(cell, rank[:, None].expand_as(cell)).masked_fill(~there, 0)

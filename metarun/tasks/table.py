@@ -160,7 +160,7 @@ def classes_of(data: Loaded, kind: str, threshold: float | None) -> list[str] | 
     different = values.nunique()
     if different < 2:
         raise UserError(
-            f"{source}: the target {data.goal!r} has a single value, {values.iloc[0]!r}; choose another task.target."
+            f"{source}: the target {data.goal!r} has a single value, {values.iloc[0]}; choose another task.target."
         )
     if threshold is not None:
         numbers = tables.numbers(values, source, "a threshold needs numbers")
@@ -247,6 +247,17 @@ def split_of(data: Loaded, task: Any, names: Sequence[str], tasks: Any, how: Spl
     else:
         parts = dealt(np.arange(len(tasks)), how.shares, how.seed, source)
     return {part: tasks[index] for part, index in parts.items()}
+
+
+def held_out(cell: Any, share: float, seed: int) -> Any:
+    """Return whether each row is among a ``share`` of its cell, at least two rows, drawn by ``seed``."""
+    shuffled = np.random.default_rng(seed).permutation(len(cell))
+    order = shuffled[np.argsort(cell[shuffled], kind="stable")]
+    size = np.bincount(cell)
+    begins = np.cumsum(size) - size
+    rank = np.empty(len(cell), dtype=np.int64)
+    rank[order] = np.arange(len(cell)) - begins[cell[order]]
+    return rank < np.maximum(np.round(share * size), 2)[cell]
 
 
 def without(cells: Cells, data: tuple[Any, Any, Any], rows: Any) -> Cells:
@@ -374,13 +385,14 @@ def table(
     )
     of_split, held = dict.fromkeys(parts, cells), np.zeros(len(task), dtype=bool)
     if validate == "rows":
-        held = np.random.default_rng(split_seed).random(len(task)) < shares[1] / (shares[0] + shares[1])
+        held = held_out(task * classes + label, shares[1] / (shares[0] + shares[1]), split_seed)
         for part, own in {"train": ~held, "val": held}.items():
             inside = without(cells, (task, label, data.time), np.flatnonzero(own))
             enough = (inside.size[parts["train"]] > 0).sum(1).numpy() >= min(classes, 2)
             if not enough.all():
                 raise UserError(
-                    f"{data.source} has too few rows in a task to hold some of them out; set task.validate=tasks."
+                    f"{data.source} has too few rows in a task to hold some of them out; raise task.smallest, or set "
+                    "task.validate=tasks."
                 )
             of_split[part] = inside  # type: ignore[index]
     training = np.isin(task, parts["train"]) & ~held
