@@ -18,12 +18,15 @@ log = logging.getLogger(__name__)
 MOST_VALUES = 64
 """Columns of text with more different values than this are left out, since they identify rows instead of describing
 them."""
+LIMIT = 5.0
+"""Numbers further from the mean than this many standard deviations are cut there, since one such row can make gradient
+descent on a small support set diverge."""
 MOSTLY = 0.5
 """A column of text of which at least this share are numbers is meant to hold numbers."""
 
 
 class Number(NamedTuple):
-    """A column of numbers: (number − mean) / std, and 0 where it is missing."""
+    """A column of numbers: (number − mean) / std, cut at ± ``LIMIT``, and 0 where it is missing."""
 
     name: str
     mean: float
@@ -89,7 +92,7 @@ class Columns:
                     f"Row {row + 1} of the rows: column {number.name!r} must hold numbers, and this cell holds "
                     f"{table[number.name].iloc[row]!r}."
                 )
-            features[:, place] = np.nan_to_num((values - number.mean) / number.std)
+            features[:, place] = np.nan_to_num(((values - number.mean) / number.std).clip(-LIMIT, LIMIT))
             if number.flagged:
                 features[:, place + 1] = np.isnan(values)
             place += 1 + number.flagged
@@ -176,7 +179,7 @@ def said(columns: Columns, dropped: dict[str, str]) -> str:
     """Return a line that says what became of each column."""
     parts = []
     if columns.numbers:
-        parts.append("numbers: " + ", ".join(n.name for n in columns.numbers))
+        parts.append(f"numbers, standardised and cut at {LIMIT:g} deviations: " + ", ".join(n.name for n in columns.numbers))
     if flagged := [n.name for n in columns.numbers if n.flagged]:
         parts.append(f"where missing, the training mean and a feature that says so: {', '.join(flagged)}")
     if columns.categories:
@@ -184,4 +187,4 @@ def said(columns: Columns, dropped: dict[str, str]) -> str:
         parts.append(f"categories, one-hot, zeros where missing or new: {sizes}")
     if dropped:
         parts.append("left out: " + ", ".join(f"{name} ({why})" for name, why in dropped.items()))
-    return f"{len(columns.names)} features, by statistics of training tasks. " + "; ".join(parts)
+    return f"{len(columns.names)} features, by statistics of training tasks alone. " + "; ".join(parts)
