@@ -179,7 +179,9 @@ def said(columns: Columns, dropped: dict[str, str]) -> str:
     """Return a line that says what became of each column."""
     parts = []
     if columns.numbers:
-        parts.append(f"numbers, standardised and cut at {LIMIT:g} deviations: " + ", ".join(n.name for n in columns.numbers))
+        parts.append(
+            f"numbers, standardised and cut at {LIMIT:g} deviations: " + ", ".join(n.name for n in columns.numbers)
+        )
     if flagged := [n.name for n in columns.numbers if n.flagged]:
         parts.append(f"where missing, the training mean and a feature that says so: {', '.join(flagged)}")
     if columns.categories:

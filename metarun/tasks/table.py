@@ -269,9 +269,9 @@ def without(cells: Cells, data: tuple[Any, Any, Any], rows: Any) -> Cells:
 
 
 def table(
-    path: str | Mapping[str, str],
-    by: str,
-    target: str,
+    path: str | Mapping[str, str] | None = None,
+    by: str | None = None,
+    target: str | None = None,
     shots: Shots = 10,
     queries: int | None = None,
     train_shots: Shots | None = None,
@@ -302,6 +302,9 @@ def table(
     data_dir: str = "data",
 ) -> TableTasks:
     """Tasks from a CSV or Parquet file: one for each value of the column ``by``.
+
+    A column that says where a row belongs (``by``, ``order``, ``split``, ``leave_out_column``) is no feature, unless
+    ``features`` names it.
 
     Args:
         path: a file, a folder of ``.csv`` or ``.parquet`` files, or a mapping from names to files, here or in
@@ -342,6 +345,11 @@ def table(
     Raises:
         UserError: a file or column is missing or broken, or a split has too few tasks.
     """
+    if path is None or by is None or target is None:
+        raise ValueError(
+            "a table needs path, its file; by, the column that names the task of a row; and target, the column to be "
+            "predicted: set task.path, task.by and task.target"
+        )
     require_sizes(queries, train_queries, smallest, shares)
     of_shots = range_of("shots", shots)
     of_training = of_shots if train_shots is None else range_of("train_shots", train_shots)
