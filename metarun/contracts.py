@@ -277,6 +277,8 @@ class Report(NamedTuple):
 
     An algorithm's takes (theta, task, loss, adaptation steps), and a family's takes (predict, task), where ``predict``
     is the adapted learner."""
+    matrix: bool = False
+    """Whether the numbers of two axes are counts, which are summed over tasks and shown as a matrix."""
 
 
 class Family(Protocol):

@@ -181,7 +181,7 @@ def measured(experiment: Experiment, index: int, theta: Tree, report: Report) ->
         numbers.append(found.cpu())
         names = family.spec.facts.groups
         groups += [names[i] for i in groups_of(block)] if names else [""] * len(found)
-    return Measured(index, report.axes, report.value, torch.cat(numbers).numpy(), groups)
+    return Measured(index, report.axes, report.value, torch.cat(numbers).numpy(), groups, report.matrix)
 
 
 def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:

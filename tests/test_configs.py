@@ -65,9 +65,12 @@ def names(group):
     return sorted(p.name.removesuffix(".yaml") for p in (CONF / group).iterdir() if p.name.endswith(".yaml"))
 
 
-OWN_DATA = ("images", "features", "grocery", "cells", "faces")
-"""Tasks that have no data without the user's: tests/tasks/test_images.py runs them."""
-TASKS = [task for task in names("task") if task not in OWN_DATA]
+OF_FILES = (
+    *("images", "features", "grocery", "cells", "faces"),
+    *("table", "molecules", "heart", "parkinsons", "glucose"),
+)
+"""Tasks that need files, for which tests/tasks/test_images.py and test_table.py make small ones."""
+WITHOUT_FILES = [task for task in names("task") if task not in OF_FILES]
 
 
 def narrow(model):
@@ -78,7 +81,7 @@ def narrow(model):
 
 
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", WITHOUT_FILES)
 @pytest.mark.parametrize("algo", algorithm_names())
 def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
     more = ("train.steps=20", "train.eval_every=20") if task in TWENTY else ()
@@ -107,7 +110,7 @@ def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
 
 @pytest.mark.parametrize(
     ("algo", "task"),
-    [*(("maml", task) for task in TASKS), ("cnp", "sinusoid"), ("shared_model", "omniglot"), ("rl2", "bandit")],
+    [*(("maml", task) for task in WITHOUT_FILES), ("cnp", "sinusoid"), ("shared_model", "omniglot"), ("rl2", "bandit")],
 )
 def test_runs_leave_pictures(algo, task, tmp_path):
     """For the metrics of every task, and for algorithms whose adaptation is one step, none, or episodes."""

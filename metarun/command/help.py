@@ -36,6 +36,8 @@ Keys
   eval.episodes            test tasks, the same for every algorithm and seed
   eval.adapt_steps         adaptation steps in validation and test
   eval.seed                for validation and test tasks
+  task.path, by, target    task=table: the file, the column that names a row's task, and the one to be predicted
+  task.leave_out           task=table: the group to be tested on, such as one hospital
   task.ways                classes per task
   task.shots               support examples (per class in classification)
   task.queries             query examples of a test task (per class in classification)
@@ -48,6 +50,7 @@ Examples
   metarun algo=protonet task=omniglot task.ways=20 task.shots=5
   metarun experiment=maml_sinusoid
   metarun algo=maml task=text task.dataset=toy
+  metarun algo=shared_params task=table task.path=visits.csv task.by=patient task.target=pressure
   metarun algo=thompson task=bandit task.arms=10 task.pulls=100
   metarun -m algo=maml,reptile,shared_params,scratch task=sinusoid seed=0,1
   metarun algo=maml task=sinusoid replicas.count=5

@@ -31,11 +31,16 @@ class Measured:
     """An array ``[episodes, …]``."""
     groups: Sequence[str]
     """The kind of each task; the same for all if the task family has only one kind."""
+    matrix: bool = False
+    """Whether the numbers of two axes are counts, which are summed over tasks and shown as a matrix."""
 
 
 def write_measured(path: Path, measured: Sequence[Measured]) -> None:
-    """Write one row per replica, episode and position on the axes."""
+    """Write one row per replica, episode and position on the axes; of a matrix one row per replica and position."""
     first = measured[0]
+    if first.matrix:
+        write_matrix(path, measured)
+        return
     rows = []
     for one in measured:
         for index in np.ndindex(*one.numbers.shape):
@@ -43,6 +48,25 @@ def write_measured(path: Path, measured: Sequence[Measured]) -> None:
             row = {"episode": index[0], "group": one.groups[index[0]], **places}
             rows.append({**row, one.value.name: one.numbers[index], "replica": one.replica})
     write_csv(path, ("episode", "group", *first.axes, first.value.name, "replica"), rows)
+
+
+def shares(measured: Measured) -> tuple[Any, Any]:
+    """Return counts ``[rows, columns]`` over all tasks, and what share each is of its row; NaN in an empty row."""
+    counts = measured.numbers.sum(0)
+    totals = counts.sum(1, keepdims=True)
+    return counts, np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+
+
+def write_matrix(path: Path, measured: Sequence[Measured]) -> None:
+    """Write the count and the share of every position, summed over episodes."""
+    (row_axis, row_names), (column_axis, column_names) = measured[0].axes.items()
+    name, rows = measured[0].value.name, []
+    for one in measured:
+        counts, share = shares(one)
+        for i, j in np.ndindex(*counts.shape):
+            place = {row_axis: row_names[i], column_axis: column_names[j]}
+            rows.append({**place, name: int(counts[i, j]), "share": share[i, j], "replica": one.replica})
+    write_csv(path, (row_axis, column_axis, name, "share", "replica"), rows)
 
 
 def winners(measured: Measured) -> dict[str, dict[str, Counter[str]]]:
@@ -81,6 +105,14 @@ def described(measured: Measured) -> list[str]:
         shown = [i for i in range(len(names)) if i < 2 or (i + 1) % 5 == 0 or i == len(names) - 1]
         values = ", ".join(f"{names[i]}: {measured.value.text(means[i])}" for i in shown)
         return [f"{measured.value.name} by {axis}   {values}"]
+    if measured.matrix:
+        counts, share = shares(measured)
+        (row_axis, names), _ = measured.axes.items()
+        return [
+            f"{row_axis} {name}   {100 * share[i, i]:.1f} % of {counts[i].sum():.0f} correct"
+            for i, name in enumerate(names)
+            if counts[i].sum() > 0
+        ]
     return [
         f"{row}, {group or 'all tasks'}: " + ", ".join(f"{name} {n}" for name, n in counts.most_common())
         for row, by_group in winners(measured).items()
@@ -99,6 +131,9 @@ def plot_measured(path: Path, title: str, measured: Measured) -> None:
         axis.set(title=title, xlabel=axis_name, ylabel=f"test {measured.value.label}")
         save_figure(figure, path)
         return
+    if measured.matrix:
+        plot_matrix(path, title, measured)
+        return
     (row_axis, rows), (column_axis, columns) = measured.axes.items()
     found = winners(measured)
     figure = Figure(figsize=(1.2 + 2.4 * max(len(rows), 2), 3.6), layout="constrained")
@@ -116,4 +151,28 @@ def plot_measured(path: Path, title: str, measured: Measured) -> None:
     panels[0].set_ylabel("test tasks (%)")
     panels[-1].legend(title=column_axis, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
+    save_figure(figure, path)
+
+
+MOST_WRITTEN = 12
+"""Number of rows of a matrix up to which the shares are written into its cells."""
+
+
+def plot_matrix(path: Path, title: str, measured: Measured) -> None:
+    """Plot the share that each position has of its row, as shades of one colour."""
+    (row_axis, rows), (column_axis, columns) = measured.axes.items()
+    _, share = shares(measured)
+    side = 1.8 + 0.45 * max(len(rows), len(columns), 4)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(title=title, xlabel=column_axis, ylabel=row_axis)
+    if len(rows) <= MOST_WRITTEN:
+        for i, j in np.ndindex(*share.shape):
+            if np.isfinite(share[i, j]):
+                colour = "white" if share[i, j] > 0.6 else "black"
+                axis.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label=f"share of the {row_axis} (%)")
     save_figure(figure, path)

@@ -1,0 +1,236 @@
+"""Tables from files: what is read, and what is wrong with it, by file, line and column."""
+
+import csv
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from metarun.errors import UserError
+
+BINARY = (".parquet", ".pq")
+FILE = "file"
+"""The column that says which file a row comes from, where a table has several files."""
+
+
+def found(path: str, data_dir: str) -> Path:
+    """Return where a file or folder is: at ``path``, or at ``path`` in ``data_dir``.
+
+    Raises:
+        UserError: it is at neither.
+    """
+    places = [Path(path), Path(data_dir) / path]
+    for place in places:
+        if place.exists():
+            return place
+    raise UserError(f"There is no {places[0]}, neither here nor in {data_dir}; set task.path to a file that exists.")
+
+
+def files_of(path: str | Mapping[str, str], data_dir: str) -> dict[str, Path]:
+    """Return the files of a table by name: one file, those of a folder by their stems, or those that are named.
+
+    Raises:
+        UserError: a file does not exist, or a folder has no tables.
+    """
+    if not isinstance(path, str):
+        return {name: found(one, data_dir) for name, one in path.items()}
+    place = found(path, data_dir)
+    if not place.is_dir():
+        return {place.stem: place}
+    inside = sorted(p for p in place.iterdir() if p.suffix in (".csv", *BINARY))
+    if not inside:
+        raise UserError(f"{place} has no .csv and no .parquet file; set task.path to one file, or to a folder of them.")
+    return {p.stem: p for p in inside}
+
+
+def _names(path: Path, separator: str, columns: Sequence[str] | None) -> list[str]:
+    """Return the names of a CSV file's columns, checked against the first line."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        first = next((row for row in csv.reader(file, delimiter=separator) if row), None)
+    if first is None:
+        raise UserError(
+            f"{path} is empty; it must hold a header line with the names of the columns, then a line per row."
+        )
+    if columns is not None:
+        if len(columns) != len(first):
+            raise UserError(
+                f"{path} has {len(first)} cells in line 1, and task.columns names {len(columns)}; name each column."
+            )
+        return list(columns)
+    names = [name.strip() for name in first]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r} in its header; rename one of them.")
+    if len(names) == 1:
+        other = next((s for s in (",", ";", "\t", "|") if s != separator and s in names[0]), None)
+        remedy = f"set task.separator={other!r}" if other else "set task.separator to what stands between its cells"
+        raise UserError(f"{path} has a single column, {names[0]!r}; {remedy}.")
+    return names
+
+
+def _csv(path: Path, separator: str, columns: Sequence[str] | None, missing: Sequence[str]) -> pd.DataFrame:
+    names = _names(path, separator, columns)
+    with warnings.catch_warnings():
+        # Cells beyond the last column would be dropped with a warning, or become an index.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        return pd.read_csv(
+            path,
+            sep=separator,
+            names=names,
+            header=0 if columns is None else None,
+            index_col=False,
+            na_values=list(missing),
+            skipinitialspace=True,
+            low_memory=False,
+            encoding="utf-8-sig",
+        )
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs pyarrow to be read; pip install 'metarun[parquet]', or save it as CSV."
+        ) from error
+
+
+def read(path: Path, separator: str, columns: Sequence[str] | None, missing: Sequence[str]) -> pd.DataFrame:
+    """Return the table in a file.
+
+    Args:
+        path: a ``.parquet`` file, or text with a separator.
+        separator: what stands between the cells of a text file.
+        columns: names of the columns of a text file that has no header; None: the first line is the header.
+        missing: what a cell holds where nothing is known, besides nothing and NA.
+
+    Raises:
+        UserError: the file is not such a table; the sentence names the file and, where there is one, the line.
+    """
+    if path.suffix == ".npz":
+        raise UserError(f"{path} is not a table; choose task=molecules for packed fingerprints with labels.")
+    try:
+        table = _parquet(path) if path.suffix in BINARY else _csv(path, separator, columns, missing)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as CSV in UTF-8.") from error
+    except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as error:
+        reason = str(error).replace("Error tokenizing data. C error: ", "").strip().rstrip(".")
+        raise UserError(f"{path} has lines with other numbers of cells ({reason}); mend that line.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); set task.path to a CSV or Parquet file.") from error
+    if not len(table):
+        raise UserError(f"{path} has a header and no rows; it must hold a line per row.")
+    return table
+
+
+class Source:
+    """Where the rows of a table come from, for sentences that name a row."""
+
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int], header: bool, rows: Any = None) -> None:
+        self.paths, self.sizes, self.header = paths, sizes, header
+        self.rows = np.arange(sum(sizes)) if rows is None else rows
+
+    def of(self, rows: Any) -> "Source":
+        """Return the source of the rows with these indices alone."""
+        return Source(self.paths, self.sizes, self.header, self.rows[rows])
+
+    def place(self, row: int) -> str:
+        """Return file and line of the row of this index."""
+        place, ends = int(self.rows[row]), np.cumsum(self.sizes)
+        index = int(np.searchsorted(ends, place, side="right"))
+        path, within = self.paths[index], place - int(ends[index]) + self.sizes[index]
+        if path.suffix in BINARY:
+            return f"{path} row {within + 1}"
+        return f"{path} line {within + 1 + self.header}"
+
+    def __str__(self) -> str:
+        folder = self.paths[0].parent
+        if len(self.paths) > 1 and all(path.parent == folder for path in self.paths):
+            return f"{folder} ({len(self.paths)} files)"
+        return ", ".join(map(str, self.paths))
+
+
+def gather(
+    files: Mapping[str, Path], separator: str, columns: Sequence[str] | None, missing: Sequence[str]
+) -> tuple[pd.DataFrame, Source]:
+    """Return the rows of all files, with a column ``FILE`` where there are several, and where each comes from.
+
+    Raises:
+        UserError: a file is not a table, or files have other columns than the first one.
+    """
+    tables = {name: read(path, separator, columns, missing) for name, path in files.items()}
+    source = Source(list(files.values()), [len(table) for table in tables.values()], columns is None)
+    if len(tables) == 1:
+        return next(iter(tables.values())), source
+    first, *others = tables.items()
+    for name, table in others:
+        if different := set(first[1].columns) ^ set(table.columns):
+            raise UserError(
+                f"{files[name]} and {files[first[0]]} have different columns: only one of them has "
+                f"{sorted(map(str, different))[0]!r}; give all files the same columns."
+            )
+    parts = [table.assign(**{FILE: name}) for name, table in tables.items()]
+    return pd.concat(parts, ignore_index=True), source
+
+
+def column(table: pd.DataFrame, source: Source, key: str, name: str) -> pd.Series:
+    """Return a column that a key of the task names.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    if name not in table:
+        raise UserError(f"{source} has no column {name!r}, which task.{key} names; it has {', '.join(table.columns)}.")
+    return table[name]
+
+
+def first_where(wrong: Any) -> int | None:
+    """Return the index of the first True of an array; None where there is none."""
+    wrong = np.asarray(wrong, dtype=bool)
+    return int(wrong.argmax()) if wrong.any() else None
+
+
+def require_filled(values: pd.Series, source: Source, remedy: str) -> None:
+    """Raise an error if a cell of a column is empty.
+
+    Raises:
+        UserError: the first such cell.
+    """
+    if (row := first_where(values.isna())) is not None:
+        raise UserError(f"{source.place(row)}: the cell of column {values.name!r} is empty; {remedy}.")
+
+
+def numbers(values: pd.Series, source: Source, remedy: str) -> Any:
+    """Return a column as an array of float64, NaN where a cell is empty.
+
+    Raises:
+        UserError: a cell holds text, or infinity.
+    """
+    found = pd.to_numeric(values, errors="coerce").astype(float).to_numpy()
+    if (row := first_where(np.isnan(found) & values.notna().to_numpy())) is not None:
+        raise UserError(
+            f"{source.place(row)}: column {values.name!r} must hold numbers, and this cell holds {values.iloc[row]!r}; "
+            f"{remedy}."
+        )
+    if (row := first_where(np.isinf(found))) is not None:
+        raise UserError(f"{source.place(row)}: column {values.name!r} holds infinity; {remedy}.")
+    return found
+
+
+def words(values: pd.Series) -> pd.Series:
+    """Return the cells of a column as text, None where a cell is empty; 1, 1.0 and "1" are the same."""
+    if pd.api.types.is_bool_dtype(values):
+        values = values.astype(int)
+    if pd.api.types.is_numeric_dtype(values):
+        unique, codes = np.unique(values.to_numpy(dtype=float), return_inverse=True)
+        names = np.array([None if np.isnan(u) else f"{u:.15g}" for u in unique], dtype=object)
+        return pd.Series(names[codes], index=values.index, name=values.name, dtype=object)
+    return values.astype(object).where(values.notna(), None).map(lambda v: None if v is None else str(v))
+
+
+def places(values: pd.Series, known: Sequence[str]) -> Any:
+    """Return the index of each text in ``known`` as an array of integers; −1 where it is empty or not among them."""
+    return pd.Index(known, dtype=object).get_indexer(values.to_numpy(dtype=object)).astype(np.int64)

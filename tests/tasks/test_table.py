@@ -1,0 +1,455 @@
+"""Tasks from tables and fingerprints: what is drawn, how it is encoded, how it is split, and what is refused."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import composed
+from scenarios import generator
+
+from metarun.checks.family import check_tasks
+from metarun.data.columns import fitted
+from metarun.data.recipe import History, Recipe
+from metarun.data.tables import Source
+from metarun.errors import UserError
+from metarun.run import run
+from metarun.targets.labels import Labels
+from metarun.targets.real import Measured
+from metarun.tasks.cells import Cells, Draws, subsets
+from metarun.tasks.few_shot import Range
+from metarun.tasks.molecules import molecules
+from metarun.tasks.table import held_out, table
+
+PATIENTS, VISITS = 12, 14
+
+
+def visits() -> pd.DataFrame:
+    """Patients with numbers, a category, missing cells and a number to predict, as many visits as their number + 8."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for patient in range(PATIENTS):
+        n = 8 + patient
+        frames.append(
+            pd.DataFrame(
+                {
+                    "patient": f"p{patient:02d}",
+                    "day": rng.permutation(n) * 1.5,
+                    "dose": np.where(rng.random(n) < 0.2, np.nan, rng.normal(5 + patient, 2, n)),
+                    "ward": rng.choice(["north", "south", None], n),
+                    "kind": rng.integers(1, 4, n),
+                    "constant": 3,
+                    "site": "ab"[patient % 2],
+                    "level": rng.normal(100, 10, n),
+                    "ill": rng.integers(0, 2, n),
+                    "stage": rng.choice(["one", "two", "three"], n),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    place = tmp_path_factory.mktemp("table") / "visits.csv"
+    visits().to_csv(place, index=False)
+    return str(place)
+
+
+NOT_FEATURES = ["ill", "stage", "level"]
+
+
+def family(path, target="level", **keys):
+    given = {"by": "patient", "shots": 3, "queries": None, "drop": [c for c in NOT_FEATURES if c != target], **keys}
+    return table(path, target=target, **given)
+
+
+def rows_of(data, task):
+    """The rows of one task that are not padding, as tuples."""
+    real = data["weight"][task] > 0 if "weight" in data else torch.ones(data["x"].shape[1], dtype=torch.bool)
+    return {tuple(x.tolist() + y.tolist()) for x, y in zip(data["x"][task][real], data["y"][task][real], strict=True)}
+
+
+def days_of(found):
+    """A function from the feature of the day to the day itself."""
+    (day,) = found.recipe.columns.numbers
+    return lambda value: round(2 * (value * day.std + day.mean)) / 2
+
+
+@pytest.mark.parametrize("target", ["level", "ill", "stage"])
+def test_support_and_queries_are_different_rows_of_one_task_and_together_all_of_it(path, target):
+    found, whole = family(path, target, shots=2, smallest=3), visits()
+    tasks = found.sample("test", 2, generator())
+    check_tasks(tasks, found.spec, "test", 2, "cpu")
+    recipe, test = found.recipe, found.draws["test"]
+    names = sorted(whole.patient.unique())
+    order = test.draw_tasks(2, generator())
+    for i, index in enumerate(order.tolist()):
+        own = whole[whole.patient == names[index]]
+        if target != "level":
+            own = own.groupby(target).filter(lambda group: len(group) >= 3)
+        every = {tuple(x.tolist() + y.tolist()) for x, y in zip(recipe.inputs(own), recipe.targets(own), strict=True)}
+        support, query = rows_of(tasks.support, i), rows_of(tasks.query, i)
+        assert not support & query
+        assert support | query == every
+        counts = tasks.support["y"][i].sum(0) if target != "level" else torch.tensor([len(support)])
+        assert set(counts.tolist()) <= {0.0, 2.0, 3.0}
+
+
+def test_a_class_that_a_task_lacks_is_named_in_ways(path):
+    found = family(path, "stage", shots=4, smallest=5)
+    tasks = found.sample("train", 20, generator())
+    check_tasks(tasks, found.spec, "train", 20, "cpu")
+    has = tasks.support["y"].sum(1) > 0
+    assert not has.all()
+    assert torch.equal(tasks.support["ways"][:, 0] > 0, has)
+    assert not tasks.query["y"][~has[:, None].expand_as(tasks.query["y"])].any()
+
+
+@pytest.mark.parametrize("size", [7, 3000])
+def test_subsets_are_uniform_and_without_repetition(size):
+    """Also where a pool is so large that rows are drawn one after the other."""
+    sizes = torch.full((400,), size)
+    sizes[0] = 2
+    drawn = subsets(sizes, 5, generator())
+    assert set(drawn[0, :2].tolist()) == {0, 1}
+    assert all(len(set(row.tolist())) == 5 for row in drawn[1:])
+    assert drawn.min() >= 0
+    assert drawn.max() < size
+    for column in (0, 4):  # each place of the order sees all numbers alike: mean and spread of a uniform one
+        values = drawn[1:, column].double()
+        assert abs(values.mean() - (size - 1) / 2) < 4 * size / (12 * 399) ** 0.5
+        assert abs(values.std() - size / 12**0.5) < 0.1 * size
+
+
+def test_ordered_support_comes_first_in_time_and_training_begins_anywhere(path):
+    found, whole = family(path, order="day", features=["day"], queries=4), visits()
+    names = sorted(whole.patient.unique())
+    day_of = days_of(found)
+    begins = set()
+    for split in ("test", "train"):
+        tasks = found.sample(split, 30, generator(3))
+        order = found.draws[split].draw_tasks(30, generator(3))
+        for i, index in enumerate(order.tolist()):
+            days = sorted(whole[whole.patient == names[index]].day)
+            support = sorted(day_of(row[0]) for row in rows_of(tasks.support, i))
+            start = days.index(support[0])
+            assert support == days[start : start + 3]
+            assert min(day_of(row[0]) for row in rows_of(tasks.query, i)) > support[-1]
+            begins.add((split, start))
+    assert {start for split, start in begins if split == "test"} == {0}
+    assert len(begins) > 4
+
+
+def test_ordered_support_of_classes_comes_before_all_queries(path):
+    found = family(path, "ill", order="day", features=["day"], shots=1, smallest=2)
+    day_of = days_of(found)
+    for split in ("train", "test"):
+        tasks = found.sample(split, 20, generator())
+        for i in range(20):
+            days = [{day_of(row[0]) for row in rows_of(part, i)} for part in (tasks.support, tasks.query)]
+            assert max(days[0]) < min(days[1])
+            assert len(days[0]) == 2
+
+
+def test_features_are_standardised_and_one_hot_by_statistics_of_training_tasks_alone(path, tmp_path):
+    found, whole = family(path, drop=["ill", "stage", "site"], categorical=["kind"]), visits()
+    recipe = found.recipe
+    training = [sorted(whole.patient.unique())[i] for i in found.draws["train"].tasks.tolist()]
+    train = whole[whole.patient.isin(training)]
+    x = dict(zip(recipe.columns.names, recipe.inputs(whole).double().T, strict=True))
+    dose = (whole.dose - train.dose.mean()) / train.dose.std(ddof=0)
+    np.testing.assert_allclose(x["dose"], dose.fillna(0), atol=1e-5)
+    np.testing.assert_array_equal(x["dose missing"], whole.dose.isna())
+    np.testing.assert_array_equal(x["ward=north"], whole.ward == "north")
+    np.testing.assert_array_equal(x["kind=2"], whole.kind == 2)
+    assert set(x) == {"day", "dose", "dose missing", "ward=north", "ward=south", "kind=1", "kind=2", "kind=3"}
+    changed = whole.copy()
+    changed.loc[~changed.patient.isin(training), ["dose", "ward"]] = [1e6, "elsewhere"]
+    changed.to_csv(tmp_path / "changed.csv", index=False)
+    again = family(str(tmp_path / "changed.csv"), drop=["ill", "stage", "site"], categorical=["kind"])
+    assert again.recipe == recipe
+    assert recipe.inputs(changed).isfinite().all()
+
+
+def test_scores_are_in_the_unit_of_the_target(path):
+    found = family(path)
+    query = {name: leaf[0] for name, leaf in found.sample("test", 1, generator()).query.items()}
+    assert isinstance(found.target, Measured)
+    level = found.target.numbers(query["y"])[:, 0]
+    known = visits().level
+    assert all((known - value).abs().min() < 1e-3 for value in level.tolist())
+    guess = torch.zeros_like(query["y"])  # the mean of training rows
+    expected = (level - found.target.shift).square().mean()
+    torch.testing.assert_close(found.target.scores(guess, query)["mse"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_threshold_makes_two_classes_and_names_keep_their_order(path):
+    found = family(path, "level", threshold=100, shots=1)
+    assert isinstance(found.target, Labels)
+    assert found.target.names == ("up to 100", "above 100")
+    assert family(path, "kind", kind="classes", shots=1, smallest=2).target.names == ("1", "2", "3")
+    assert family(path, "ill", shots=1).spec.metrics[0].name == "auroc"
+
+
+def test_splits_by_column_by_file_and_by_group(path, tmp_path):
+    whole, names = visits(), sorted(visits().patient.unique())
+    fold = {name: ("train", "valid", "test")[i % 3] for i, name in enumerate(names)}
+    whole.assign(fold=whole.patient.map(fold)).to_csv(tmp_path / "folds.csv", index=False)
+    pd.DataFrame(fold.items(), columns=["patient", "split"]).to_csv(tmp_path / "split.csv", index=False)
+    for keys in (
+        {"path": str(tmp_path / "folds.csv"), "split": "fold"},
+        {"path": path, "split_file": str(tmp_path / "split.csv")},
+    ):
+        found = family(**keys)
+        assert "fold" not in str(found.recipe.columns.names)
+        assert [names[i] for i in found.draws["val"].tasks] == names[1::3]
+        assert [names[i] for i in found.draws["test"].tasks] == names[2::3]
+    found = family(path, leave_out="b", leave_out_column="site")
+    assert [names[i] for i in found.draws["test"].tasks] == names[1::2]
+    others = {*found.draws["train"].tasks.tolist(), *found.draws["val"].tasks.tolist()}
+    assert [names[i] for i in sorted(others)] == names[::2]
+    random = [set(family(path).draws[part].tasks.tolist()) for part in ("train", "val", "test")]
+    assert set.union(*random) == set(range(PATIENTS))
+    assert sum(map(len, random)) == PATIENTS
+
+
+def test_validation_rows_of_training_tasks_are_not_trained_on(path):
+    found = family(path, "ill", leave_out="p11", validate="rows", shots=1, smallest=4, train_queries=None)
+    seen = {}
+    for part in ("train", "val"):
+        tasks = found.sample(part, 40, generator())
+        seen[part] = {row for i in range(40) for half in tasks[:2] for row in rows_of(half, i)}
+    assert seen["train"]
+    assert seen["val"]
+    assert not seen["train"] & seen["val"]
+    cell = np.repeat([0, 1, 2], [4, 10, 100])
+    assert np.bincount(cell[held_out(cell, 0.3, 0)]).tolist() == [2, 3, 30]
+
+
+def test_a_history_is_that_of_a_loop_and_stops_at_gaps():
+    rng = np.random.default_rng(1)
+    time_of = {"a": [0, 5, 10, 15, 30, 35, 40, 45], "b": [5, 10, 15, 20, 25]}
+    rows = pd.DataFrame([(who, t, rng.normal()) for who, ts in time_of.items() for t in ts], columns=["id", "t", "v"])
+    found = History("id", "t", "v", history=2, ahead=1, step=5).of(rows.sample(frac=1, random_state=0))
+    value = {(r.id, r.t): r.v for r in rows.itertuples()}
+    expected = {
+        (who, t): (value[who, t - 5], value.get((who, t + 5), np.nan)) for who, t in value if (who, t - 5) in value
+    }
+    assert len(found) == len(expected)
+    for row in found.to_dict("records"):
+        np.testing.assert_equal((row["v -1"], row["v +1"]), expected[row["id"], row["t"]])
+
+
+def test_a_recipe_reads_further_rows_after_a_trip_through_json(path):
+    found = family(path, order="day", history=2, target="level")
+    again = Recipe.of_plain(json.loads(json.dumps(found.recipe.plain())))
+    assert again == found.recipe
+    rows = again.prepared(visits())
+    x, known = again.inputs(rows), rows[again.target].notna()
+    assert x.shape == (len(rows), *found.spec.inputs.shape)
+    torch.testing.assert_close(
+        again.targets(rows[known])[:, 0] * again.scale + again.shift,
+        torch.tensor(rows[again.target][known].to_numpy()).float(),
+    )
+    with pytest.raises(UserError, match="lack the column 'dose'"):
+        again.inputs(rows.drop(columns="dose"))
+
+
+def test_two_million_rows_are_indexed_once_and_a_batch_is_drawn_in_under_twenty_milliseconds():
+    rng = np.random.default_rng(0)
+    task = np.sort(rng.integers(0, 1000, 2_000_000))
+    task[-600_000:] = 999  # one very large task
+    cells = Cells(np.arange(len(task)), task, np.zeros(len(task), dtype=np.int64), (1000, 1))
+    draws = Draws(cells, torch.arange(1000), Range(10, 10), 50)
+    x = torch.from_numpy(rng.random((len(task), 8), dtype=np.float32))
+    times = []
+    for i in range(5):
+        began = time.perf_counter()
+        support, query = draws.draw_rows(draws.draw_tasks(25, generator(i)), generator(i))
+        assert x[support.row].shape == (25, 10, 8)
+        assert x[query.row].shape == (25, 50, 8)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.02
+
+
+def write(folder: Path, text: str, name: str = "t.csv") -> str:
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+GOOD = [f"{who},{i},{i * 2}.5,{'ny'[i % 2]}" for who in "abcd" for i in range(6)]
+
+
+def lines(*others: str, header: str = "who,x,y,z") -> str:
+    return "\n".join([header, *(others or GOOD)]) + "\n"
+
+
+def instead(row: int, text: str, header: str = "who,x,y,z") -> str:
+    """The good table with another line ``row``, counted from 1 with the header."""
+    return lines(*GOOD[: row - 2], text, *GOOD[row - 1 :], header=header)
+
+
+BROKEN = {
+    "no file": (None, {}, "There is no nowhere.csv"),
+    "empty": ("", {}, r"t.csv is empty"),
+    "header alone": (lines("").strip() + "\n", {}, r"t.csv has a header and no rows"),
+    "no such by": (lines(), {"by": "whom"}, "t.csv has no column 'whom', which task.by names; it has who, x, y, z"),
+    "no such target": (lines(), {"target": "w"}, "no column 'w', which task.target names"),
+    "no such feature": (lines(), {"features": ["w"]}, "no column 'w', which task.features names"),
+    "no such order": (lines(), {"order": "when"}, "no column 'when', which task.order names"),
+    "target as feature": (lines(), {"features": ["y"]}, "features must not name the target, y"),
+    "column twice": (lines(header="who,x,x,z"), {"target": "z"}, "t.csv has two columns 'x'"),
+    "separator": (lines().replace(",", ";"), {}, "t.csv has a single column, .*set task.separator=';'"),
+    "too many cells": (instead(9, "b,1,2.5,n,7"), {}, "t.csv has lines with other numbers of cells .*line 9"),
+    "text in the target": (instead(9, "b,1,high,n"), {}, "t.csv line 9: column 'y' must hold numbers, .*'high'"),
+    "no target": (instead(5, "a,3,,n"), {}, "t.csv line 5: the cell of column 'y' is empty; .*unlabelled=drop"),
+    "no task": (instead(3, ",1,2.5,n"), {}, "t.csv line 3: the cell of column 'who' is empty"),
+    "one value": (lines(*(f"{w},{i},1,n" for w in "abc" for i in range(6))), {}, "target 'y' has a single value, 1"),
+    "small tasks": (lines(*(f"{i},{i},{i}.5,n" for i in range(9))), {}, "no task has 3 rows, one more than task.shots"),
+    "two tasks": (lines(*GOOD[:12]), {}, "t.csv leaves 2 tasks for train, val, test"),
+    "text among numbers": (
+        instead(4, "a,?,4.5,n"),
+        {},
+        r"t.csv line 4: column 'x' holds '\?' among numbers; .*missing",
+    ),
+    "infinity": (instead(4, "a,inf,4.5,n"), {}, "t.csv line 4: column 'x' holds infinity"),
+    "time as text": (instead(4, "a,noon,4.5,n"), {"order": "x"}, "t.csv line 4: column 'x' must hold numbers.*'noon'"),
+    "nothing to learn from": (lines(), {"drop": ["x", "z"]}, "t.csv leaves no column that describes a row"),
+    "no such group": (lines(), {"leave_out": "e"}, "leave_out=e must be one of .* 'who' .* a, b, c, d"),
+    "task in two splits": (lines(), {"split": "z"}, "t.csv line 3: column 'z' holds 'y', and another row"),
+    "threshold": (lines(), {"threshold": 99.0}, "target 'y' is from 0.5 to 10.5, so task.threshold=99 makes a single"),
+    "names of columns": (lines(), {"columns": ["who"]}, "t.csv has 4 cells in line 1, and task.columns names 1"),
+    "gap": (lines(), {"order": "x", "history": 5, "ahead": 9}, "no row with 5 values up to it and one 9 rows later"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_table_gets_a_sentence_that_names_the_place(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, keys, sentence = BROKEN[case]
+    place = "nowhere.csv" if text is None else write(tmp_path, text)
+    with pytest.raises((UserError, ValueError), match=sentence):
+        table(place, **{"by": "who", "target": "y", "shots": 2, **keys})
+
+
+def test_other_broken_files(tmp_path):
+    (tmp_path / "latin.csv").write_bytes(lines().replace("a,", "ä,").encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.csv is not text in UTF-8"):
+        table(str(tmp_path / "latin.csv"), "who", "y")
+    (tmp_path / "t.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"t.parquet (needs pyarrow|cannot be read)"):
+        table(str(tmp_path / "t.parquet"), "who", "y")
+    two = {"a": write(tmp_path, lines(), "1.csv"), "b": write(tmp_path, lines(header="who,x,y,w"), "2.csv")}
+    with pytest.raises(UserError, match=r"2.csv and .*1.csv have different columns: only one of them has 'w'"):
+        table(two, "who", "y")
+    half = write(tmp_path, "task,split\na,train\nb,val\nc,test\n", "half.csv")
+    with pytest.raises(UserError, match=r"half.csv gives no split for the task 'd'"):
+        table(write(tmp_path, lines()), "who", "y", shots=2, split_file=half)
+
+
+def test_a_table_in_several_files_names_the_file_and_line(tmp_path):
+    good, bad = write(tmp_path, lines(), "1.csv"), write(tmp_path, instead(7, "a,5,none,y"), "2.csv")
+    with pytest.raises(UserError, match=r"2.csv line 7: column 'y' must hold numbers"):
+        table({"one": good, "two": bad}, by="file", target="y")
+
+
+def test_a_parquet_file_gives_the_same_tasks(path, tmp_path):
+    pytest.importorskip("pyarrow")
+    visits().to_parquet(tmp_path / "visits.parquet")
+    a, b = family(path), family(str(tmp_path / "visits.parquet"))
+    assert a.recipe == b.recipe
+    first, second = (one.sample("test", 2, generator()).query["x"] for one in (a, b))
+    torch.testing.assert_close(first, second)
+
+
+def fingerprints(folder: Path, **changed) -> str:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2, (60, 32), dtype=np.uint8)
+    labels = rng.integers(-1, 2, (60, 8)).astype(np.int8)
+    arrays = {"fp_packed": np.packbits(bits, axis=1), "labels": labels, "tasks": np.array([f"t{i}" for i in range(8)])}
+    np.savez(folder / "m.npz", **{k: v for k, v in (arrays | changed).items() if v is not None})
+    return str(folder / "m.npz")
+
+
+def test_molecules_are_the_measured_ones_with_their_labels(tmp_path):
+    place = fingerprints(tmp_path)
+    found = molecules(place, shots=3, queries=None, smallest=None)
+    with np.load(place) as file:
+        bits, labels = np.unpackbits(file["fp_packed"], axis=1), file["labels"]
+    tasks = found.sample("test", 2, generator())
+    check_tasks(tasks, found.spec, "test", 2, "cpu")
+    for i, assay in enumerate(found.draws["test"].draw_tasks(2, generator()).tolist()):
+        measured = {(tuple(b), int(y)) for b, y in zip(bits.tolist(), labels[:, assay], strict=True) if y >= 0}
+        shown = rows_of(tasks.support, i) | rows_of(tasks.query, i)
+        assert {(tuple(map(int, row[:-2])), int(row[-1])) for row in shown} == measured
+
+
+def test_new_molecules_are_in_no_training_task(tmp_path):
+    found = molecules(fingerprints(tmp_path), shots=2, queries=None, smallest=None, new_molecules=0.5)
+    seen = {}
+    for part in ("train", "val", "test"):
+        tasks = found.sample(part, 20, generator())
+        seen[part] = {row[:-2] for i in range(20) for half in tasks[:2] for row in rows_of(half, i)}
+    assert not seen["train"] & (seen["val"] | seen["test"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"fp_packed": None}, "m.npz lacks the array 'fp_packed'"),
+        ({"labels": np.full((60, 8), 2)}, "molecule 0 of the assay t0 has 2"),
+        ({"labels": np.zeros((60, 7))}, r"labels must be \[molecules, assays\], \[60, 8\]"),
+        ({"fp_packed": np.zeros((60, 32))}, "fp_packed must be .* of uint8"),
+        ({"labels": np.zeros((60, 8))}, "no task has 4 rows in each of at least two classes"),
+        ({"tasks": np.array([{}] * 8, dtype=object)}, "m.npz is not an .npz file of arrays"),
+    ],
+)
+def test_broken_fingerprints_get_a_sentence(changed, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        molecules(fingerprints(tmp_path, **changed), shots=3, smallest=None)
+
+
+def test_a_file_of_fingerprints_is_no_table_and_text_is_no_fingerprints(tmp_path):
+    with pytest.raises(UserError, match=r"m.npz is not a table; choose task=molecules"):
+        table(fingerprints(tmp_path), "who", "y")
+    (tmp_path / "m.npz").write_text("no")
+    with pytest.raises(UserError, match=r"m.npz is not an .npz file"):
+        molecules(str(tmp_path / "m.npz"))
+
+
+SHORT = (
+    *("train.steps=4", "train.meta_batch=2", "train.eval_every=2", "train.val_episodes=4"),
+    *("eval.episodes=4", "eval.adapt_steps=2", "task.drop=[ill,stage]"),
+)
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize(
+    ("algo", "target"),
+    [
+        *((algo, "level") for algo in ("maml", "reptile", "shared_params", "transfer", "scratch", "cnp", "adaptive")),
+        *((algo, "stage") for algo in ("maml", "reptile", "protonet", "shared_params", "transfer", "centroid")),
+    ],
+)
+def test_algorithms_run_on_tables_of_numbers_and_of_classes(algo, target, path, tmp_path):
+    keys = (f"algo={algo}", "task=table", f"task.path={path}", "task.by=patient", f"task.target={target}")
+    run(*composed(*keys, "task.shots=2", "task.smallest=3", "task.queries=5", *SHORT), tmp_path)
+    row = pd.read_csv(tmp_path / "result.csv").iloc[0]
+    further = ["mae", "r2"] if target == "level" else ["macro-f1", "negative-log-likelihood", "calibration-error"]
+    assert np.isfinite([row["score"], *(row[name] for name in further)]).all()
+    if target == "stage":
+        confusion = pd.read_csv(tmp_path / "confusion.csv")
+        right = confusion[confusion["class"] == confusion["chosen"]]["rows"].sum() / confusion["rows"].sum()
+        assert len(confusion) == 9
+        assert 0 <= right <= 1
+
+
+def test_columns_without_a_name_for_a_value_are_left_out_and_said():
+    rows = pd.DataFrame({"a": ["x", "y", None, "x"], "same": ["u"] * 4, "empty": [None] * 4, "flag": [True, False] * 2})
+    found, left = fitted(rows, np.ones(4, dtype=bool), list(rows), (), Source([Path("t.csv")], [4], True))
+    assert found.names == ["a=x", "a=y", "flag=0", "flag=1"]
+    assert left == {"same": "the same in all training rows", "empty": "empty"}
