@@ -1,10 +1,12 @@
-"""The page of algorithms says what the algorithms are."""
+"""The pages on algorithms say what the algorithms are."""
 
 from pathlib import Path
 
-from metarun.command.catalogue import catalogue
+from metarun.command.catalogue import pages
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_page_of_algorithms_is_up_to_date():
-    page = Path(__file__).parents[1] / "docs" / "algorithms.md"
-    assert page.read_text() == catalogue(), "run: python -m metarun.command.catalogue > docs/algorithms.md"
+def test_the_pages_of_algorithms_are_up_to_date():
+    for name, content in pages().items():
+        assert (DOCS / name).read_text() == content, "run: python -m metarun.command.catalogue docs"

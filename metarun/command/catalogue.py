@@ -1,10 +1,16 @@
-"""The page ``docs/algorithms.md``: what each algorithm learns and adapts, read from the algorithms themselves.
+"""Pages that are read from the algorithms themselves: ``python -m metarun.command.catalogue docs``.
 
-python -m metarun.command.catalogue > docs/algorithms.md
+``algorithms.md`` says in tables what each algorithm learns and adapts, and ``methods_*.md`` has the papers, equations
+and deviations of each family of methods, from the docstrings of the modules.
 """
 
+import re
+import sys
 from functools import partial
+from importlib import import_module
 from importlib.resources import files
+from inspect import getdoc
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -30,8 +36,9 @@ from metarun.tree import learned, size, tree_map
 
 HEAD = """# Algorithms
 
-`python -m metarun.command.catalogue > docs/algorithms.md` generates this page from the algorithms themselves, and a
-test checks that it is up to date.
+`python -m metarun.command.catalogue docs` generates this page from the algorithms themselves, and a test checks that it
+is up to date. The equations are on the pages of [model-agnostic methods](methods_agnostic.md),
+[model-dependent methods](methods_dependent.md) and [baselines](methods_baseline.md).
 
 - *algorithm*: the value of `algo=`. A second name is an alias. `cavia` is `adaptive` with a context vector on any task.
 - *needs*: what the algorithm asks of a task's target. Text and images are examples of classes.
@@ -46,6 +53,26 @@ points of a sine wave with the mlp, and where it serves neither, for a bandit wi
 a policy with a memory. All use the algorithm's own defaults.
 """
 FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baselines"}
+OPENINGS = {
+    "agnostic": """# Model-agnostic methods
+
+These methods adapt the weights of any differentiable model, and `metanas` also its architecture. They need nothing of a
+task but a loss.
+""",
+    "dependent": """# Model-dependent methods
+
+The architecture is the method: it reads the support set, or has parts that each task sets. Most of these methods adapt
+in one pass, without a gradient.
+""",
+    "baseline": """# Baselines
+
+These show what the same budget buys without meta-learning, and how much can be had at best.
+""",
+}
+SAME_FOR_ALL = """
+Each section comes from the docstring of the module that implements the method
+(`python -m metarun.command.catalogue docs`), next to which the code can be read.
+"""
 
 
 Reference = tuple[Family, nn.Module]
@@ -107,8 +134,8 @@ def row(name: str, tried: list[Reference]) -> tuple[str, str]:
     return algorithm.approach, "| " + " | ".join(cells) + " |"
 
 
-def catalogue() -> str:
-    """Return the whole page."""
+def tables() -> str:
+    """Return the page ``algorithms.md``."""
     tried = references()
     rows = [row(name, tried) for name in algorithm_names()]
     text = HEAD
@@ -119,5 +146,54 @@ def catalogue() -> str:
     return text
 
 
+def as_markdown(docstring: str) -> str:
+    """Return a module's docstring as Markdown: indented lines are equations, and web addresses are links."""
+    lines: list[str] = []
+    inside = False
+    for line in docstring.splitlines():
+        equation = line.startswith("    ")
+        if equation != inside and (equation or line):
+            # An empty line between two equations belongs to them.
+            while lines and not lines[-1]:
+                lines.pop()
+            lines += ["", "```text"] if equation else ["```", ""]
+            inside = equation
+        lines.append(line[4:] if inside else line)
+    lines += ["```"] if inside else []
+    prose = re.compile(r"^(?!```).*$")
+    text, code = [], False
+    for line in lines:
+        code ^= line.startswith("```")
+        if prose.match(line) and not code:
+            line = re.sub(r"(?<![<(\]])(https?://\S+?)(?=[).,;:]*(\s|$))", r"<\1>", line).replace("``", "`")
+        text.append(line)
+    return "\n".join(text).strip()
+
+
+def methods(approach: str, tried: list[Reference]) -> str:
+    """Return the page of the methods of a family, one section per module."""
+    algorithms: dict[str, list[str]] = {}
+    for name in algorithm_names():
+        if first_that_fits(name, tried)[0].approach == approach:
+            target = re.search(
+                r"^_target_: (\S+)\.\w+$", (files("metarun.conf") / "algo" / f"{name}.yaml").read_text(), re.M
+            )
+            assert target is not None
+            algorithms.setdefault(target[1], []).append(name)
+    text = OPENINGS[approach] + SAME_FOR_ALL
+    for module, names in algorithms.items():
+        title, _, rest = (getdoc(import_module(module)) or "").partition("\n")
+        text += f"\n## {title.rstrip('.')}\n\n{', '.join(f'`algo={name}`' for name in names)}\n"
+        text += f"\n{as_markdown(rest)}\n" if rest.strip() else ""
+    return text
+
+
+def pages() -> dict[str, str]:
+    """Return the pages by the name of their file."""
+    tried = references()
+    return {"algorithms.md": tables(), **{f"methods_{approach}.md": methods(approach, tried) for approach in FAMILIES}}
+
+
 if __name__ == "__main__":
-    print(catalogue(), end="")
+    for page, content in pages().items():
+        (Path(sys.argv[1]) / page).write_text(content)
