@@ -109,5 +109,6 @@ def matching(
         needs="classes",
         paper="https://arxiv.org/abs/1606.04080",
         any_ways=True,
+        embed=lambda theta, x: embed(theta["weights"], x),
         adapted_parameters=lambda theta: 0,
     )

@@ -70,5 +70,6 @@ def protonet(
         needs="classes",
         paper="https://arxiv.org/abs/1703.05175",
         any_ways=True,
+        embed=lambda theta, x: embed(theta["weights"], x),
         adapted_parameters=lambda theta: 0,
     )
