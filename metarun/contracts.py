@@ -287,7 +287,9 @@ class Family(Protocol):
     A family may also have ``converter``, a ``Converter`` of what users have into its inputs; if that is fitted to
     training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
     ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict,
-    data of one task) to those of ``spec.metrics`` that only tests need; and ``report``, a ``Report``.
+    data of one task) to those of ``spec.metrics`` that only tests need; ``report``, a ``Report``; and ``paths``, which
+    maps (predict, data of one task) to the ``path`` of a policy in the plane ``[episodes, steps, 2]``, NaN where an
+    episode is over, and its ``goal [2]``, for a picture.
     """
 
     spec: Spec
@@ -367,5 +369,7 @@ class Algorithm(NamedTuple):
     scores: Callable[[Tree, Any, Tree], Scores] | None = None
     """(theta, state, data of one task) → scores that only this algorithm has, such as a likelihood."""
     report: Report | None = None
+    embed: Callable[[Tree, Any], Tensor] | None = None
+    """(theta, x) → features ``[examples, ...]``, where the method separates classes; for a picture."""
     adapted_parameters: Callable[[Tree], int] | None = None
     """theta → how many numbers adaptation sets per task; by default all leaves outside ``carried``."""

@@ -14,6 +14,7 @@ from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.errors import UserError
 from metarun.evaluation import Tested, meta_test, metrics_of
 from metarun.loop import meta_train
+from metarun.results.examples import write_examples
 from metarun.results.of_run import identity_columns, measured_columns, say, write_pictures, write_reports
 from metarun.results.status import mark
 from metarun.results.tables import write_episodes, write_results
@@ -70,8 +71,9 @@ def run(
         write_pictures(experiment, training, finished, directory)
         for row, tested in finished:
             say(experiment, row, tested)
-        thetas = [(row["replica"], training.best[row["replica"]]) for row, _ in finished]
-        write_reports(experiment, [(index, best.theta) for index, best in thetas if best], directory)
+        thetas = [(row["replica"], best.theta) for row, _ in finished if (best := training.best[row["replica"]])]
+        write_reports(experiment, thetas, directory)
+        write_examples(experiment, *thetas[0], directory)
         write_results(directory, rows, metrics_of(experiment))
         for row in rows:
             if row["status"] == "failed":

@@ -62,7 +62,8 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def without_pictures(monkeypatch):
     """``run`` as it is but for its pictures, which take longer than all the rest of a short run."""
-    monkeypatch.setattr("metarun.run.write_pictures", lambda *arguments: None)
+    for name in ("write_pictures", "write_examples"):
+        monkeypatch.setattr(f"metarun.run.{name}", lambda *arguments: None)
 
 
 def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:

@@ -8,8 +8,8 @@ HEAD = """metarun: meta-learning experiments from the command line
 
   metarun [KEY=VALUE ...]      meta-train, select on validation tasks, meta-test, write tables and plots
   metarun-compare PATH...      compare runs on the same test episodes
-  metarun-report PATH...       write one HTML page on runs, with tables that sort and pictures
                                (--against ALGO adds each run's difference from ALGO)
+  metarun-report PATH...       write one HTML page on runs, with tables that sort and pictures
   metarun-status DIR           progress of runs and sweeps: failures, time left
 
 Without arguments: metarun algo=maml task=sinusoid

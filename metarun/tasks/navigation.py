@@ -119,3 +119,9 @@ class Navigation(control.ControlFamily):
         # Without noise all episodes are the same.
         quiet = {name: leaf[:1] for name, leaf in data.items()} | {"noise": torch.zeros_like(data["noise"][:1])}
         return {MEAN_ACTIONS.name: control.total_return(control.rollout(self.environment, predict, quiet))}
+
+    def paths(self, predict: Predict, data: Tree) -> Tree:
+        """Return where the policy walks, and the goal of the task."""
+        walk = control.rollout(self.environment, predict, data)
+        path = torch.where(walk.counts[..., None] > 0, walk.seen.observation, torch.nan)
+        return {"path": path.transpose(0, 1), "goal": data["goal"][0]}

@@ -241,11 +241,11 @@ def test_several_seeds_make_claims_about_methods(seeds):
     families = pd.read_csv(seeds / "families.csv").iloc[0]
     assert families["about_methods"]
     assert families["paired_seeds"]
-    assert "paired on 100 episodes, over seeds and episodes: model-dependent is better." in text
+    assert ": model-dependent is better. It is over seeds and 100 episodes, paired by both." in text
     # The same shift of both methods by the seed cancels; in the interval of one method it does not.
     assert table.loc["maml", "method_ci95"] > 3 * table.loc["maml", "ci95"] > 3 * families["ci95"] / 2
     assert not table.loc["scratch", "against_methods"]
-    assert "(m): for this trained model alone" in text
+    assert "(m): for these trained models alone" in text
     assert "*: differs from maml at the level of 5 % (Holm, 2 comparisons)" in text
 
 
@@ -347,6 +347,11 @@ def test_runs_without_a_result_are_listed(seeds):
     text = compare([seeds], seeds)
     assert f"left out: {seeds / 'sweep' / '0_maml'} (cut off)" in text
     assert f"left out: algo=maml seed=8 of {seeds / 'sweep'} (not begun)" in text
+    # A run that is found by two names is neither counted twice nor missed.
+    again = seeds / "sweep" / ".."
+    compare([again, seeds / "maml1"], seeds)
+    assert pd.read_csv(seeds / "comparison.csv").set_index("algo").loc["maml", "seeds"] == 3
+    assert "maml1" not in compare([again, seeds / "maml1"], seeds)
 
 
 def test_a_table_of_the_first_version_is_read(seeds):

@@ -114,5 +114,6 @@ def baselinepp(
         meta_loss=meta_loss,
         candidates=lambda theta: [with_step_size(theta, size) for size in step_sizes],
         any_ways=True,
+        embed=lambda theta, x: embed(theta["weights"], x),
         adapted_parameters=lambda theta: ways * (head.in_features + 1),
     )

@@ -110,5 +110,6 @@ def matching(
         paper="https://arxiv.org/abs/1606.04080",
         any_ways=True,
         open_ways=True,
+        embed=lambda theta, x: embed(theta["weights"], x),
         adapted_parameters=lambda theta: 0,
     )

@@ -160,5 +160,6 @@ def metaoptnet(
         paper="https://arxiv.org/abs/1904.03758",
         any_ways=True,
         open_ways=True,
+        embed=lambda theta, x: embed(theta["weights"], x),
         adapted_parameters=lambda theta: linear.in_features * spec.target.outputs,
     )

@@ -71,5 +71,6 @@ def protonet(
         paper="https://arxiv.org/abs/1703.05175",
         any_ways=True,
         open_ways=True,
+        embed=lambda theta, x: embed(theta["weights"], x),
         adapted_parameters=lambda theta: 0,
     )

@@ -164,7 +164,7 @@ def footnotes(table: pd.DataFrame, printed: str) -> str:
     """Return what the marks in the printed table mean."""
     compared = "against" in table and bool(table["against"].notna().any())
     notes = {
-        " (m)": "(m): for this trained model alone, since there is one seed.",
+        " (m)": "(m): for these trained models alone, for want of several seeds.",
         " (s)": "(s): the scores of the episodes are missing, so the interval is wider than it need be.",
         " (t)": "(t): queries are normalised together (transductive).",
         " (u)": "(u): not paired, for want of common test episodes.",
@@ -192,17 +192,25 @@ def sentence(difference: FamilyDifference | None, table: pd.DataFrame, metric: M
         verdict = "no verdict, since a score is not a number"
     elif abs(d.difference) <= d.ci95:
         verdict = f"no difference beyond the interval{about}"
-    how = f"paired on {d.n_episodes} episodes" if d.paired else "not paired: the runs lack common test episodes"
-    if d.about_methods:
-        how += ", over seeds and episodes"
-    if d.candidates > 1:
-        how += f", with the choice among {d.candidates} pairs allowed for"
     value = metric.interval(d.difference, d.ci95)
     size = "" if math.isnan(d.effect_size) else f" (d = {d.effect_size:+.2f})"
     return (
         f"Families (best of each by validation): {d.dependent} (model-dependent) − {d.agnostic} (model-agnostic) = "
-        f"{value}{size}, {how}: {verdict}."
+        f"{value}{size}: {verdict}. {how_compared(d)}"
     )
+
+
+def how_compared(d: FamilyDifference) -> str:
+    """Return what the difference of the two families is taken over."""
+    if not d.paired:
+        how = "It is not paired: the runs lack common test episodes"
+    elif d.about_methods:
+        by = "both" if d.paired_seeds else "episodes"
+        how = f"It is over seeds and {d.n_episodes} episodes, paired by {by}"
+    else:
+        how = f"It is paired on {d.n_episodes} episodes"
+    choice = f"; the interval allows for the choice among {d.candidates} pairs" if d.candidates > 1 else ""
+    return f"{how}{choice}."
 
 
 def worth_its_cost(table: pd.DataFrame) -> str:

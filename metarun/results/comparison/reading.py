@@ -186,7 +186,7 @@ def without_result(paths: Sequence[Path], known: set[Path]) -> Iterator[str]:
     for top in (path for path in paths if path.is_dir()):
         begun = runs_under(top)
         for directory in begun:
-            if directory not in known and not (directory / PLAN).exists():
+            if directory.resolve() not in known and not (directory / PLAN).exists():
                 yield f"left out: {directory} ({state_of(directory, [])[0]})"
         for plan in sorted(top.rglob(PLAN)):
             jobs = content.get("jobs") if isinstance(content := loaded(plan), dict) else None
@@ -210,7 +210,7 @@ def read_runs(paths: Sequence[Path]) -> Runs:
     for path in files:
         try:
             found = read_run(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             left_out.append(f"left out: {path} ({error})")
             continue
         done = [row for row in found if row["status"] == "completed"]
@@ -221,7 +221,7 @@ def read_runs(paths: Sequence[Path]) -> Runs:
             state, diverged = state_of(path.parent, plain)
             why = diverged if state == "completed" else ": ".join([state, *reasons[:1]])
             left_out.append(f"left out: {path.parent} ({why})")
-    left_out += without_result(paths, {path.parent for path in files})
+    left_out += without_result(paths, {path.parent.resolve() for path in files})
     left_out = [printable(sentence.replace("\n", " ")) for sentence in left_out]
     if not rows:
         if not left_out:

@@ -29,7 +29,8 @@ MOST_KEYS = 60
 
 def link_to(target: str | Path, out: Path) -> str:
     """Return a relative address of a file or folder, as seen from the page ``out``."""
-    return quote(Path(os.path.relpath(target, out.parent)).as_posix())
+    # As bytes, because a name need not be text.
+    return quote(os.fsencode(Path(os.path.relpath(target, out.parent)).as_posix()))
 
 
 def shown_methods(one: Compared, most: int) -> list[pd.Series]:
