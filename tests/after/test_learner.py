@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 import pandas as pd
@@ -214,6 +215,7 @@ def tampered(run, tmp_path, change):
         lambda content, config: config["model"].update(widths={"_target_": "evil.run"}),
         lambda content, config: config["model"].update(widths=[{"_target_": "evil.run"}]),
         lambda content, config: config["algo"].update(inner_lr="${oc.env:HOME}"),
+        lambda content, config: config["algo"].update(inner_lr=date(2020, 1, 1)),
         lambda content, config: content["names"].update(algo="../evil"),
         lambda content, config: content["family"].update(spec={"made by": "evil.Spec", "from": {}}),
         lambda content, config: config["train"].update(evil=1),
