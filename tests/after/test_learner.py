@@ -288,6 +288,24 @@ def test_a_policy_adapts_to_an_environment_and_acts(walker):
         named.act([1.0])
 
 
+def test_a_policy_acts_in_an_environment_of_gymnasium_within_its_bounds(tmp_path):
+    gymnasium = pytest.importorskip("gymnasium")
+    sizes = ("task.horizon=4", "task.shots=2", "task.queries=2", "model.widths=[8]", "eval.adapt_steps=1")
+    leave_a_checkpoint(experiment_of("algo=maml", "task=gymnasium", *sizes), tmp_path)
+    learner = metarun.load(tmp_path)
+    heavier = learner.adapt_to({"g": 15.0})
+    own = learner.adapt_to(lambda: gymnasium.make("Pendulum-v1", g=15.0))
+    # Four steps of a pendulum with one and the same policy, from other starts: both returns are of its order.
+    assert heavier.curve.shape == own.curve.shape == (2,)
+    assert (heavier.curve < 0).all()
+    assert (own.curve < 0).all()
+    pendulum = gymnasium.make("Pendulum-v1", g=15.0)
+    action = own.act(pendulum.reset(seed=0)[0])
+    assert pendulum.action_space.contains(action)
+    # The policy's numbers from −1 to 1 span torques from −2 to 2.
+    assert learner.learned.family.environment.host.native(pendulum.action_space, np.array([0.5])) == 1.0
+
+
 def test_a_policy_with_a_memory_keeps_it_until_it_is_reset(tmp_path):
     sizes = ("task=bandit", "task.arms=3", "task.pulls=20", "task.shots=2", "task.queries=2")
     experiment = experiment_of("algo=rl2", *sizes, "model=gru_policy", "model.width=8")
