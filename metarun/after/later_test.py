@@ -137,9 +137,11 @@ def later_test(
             raise UserError(
                 f"{one} cannot be changed after training; metarun-test takes keys of task and eval, data_dir, device."
             )
+    if not path.exists():
+        raise UserError(f"There is no {path}; name the directory of a run, or a copy of its best.pt.")
     if out is None:
         if not path.is_dir():
-            raise UserError(f"{path} is no directory of a run; say with --out where the test shall be written.")
+            raise UserError(f"{path} is a file; say with --out where the test shall be written.")
         out = path / TESTS / (re.sub(r"[^A-Za-z0-9_.=,\[\]-]+", "_", ",".join(overrides))[:120] or "as_trained")
     if (out / "result.csv").exists():
         raise UserError(f"{out} holds a test already; choose another directory with --out.")

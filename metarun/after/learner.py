@@ -79,7 +79,7 @@ class Targets:
 
     def __init__(self, learned: Learned, y: Any, ways: int | None = None) -> None:
         """``ways`` is the number of columns that classes get, for tasks that are adapted to together."""
-        spec, self.learned, self.classes = learned.spec, learned, None
+        spec, self.learned, self.classes, self.flat = learned.spec, learned, None, False
         if spec.offers("classes"):
             labels = labels_of(y)
             self.classes = self._classes(labels)

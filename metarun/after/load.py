@@ -20,14 +20,13 @@ from torch import nn
 
 from metarun.assemble import build_model, choose_device
 from metarun.command.composing import CHOICES, composed
-from metarun.command.sentences import sentence_of
 from metarun.command.terminal import printable
 from metarun.command.trust import IMPORTING, MEMBER
 from metarun.config import build, check_ranges
 from metarun.contracts import Algorithm, Converter, Family, Numbers, Spec, Split, Task, Tree
 from metarun.data.converters import Arrays
 from metarun.engine.replicas import replica_configs
-from metarun.errors import UserError
+from metarun.errors import UserError, first_line
 from metarun.portable import rebuilt
 from metarun.results import checkpoint
 from metarun.state import hash_of_constants
@@ -119,32 +118,32 @@ def with_recorded(
     def is_given(key: str) -> bool:
         return any(one == key or one.startswith(f"{key}.") for one in given) or key.partition(".")[0] in given
 
-    with open_dict(config):
-        for group in CHOICES:
-            if not isinstance(recorded.get(group), dict):
-                raise UserError(f"The configuration in {path} is damaged: it has no {group}; train again.")
-            if trust and recorded[group].get("_target_") != config[group].get("_target_"):
-                # What the installed files set is for another target.
-                config[group] = {name: one for name, one in config[group].items() if is_given(f"{group}.{name}")}
-            for name, value in recorded[group].items():
-                key = f"{group}.{name}"
-                if is_given(key):
-                    continue
-                installed: Any = OmegaConf.to_container(config[group], resolve=True)
-                why = None if trust else why_distrusted(key, value, installed.get(name))
-                if why:
-                    raise UserError(
-                        f"{path} says {key}={printable(str(value))}, {why}, and a checkpoint is not trusted "
-                        "(SECURITY.md); say trust=true if you know who wrote it."
-                    )
-                config[group][name] = value
-        try:
+    try:
+        with open_dict(config):
+            for group in CHOICES:
+                if not isinstance(recorded[group], dict):
+                    raise KeyError(group)
+                if trust and recorded[group].get("_target_") != config[group].get("_target_"):
+                    # What the installed files set is for another target.
+                    config[group] = {name: one for name, one in config[group].items() if is_given(f"{group}.{name}")}
+                for name, value in recorded[group].items():
+                    key = f"{group}.{name}"
+                    if is_given(key):
+                        continue
+                    installed: Any = OmegaConf.to_container(config[group], resolve=True)
+                    why = None if trust else why_distrusted(key, value, installed.get(name))
+                    if why:
+                        raise UserError(
+                            f"{path} says {printable(key)}={printable(str(value))}, {why}, and a checkpoint is not "
+                            "trusted (SECURITY.md); say trust=true if you know who wrote it."
+                        )
+                    config[group][name] = value
             for group in ("train", "eval", "replicas"):
                 kept = {name: one for name, one in recorded[group].items() if not is_given(f"{group}.{name}")}
                 config[group] = OmegaConf.merge(config[group], kept)
             config.seed = recorded["seed"]
-        except (KeyError, AttributeError, OmegaConfBaseException) as error:
-            raise UserError(f"The configuration in {path} is damaged ({sentence_of(error)}); train again.") from error
+    except (KeyError, AttributeError, OmegaConfBaseException) as error:
+        raise UserError(f"The configuration in {path} is damaged ({first_line(error)}); train again.") from error
 
 
 def best_file(path: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metarun.after.learner import as_in_test, plain_list, seed_of
+from metarun.after.learner import as_in_test, seed_of
 from metarun.after.load import Learned
 from metarun.contracts import Family, Loss, Moments, Seen, Tree
 from metarun.errors import UserError, require
@@ -20,26 +20,52 @@ from metarun.random import fold, stream
 from metarun.targets.actions import RETURN, Actions
 from metarun.targets.scoring import loss_of
 from metarun.tasks.control import ControlFamily, Outcome, act, split_output
-from metarun.tasks.gymnasium import Outside
+from metarun.tasks.gymnasium import Host, Outside
 
 Array = NDArray[Any]
+
+
+class Dialect:
+    """How environments of a family show what is seen, and take actions.
+
+    Those of gymnasium have spaces: observations are flattened as these say, and a policy's numbers from −1 to 1 span
+    the bounds of an action. All others show arrays, and take an array of numbers, or the index of an action.
+    """
+
+    def __init__(self, family: ControlFamily) -> None:
+        host = getattr(family.environment, "host", None)
+        self.host: Host | None = host if isinstance(host, Host) else None
+        self.continuous = family.environment.continuous
+
+    def seen(self, observation: Any) -> Array:
+        """Return an observation as numbers ``[observation]``."""
+        if self.host is not None:
+            observation = self.host.flatten(self.host.copies[0].observation_space, observation)
+        return np.asarray(observation, dtype=np.float64).reshape(-1)
+
+    def taken(self, action: Array) -> Any:
+        """Return a policy's action (one-hot if discrete) as the environment takes it."""
+        if self.host is not None:
+            return self.host.native(self.host.copies[0].action_space, action)
+        return action.astype(np.float32) if self.continuous else int(action.argmax())
 
 
 class OwnEnvironments:
     """Copies of a user's environment, one per parallel episode, as `metarun.tasks.control` sees an environment.
 
-    A state is an observation ``[episodes, numbers]``; actions are given as numbers ``[actions]`` or as an index.
+    A state is an observation ``[episodes, numbers]``. Observations and actions have the form that they have in the
+    family's own environments (see ``Dialect``).
     """
 
-    def __init__(self, make: Callable[[], Any], observation: int, actions: Actions, seed: int) -> None:
-        self.make, self.observation, self.actions, self.seed = make, observation, actions, seed
-        self.continuous = actions.continuous
+    def __init__(self, make: Callable[[], Any], dialect: "Dialect", observation: int, seed: int) -> None:
+        self.make, self.dialect, self.observation, self.seed = make, dialect, observation, seed
+        self.continuous = dialect.continuous
         self.copies: list[Any] = []
         self.running: list[bool] = []
         self.seen: Array = np.empty(0)
 
     def _flat(self, observation: Any) -> Array:
-        flat = np.asarray(observation, dtype=np.float64).reshape(-1)
+        flat = self.dialect.seen(observation)
         require(
             flat.shape == (self.observation,),
             f"the policy sees {self.observation} numbers, and this environment shows {flat.size}",
@@ -60,8 +86,7 @@ class OwnEnvironments:
         rewards = np.zeros(len(actions))
         for i, action in enumerate(actions):
             if self.running[i]:
-                own = action.astype(np.float32) if self.continuous else int(action.argmax())
-                seen, reward, ended, cut, *_ = self.copies[i].step(own)
+                seen, reward, ended, cut, *_ = self.copies[i].step(self.dialect.taken(action))
                 self.seen[i], rewards[i], self.running[i] = self._flat(seen), float(reward), not (ended or cut)
         return self.seen.copy(), rewards, ~np.array(self.running)
 
@@ -91,6 +116,7 @@ class AdaptedPolicy:
     def __init__(self, learned: Learned, family: ControlFamily, support: Tree, steps: int, seed: Tensor) -> None:
         self._learned, self._family, self._seed = learned, family, seed
         self._actions = cast(Actions, learned.spec.target)
+        self._dialect = Dialect(cast(ControlFamily, learned.family))
         self._state, values = return_curve(learned, support, seed, loss_of(cast(Family, family)), steps)
         self.curve: Array = torch.stack(values).cpu().numpy()
         self.reset()
@@ -106,7 +132,7 @@ class AdaptedPolicy:
         self._before = torch.zeros(1, 1, self._actions.count, device=self._learned.device)
 
     def act(self, observation: Any, reward: float = 0.0, done: bool = False, mean: bool = False) -> Any:
-        """Return an action: the index of a discrete one, or an array of numbers ``[actions]``.
+        """Return an action as the environment takes it: the index of a discrete one, or an array of numbers.
 
         Args:
             observation: what the environment shows ``[observation]``.
@@ -118,7 +144,7 @@ class AdaptedPolicy:
             ValueError: the observation has another size.
         """
         like, (size,) = self._before, self._learned.spec.inputs.shape
-        seen = torch.as_tensor(plain_list(np.asarray(observation).reshape(-1)), dtype=like.dtype, device=like.device)
+        seen = torch.as_tensor(self._dialect.seen(observation), dtype=like.dtype, device=like.device)
         require(seen.shape == (size,), f"the policy sees {size} numbers, not {len(seen)}")
         draws = fold(self._draws, self._time)
         moment = Seen(
@@ -134,7 +160,7 @@ class AdaptedPolicy:
             noise = self._family.tape(fold(draws, 1).view(1))["noise"][:, 0]
             action = act(output[0], torch.zeros_like(noise) if mean else noise, self._actions.continuous)
         self._before, self._time = action[None], self._time + 1
-        return action[0].cpu().numpy() if self._actions.continuous else int(action[0].argmax())
+        return self._dialect.taken(action[0].cpu().numpy())
 
 
 def return_curve(learned: Learned, support: Tree, seed: Tensor, loss: Loss, steps: int) -> tuple[Any, list[Tensor]]:
@@ -158,6 +184,9 @@ def parameters_in(family: ControlFamily, given: Mapping[str, Any], device: str) 
     Raises:
         ValueError: names or shapes differ from those of the family's tasks.
     """
+    host = getattr(family.environment, "host", None)
+    if isinstance(host, Host) and given.keys() == set(host.parameters):
+        given = {"parameters": [given[name] for name in host.parameters]}
     example = cast(Family, family).sample("test", 1, stream(0, "test"))
     known = {name: leaf[0, 0] for name, leaf in example.support.items() if name != "tape"}
     wanted = ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in known.items())
@@ -189,5 +218,5 @@ def adapted_policy(learned: Learned, environment: Any, steps: int, seed: int) ->
         "environment must be a mapping of a task's parameters, or a function that makes an environment",
     )
     elsewhere = copy.copy(family)
-    elsewhere.environment = OwnEnvironments(environment, spec.inputs.observation, cast(Actions, spec.target), seed)
+    elsewhere.environment = OwnEnvironments(environment, Dialect(family), spec.inputs.observation, seed)
     return AdaptedPolicy(learned, elsewhere, {"tape": tape}, steps, own)

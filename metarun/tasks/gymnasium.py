@@ -117,13 +117,13 @@ class Host:
             if not self.running[i]:
                 continue
             copy = self.copies[i]
-            seen, reward, ended, cut, info = copy.step(self._native(copy.action_space, action))
+            seen, reward, ended, cut, info = copy.step(self.native(copy.action_space, action))
             self.seen[i] = self.flatten(copy.observation_space, seen)
             rewards[i] = goal_reward(self.tasks[i], info, float(reward))
             self.running[i] = not (ended or cut)
         return self.seen.copy(), rewards, ~np.array(self.running)
 
-    def _native(self, space: Any, action: np.ndarray) -> Any:
+    def native(self, space: Any, action: np.ndarray) -> Any:
         """Return a policy's action as the environment expects it; numbers from −1 to 1 span its bounds."""
         if not self.continuous:
             return space.start + int(action.argmax())

@@ -19,7 +19,7 @@ PAIRS = {
     "sinusoid": (("maml", "shared_params"), {"queries": 7}),
     "omniglot": (("protonet", "shared_params", "maml"), {"queries": 4, "steps": 1}),
 }
-CHEAP = {"sinusoid": (("maml",), {"queries": 7}), "omniglot": (("protonet",), {"queries": 4})}
+CHEAP = {"sinusoid": (("maml",), {"queries": 7, "steps": 1})}
 
 ALONE = """
 import sys
@@ -36,10 +36,10 @@ for file in sorted(Path(sys.argv[1]).glob("*.pt2")):
 
 
 @pytest.mark.parametrize(
-    "pairs", [pytest.param(CHEAP, id="two"), pytest.param(PAIRS, id="all", marks=pytest.mark.slow)]
+    "pairs", [pytest.param(CHEAP, id="one"), pytest.param(PAIRS, id="all", marks=pytest.mark.slow)]
 )
 def test_programs_agree_with_their_learners_in_a_process_without_metarun(pairs, tmp_path):
-    for (task, (algos, sizes)), settings in zip(pairs.items(), (SINUSOID, (*IMAGES, "model.filters=4")), strict=True):
+    for (task, (algos, sizes)), settings in zip(pairs.items(), (SINUSOID, (*IMAGES, "model.filters=4")), strict=False):
         experiment = experiment_of(f"algo={algos[0]}", *settings)
         for algo in algos:
             name = f"{task}-{algo}"
@@ -60,8 +60,7 @@ def test_programs_agree_with_their_learners_in_a_process_without_metarun(pairs, 
     assert len(found) == sum(len(algos) for algos, _ in pairs.values())
     assert max(found.values()) <= 1e-5, found
     told = {line.split()[0]: json.loads(line.split(maxsplit=2)[2]) for line in done.stdout.splitlines()}
-    own = told["omniglot-protonet"]
-    assert own["support_x"] == [own["shots"] * 3, 1, 16, 16]
+    assert (told["sinusoid-maml"]["support_x"], told["sinusoid-maml"]["query_x"]) == ([5, 1], [7, 1])
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 import pandas as pd
@@ -214,6 +215,7 @@ def tampered(run, tmp_path, change):
         lambda content, config: config["model"].update(widths={"_target_": "evil.run"}),
         lambda content, config: config["model"].update(widths=[{"_target_": "evil.run"}]),
         lambda content, config: config["algo"].update(inner_lr="${oc.env:HOME}"),
+        lambda content, config: config["algo"].update(inner_lr=date(2020, 1, 1)),
         lambda content, config: content["names"].update(algo="../evil"),
         lambda content, config: content["family"].update(spec={"made by": "evil.Spec", "from": {}}),
         lambda content, config: config["train"].update(evil=1),
@@ -284,6 +286,24 @@ def test_a_policy_adapts_to_an_environment_and_acts(walker):
         walker.adapt_to({"aim": [0, 0]})
     with pytest.raises(ValueError, match="sees 2 numbers"):
         named.act([1.0])
+
+
+def test_a_policy_acts_in_an_environment_of_gymnasium_within_its_bounds(tmp_path):
+    gymnasium = pytest.importorskip("gymnasium")
+    sizes = ("task.horizon=4", "task.shots=2", "task.queries=2", "model.widths=[8]", "eval.adapt_steps=1")
+    leave_a_checkpoint(experiment_of("algo=maml", "task=gymnasium", *sizes), tmp_path)
+    learner = metarun.load(tmp_path)
+    heavier = learner.adapt_to({"g": 15.0})
+    own = learner.adapt_to(lambda: gymnasium.make("Pendulum-v1", g=15.0))
+    # Four steps of a pendulum with one and the same policy, from other starts: both returns are of its order.
+    assert heavier.curve.shape == own.curve.shape == (2,)
+    assert (heavier.curve < 0).all()
+    assert (own.curve < 0).all()
+    pendulum = gymnasium.make("Pendulum-v1", g=15.0)
+    action = own.act(pendulum.reset(seed=0)[0])
+    assert pendulum.action_space.contains(action)
+    # The policy's numbers from −1 to 1 span torques from −2 to 2.
+    assert learner.learned.family.environment.host.native(pendulum.action_space, np.array([0.5])) == 1.0
 
 
 def test_a_policy_with_a_memory_keeps_it_until_it_is_reset(tmp_path):
