@@ -237,8 +237,9 @@ class Family(Protocol):
     """A task family: samples tasks, and scores predictions.
 
     A family may also have ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``,
-    which maps (predict, data of one task) to those of ``spec.metrics`` that only tests need; and ``report``, a
-    ``Report``.
+    which maps (predict, data of one task) to those of ``spec.metrics`` that only tests need; ``report``, a ``Report``;
+    and ``prepare``, which maps a sequence of what users have (pictures, sentences, vectors) to the inputs ``[examples,
+    *input]`` that a model takes, and holds what it needs for that in plain numbers and texts.
     """
 
     spec: Spec

@@ -174,7 +174,9 @@ class Features:
         for rows in self.rows.values():
             content.update(rows.cpu().numpy().tobytes())
         name = ":".join([place.stem, split_name, content.hexdigest()[:6]])
-        self.sizes = sizes_for(asked, {part: cells.size for part, cells in self.cells.items()}, name, "examples", typed)
+        counts = {part: cells.size for part, cells in self.cells.items()}
+        self.classes = {part: list(by_label) for part, by_label in positions.items()}
+        self.sizes = sizes_for(asked, counts, name, "examples", typed, self.classes)
         others = self.sizes[False]
         self.dataset = ":".join([name, *others.text()])
         self.spec = Spec(

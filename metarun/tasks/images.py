@@ -52,8 +52,9 @@ def measured(rows: Tensor, order: Tensor) -> tuple[tuple[float, ...], tuple[floa
 
 def colours(x: Tensor) -> Tensor:
     """Return the square roots of joint histograms of colour: pixels ``[n, 3, h, w]`` of 0 to 1 → ``[n, BINS³]``."""
-    bins = (x * BINS).long().clamp(0, BINS - 1)
-    joint = ((bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]).flatten(1)
+    # Whole numbers would need eight bytes for each pixel and channel.
+    bins = (x * BINS).floor().clamp(0, BINS - 1)
+    joint = ((bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]).flatten(1).long()
     counts = x.new_zeros(len(x), BINS**3).scatter_add(1, joint, torch.ones_like(joint, dtype=x.dtype))
     return unit_rows(counts.sqrt())
 
@@ -143,7 +144,7 @@ class Images:
         rows, split_name = splits.by_class(
             own,
             own.rows_of(fewest, copied),
-            "lists" if lists else split,
+            split,
             split_seed,
             range_of("ways", ways).least,
             lists,
@@ -165,7 +166,7 @@ class Images:
             self.classes[part] = list(by_label)
         name += [f"{image_size}px" + ("" if channels == 3 else ":grey"), digests.hexdigest()[:6]]
         counts = {part: pool.cells.size for part, pool in self.pools.items()}
-        self.sizes = sizes_for(asked, counts, ":".join(name), "pictures", typed)
+        self.sizes = sizes_for(asked, counts, ":".join(name), "pictures", typed, self.classes)
         others = self.sizes[False]
         self.dataset = ":".join([*name, *others.text()])
         mean, std = measured(store.rows, self.pools["train"].order)

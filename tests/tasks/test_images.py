@@ -201,6 +201,9 @@ def test_a_picture_that_occurs_twice_is_used_once_and_small_classes_are_named(tm
     assert sum(len(pool.order) for pool in family.pools.values()) == sum(EACH.values()) - EACH["c11"]
     assert "data: 1 pictures are copies of others and are left out, such as one of c01." in caplog.messages
     assert "data: classes with fewer than 2 pictures are left out: c11 (1)." in caplog.messages
+    caplog.clear()
+    Images(str(drawn(tmp_path / "more", each=dict.fromkeys(EACH, 8) | {"c05": 3})), **(SMALL | {"queries": 6}))
+    assert "classes with fewer than 7 pictures are left out: c05 (3)." in caplog.messages[-1]
 
 
 def test_test_classes_may_come_from_other_data(tmp_path):
@@ -604,6 +607,12 @@ def test_runs_on_own_data_from_the_presets(tmp_path, caplog, task, algo):
     assert "cannot serve larger tasks, so task." in caplog.text
     row = rows_of(tmp_path / "run" / "result.csv")[0]
     assert (row["ways"], row["status"]) == ("5" if task == "features" else "4", "completed")
+
+
+@pytest.mark.parametrize("task", ["images", "features"])
+def test_a_path_that_was_not_set_is_asked_for(task):
+    with pytest.raises(UserError, match=r"task\.path is missing: set it with task\.path=VALUE\."):
+        assemble(*composed(f"task={task}"))
 
 
 @pytest.mark.parametrize(
