@@ -349,6 +349,23 @@ def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.G
     )
 
 
+class Ordered(NamedTuple):
+    """The rows of one split, sorted by class."""
+
+    order: Tensor
+    """Positions of the rows in the data set ``[rows]``."""
+    cells: Cells
+    """Where each class is in ``order``."""
+    classes: list[str]
+    """The names of the classes."""
+
+
+def ordered(rows: Mapping[str, Sequence[int]]) -> Ordered:
+    """Return the positions of rows by class as tensors."""
+    order = torch.tensor([row for own in rows.values() for row in own], dtype=torch.long)
+    return Ordered(order, cells_of(torch.tensor([[len(own) for own in rows.values()]])), list(rows))
+
+
 def part_of(dealt: Dealt, x: Tensor, ways: int, training: bool) -> dict[str, Tensor]:
     """Return the leaves of one part of tasks, given its inputs ``x``; parts of training tasks also have ``class``."""
     y = one_hot(dealt.label, ways).to(x.device, torch.get_default_dtype())
