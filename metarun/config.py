@@ -295,6 +295,8 @@ def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = 
     hints = type_hints(target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     for key, value in keys.items():
+        if value == MISSING:
+            raise UserError(f"{group}.{key} is missing: set it with {group}.{key}=VALUE.")
         if key not in signature.parameters and not takes_any:
             raise UserError(f"{group}.{key} is unknown: {name} does not take it.")
         if key in hints and not _fits(value, hints[key]):

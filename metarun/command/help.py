@@ -41,6 +41,8 @@ Keys
   task.ways                classes per task
   task.shots               support examples (per class in classification)
   task.queries             query examples of a test task (per class in classification)
+  task.path                your own pictures (task=images: a folder, a zip or an index), sentences (task=text: a CSV) or
+                           vectors (task=features: a file of numpy.savez)
   algo.inner_lr            step size of adaptation
   algo.inner_steps         adaptation steps in training
   algo.first_order         whether to drop second derivatives
@@ -50,6 +52,7 @@ Examples
   metarun algo=protonet task=omniglot task.ways=20 task.shots=5
   metarun experiment=maml_sinusoid
   metarun algo=maml task=text task.dataset=toy
+  metarun algo=protonet task=images task.path=my_pictures
   metarun algo=shared_params task=table task.path=visits.csv task.by=patient task.target=pressure
   metarun algo=thompson task=bandit task.arms=10 task.pulls=100
   metarun -m algo=maml,reptile,shared_params,scratch task=sinusoid seed=0,1

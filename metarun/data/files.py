@@ -75,7 +75,7 @@ class Files:
         try:
             self.archive = zipfile.ZipFile(source)
         except DAMAGED as error:
-            raise UserError(f"{source} is damaged ({error}); {remedy}.") from error
+            raise UserError(f"{source} cannot be opened as a zip ({error}); {remedy}.") from error
         for name in self.archive.namelist():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
                 raise UserError(f"{source} has an entry that points outside of it ({name!r}); {remedy}.")

@@ -13,8 +13,6 @@ import io
 import logging
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -26,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from metarun.data.cache import cached
+from metarun.data.files import Files
 from metarun.errors import UserError
 from metarun.results.files import atomic_write
 
@@ -82,28 +81,11 @@ def download(data_dir: str, upstream: str = UPSTREAM) -> None:
 
 
 def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
-    """The path inside the data set and the content of every PNG in an unpacked folder or a zip."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*.png")):
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error.strerror}); make it readable.") from error
-            yield path.relative_to(source.parent).as_posix(), content
-        return
-    try:
-        with zipfile.ZipFile(source) as archive:
-            for name in sorted(archive.namelist()):
-                entry = PurePosixPath(name)
-                if entry.is_absolute() or ".." in entry.parts or "\\" in name:
-                    raise UserError(
-                        f"{source} has an entry that points outside of it ({name!r}); it is not the published "
-                        f"file: {HOW_TO_GET_IT}."
-                    )
-                if entry.suffix == ".png":
-                    yield name, archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{source} is damaged ({error}); delete it, then {HOW_TO_GET_IT}.") from error
+    """The path and the content of every PNG in an unpacked folder or a zip."""
+    with Files(source, f"delete it, then {HOW_TO_GET_IT}") as files:
+        for name in files.names():
+            if name.endswith(".png"):
+                yield name, files.read(name)
 
 
 def _read(folder: Path, size: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from metarun.data.files import PARTS, Files, read_file, split_in, table
-from metarun.errors import UserError, require
+from metarun.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,8 @@ class Pictures:
                 raise UserError(f"{name} cannot be read ({error.strerror}); choose another file.") from error
             except ValueError as error:
                 raise UserError(f"{name} cannot be used: {error}; choose another picture.") from error
-        require(len(rows) > 0, "there is no picture; give at least one")
+        if not rows:
+            raise UserError("There is no picture; give at least one.")
         return self.normalised(torch.stack(rows))
 
 
@@ -170,6 +171,9 @@ def in_folders(names: Sequence[str], source: str, class_of: str | None) -> list[
         UserError: a picture has no class.
     """
     base = common_folder(names)
+    if base and all("/" not in name.removeprefix(base) for name in names):
+        # A single class.
+        base = common_folder([base.rstrip("/")])
     below = {name: name.removeprefix(base) for name in names}
     tops = {path.partition("/")[0].lower() for path in below.values() if "/" in path}
     are_splits = len(tops) > 1 and tops <= PARTS.keys() and all("/" in path for path in below.values())

@@ -19,20 +19,16 @@ NAMED = 5
 
 
 def dealt(names: Iterable[str], seed: int, shares: Mapping[str, float], fewest: int = 0) -> dict[str, set[str]]:
-    """Assign ``names`` to the splits by ``shares``, at random by ``seed``.
+    """Assign ``names`` to ``train``, ``val`` and perhaps ``test`` by ``shares``, at random by ``seed``.
 
     Each split of ``shares`` has at least ``fewest`` names, or an equal share where there are too few for that.
     """
     shuffled = sorted(names)
     random.Random(seed).shuffle(shuffled)
-    fewest = min(fewest, len(shuffled) // max(len(shares), 1))
-
-    def size(split: str) -> int:
-        return max(round(shares.get(split, 0) * len(shuffled)), fewest if split in shares else 0)
-
-    test = len(shuffled) - size("test")
-    # Rounding training leaves what remains to validation, unless that would have too few.
-    train = min(size("train"), test - (fewest if "val" in shares else 0)) if "val" in shares else test
+    fewest = min(fewest, len(shuffled) // len(shares))
+    size = {split: max(round(share * len(shuffled)), fewest) for split, share in shares.items()}
+    test = len(shuffled) - size.get("test", 0)
+    train = min(size["train"], test - fewest)
     return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
 
 
@@ -154,31 +150,29 @@ def by_class(
     Args:
         examples: the data.
         rows: positions of the examples by class (`Examples.rows_of`).
-        option: ``given`` (by the data), ``random``, ``lists``, or ``auto``: given if the data name splits.
+        option: ``given`` (by the data), ``random``, or ``auto``: given if the data name splits.
         seed: of random splits.
         ways: number of classes that a split should have at least.
-        lists: the folder of the option ``lists``.
+        lists: a folder of lists that decide instead (see `lists_in`).
         testing: whether test tasks are made of these data.
 
     Raises:
         UserError: the data do not name their splits, or a split has no class.
     """
     has_splits = any(part is not None for part in examples.splits)
-    if option == "auto":
-        option = "given" if has_splits else "random"
     if option == "given" and not has_splits:
         raise UserError(f"{examples.name} names no splits; choose task.split=random.")
-    shares = SHARES if testing else {"train": 1 - VALIDATION, "val": VALIDATION}
-    if option == "random":
-        split, name = dealt(rows, seed, shares, ways), f"random{seed}"
+    if lists is not None:
+        split, name = lists_in(lists, rows), lists.name
+    elif option == "given" or (option == "auto" and has_splits):
+        split, name = given(examples, rows), "given"
     else:
-        split = given(examples, rows) if option == "given" or lists is None else lists_in(lists, rows)
-        name = "given" if option == "given" or lists is None else lists.name
-        if not split["val"]:
-            log.info("%s names no validation classes, so a fifth of its training classes become these.", examples.name)
-            split |= dealt(split["train"], seed, {"train": 1 - VALIDATION, "val": VALIDATION}, ways) | {
-                "test": split["test"]
-            }
+        shares = SHARES if testing else {"train": 1 - VALIDATION, "val": VALIDATION}
+        split, name = dealt(rows, seed, shares, ways), f"random{seed}"
+    if split["train"] and not split["val"]:
+        log.info("%s names no validation classes, so a fifth of its training classes become these.", examples.name)
+        drawn = dealt(split["train"], seed, {"train": 1 - VALIDATION, "val": VALIDATION}, ways)
+        split |= {part: drawn[part] for part in ("train", "val")}
     wanted = [part for part in SHARES if testing or part != "test"]
     for part in wanted:
         if not split[part]:

@@ -16,7 +16,7 @@ from metarun.data import splits
 from metarun.data.files import DAMAGED, PARTS, found
 from metarun.errors import UserError
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Asked, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for
+from metarun.tasks.few_shot import Asked, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
 
 LARGEST_ARRAY = 2**36
 """Bytes of the largest array that is read."""
@@ -149,32 +149,28 @@ class Features:
         if not bool((finite := x.isfinite().all(1)).all()):
             row = int((~finite).nonzero()[0])
             raise UserError(f"{place}: row {row} (from 0) of x holds a number that is not finite; mend or remove it.")
-        own = held.get("split", [None] * len(x))
-        parts = [None if value is None else _part(place, row, str(value)) for row, value in enumerate(own)]
-        examples = splits.Examples(place.stem, "examples", [str(label) for label in held["y"].tolist()], parts)
+        named = held.get("split", [None] * len(x))
+        given = [None if value is None else _part(place, row, str(value)) for row, value in enumerate(named)]
+        examples = splits.Examples(place.stem, "examples", [str(label) for label in held["y"].tolist()], given)
         fewest, several = range_of("shots", shots).most + 1, range_of("ways", ways).least
         positions, split_name = splits.by_class(examples, examples.rows_of(fewest), split, split_seed, several)
-        orders = {
-            part: torch.tensor([row for rows in by_label.values() for row in rows])
-            for part, by_label in positions.items()
-        }
-        self.cells = {
-            part: cells_of(torch.tensor([[len(rows) for rows in by_label.values()]]))
-            for part, by_label in positions.items()
-        }
-        training = x[orders["train"]].double()
+        parts = {part: ordered(by_label) for part, by_label in positions.items()}
+        self.cells = {part: own.cells for part, own in parts.items()}
+        self.classes = {part: own.classes for part, own in parts.items()}
+        training = x[parts["train"].order].double()
         mean, std = training.mean(0), training.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)
         if not standardise:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
         self.prepare = Vectors(tuple(mean.tolist()), tuple(std.tolist()))
-        self.rows = {part: self.prepare(x[order]).to(device) for part, order in orders.items()}
+        self.rows = {part: self.prepare(x[own.order]).to(device) for part, own in parts.items()}
         self.device = device
-        content = hashlib.sha256(repr({part: [*map(len, by.values())] for part, by in positions.items()}).encode())
+        counts = {part: cells.size for part, cells in self.cells.items()}
+        content = hashlib.sha256(str({part: size.tolist() for part, size in counts.items()}).encode())
         for rows in self.rows.values():
             content.update(rows.cpu().numpy().tobytes())
         name = ":".join([place.stem, split_name, content.hexdigest()[:6]])
-        self.sizes = sizes_for(asked, {part: cells.size for part, cells in self.cells.items()}, name, "examples", typed)
+        self.sizes = sizes_for(asked, counts, name, "examples", typed, self.classes)
         others = self.sizes[False]
         self.dataset = ":".join([name, *others.text()])
         self.spec = Spec(

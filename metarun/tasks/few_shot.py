@@ -1,7 +1,7 @@
 """Drawing N-way K-shot tasks from pools of classes, and how many examples a task has."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from metarun.contracts import Task
+from metarun.data.splits import listed
 from metarun.errors import require
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,12 @@ def _lowered(asked: Asked, pools: Pools, typed: Collection[str]) -> Asked:
 
 
 def sizes_for(
-    asked: Asked, pools: Pools, dataset: str, what: str, typed: Collection[str] | None = None
+    asked: Asked,
+    pools: Pools,
+    dataset: str,
+    what: str,
+    typed: Collection[str] | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[bool, TaskSizes]:
     """Return the sizes of training tasks (True) and of others (False) that the pools can serve.
 
@@ -223,6 +229,7 @@ def sizes_for(
         dataset: name of the data, for messages.
         what: what examples are called, for messages.
         typed: the keys that the user set; None: all.
+        names: the names of the classes by split, if those that are too small for the tasks shall be named.
 
     Raises:
         ValueError: the pools cannot serve what the user asked for.
@@ -246,6 +253,12 @@ def sizes_for(
             f"{prefix}ways must be at most {enough}, the {split} classes of {dataset} with "
             f"{prefix}shots + {prefix}queries = {shots.most} + {queries} {what} or more, not {ways}",
         )
+        counts = zip(names[split] if names else (), pool[0].tolist(), strict=False)
+        if small := [f"{name} ({count})" for name, count in counts if count < shots.most + queries]:
+            log.info(
+                "%s: %s classes with fewer than %d %s are left out: %s.",
+                *(dataset, split, shots.most + queries, what, listed(small)),
+            )
     return sizes
 
 
@@ -334,6 +347,23 @@ def deal(classes: Tensor, examples: Tensor, sizes: TaskSizes, generator: torch.G
         support._replace(real=real & own.gather(1, support.label), ways=own),
         query._replace(real=own.gather(1, query.label), ways=own),
     )
+
+
+class Ordered(NamedTuple):
+    """The rows of one split, sorted by class."""
+
+    order: Tensor
+    """Positions of the rows in the data set ``[rows]``."""
+    cells: Cells
+    """Where each class is in ``order``."""
+    classes: list[str]
+    """The names of the classes."""
+
+
+def ordered(rows: Mapping[str, Sequence[int]]) -> Ordered:
+    """Return the positions of rows by class as tensors."""
+    order = torch.tensor([row for own in rows.values() for row in own], dtype=torch.long)
+    return Ordered(order, cells_of(torch.tensor([[len(own) for own in rows.values()]])), list(rows))
 
 
 def part_of(dealt: Dealt, x: Tensor, ways: int, training: bool) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from metarun.data.store import Store, stored
 from metarun.errors import require
 from metarun.nn.ops import unit_rows
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for
+from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
 
 LARGEST_SIZE = 512
 MEASURED = 5000
@@ -38,12 +38,12 @@ class Pool(NamedTuple):
     """Where each class is in ``order``."""
 
 
-def measured(rows: Tensor, order: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measured(pool: Pool) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel, with white as 1, rounded to four digits."""
-    some = order[:: len(order) // MEASURED + 1]
-    sums = torch.zeros(2, rows.shape[1], dtype=torch.float64)
+    some = pool.order[:: len(pool.order) // MEASURED + 1]
+    sums = torch.zeros(2, pool.rows.shape[1], dtype=torch.float64)
     for first in range(0, len(some), 256):
-        x = rows[some[first : first + 256]].double() / 255
+        x = pool.rows[some[first : first + 256]].double() / 255
         sums += torch.stack([x.mean((2, 3)).sum(0), x.square().mean((2, 3)).sum(0)])
     mean, square = sums / len(some)
     std = (square - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
@@ -52,10 +52,25 @@ def measured(rows: Tensor, order: Tensor) -> tuple[tuple[float, ...], tuple[floa
 
 def colours(x: Tensor) -> Tensor:
     """Return the square roots of joint histograms of colour: pixels ``[n, 3, h, w]`` of 0 to 1 → ``[n, BINS³]``."""
-    bins = (x * BINS).long().clamp(0, BINS - 1)
-    joint = ((bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]).flatten(1)
+    # Whole numbers would need eight bytes for each pixel and channel.
+    bins = (x * BINS).floor().clamp(0, BINS - 1)
+    joint = ((bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]).flatten(1).long()
     counts = x.new_zeros(len(x), BINS**3).scatter_add(1, joint, torch.ones_like(joint, dtype=x.dtype))
     return unit_rows(counts.sqrt())
+
+
+class Wanted(NamedTuple):
+    """How a data set is split."""
+
+    split: str
+    """``auto``, ``given`` or ``random``, where there are no lists."""
+    seed: int
+    lists: Path | None
+    """A folder of lists of classes."""
+    ways: int
+    """The number of classes that a split should have at least."""
+    smallest: int
+    """Number of pictures of the smallest class that is of use."""
 
 
 class Images:
@@ -131,47 +146,20 @@ class Images:
         form = Pictures(image_size, channels, (left, top, right, bottom))
         self.augment, self.device = tuple(name for name in AUGMENTATIONS if name in augment), device
 
-        source = found(path, data_dir)
-        own, store = _read(source, class_of, form)
-        other = None
-        if test_path is not None:
-            elsewhere = found(test_path, data_dir, "task.test_path")
-            other = (elsewhere, *_read(elsewhere, class_of, form))
-        fewest = range_of("shots", shots).most + 1
-        copied = frozenset(other[2].digests) if other else frozenset()
         lists = None if split in ("auto", "given", "random") else found(split, data_dir, "task.split")
-        rows, split_name = splits.by_class(
-            own,
-            own.rows_of(fewest, copied),
-            "lists" if lists else split,
-            split_seed,
-            range_of("ways", ways).least,
-            lists,
-            testing=other is None,
-        )
-        stores = dict.fromkeys(rows, store)
-        name = [own.name, split_name]
-        if other is not None:
-            rows["test"], stores["test"] = other[1].rows_of(fewest), other[2]
-            name.append(f"test={other[1].name}")
-        digests = hashlib.sha256()
-        self.pools, self.classes = {}, {}
-        for part, by_label in rows.items():
-            order = [row for positions in by_label.values() for row in positions]
-            digests.update(f"{part} {[len(positions) for positions in by_label.values()]}".encode())
-            digests.update(b"".join(stores[part].digests[row] for row in order))
-            cells = cells_of(torch.tensor([[len(positions) for positions in by_label.values()]], dtype=torch.long))
-            self.pools[part] = Pool(stores[part].rows, torch.tensor(order, dtype=torch.long), cells)
-            self.classes[part] = list(by_label)
-        name += [f"{image_size}px" + ("" if channels == 3 else ":grey"), digests.hexdigest()[:6]]
+        wanted = Wanted(split, split_seed, lists, range_of("ways", ways).least, range_of("shots", shots).most + 1)
+        source = found(path, data_dir)
+        elsewhere = None if test_path is None else found(test_path, data_dir, "task.test_path")
+        name, self.pools, self.classes, digests = _pools(source, elsewhere, class_of, form, wanted)
+        name += [f"{image_size}px" + ("" if channels == 3 else ":grey"), digests]
         counts = {part: pool.cells.size for part, pool in self.pools.items()}
-        self.sizes = sizes_for(asked, counts, ":".join(name), "pictures", typed)
+        self.sizes = sizes_for(asked, counts, ":".join(name), "pictures", typed, self.classes)
         others = self.sizes[False]
         self.dataset = ":".join([*name, *others.text()])
-        mean, std = measured(store.rows, self.pools["train"].order)
+        mean, std = measured(self.pools["train"])
         self.prepare = Pictures(image_size, channels, form.crop, mean, std)
         if device != "cpu":
-            held = {id(part.rows): part.rows.to(device) for part in stores.values()}
+            held = {id(pool.rows): pool.rows.to(device) for pool in self.pools.values()}
             self.pools = {part: pool._replace(rows=held[id(pool.rows)]) for part, pool in self.pools.items()}
         self.spec = Spec(
             Numbers((channels, image_size, image_size)),
@@ -200,6 +188,40 @@ def _has_one_group(pattern: str | None) -> bool:
         return pattern is None or re.compile(pattern).groups == 1
     except re.error:
         return False
+
+
+def _pools(
+    source: Path, elsewhere: Path | None, class_of: str | None, form: Pictures, wanted: Wanted
+) -> tuple[list[str], dict[str, Pool], dict[str, list[str]], str]:
+    """Return the name of the data, the pictures and the classes of each split, and a hash of the split's content.
+
+    Args:
+        source: the data set.
+        elsewhere: a data set whose classes are all test classes; None: those of ``source`` are split.
+        class_of: see `Images`.
+        form: how pictures are decoded.
+        wanted: how the data are split.
+    """
+    own, store = _read(source, class_of, form)
+    other, other_store = (None, None) if elsewhere is None else _read(elsewhere, class_of, form)
+    copied = frozenset(other_store.digests) if other_store else frozenset()
+    rows, split_name = splits.by_class(
+        own,
+        own.rows_of(wanted.smallest, copied),
+        *(wanted.split, wanted.seed, wanted.ways, wanted.lists),
+        testing=other is None,
+    )
+    stores, name = dict.fromkeys(rows, store), [own.name, split_name]
+    if other is not None and other_store is not None:
+        rows["test"], stores["test"] = other.rows_of(wanted.smallest), other_store
+        name.append(f"test={other.name}")
+    content, pools, classes = hashlib.sha256(), {}, {}
+    for part, by_label in rows.items():
+        order, cells, classes[part] = ordered(by_label)
+        pools[part] = Pool(stores[part].rows, order, cells)
+        content.update(f"{part} {cells.size.tolist()}".encode())
+        content.update(b"".join(stores[part].digests[row] for row in order.tolist()))
+    return name, pools, classes, content.hexdigest()[:6]
 
 
 def _read(source: Path, class_of: str | None, form: Pictures) -> tuple[splits.Examples, Store]:

@@ -113,7 +113,8 @@ class Text:
         }
         pools = {split: Pool(cells, labels[split], tokenizer) for split, cells in corpus.items()}
         counts = {split: pool.cells.size for split, pool in pools.items()}
-        self.sizes = sizes_for(asked, counts, f"{dataset}:{sentences}", "sentences", typed)
+        of_one_language = labels if all(len(size) == 1 for size in counts.values()) else None
+        self.sizes = sizes_for(asked, counts, f"{dataset}:{sentences}", "sentences", typed, of_one_language)
         others = self.sizes[False]
         self.dataset = ":".join([dataset, *others.text(), sentences])
         train = pools["train"]
