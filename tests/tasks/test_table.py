@@ -259,6 +259,21 @@ def test_a_recipe_reads_further_rows_after_a_trip_through_json(path):
         again.inputs(rows.drop(columns="dose"))
 
 
+def test_queries_of_a_series_begin_when_the_targets_of_the_support_set_are_known(path):
+    found = family(path, order="day", history=1, ahead=3, queries=None)
+    assert found.draws["test"].gap == 2
+    cells = found.draws["test"].cells
+    for split in ("train", "test"):
+        draws = found.draws[split]
+        task = draws.draw_tasks(5, generator())
+        support, query = draws.draw_rows(task, generator())
+        rank = torch.empty(len(cells.row), dtype=torch.long)
+        rank[cells.row] = cells.when
+        real = torch.ones_like(query.row, dtype=torch.bool) if query.real is None else query.real
+        first = rank[query.row].masked_fill(~real, 99).amin(1)
+        assert torch.equal(first, rank[support.row].amax(1) + 3)
+
+
 def test_two_million_rows_are_indexed_once_and_a_batch_is_drawn_in_under_twenty_milliseconds():
     rng = np.random.default_rng(0)
     task = np.sort(rng.integers(0, 1000, 2_000_000))
