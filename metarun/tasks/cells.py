@@ -111,11 +111,13 @@ class Draws(NamedTuple):
     """Query rows per class, or fewer where a class has no more; None: all that are left."""
     moving: bool = False
     """Whether support sets of ordered rows begin anywhere in time, instead of with the first row."""
+    gap: int = 0
+    """Number of ordered rows between the support set and the queries, whose targets are not known in time."""
 
     @property
     def most_queries(self) -> int:
         """The largest number of query rows per class."""
-        return self.queries or max(int(self.cells.size[self.tasks].max()) - self.shots.least, 1)
+        return self.queries or max(int(self.cells.size[self.tasks].max()) - self.shots.least - self.gap, 1)
 
     @property
     def uneven(self) -> bool:
@@ -123,7 +125,7 @@ class Draws(NamedTuple):
         size = self.cells.size[self.tasks]
         ordered_classes = self.cells.when is not None and size.shape[1] > 1
         asked = self.most_queries * (2 if self.moving else 1)
-        return not self.shots.fixed or ordered_classes or int(size.min()) < self.shots.most + asked
+        return not self.shots.fixed or ordered_classes or int(size.min()) < self.shots.most + self.gap + asked
 
     def ways(self, task: Tensor) -> Tensor | None:
         """Return which classes each task has ``[tasks, classes]``; None where every task of the split has all."""
@@ -138,7 +140,7 @@ class Draws(NamedTuple):
     def draw_rows(self, task: Tensor, generator: torch.Generator) -> tuple[Drawn, Drawn]:
         """Draw support and query rows of each ``task [tasks]``; no row is in both."""
         size, most, asked = self.cells.size[task], self.shots.most, self.most_queries
-        shots = torch.minimum(self.shots.draw((len(task), 1), generator), (size - 1).clamp(min=0))
+        shots = torch.minimum(self.shots.draw((len(task), 1), generator), (size - 1 - self.gap).clamp(min=0))
         if self.cells.when is None:
             drawn = subsets(size, most + asked, generator)
             support, query = drawn[..., :most], drawn.gather(-1, shots[..., None] + torch.arange(asked))
@@ -162,12 +164,13 @@ class Draws(NamedTuple):
         start = torch.zeros_like(size)
         if self.moving:
             # In small tasks half of what is not support may come before it, so that not all begin with the first row.
-            whole = shots + ((size - shots + 1) // 2).clamp(max=self.most_queries)
+            before = shots + self.gap
+            whole = before + ((size - before + 1) // 2).clamp(max=self.most_queries)
             last_start = cells.when[(first + size - whole).clamp(max=never - 1)].masked_fill(~there, never).amin(1)
             rank = (torch.rand(len(task), generator=generator, dtype=torch.float64) * (last_start + 1)).long()
             start = cells.from_rank(cell, rank[:, None].expand_as(cell)).masked_fill(~there, 0)
         last = cells.when[(first + start + shots - 1).clamp(0, never - 1)].masked_fill(~there, -1).amax(1)
-        return start, cells.from_rank(cell, last[:, None].expand_as(cell) + 1)
+        return start, cells.from_rank(cell, last[:, None].expand_as(cell) + 1 + self.gap)
 
     def _part(self, task: Tensor, position: Tensor, number: Tensor, generator: torch.Generator) -> Drawn:
         """Return the first ``number`` rows of each cell at ``position [tasks, classes, rows]`` in random order."""

@@ -260,14 +260,6 @@ def held_out(cell: Any, share: float, seed: int) -> Any:
     return rank < np.maximum(np.round(share * size), 2)[cell]
 
 
-def without(cells: Cells, data: tuple[Any, Any, Any], rows: Any) -> Cells:
-    """Return cells like ``cells`` of these ``rows`` alone, given (task, label, time) of all."""
-    task, label, time = data
-    own = None if time is None else time[rows]
-    shape = (cells.size.shape[0], cells.size.shape[1])
-    return Cells(rows, task[rows], label[rows], shape, own).without_small(2)
-
-
 def table(
     path: str | Mapping[str, str] | None = None,
     by: str | None = None,
@@ -366,15 +358,8 @@ def table(
     rows, source = tables.gather(files, separator, columns, missing)
     group = leave_out_column or by
     placing = {"by": by, "order": order, "split": split, "leave_out_column": group}
-    for key, column in {"target": target, **placing}.items():
-        if column is not None:
-            tables.column(rows, source, key, column)
-    for key, several in {"features": features or (), "drop": drop, "categorical": categorical}.items():
-        for column in several:
-            tables.column(rows, source, key, column)
-    require(features is None or target not in features, f"features must not name the target, {target}")
-    for column in dict.fromkeys(column for column in placing.values() if column is not None):
-        tables.require_filled(rows[column], source, "it says where a row belongs, so fill it, or take the row out")
+    describing = {"features": features or (), "drop": drop, "categorical": categorical}
+    check_columns(rows, source, target, placing, describing)
     series = None if history is None else (history, ahead, step)
     data = loaded(rows, source, by, target, order, unlabelled, series)
     del rows
@@ -384,7 +369,8 @@ def table(
     recipe = Recipe(Columns([], []), data.goal, names, threshold, history=data.history)
     classes = 1 if names is None else len(names)
     label = np.zeros(len(task), dtype=np.int64) if names is None else recipe.class_of(data.rows[data.goal])
-    least = max(smallest or of_shots.most + 1, 2)
+    gap = 0 if history is None else ahead - 1
+    least = max(smallest or of_shots.most + 1, 2) + gap
     every = Cells(np.arange(len(task)), task, label, (len(tasks_by_name), classes), data.time)
     cells = every.without_small(least)
     how = Splitting(shares, split_seed, split, split_file, leave_out, group, validate)
@@ -394,15 +380,13 @@ def table(
     of_split, held = dict.fromkeys(parts, cells), np.zeros(len(task), dtype=bool)
     if validate == "rows":
         held = held_out(task * classes + label, shares[1] / (shares[0] + shares[1]), split_seed)
-        for part, own in {"train": ~held, "val": held}.items():
-            inside = without(cells, (task, label, data.time), np.flatnonzero(own))
-            enough = (inside.size[parts["train"]] > 0).sum(1).numpy() >= min(classes, 2)
-            if not enough.all():
-                raise UserError(
-                    f"{data.source} has too few rows in a task to hold some of them out; raise task.smallest, or set "
-                    "task.validate=tasks."
-                )
-            of_split[part] = inside  # type: ignore[index]
+        rows_of: dict[Split, Any] = {"train": ~held, "val": held}
+        for part, own in rows_of.items():
+            index = np.flatnonzero(own)
+            time = None if data.time is None else data.time[index]
+            inside = Cells(index, task[index], label[index], (len(tasks_by_name), classes), time).without_small(2 + gap)
+            check_enough(inside, parts["train"], classes, data.source)
+            of_split[part] = inside
     training = np.isin(task, parts["train"]) & ~held
     described = described_by(data, features, {by, target, order, split, group, tables.FILE, *drop})
     encoder, left = fitted(data.rows, training, described, categorical, data.source)
@@ -423,13 +407,50 @@ def table(
     x, y = x.to(device), y.to(device)
     ways = [(of_training, train_queries), (of_shots, queries), (of_shots, queries)]
     draws = {
-        part: Draws(of_split[part], torch.from_numpy(own), *sizes, moving=part == "train")
+        part: Draws(of_split[part], torch.from_numpy(own), *sizes, moving=part == "train", gap=gap)
         for (part, own), sizes in zip(parts.items(), ways, strict=True)
     }
     goal = Labels.of(tuple(names)) if names is not None else Measured(shift=shift, scale=scale)
     return TableTasks(
         ":".join(facts), x.shape[1], lambda row: x[row], None if names is not None else y, goal, draws, device, recipe
     )
+
+
+def check_columns(
+    rows: pd.DataFrame,
+    source: tables.Source,
+    target: str,
+    placing: Mapping[str, str | None],
+    describing: Mapping[str, Sequence[str]],
+) -> None:
+    """Raise an error if a key names a column that is not there, or a column that places rows has an empty cell.
+
+    Raises:
+        UserError: the column, and the line of the cell.
+        ValueError: the target is named as a feature.
+    """
+    for key, column in {"target": target, **placing}.items():
+        if column is not None:
+            tables.column(rows, source, key, column)
+    for key, several in describing.items():
+        for column in several:
+            tables.column(rows, source, key, column)
+    require(target not in describing["features"], f"features must not name the target, {target}")
+    for column in dict.fromkeys(column for column in placing.values() if column is not None):
+        tables.require_filled(rows[column], source, "it says where a row belongs, so fill it, or take the row out")
+
+
+def check_enough(cells: Cells, tasks: Any, classes: int, source: tables.Source) -> None:
+    """Raise an error if one of ``tasks`` has become too small by rows that are held out.
+
+    Raises:
+        UserError: the source, and the remedy.
+    """
+    if not ((cells.size[tasks] > 0).sum(1) >= min(classes, 2)).all():
+        raise UserError(
+            f"{source} has too few rows in a task to hold some of them out; raise task.smallest, or set "
+            "task.validate=tasks."
+        )
 
 
 def require_sizes(

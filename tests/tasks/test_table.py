@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import composed
+from conftest import composed, experiment_of
 from scenarios import generator
 
 from metarun.checks.family import check_tasks
@@ -259,6 +259,21 @@ def test_a_recipe_reads_further_rows_after_a_trip_through_json(path):
         again.inputs(rows.drop(columns="dose"))
 
 
+def test_queries_of_a_series_begin_when_the_targets_of_the_support_set_are_known(path):
+    found = family(path, order="day", history=1, ahead=3, queries=None)
+    assert found.draws["test"].gap == 2
+    cells = found.draws["test"].cells
+    for split in ("train", "test"):
+        draws = found.draws[split]
+        task = draws.draw_tasks(5, generator())
+        support, query = draws.draw_rows(task, generator())
+        rank = torch.empty(len(cells.row), dtype=torch.long)
+        rank[cells.row] = cells.when
+        real = torch.ones_like(query.row, dtype=torch.bool) if query.real is None else query.real
+        first = rank[query.row].masked_fill(~real, 99).amin(1)
+        assert torch.equal(first, rank[support.row].amax(1) + 3)
+
+
 def test_two_million_rows_are_indexed_once_and_a_batch_is_drawn_in_under_twenty_milliseconds():
     rng = np.random.default_rng(0)
     task = np.sort(rng.integers(0, 1000, 2_000_000))
@@ -431,8 +446,8 @@ SHORT = (
 @pytest.mark.parametrize(
     ("algo", "target"),
     [
-        *((algo, "level") for algo in ("maml", "reptile", "shared_params", "transfer", "scratch", "cnp", "adaptive")),
-        *((algo, "stage") for algo in ("maml", "reptile", "protonet", "shared_params", "transfer", "centroid")),
+        *((algo, "level") for algo in ("maml", "reptile", "shared_params", "transfer", "cnp", "dkt")),
+        *((algo, "stage") for algo in ("maml", "protonet", "shared_params", "transfer", "adaptive")),
     ],
 )
 def test_algorithms_run_on_tables_of_numbers_and_of_classes(algo, target, path, tmp_path):
@@ -453,3 +468,43 @@ def test_columns_without_a_name_for_a_value_are_left_out_and_said():
     found, left = fitted(rows, np.ones(4, dtype=bool), list(rows), (), Source([Path("t.csv")], [4], True))
     assert found.names == ["a=x", "a=y", "flag=0", "flag=1"]
     assert left == {"same": "the same in all training rows", "empty": "empty"}
+
+
+def published(folder: Path) -> None:
+    """Small files in the layouts of the named data sets."""
+    rng = np.random.default_rng(0)
+    for name in ("uci_heart_disease", "uci_parkinsons_telemonitoring", "hall_cgm", "tox21_toxcast"):
+        (folder / name).mkdir()
+    for hospital in ("cleveland", "hungarian", "switzerland", "va"):
+        rows = rng.integers(1, 4, (60, 14)).astype(str)
+        rows[::5, 3] = "?"
+        rows[:, 13] = rng.integers(0, 3, 60).astype(str)
+        (folder / "uci_heart_disease" / f"processed.{hospital}.data").write_text("\n".join(map(",".join, rows)))
+    patients = pd.DataFrame({"subject#": np.repeat(np.arange(1, 11), 20), "age": 70, "test_time": rng.random(200)})
+    patients = patients.assign(motor_UPDRS=rng.random(200), total_UPDRS=1.0, PPE=rng.random(200))
+    patients.to_csv(folder / "uci_parkinsons_telemonitoring" / "parkinsons_updrs.data", index=False)
+    readings = pd.DataFrame({"id": np.repeat(list("abcdefg"), 60), "time": np.tile(300.0 * np.arange(60), 7)})
+    readings.assign(gl=rng.normal(100, 10, 420), diagnosis="d").to_csv(
+        folder / "hall_cgm" / "example_data_hall.csv", index=False
+    )
+    Path(fingerprints(folder / "tox21_toxcast")).rename(folder / "tox21_toxcast" / "toxcast_data_ecfp4_2048.npz")
+
+
+def test_named_data_sets_are_tables_of_the_published_files(tmp_path):
+    published(tmp_path)
+    small = {"molecules": ("task.shots=2", "task.smallest=null")}
+    found = {
+        name: experiment_of(f"task={name}", f"data_dir={tmp_path}", *small.get(name, ())).family
+        for name in ("heart", "parkinsons", "glucose", "molecules")
+    }
+    for family in found.values():
+        for split in ("train", "val", "test"):
+            check_tasks(family.sample(split, 3, generator()), family.spec, split, 3, "cpu")
+    assert found["heart"].target.names == ("up to 0", "above 0")
+    assert "trestbps missing" in found["heart"].recipe.columns.names
+    assert found["parkinsons"].recipe.columns.names == ["test_time"]
+    assert found["glucose"].spec.inputs.shape == (12,)
+    assert found["molecules"].spec.metrics[0].name == "auroc"
+    other = experiment_of("task=heart", f"data_dir={tmp_path}", "task.leave_out=va").family
+    assert other.dataset != found["heart"].dataset
+    assert "without va" in other.dataset
