@@ -82,10 +82,9 @@ class Targets:
         spec, self.learned, self.classes, self.flat = learned.spec, learned, None, False
         if spec.offers("classes"):
             labels = labels_of(y)
-            self.classes = self._classes(labels)
+            self.classes, positions = self._classes(labels)
             self.columns = self._columns(ways)
-            position = {label: column for column, label in enumerate(self.classes)}
-            index = torch.tensor([position[label] for label in labels])
+            index = torch.tensor(positions)
             self.y = one_hot(index, self.columns).to(torch.get_default_dtype())
         else:
             require(
@@ -95,15 +94,20 @@ class Targets:
             )
             self.y = self._numbers(y)
 
-    def _classes(self, labels: Sequence[Hashable]) -> list[Hashable]:
-        """Return the classes by column; those that mean the same in every task have fixed columns."""
+    def _classes(self, labels: Sequence[Hashable]) -> tuple[list[Hashable], list[int]]:
+        """Return the classes by column, and each label's column; what means the same in every task has a fixed one."""
         names: tuple[str, ...] = getattr(self.learned.spec.target, "names", ())
         if not names:
-            return classes_of(labels)
+            found = classes_of(labels)
+            position = {label: column for column, label in enumerate(found)}
+            return found, [position[label] for label in labels]
+        own = getattr(self.learned.converter, "class_of", None)
+        if own is not None:
+            return list(names), own(labels)
+        unknown = sorted({str(label) for label in labels} - set(names))
+        require(not unknown, f"the classes are {', '.join(names)}, and y has {', '.join(unknown)}")
         given = {str(label): label for label in labels}
-        unknown = given.keys() - set(names)
-        require(not unknown, f"the classes are {', '.join(names)}, and y has {', '.join(sorted(unknown))}")
-        return [given.get(name, name) for name in names]
+        return [given.get(name, name) for name in names], [names.index(str(label)) for label in labels]
 
     def _columns(self, ways: int | None) -> int:
         spec, found = self.learned.spec, len(self.classes or ())

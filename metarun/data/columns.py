@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metarun.data.tables import Source, first_where, places, words
 from metarun.errors import UserError
+from metarun.portable import portable
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ MOSTLY = 0.5
 """A column of text of which at least this share are numbers is meant to hold numbers."""
 
 
+@portable
 class Number(NamedTuple):
     """A column of numbers: (number − mean) / std, cut at ± ``LIMIT``, and 0 where it is missing."""
 
@@ -35,6 +37,7 @@ class Number(NamedTuple):
     """Whether a further feature says where the number is missing: 1 there, else 0."""
 
 
+@portable
 class Category(NamedTuple):
     """A column of categories: a feature for each value, all 0 where it is missing or a value that training lacks."""
 
@@ -42,6 +45,7 @@ class Category(NamedTuple):
     values: list[str]
 
 
+@portable
 @dataclass(frozen=True)
 class Columns:
     """How rows become features.

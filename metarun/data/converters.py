@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from metarun.contracts import Examples
+from metarun.data.pictures import opened, read_pictures
 from metarun.data.tokens import Tokenizer
 from metarun.errors import require
 from metarun.portable import portable
 
 TARGET_NAMES = ("y", "target", "label", "class")
 """Names of the column that holds the target, in any case; y1, y2, … where there are several."""
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def numbers_of(x: Any) -> Tensor:
@@ -147,34 +147,6 @@ class Sentences:
         return Examples(table[text].astype(str).tolist(), y, row_names(len(table)))
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """Return the pictures directly in a folder, in the order of their names."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
-
-
-def read_pictures(path: Path) -> Examples:
-    """Read a picture, a folder of pictures, or a folder with one folder of pictures per class, as paths.
-
-    Raises:
-        ValueError: there is no picture.
-    """
-    if path.is_file():
-        return Examples([path], None, [path.name])
-    require(path.is_dir(), f"there is no {path}; name a picture or a folder of pictures")
-    loose = pictures_in(path)
-    if loose:
-        return Examples(loose, None, [found.name for found in loose])
-    of_class = [
-        (found, folder.name) for folder in sorted(path.iterdir()) if folder.is_dir() for found in pictures_in(folder)
-    ]
-    require(
-        len(of_class) > 0,
-        f"{path} has neither pictures ({', '.join(PICTURES)}) nor folders with pictures, one per class",
-    )
-    found, labels = [one for one, _ in of_class], [label for _, label in of_class]
-    return Examples(found, labels, [str(one.relative_to(path)) for one in found])
-
-
 @portable
 @dataclass(frozen=True)
 class Drawings:
@@ -197,9 +169,8 @@ class Drawings:
 
     def _drawing(self, path: Path) -> Tensor:
         try:
-            with Image.open(path) as image:
-                small = image.convert("L").resize((self.size, self.size), Image.Resampling.LANCZOS)
-        except OSError as error:
+            small = opened(path.read_bytes()).convert("L").resize((self.size, self.size), Image.Resampling.LANCZOS)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a picture ({error})") from error
         return torch.from_numpy(255 - np.asarray(small)).to(torch.get_default_dtype())[None] / 255
 

@@ -14,8 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from metarun.contracts import Examples
 from metarun.data.files import PARTS, Files, read_file, split_in, table
-from metarun.errors import UserError
+from metarun.errors import UserError, require
+from metarun.portable import portable
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +63,10 @@ def eight_bits(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(mode)
 
 
+@portable
 @dataclass(frozen=True)
 class Pictures:
-    """Turns pictures into the tensors that a model takes; all that it needs are these numbers."""
+    """Turns pictures into the tensors that a model takes (`metarun.contracts.Converter`)."""
 
     size: int
     """Edge in pixels to which pictures are resized, whatever their shape."""
@@ -112,14 +115,29 @@ class Pictures:
         mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean or [0.0], self.std or [1.0]))
         return x * std + mean
 
-    def __call__(self, pictures: Sequence[str | Path | bytes | Image.Image]) -> Tensor:
+    def read(self, path: Path) -> Examples:
+        """Read a picture, a folder of pictures, or a folder with one folder of pictures per class.
+
+        Raises:
+            ValueError: there is no picture.
+        """
+        return read_pictures(path)
+
+    def inputs(self, x: Any) -> Tensor:
         """Return pictures, or the files that hold them, as ``[pictures, channels, size, size]``.
+
+        Args:
+            x: paths, the contents of files, images of Pillow, or arrays of bytes, ``[height, width]`` or
+                ``[height, width, 3]``.
 
         Raises:
             UserError: a picture cannot be read; the message says which and why.
         """
         rows = []
+        pictures = [x] if isinstance(x, str | Path | bytes | Image.Image) else x
         for number, picture in enumerate(pictures, 1):
+            if isinstance(picture, np.ndarray | Tensor):
+                picture = image_of(np.asarray(picture), number)
             name = str(picture) if isinstance(picture, str | Path) else f"Picture {number}"
             try:
                 content = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
@@ -143,9 +161,51 @@ class Found(NamedTuple):
     """The line of an index that names it, for messages."""
 
 
+def image_of(array: np.ndarray[Any, Any], number: int) -> Image.Image:
+    """Return an array of bytes as a picture.
+
+    Raises:
+        UserError: it has another shape or type.
+    """
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise UserError(
+            f"Picture {number} must be an array [height, width] or [height, width, 3] of bytes (numpy.uint8), not "
+            f"{list(array.shape)} of {array.dtype}."
+        )
+    return Image.fromarray(array)
+
+
 def is_picture(name: str) -> bool:
     """Whether the name of a file ends like that of a picture."""
     return name.lower().endswith(ENDINGS)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the pictures directly in a folder, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if is_picture(path.name))
+
+
+def read_pictures(path: Path) -> Examples:
+    """Read a picture, a folder of pictures, or a folder with one folder of pictures per class, as paths.
+
+    Raises:
+        ValueError: there is no picture.
+    """
+    if path.is_file():
+        return Examples([path], None, [path.name])
+    require(path.is_dir(), f"there is no {path}; name a picture or a folder of pictures")
+    loose = pictures_in(path)
+    if loose:
+        return Examples(loose, None, [found.name for found in loose])
+    of_class = [
+        (found, folder.name) for folder in sorted(path.iterdir()) if folder.is_dir() for found in pictures_in(folder)
+    ]
+    require(
+        len(of_class) > 0,
+        f"{path} has neither pictures ({', '.join(ENDINGS)}) nor folders with pictures, one per class",
+    )
+    found, labels = [one for one, _ in of_class], [label for _, label in of_class]
+    return Examples(found, labels, [str(one.relative_to(path)) for one in found])
 
 
 def common_folder(names: Sequence[str]) -> str:

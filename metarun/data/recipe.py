@@ -5,6 +5,7 @@ A run's ``Recipe`` is all that is needed to read further rows of the same column
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from metarun.contracts import Examples
 from metarun.data.columns import Columns
+from metarun.data.converters import numbers_of, row_names, table_of
 from metarun.data.tables import places, words
-from metarun.errors import UserError
+from metarun.errors import UserError, require
+from metarun.portable import portable
 
 
+@portable
 @dataclass(frozen=True)
 class History:
     """Earlier values of the target as features, and a later one as the target."""
@@ -70,6 +75,7 @@ class History:
         return table[whole]
 
 
+@portable
 @dataclass(frozen=True)
 class Recipe:
     """How rows are read: features, and targets as numbers or as classes."""
@@ -140,6 +146,70 @@ class Recipe:
         if not holds.all():
             row = int(np.argmin(holds))
             raise UserError(f"Row {row + 1} of the rows: the target {self.target!r} {what}, not {values.iloc[row]!r}.")
+
+
+@portable
+@dataclass(frozen=True)
+class TableRows:
+    """Rows of a table as their owner has them (`metarun.contracts.Converter`)."""
+
+    recipe: Recipe
+
+    def inputs(self, x: Any) -> Tensor:
+        """Return the rows of a table, or of a list of dictionaries, as inputs ``[rows, features]``.
+
+        Where the run's features are a history, rows that lack these columns are a series, and only those with a whole
+        history count.
+
+        Raises:
+            ValueError: ``x`` is no table.
+            UserError: a column is missing, or a column of numbers holds text.
+        """
+        try:
+            table = pd.DataFrame(x)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"these inputs are rows of a table: give a DataFrame ({error})") from None
+        require(len(table) > 0, "x must hold at least one row")
+        history = self.recipe.history
+        if history is not None and not set(history.features) <= set(table):
+            table = self.recipe.prepared(table)
+        return self.recipe.inputs(table)
+
+    def read(self, path: Path) -> Examples:
+        """Read a CSV, TSV or Parquet file with the run's columns; targets are in the run's target column.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        table = table_of(path)
+        table = self.recipe.prepared(table.rename(index=dict(zip(table.index, row_names(len(table)), strict=True))))
+        goal = self.recipe.target
+        return Examples(table, table[goal].tolist() if goal in table else None, [str(name) for name in table.index])
+
+    def targets(self, y: Any) -> Tensor:
+        """Return targets in the column's unit as the model sees them ``[rows, 1]``.
+
+        Raises:
+            ValueError: there is something that is not a finite number.
+        """
+        found = numbers_of(y).reshape(-1, 1)
+        require(bool(found.isfinite().all()), "y must hold finite numbers alone")
+        return (found - self.recipe.shift) / self.recipe.scale
+
+    def answers(self, output: Tensor) -> Any:
+        """Return outputs in the unit of the column ``[rows]``."""
+        return (output[:, 0] * self.recipe.scale + self.recipe.shift).numpy()
+
+    def class_of(self, labels: Sequence[Any]) -> list[int]:
+        """Return the class of each target, in the order of the run's classes.
+
+        Raises:
+            ValueError: a target is none of the classes.
+        """
+        found = [int(place) for place in self.recipe.class_of(pd.Series(list(labels)))]
+        wrong = next((label for label, place in zip(labels, found, strict=True) if place < 0), None)
+        require(wrong is None, f"the classes are {', '.join(self.recipe.classes or [])}, and y holds {wrong!r}")
+        return found
 
 
 def class_names(values: pd.Series) -> list[str]:

@@ -16,7 +16,6 @@ from functools import cache, cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from metarun.nn.ops import unit_rows
 from metarun.portable import portable
@@ -94,20 +93,6 @@ class Tokenizer:
             rows.append(known + [0] * (MAX_WORDS - len(known)) + hashed)
         width = max(map(len, rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
-
-
-@dataclass(frozen=True)
-class Sentences:
-    """Turns sentences into the tensor that a model takes."""
-
-    tokenizer: Tokenizer
-    columns: int
-    """Number of columns of the inputs; n-grams beyond it are left out."""
-
-    def __call__(self, sentences: Iterable[str]) -> Tensor:
-        """Return rows of ids ``[sentences, columns]``."""
-        rows = self.tokenizer(sentences)[:, : self.columns]
-        return pad(rows, (0, self.columns - rows.shape[1])).long()
 
 
 def fit(sentences: Sequence[str], buckets: int, grams: tuple[int, int]) -> Tokenizer:

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from metarun.contracts import Scores, Tree
 from metarun.errors import require
+from metarun.portable import portable
 from metarun.targets.certainty import (
     CALIBRATION_ERROR,
     LOG_LOSS,
@@ -21,6 +22,7 @@ from metarun.targets.ranking import AUROC, PRECISION_GAIN, auroc, average_precis
 from metarun.targets.weights import mean_over, weight_of
 
 
+@portable
 @dataclass(frozen=True)
 class Labels(Classes):
     """Targets ``y [examples, classes]`` that are one-hot classes, where class j means the same in every task.

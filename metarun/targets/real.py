@@ -40,6 +40,7 @@ class Real:
         return Rows(z, data["y"], data.get("weight"))
 
 
+@portable
 @dataclass(frozen=True)
 class Measured(Real):
     """Targets ``y [examples, 1]`` that are (number − shift) / scale, so that a model sees numbers of about 1.

@@ -2,7 +2,7 @@
 
 import hashlib
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarun.contracts import Numbers, Sizes, Spec, Split, Task
+from metarun.contracts import Examples, Numbers, Sizes, Spec, Split, Task
 from metarun.data import splits
+from metarun.data.converters import Arrays, row_names
 from metarun.data.files import DAMAGED, PARTS, found
 from metarun.errors import UserError
+from metarun.portable import portable
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Asked, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
 
@@ -22,28 +24,36 @@ LARGEST_ARRAY = 2**36
 """Bytes of the largest array that is read."""
 
 
+@portable
 @dataclass(frozen=True)
 class Vectors:
-    """Turns vectors into the tensor that a model takes."""
+    """Vectors as the tensor that a model takes (`metarun.contracts.Converter`)."""
 
     mean: tuple[float, ...]
     """Mean of each number over the training vectors; 0 without standardisation."""
     std: tuple[float, ...]
     """Standard deviation of each number, 1 where it never changes; 1 without standardisation."""
 
-    def __call__(self, vectors: Sequence[Sequence[float]] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+    def inputs(self, x: Any) -> Tensor:
         """Return vectors ``[n, numbers]`` standardised, in the default dtype.
 
         Raises:
-            UserError: they have another width, or are not finite numbers.
+            ValueError: they have another width, or are not finite numbers.
         """
-        x = torch.as_tensor(np.asarray(vectors), dtype=torch.get_default_dtype())
-        if x.ndim != 2 or x.shape[1] != len(self.mean):
-            raise UserError(f"The vectors must have shape [vectors, {len(self.mean)}], not {list(x.shape)}.")
-        if not bool(x.isfinite().all()):
-            row = int((~x.isfinite()).any(1).nonzero()[0])
-            raise UserError(f"Vector {row} (counted from 0) holds a number that is not finite; mend or remove it.")
-        return (x - x.new_tensor(self.mean)) / x.new_tensor(self.std)
+        found = Arrays((len(self.mean),)).inputs(x)
+        return (found - found.new_tensor(self.mean)) / found.new_tensor(self.std)
+
+    def read(self, path: Path) -> Examples:
+        """Read the arrays ``x`` and, if there, ``y`` of an ``.npz``, or a table with one column per number.
+
+        Raises:
+            ValueError: the file cannot be read, or has another number of columns.
+            UserError: an array is missing or damaged.
+        """
+        if path.suffix != ".npz":
+            return Arrays((len(self.mean),)).read(path)
+        held = arrays(path)
+        return Examples(held["x"], held["y"].tolist(), row_names(len(held["x"])))
 
 
 def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -162,8 +172,8 @@ class Features:
         std = torch.where(std > 0, std, 1.0)
         if not standardise:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
-        self.prepare = Vectors(tuple(mean.tolist()), tuple(std.tolist()))
-        self.rows = {part: self.prepare(x[own.order]).to(device) for part, own in parts.items()}
+        self.converter = Vectors(tuple(mean.tolist()), tuple(std.tolist()))
+        self.rows = {part: self.converter.inputs(x[own.order]).to(device) for part, own in parts.items()}
         self.device = device
         counts = {part: cells.size for part, cells in self.cells.items()}
         content = hashlib.sha256(str({part: size.tolist() for part, size in counts.items()}).encode())

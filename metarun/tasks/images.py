@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from metarun.data.pictures import Pictures, decoded, found_in
 from metarun.data.store import Store, stored
 from metarun.errors import require
 from metarun.nn.ops import unit_rows
+from metarun.portable import portable
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
 
@@ -57,6 +59,18 @@ def colours(x: Tensor) -> Tensor:
     joint = ((bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]).flatten(1).long()
     counts = x.new_zeros(len(x), BINS**3).scatter_add(1, joint, torch.ones_like(joint, dtype=x.dtype))
     return unit_rows(counts.sqrt())
+
+
+@portable
+@dataclass(frozen=True)
+class Colours:
+    """Normalised pictures as histograms of their colours."""
+
+    pictures: Pictures
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[pictures, 3, size, size]`` → ``[pictures, bins]``."""
+        return colours(self.pictures.shares(x))
 
 
 class Wanted(NamedTuple):
@@ -157,7 +171,7 @@ class Images:
         others = self.sizes[False]
         self.dataset = ":".join([*name, *others.text()])
         mean, std = measured(self.pools["train"])
-        self.prepare = Pictures(image_size, channels, form.crop, mean, std)
+        self.converter = Pictures(image_size, channels, form.crop, mean, std)
         if device != "cpu":
             held = {id(pool.rows): pool.rows.to(device) for pool in self.pools.values()}
             self.pools = {part: pool._replace(rows=held[id(pool.rows)]) for part, pool in self.pools.items()}
@@ -166,7 +180,7 @@ class Images:
             Classes(others.ways),
             Sizes(others.shots.most, others.queries, others.ways, self.sizes[True].ways, len(self.classes["train"])),
             metrics=(ACCURACY,),
-            facts=Facts(features=lambda x: colours(self.prepare.shares(x))) if channels == 3 else Facts(),
+            facts=Facts(features=Colours(self.converter)) if channels == 3 else Facts(),
         )
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
@@ -177,7 +191,7 @@ class Images:
             pixels = pool.rows[pool.order[examples].to(self.device)]
             if split == "train" and self.augment:
                 pixels = augmented(pixels.flatten(0, 1), self.augment, generator).reshape(pixels.shape)
-            return self.prepare.normalised(pixels)
+            return self.converter.normalised(pixels)
 
         return draw_tasks(pool.cells, self.sizes[split == "train"], count, generator, inputs, split == "train")
 

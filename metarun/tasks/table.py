@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 from metarun.contracts import Numbers, Predict, Report, Scores, Sizes, Spec, Split, Task, Tree
 from metarun.data import tables
 from metarun.data.columns import Columns, fitted, said
-from metarun.data.recipe import History, Recipe, class_names
+from metarun.data.recipe import History, Recipe, TableRows, class_names
 from metarun.errors import UserError, require
 from metarun.targets.labels import Labels
 from metarun.targets.metric import Metric
@@ -59,6 +59,8 @@ class TableTasks:
         recipe: Recipe | None = None,
     ) -> None:
         self.dataset, self.device, self.recipe = dataset, device, recipe
+        if recipe is not None:
+            self.converter = TableRows(recipe)
         self.inputs, self.values, self.target, self.draws = inputs, values, target, draws
         evaluated = [draws["val"], draws["test"]]
         ways = target.outputs if isinstance(target, Labels) else None

@@ -133,7 +133,7 @@ class Text:
         columns = max(pool.rows.shape[1] for pool in pools.values())
         for pool in pools.values():
             pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
-        self.pools, self.prepare = pools, tokens.Sentences(tokenizer, columns)
+        self.pools = pools
         self.converter = converters.Sentences(tokenizer, columns)
         self.spec = Spec(
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),

@@ -143,7 +143,7 @@ def test_tasks_are_balanced_without_a_common_picture_and_agree_with_the_spec(tmp
         for row, label in enumerate(family.classes[split]):
             first, size = (leaf[0, row] for leaf in family.pools[split].cells)
             order = family.pools[split].order[first : first + size]
-            known |= {family.prepare.normalised(family.pools[split].rows[i]).numpy().tobytes(): label for i in order}
+            known |= {family.converter.normalised(family.pools[split].rows[i]).numpy().tobytes(): label for i in order}
         for i in range(60):
             both = [[x.numpy().tobytes() for x in part["x"][i]] for part in tasks[:2]]
             assert len({*both[0], *both[1]}) == 6 * ways
@@ -160,15 +160,16 @@ def test_training_pictures_are_normalised_and_a_learner_prepares_new_ones_alike(
     folder = drawn(tmp_path / "data")
     family = Images(str(folder), **SMALL)
     pool = family.pools["train"]
-    x = family.prepare.normalised(pool.rows[pool.order]).double()
+    x = family.converter.normalised(pool.rows[pool.order]).double()
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-3, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3).double(), atol=1e-3, rtol=0)
     label = family.classes["train"][0]
     paths = sorted((folder / label).iterdir())
     assert torch.equal(
-        Pictures(**vars(family.prepare))(paths), family.prepare.normalised(pool.rows[pool.order[: len(paths)]])
+        Pictures(**vars(family.converter)).inputs(paths),
+        family.converter.normalised(pool.rows[pool.order[: len(paths)]]),
     )
-    torch.testing.assert_close(family.prepare.shares(x[:2].float()) * 255, pool.rows[pool.order[:2]].float())
+    torch.testing.assert_close(family.converter.shares(x[:2].float()) * 255, pool.rows[pool.order[:2]].float())
 
 
 def test_pictures_of_any_mode_become_bytes_as_pillow_makes_them():
@@ -220,7 +221,7 @@ def test_test_classes_may_come_from_other_data(tmp_path):
     assert "test=second" in family.dataset
     assert not content(family)["test"] & (content(family)["train"] | content(family)["val"])
     assert family.sample("test", 2, generator()).query["x"].shape == (2, 4, 3, 16, 16)
-    assert Images(str(first), **SMALL).prepare != family.prepare  # statistics of other training classes
+    assert Images(str(first), **SMALL).converter != family.converter  # statistics of other training classes
 
 
 @pytest.mark.parametrize(("count", "ways"), [(12, 5), (7, 5), (100, 5), (3, 2)])
@@ -452,7 +453,10 @@ def test_vectors_are_standardised_by_training_classes_and_drawn_by_class(tmp_pat
     tasks = family.sample("train", 20, generator())
     check_tasks(tasks, family.spec, "train", 20, "cpu")
     held = np.load(tmp_path / "v.npz")
-    of = {family.prepare(x[None]).numpy().tobytes(): y for x, y in zip(held["x"], held["y"].tolist(), strict=True)}
+    of = {
+        family.converter.inputs(x[None]).numpy().tobytes(): y
+        for x, y in zip(held["x"], held["y"].tolist(), strict=True)
+    }
     for i in range(20):
         found = [[of[x.numpy().tobytes()] for x in part["x"][i]] for part in tasks[:2]]
         label = dict(zip(found[0], tasks.support["y"][i].argmax(1).tolist(), strict=True))
@@ -529,7 +533,7 @@ def test_own_sentences_are_split_by_label(tmp_path):
     given = text(ways=2, queries=2, buckets=64, path=str(place))
     assert given.dataset.startswith("mine:given:")
     assert [pool.cells.size.shape[1] for pool in given.pools.values()] == [4, 4, 4]
-    new = given.prepare(["word0 of 0, said c00", "never heard of it " * 40])
+    new = given.converter.inputs(["word0 of 0, said c00", "never heard of it " * 40])
     assert new.shape == (2, *given.spec.inputs.shape)
     assert torch.equal(new[0], given.pools["train"].rows[0].long())
 

@@ -1,0 +1,141 @@
+"""A learner reads what its run's reader read: pictures, sentences, vectors and tables, when the run's data are gone."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from commands import QUICK
+from PIL import Image
+from test_after_commands import command
+
+import metarun
+from metarun.after import predict
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+SMALL = ("task.ways=3", "task.shots=2", "task.queries=2", *QUICK)
+HUES = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (180, 180, 20)]
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    monkeypatch.setattr("metarun.run.write_pictures", lambda *arguments: None)
+
+
+def noisy(folder, colour, count, seed):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        noise = np.random.default_rng((seed, number)).integers(-30, 31, (20, 24, 3))
+        Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def test_a_learner_of_pictures_takes_folders_paths_and_arrays(tmp_path, monkeypatch):
+    monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path / "cache"))
+    shades = np.random.default_rng(0).integers(0, 256, (9, 3))
+    for number, shade in enumerate(shades):
+        noisy(tmp_path / "data" / f"class{number}", shade, 6, number)
+    arguments = (
+        "algo=protonet",
+        "task=images",
+        f"task.path={tmp_path / 'data'}",
+        "task.image_size=16",
+        "model.filters=4",
+    )
+    run = metarun.train(*arguments, *SMALL, "task.train_ways=3", directory=tmp_path / "run")
+    (tmp_path / "data").rename(tmp_path / "gone")
+    for part, count in (("support", 2), ("query", 5)):
+        for number, hue in enumerate(HUES):
+            noisy(tmp_path / part / f"hue{number}", hue, count, (number, count))
+    learner = metarun.load(run.directory)
+    paths, labels = [], []
+    for number in range(len(HUES)):
+        found = sorted((tmp_path / "support" / f"hue{number}").iterdir())
+        paths += found
+        labels += [f"hue{number}"] * len(found)
+    adapted = learner.adapt(paths, labels)
+    query = sorted((tmp_path / "query").rglob("*.png"))
+    answers = adapted.predict(query)
+    share = np.mean([answer == path.parent.name for answer, path in zip(answers, query, strict=True)])
+    assert share > 0.5  # by chance 0.25
+    arrays = [np.asarray(Image.open(path)) for path in query]
+    assert (adapted.outputs(arrays) == adapted.outputs(query)).all()
+    code, said = command(
+        predict, run.directory, "--support", tmp_path / "support", "--query", tmp_path / "query", cwd=tmp_path
+    )
+    assert code == 0, said
+    assert "20 predictions from 8 examples" in said
+    assert f"accuracy on their own labels {100 * share:.2f} %" in said
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert table["prediction"].tolist() == answers.tolist()
+
+
+def test_a_learner_of_a_table_answers_in_the_unit_of_the_column(tmp_path):
+    rng, frames = np.random.default_rng(0), []
+    for patient in range(12):
+        dose = rng.normal(50, 10, 12)
+        frames.append(
+            pd.DataFrame(
+                {"patient": f"p{patient}", "dose": dose, "ward": "north", "pressure": 1000 + 3 * dose + 40 * patient}
+            )
+        )
+    rows = pd.concat(frames)
+    rows.to_csv(tmp_path / "visits.csv", index=False)
+    run = metarun.train(
+        *("algo=shared_params", "task=table", f"task.path={tmp_path / 'visits.csv'}", "task.by=patient"),
+        *("task.target=pressure", "task.shots=6", "task.queries=6", *QUICK, "train.steps=60", "train.eval_every=60"),
+        directory=tmp_path / "run",
+    )
+    (tmp_path / "visits.csv").unlink()
+    dose = rng.normal(50, 10, 30)
+    new = pd.DataFrame({"dose": dose, "ward": "north", "pressure": 1000 + 3 * dose + 250})
+    adapted = metarun.load(run.directory).adapt(new[:10], new["pressure"][:10])
+    found, truth = adapted.predict(new[10:]), new["pressure"][10:].to_numpy()
+    assert np.abs(found - truth).mean() < 0.5 * np.abs(truth - new["pressure"][:10].mean()).mean()
+    new[:10].to_csv(tmp_path / "support.csv", index=False)
+    new[10:].drop(columns="pressure").to_csv(tmp_path / "query.csv", index=False)
+    code, said = command(
+        predict, run.directory, "--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", cwd=tmp_path
+    )
+    assert code == 0, said
+    np.testing.assert_allclose(pd.read_csv(tmp_path / "predictions.csv")["prediction"], found, rtol=1e-5)
+    new[:10].drop(columns="dose").to_csv(tmp_path / "support.csv", index=False)
+    code, said = command(
+        predict, run.directory, "--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", cwd=tmp_path
+    )
+    assert code == 1
+    assert "'dose'" in said
+
+
+def test_classes_of_a_table_keep_their_meaning(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame({"clinic": np.repeat(np.arange(10), 20), "age": rng.normal(60, 9, 200)})
+    rows["ill"] = (rows["age"] + rng.normal(0, 3, 200) > 60).astype(int)
+    rows.to_csv(tmp_path / "clinics.csv", index=False)
+    run = metarun.train(
+        *("algo=protonet", "task=table", f"task.path={tmp_path / 'clinics.csv'}", "task.by=clinic", "task.target=ill"),
+        *("task.shots=2", "task.queries=4", *QUICK),
+        directory=tmp_path / "run",
+    )
+    learner = metarun.load(run.directory)
+    shown = pd.DataFrame({"age": [80.0, 40.0]})
+    adapted = learner.adapt(shown, [1, 0])
+    assert adapted.classes_.tolist() == ["0", "1"]
+    assert adapted.predict(pd.DataFrame({"age": [79.0, 41.0]})).tolist() == ["1", "0"]
+    same = learner.adapt(shown, [True, False]).outputs(shown)
+    torch.testing.assert_close(same, adapted.outputs(shown))
+    with pytest.raises(ValueError, match="the classes are 0, 1, and y holds 2"):
+        learner.adapt(shown, [1, 2])
+
+
+def test_a_learner_of_vectors_reads_arrays_and_tables(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 5, (12, 4))
+    y = np.repeat(np.arange(12), 8)
+    np.savez(tmp_path / "vectors.npz", x=100 + centres[y] + rng.normal(0, 0.1, (96, 4)), y=y)
+    arguments = ("algo=protonet", "task=features", f"task.path={tmp_path / 'vectors.npz'}")
+    run = metarun.train(*arguments, *SMALL, "task.train_ways=3", directory=tmp_path / "run")
+    (tmp_path / "vectors.npz").unlink()
+    learner = metarun.load(run.directory)
+    new = 100 + rng.normal(0, 5, (3, 4))
+    assert learner.adapt(new, list("abc")).predict(new + 0.01).tolist() == list("abc")
+    with pytest.raises(ValueError, match=r"\[examples, 4\], not \[3, 3\]"):
+        learner.adapt(new[:, :3], list("abc"))
