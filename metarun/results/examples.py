@@ -168,7 +168,7 @@ def episode(experiment: Experiment, algorithm: Algorithm, theta: Tree, title: st
                     notes.append((x + across - 2 * EDGE, row * down + down - 2 * EDGE, str(answer[i] + 1)))
     figure = Figure(figsize=(7.2, 0.9 + 6.4 * canvas.shape[0] / canvas.shape[1]), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(canvas, interpolation="nearest")
+    axis.imshow(canvas.clip(0, 1), interpolation="nearest")  # rounding leaves −1e-8
     for x, y, text in notes:
         label: dict[str, Any] = {"facecolor": WRONG, "edgecolor": "none", "pad": 1.2}
         axis.text(x, y, text, ha="right", va="bottom", fontsize=8, color="white", weight="bold", bbox=label)
