@@ -16,6 +16,7 @@ from metarun.results.comparison.statistics import (
     ranks_of,
     share_better,
 )
+from metarun.results.plots import new_figure, readable_log
 
 
 def test_quantiles_are_those_of_the_tables():
@@ -88,6 +89,16 @@ def test_ranks_against_the_formulas_without_ties():
     assert found.critical_difference == pytest.approx(2.569 * math.sqrt(4 * 5 / (6 * 7)), abs=1e-3)
     tied = ranks_of(np.array([[1.0, 1.0, 0.0], [1.0, 2.0, 2.0]]), [True, False])
     np.testing.assert_allclose(tied.mean, [(1.5 + 1) / 2, (1.5 + 2.5) / 2, (3 + 2.5) / 2])
+
+
+def test_labels_of_a_logarithmic_axis_are_plain_numbers():
+    figure, axis = new_figure()
+    axis.plot([1, 2], [0.3, 4000])
+    readable_log(axis.yaxis, 0.3, 4000)
+    figure.canvas.draw()
+    labels = [label.get_text() for label in axis.get_yticklabels(which="both") if label.get_text()]
+    assert {"1", "10", "100", "1,000"} <= set(labels)
+    assert not any("$" in label or "^" in label for label in labels)
 
 
 def test_groups_in_the_picture_of_ranks():
