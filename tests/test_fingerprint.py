@@ -1,7 +1,5 @@
 """Two runs are paired where their test tasks are the same numbers, and nowhere else."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +10,8 @@ from results.test_compare import make_run
 
 from metarun.checks.fingerprint import Fingerprint
 from metarun.evaluation import episodes
-from metarun.results.compare import compare, read_results, result_files
+from metarun.results.compare import compare
+from metarun.results.comparison.reading import read_runs
 from metarun.run import run
 from metarun.tasks.navigation import Navigation
 from metarun.tasks.sinusoid import Sinusoid
@@ -118,7 +117,7 @@ def test_results_without_a_hash_are_never_paired_and_those_of_one_algorithm_neve
     scores = np.linspace(0.1, 0.9, 20)
     make_run(tmp_path, "a", "maml", "agnostic", 0, scores, episodes_hash=None)
     make_run(tmp_path, "b", "protonet", "dependent", 0, scores, episodes_hash=None)
-    assert math.isnan(read_results(result_files([tmp_path]))["episodes_hash"].iloc[0])
+    assert read_runs([tmp_path]).rows["episodes_hash"].tolist() == ["", ""]
     assert "not paired" in compare([tmp_path], tmp_path)
     make_run(tmp_path, "a", "maml", "agnostic", 0, scores, episodes_hash="00000000000a")
     make_run(tmp_path, "c", "maml", "agnostic", 1, scores / 2, episodes_hash="00000000000c")

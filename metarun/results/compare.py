@@ -10,6 +10,7 @@ cancels the difficulty of the episodes, and seed by seed where both have the sam
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ class Compared:
     def title(self) -> str:
         """The setting in words."""
         return printing.setting_title(self.setting)
+
+    @property
+    def drawable(self) -> pd.DataFrame:
+        """The table without infinite numbers, which no axis can show."""
+        drawn = ["score", "ci95", "method_ci95", "train_seconds", "adapt_ms_per_task"]
+        return self.table.assign(**{name: self.table[name].replace([math.inf, -math.inf], math.nan) for name in drawn})
 
     @property
     def metric(self) -> Metric:
@@ -181,7 +188,7 @@ def compare(
     write_text(out / "comparison.md", text)
     if latex:
         write_text(out / "comparison.tex", tables)
-    panels = [(one.title, one.metric, one.table) for one in comparison.settings]
+    panels = [(one.title, one.metric, one.drawable) for one in comparison.settings]
     plot_comparison(out / "comparison.png", panels)
     plot_costs(out / "costs.png", panels)
     if comparison.ranking is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from metarun.results.files import atomic_write
 from metarun.targets.metric import Metric
@@ -40,6 +41,20 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
+def plain(value: float, position: int | None = None) -> str:
+    """Return a number of an axis without a power of ten, unless it would be long."""
+    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:g}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def readable_log(axis: Any, low: float, high: float) -> None:
+    """Make an x or y axis that shows numbers from ``low`` to ``high`` logarithmic, and label it with plain numbers."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    decades = math.log10(high / low) if low > 0 else math.inf
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_formatter(NullFormatter())
+
+
 Curve = tuple[str, Sequence[Mapping[str, float | int]], int]
 """How a replica differs from the others, its rows of ``metrics.csv``, and the step that was tested."""
 
@@ -61,10 +76,11 @@ def plot_training(path: Path, title: str, metric: Metric, curves: Sequence[Curve
                 axis.plot(*zip(*points, strict=True), label=label, color=own_colour, marker=marker, markersize=4)
         if one:
             axis.axvline(selected_step, color=DEPENDENT, linestyle=":", label=f"tested: step {selected_step}")
-    if not metric.higher_is_better and all(
-        y > 0 for line in axis.lines[: -1 if one else None] for y in line.get_ydata()
-    ):
-        axis.set_yscale("log")
+    scores = [y for line in axis.lines[: -1 if one else None] for y in line.get_ydata()]
+    if not metric.higher_is_better and scores and 0 < 4 * min(scores) < max(scores):
+        readable_log(axis.yaxis, min(scores), max(scores))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_formatter(FuncFormatter(plain))
     what = metric.label if one else f"validation {metric.label}"
     axis.set(title=title, xlabel="meta-step", ylabel=what)
     axis.legend(frameon=False, fontsize=None if one else 8)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from metarun.results.comparison.summary import Ranking, name_of
-from metarun.results.plots import AGNOSTIC, FAMILY_COLOURS, save_figure
+from metarun.results.plots import AGNOSTIC, FAMILY_COLOURS, readable_log, save_figure
 from metarun.targets.metric import Metric
 
 Panel = tuple[str, Metric, pd.DataFrame]
@@ -23,21 +22,6 @@ LARGEST = 40
 def short_name(row: pd.Series) -> str:
     """Return the name of a row; a long list of overrides would leave no room for the picture."""
     return shorten(name_of(row), 48, placeholder=" …")
-
-
-def plain(value: float, position: int | None = None) -> str:
-    """Return a number of a logarithmic axis without a power of ten, unless it would be long."""
-    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e+") if not 1000 <= value < 1e6 else f"{value:,.0f}"
-
-
-def readable_log(axis: Any, low: float, high: float) -> None:
-    """Label a logarithmic x axis from ``low`` to ``high`` with plain numbers."""
-    axis.set_xscale("log")
-    decades = math.log10(high / low) if low > 0 else 9.0
-    steps = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
-    axis.xaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
-    axis.xaxis.set_major_formatter(FuncFormatter(plain))
-    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def label_of(family: str) -> str:
@@ -94,7 +78,7 @@ def draw_comparison(axis: Any, metric: Metric, table: pd.DataFrame) -> None:
     low = scale * (table["score"] - whole.where(whole > table["ci95"], table["ci95"])).min()
     high = scale * (table["score"] + whole).max()
     if not metric.higher_is_better and low > 0 and high > 4 * low:
-        readable_log(axis, low, high)
+        readable_log(axis.xaxis, low, high)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
@@ -133,15 +117,10 @@ def draw_costs(axis: Any, metric: Metric, table: pd.DataFrame, column: str, fron
             axis.scatter(own[column], metric.scale * own["score"], color=colour, s=25, label=label_of(family), zorder=2)
     positive = drawn[column][drawn[column] > 0]
     if len(positive) and positive.max() > 4 * positive.min():
-        readable_log(axis, positive.min(), positive.max())
-    if (
-        not metric.higher_is_better
-        and len(drawn)
-        and drawn["score"].min() > 0
-        and drawn["score"].max() > 4 * drawn["score"].min()
-    ):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(plain))
+        readable_log(axis.xaxis, positive.min(), positive.max())
+    scores = metric.scale * drawn["score"]
+    if not metric.higher_is_better and len(drawn) and scores.min() > 0 and scores.max() > 4 * scores.min():
+        readable_log(axis.yaxis, scores.min(), scores.max())
     axis.margins(x=0.2, y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#eeeeee", linewidth=0.6)

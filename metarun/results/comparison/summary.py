@@ -34,7 +34,7 @@ class Difference:
     difference: float
     ci95: float
     p: float
-    """The level at which the interval just reaches 0."""
+    """The probability of such a difference, were there none; rather too large, so that verdicts among many are safe."""
     about_methods: bool
     """Whether the interval is over seeds and episodes, instead of over the episodes of the trained models alone."""
     n_episodes: int

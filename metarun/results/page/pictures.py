@@ -11,8 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from metarun.results.comparison.pictures import plain, readable_log
-from metarun.results.plots import new_figure
+from metarun.results.plots import new_figure, plain, readable_log
 from metarun.targets.metric import Metric
 
 Array = NDArray[np.float64]
@@ -39,9 +38,7 @@ def log_scale(axis: Any, metric: Metric, values: Array) -> None:
     finite = values[np.isfinite(values)]
     if metric.higher_is_better or not len(finite) or finite.min() <= 0 or finite.max() < 4 * finite.min():
         return
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(FuncFormatter(plain))
-    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    readable_log(axis.yaxis, float(finite.min()), float(finite.max()))
 
 
 def curves(methods: Mapping[str, Sequence[Line]], colours: Mapping[str, str], metric: Metric, x: str, y: str) -> bytes:
@@ -76,41 +73,38 @@ def legend(figure: Figure, axis: Any) -> None:
 
 
 def histograms(methods: Mapping[str, Array], colours: Mapping[str, str], metric: Metric) -> bytes:
-    """Draw how the scores of test episodes are distributed, one row per method on a common axis."""
+    """Draw how the finite scores of test episodes are distributed, one row per method on a common axis."""
     figure = Figure(figsize=(WIDTH, 0.8 + 0.75 * len(methods)), layout="constrained")
     axes = figure.subplots(len(methods), 1, sharex=True, squeeze=False)[:, 0]
-    every = np.concatenate([scores[np.isfinite(scores)] for scores in methods.values()]) * metric.scale
-    low, high = (float(every.min()), float(every.max())) if len(every) else (0.0, 1.0)
+    every = np.concatenate(list(methods.values())) * metric.scale
+    low, high = float(every.min()), float(every.max())
     logarithmic = not metric.higher_is_better and low > 0 and high > 50 * low
     if high <= low:
         low, high = low - 0.5, high + 0.5
     edges = np.geomspace(low, high, 41) if logarithmic else np.linspace(low, high, 31)
     for axis, (name, scores) in zip(axes, methods.items(), strict=True):
-        finite = metric.scale * scores[np.isfinite(scores)]
-        axis.hist(finite, edges, color=colours[name], alpha=0.75)
-        if len(finite):
-            axis.axvline(finite.mean(), color="black", linewidth=1)
+        axis.hist(metric.scale * scores, edges, color=colours[name], alpha=0.75)
+        axis.axvline(metric.scale * scores.mean(), color="black", linewidth=1)
         axis.set_title(name, fontsize=8, loc="left", pad=2)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.set_yticks([])
     if logarithmic:
-        readable_log(axes[-1], low, high)
+        readable_log(axes[-1].xaxis, low, high)
     axes[-1].set_xlabel(f"test {metric.label} of an episode (the line is the mean)")
     return png(figure)
 
 
 def seeds(methods: Mapping[str, Array], colours: Mapping[str, str], metric: Metric) -> bytes:
-    """Draw the test score of every seed, one row per method."""
+    """Draw the finite test score of every seed, one row per method."""
     figure, axis = new_figure(WIDTH, 1.0 + 0.32 * len(methods))
     for place, (name, scores) in enumerate(methods.items()):
-        finite = metric.scale * scores[np.isfinite(scores)]
-        axis.scatter(finite, [place] * len(finite), color=colours[name], s=22, alpha=0.75, linewidths=0)
-        if len(finite):
-            axis.plot([finite.mean()] * 2, [place - 0.3, place + 0.3], color="black", linewidth=1.2)
+        shown = metric.scale * scores
+        axis.scatter(shown, [place] * len(shown), color=colours[name], s=22, alpha=0.75, linewidths=0)
+        if len(shown):
+            axis.plot([shown.mean()] * 2, [place - 0.3, place + 0.3], color="black", linewidth=1.2)
     every = np.concatenate(list(methods.values())) * metric.scale
-    finite = every[np.isfinite(every)]
-    if not metric.higher_is_better and len(finite) and finite.min() > 0 and finite.max() > 4 * finite.min():
-        readable_log(axis, float(finite.min()), float(finite.max()))
+    if not metric.higher_is_better and every.min() > 0 and every.max() > 4 * every.min():
+        readable_log(axis.xaxis, float(every.min()), float(every.max()))
     axis.set_yticks(range(len(methods)), list(methods))
     axis.set_ylim(len(methods) - 0.4, -0.6)
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)

@@ -104,7 +104,7 @@ def pictures_of(one: Compared) -> list[str]:
             caption = f"{kind.capitalize()} {metric.label} {what}; a thin line per run.{some}"
             picture = pictures.curves(drawn, colours, metric, x, f"{kind} {metric.label}")
             found.append(html.figure(picture, alternative, caption))
-    scores = {short(row): episode_scores(row) for row in rows}
+    scores = {short(row): finite(episode_scores(row)) for row in rows}
     scores = {name: own for name, own in scores.items() if len(own)}
     if scores:
         medians = {name: float(np.median(own)) for name, own in scores.items()}
@@ -113,12 +113,17 @@ def pictures_of(one: Compared) -> list[str]:
         )
         caption = f"How the test {metric.name} of episodes is distributed.{some}"
         found.append(html.figure(pictures.histograms(scores, colours, metric), alternative, caption))
-    by_seed = {short(row): runs_of(one, row)["score"].to_numpy(dtype=float) for row in rows}
+    by_seed = {short(row): finite(runs_of(one, row)["score"].to_numpy(dtype=float)) for row in rows}
     if any(len(own) > 1 for own in by_seed.values()):
         spread = {name: float(own.std(ddof=1)) if len(own) > 1 else math.nan for name, own in by_seed.items()}
         alternative = f"Test {metric.name} of each seed. Standard deviations: {pictures.summary_of(spread, metric)}."
         found.append(html.figure(pictures.seeds(by_seed, colours, metric), alternative, f"Spread over seeds.{some}"))
     return found
+
+
+def finite(numbers: Array) -> Array:
+    """Return the numbers that a picture can show."""
+    return numbers[np.isfinite(numbers)]
 
 
 def episode_scores(row: pd.Series) -> Array:
@@ -136,7 +141,7 @@ def runs_of(one: Compared, row: pd.Series) -> pd.DataFrame:
 
 def overview(one: Compared) -> list[str]:
     """Return the two pictures of a comparison that a setting has."""
-    metric, table = one.metric, shown_rows(one.table)
+    metric, table = one.metric, shown_rows(one.drawable)
     figure = Figure(figsize=(pictures.WIDTH, 1.3 + 0.3 * len(table)), layout="constrained")
     draw_comparison(figure.subplots(), metric, table)
     scores = {name_of(row): float(row["score"]) for _, row in table.head(20).iterrows()}
@@ -147,7 +152,7 @@ def overview(one: Compared) -> list[str]:
     )
     figure = Figure(figsize=(pictures.WIDTH, pictures.HEIGHT), layout="constrained")
     axis = figure.subplots()
-    draw_costs(axis, metric, one.table, "train_seconds", "pareto_training")
+    draw_costs(axis, metric, one.drawable, "train_seconds", "pareto_training")
     axis.set(xlabel="training of one model (s)", ylabel=f"test {metric.label}")
     pictures.legend(figure, axis)
     text = printing.worth_its_cost(one.table) or "There is one method only."
