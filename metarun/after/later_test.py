@@ -146,7 +146,8 @@ def later_test(
     if (out / "result.csv").exists():
         raise UserError(f"{out} holds a test already; choose another directory with --out.")
     if path.is_dir() and not trust:
-        refuse_links(path)
+        for folder in (path, path / TESTS, out):
+            refuse_links(folder)
     device_given = [one.partition("=")[2] for one in overrides if key_of(one) == "device"]
     device = choose_device(device_given[-1] if device_given else "auto")
     content, place = read_best(path, device), best_file(path)
