@@ -141,7 +141,7 @@ def later_test(
         raise UserError(f"There is no {path}; name the directory of a run, or a copy of its best.pt.")
     if out is None:
         if not path.is_dir():
-            raise UserError(f"{path} is a file; say with --out where the test shall be written.")
+            raise UserError(f"{path} is a file; say with --out where to write the test.")
         out = path / TESTS / (re.sub(r"[^A-Za-z0-9_.=,\[\]-]+", "_", ",".join(overrides))[:120] or "as_trained")
     if (out / "result.csv").exists():
         raise UserError(f"{out} holds a test already; choose another directory with --out.")

@@ -116,7 +116,7 @@ def test_a_later_test_gives_the_scores_of_the_run_and_of_other_settings(trained,
     assert (row["seed"], row["algo"], row["run"]) == (str(before["seed"]), "maml", "run")
     assert len(rows(other / "episodes.csv")) == 6 * 3
     assert f"files: {other.relative_to(tmp_path)}" in said or str(other) in said
-    # A table of its own in a comparison, and no run of its own in a list of runs.
+    # A separate table in a comparison, and no further run in a list of runs.
     text = compare([tmp_path], tmp_path)
     assert "5-shot" in text
     assert "3-shot" in text

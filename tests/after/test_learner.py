@@ -151,6 +151,8 @@ def test_classes_with_a_fixed_meaning_keep_their_columns(sentences, tmp_path):
     adapted = learner.adapt(["feeling well", "feeling sick", "who knows"], ["unclear", "ill", "healthy"])
     assert list(adapted.classes_) == ["healthy", "ill", "unclear"]
     assert list(adapted.predict(["feeling sick", "feeling well"])) == ["ill", "unclear"]
+    together = learner.adapt_tasks([["well", "sick"], ["well", "sick"]], [["healthy", "ill"], ["ill", "unclear"]])
+    assert [list(one) for one in together.predict([["sick"], ["well", "sick"]])] == [["ill"], ["ill", "unclear"]]
     with pytest.raises(ValueError, match="the classes are healthy, ill, unclear, and y has dead"):
         learner.adapt(["one", "two"], ["ill", "dead"])
 
