@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from scenarios import generator
 
 from metarun.assemble import Experiment, Replica, build_model
@@ -15,16 +15,21 @@ from metarun.state import Best, Training, save_best
 from metarun.tree import tree_map
 
 
+def member(group: str, name: str) -> DictConfig:
+    """A file of the configuration, without what it includes."""
+    found = OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text())
+    found.pop("defaults", None)
+    return found
+
+
 def with_algorithm(experiment: Experiment, algo: str, model: str | None = None) -> Experiment:
-    """The experiment with another algorithm, and with another model if its ``_target_`` is given."""
+    """The experiment with another algorithm, and perhaps another model."""
     config, family = experiment.config.copy(), experiment.family
-    own = OmegaConf.create((files("metarun.conf") / "algo" / f"{algo}.yaml").read_text())
-    own.pop("defaults", None)
     module, names = experiment.model, experiment.names | {"algo": algo}
     with open_dict(config):
-        config.algo = own
+        config.algo = member("algo", algo)
         if model is not None:
-            config.model = {"_target_": model}
+            names["model"], config.model = model, member("model", model)
             module = build_model(config, family)
     algorithm = build(config, "algo", model=module, spec=family.spec)
     replicas = [Replica(config, {}, module, algorithm)]

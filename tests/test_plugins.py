@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ from metarun.cli import sentence_of_system_error
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.config import build
 from metarun.errors import UserError
+from metarun.portable import plain, rebuilt
 from metarun.tasks.sinusoid import Sinusoid
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def code_blocks() -> list[tuple[str, str]]:
 
 def test_the_examples_of_the_documentation_run_as_they_are_printed(tmp_path):
     blocks = code_blocks()
-    assert [language for language, _ in blocks] == ["python", "yaml", "python", "yaml", "bash"]
+    assert [language for language, _ in blocks] == ["python", "yaml", "python", "yaml", "python", "bash"]
     for language, text in blocks:
         if language != "bash":
             path = tmp_path / text.partition("\n")[0].removeprefix("# ")
@@ -60,6 +62,16 @@ def test_the_examples_of_the_documentation_run_as_they_are_printed(tmp_path):
     assert "name it again with --config-dir, or say trust=true" in refused.stderr
     resumed = metarun(f"resume={run}", "--config-dir", "my_conf", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+
+
+def test_the_converter_of_the_documentation_survives_a_checkpoint(tmp_path, monkeypatch):
+    text = next(text for _, text in code_blocks() if "class Heights" in text)
+    (tmp_path / "documented_heights.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    heights = rebuilt(plain(import_module("documented_heights").Heights(170.0, 10.0)))
+    assert heights.inputs([180, 160]).tolist() == [[1.0], [-1.0]]
+    (tmp_path / "people.csv").write_text("name,height,weight\nEva,170,60\n")
+    assert heights.read(tmp_path / "people.csv") == ([170], [60], ["Eva"])
 
 
 class Inherited(Sinusoid):

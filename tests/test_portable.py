@@ -1,16 +1,19 @@
 """What a checkpoint may hold of a family's spec and converter, and what it may not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+from metarun import targets
 from metarun.contracts import Facts, Numbers, Sizes, Spec
 from metarun.data.converters import Arrays, Drawings
 from metarun.errors import UserError
-from metarun.portable import plain, portable, rebuilt
+from metarun.portable import MARKED, name_of, plain, portable, rebuilt
 from metarun.results import sealed
 from metarun.targets.real import MSE
 from metarun.tasks.omniglot import Omniglot
@@ -55,6 +58,16 @@ def test_what_is_not_marked_is_refused_in_words(tmp_path):
     facts = kept(Facts(features=learned_features), tmp_path)
     with pytest.raises(UserError, match="learned_features"):  # only where it is needed
         facts.features(torch.ones(1))
+
+
+def test_every_target_can_be_held_by_a_checkpoint():
+    found = []
+    for module in iter_modules(targets.__path__):
+        for thing in vars(import_module(f"metarun.targets.{module.name}")).values():
+            if is_dataclass(thing) and thing.__module__.startswith("metarun.targets") and hasattr(thing, "offers"):
+                found.append(thing)
+    assert len(found) >= 3
+    assert [thing for thing in found if MARKED.get(name_of(thing)) is not thing] == []
 
 
 @pytest.mark.parametrize(

@@ -141,12 +141,13 @@ def later_test(
         raise UserError(f"There is no {path}; name the directory of a run, or a copy of its best.pt.")
     if out is None:
         if not path.is_dir():
-            raise UserError(f"{path} is a file; say with --out where the test shall be written.")
+            raise UserError(f"{path} is a file; say with --out where to write the test.")
         out = path / TESTS / (re.sub(r"[^A-Za-z0-9_.=,\[\]-]+", "_", ",".join(overrides))[:120] or "as_trained")
     if (out / "result.csv").exists():
         raise UserError(f"{out} holds a test already; choose another directory with --out.")
     if path.is_dir() and not trust:
-        refuse_links(path)
+        for folder in (path, path / TESTS, out):
+            refuse_links(folder)
     device_given = [one.partition("=")[2] for one in overrides if key_of(one) == "device"]
     device = choose_device(device_given[-1] if device_given else "auto")
     content, place = read_best(path, device), best_file(path)

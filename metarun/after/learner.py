@@ -113,7 +113,7 @@ class Targets:
         spec, found = self.learned.spec, len(self.classes or ())
         require(found >= 2, f"y must hold at least two classes, and has {found}; give examples of another")
         if self.learned.algorithm.open_ways:
-            return ways or found
+            return max(ways or 0, found)
         most = spec.target.outputs
         require(
             found <= most,
@@ -141,10 +141,14 @@ class Targets:
 
     @property
     def ways(self) -> Tensor | None:
-        """1 for each column that is a class of the task ``[columns]``; None if all are."""
-        if self.classes is None or len(self.classes) == self.columns:
-            return None
-        return (torch.arange(self.columns) < len(self.classes)).to(torch.get_default_dtype())
+        """1 for each column that is a class of the task ``[columns]``; None if all are.
+
+        A class that means the same in every task belongs to all of them, whether it has examples or not, unless the
+        head is made from the examples.
+        """
+        known = bool(getattr(self.learned.spec.target, "names", ())) and not self.learned.algorithm.open_ways
+        present = self.y.sum(0) > 0
+        return None if self.classes is None or known or bool(present.all()) else present.to(self.y.dtype)
 
     def probabilities(self, output: Tensor) -> Array:
         """Return probabilities ``[examples, classes]``."""
@@ -413,7 +417,7 @@ class Learner:
             xs: the inputs of each task, as for ``adapt``.
             ys: the targets of each task.
             steps: number of adaptation steps; None: as in the run's tests.
-            seed: for methods that draw random numbers; each task gets a seed of its own from it.
+            seed: for methods that draw random numbers; each task draws from another seed made of it.
 
         Raises:
             ValueError: the examples are not what the learner takes.
@@ -449,10 +453,10 @@ class Learner:
         """Write adaptation and prediction as a program that torch can load without metarun; see `metarun.after.export`.
 
         Args:
-            path: a file, by custom with the ending ``.pt2``.
+            path: a file, usually named ``*.pt2``.
             shots: number of support examples, per class for classes; None: as in the run's tests.
             queries: number of examples to be predicted together; None: as many as in the run's tests.
-            sizes: ``ways`` and ``steps``, if they shall differ from the run's tests.
+            sizes: ``ways`` and ``steps``, if they differ from those of the run's tests.
 
         Returns:
             The path.

@@ -269,7 +269,7 @@ def shapes_of(tree: Any) -> Any:
 
 
 def family_of(content: Mapping[str, Any], config: DictConfig, device: str) -> Family:
-    """Return the family that a checkpoint describes; one with a loss of its own is built, with all that it needs."""
+    """Return the family that a checkpoint describes; one that has its own loss is built, with all that it needs."""
     described = content["family"]
     if described["own_loss"]:
         return cast(Family, build(config, "task", device=device, data_dir=config.data_dir))

@@ -147,7 +147,7 @@ def job_in(directory: Path, name: str) -> Job:
 def runs_under(directory: Path) -> list[Path]:
     """Return the folders of runs in a directory, in the order of the numbers in their names.
 
-    Later tests of a run (``metarun-test``), which lie in its folder ``tests``, are no runs of their own.
+    Later tests of a run (``metarun-test``), which lie in its folder ``tests``, do not count as runs.
     """
 
     def order(path: Path) -> tuple[int, str]:

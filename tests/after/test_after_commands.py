@@ -116,7 +116,7 @@ def test_a_later_test_gives_the_scores_of_the_run_and_of_other_settings(trained,
     assert (row["seed"], row["algo"], row["run"]) == (str(before["seed"]), "maml", "run")
     assert len(rows(other / "episodes.csv")) == 6 * 3
     assert f"files: {other.relative_to(tmp_path)}" in said or str(other) in said
-    # A table of its own in a comparison, and no run of its own in a list of runs.
+    # A separate table in a comparison, and no further run in a list of runs.
     text = compare([tmp_path], tmp_path)
     assert "5-shot" in text
     assert "3-shot" in text
@@ -137,9 +137,13 @@ def test_what_a_later_test_cannot_do_is_refused(trained, tmp_path):
         assert sentence in said, said
         assert "Traceback" not in said
     assert not (run / "tests").exists()
-    (run / "tests").symlink_to(tmp_path)
-    code, said = command(later_test, run, cwd=tmp_path)
-    assert "is a link to a place outside" in said
+    for link in ("tests", "tests/as_trained", "tests/as_trained/episodes.csv"):
+        (run / link).parent.mkdir(parents=True, exist_ok=True)
+        (run / link).symlink_to(tmp_path)
+        code, said = command(later_test, run, cwd=tmp_path)
+        assert code == 1
+        assert "is a link to a place outside" in said
+        (run / link).unlink()
 
 
 def test_predictions_from_a_table(trained, tmp_path):

@@ -76,7 +76,7 @@ def runs(tmp_path_factory):
     for task, settings in TASKS.items():
         experiment = experiment_of(f"task={task}", *settings, f"algo={OF_TASK[task][0]}", "eval.adapt_steps=2")
         for algo in OF_TASK[task] + (SUPERNETS if task == "sinusoid" else ()):
-            model = "metarun.models.supernet.SupernetMLP" if algo in SUPERNETS else None
+            model = "supernet_mlp" if algo in SUPERNETS else None
             leave_a_run(with_algorithm(experiment, algo, model), root / algo)
     return root
 

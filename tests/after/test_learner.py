@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from commands import rows
 from conftest import experiment_of
 from learners import leave_a_checkpoint, with_algorithm
 from torch import nn
 
 import metarun
+from metarun.after.later_test import later_test
 from metarun.portable import plain, portable
 from metarun.results import sealed
 from metarun.targets.classes import Classes
@@ -151,6 +153,8 @@ def test_classes_with_a_fixed_meaning_keep_their_columns(sentences, tmp_path):
     adapted = learner.adapt(["feeling well", "feeling sick", "who knows"], ["unclear", "ill", "healthy"])
     assert list(adapted.classes_) == ["healthy", "ill", "unclear"]
     assert list(adapted.predict(["feeling sick", "feeling well"])) == ["ill", "unclear"]
+    together = learner.adapt_tasks([["well", "sick"], ["well", "sick"]], [["healthy", "ill"], ["ill", "unclear"]])
+    assert [list(one) for one in together.predict([["sick"], ["well", "sick"]])] == [["ill"], ["ill", "unclear"]]
     with pytest.raises(ValueError, match="the classes are healthy, ill, unclear, and y has dead"):
         learner.adapt(["one", "two"], ["ill", "dead"])
 
@@ -321,14 +325,26 @@ def test_a_policy_with_a_memory_keeps_it_until_it_is_reset(tmp_path):
 
 
 FAMILY = """
+from dataclasses import dataclass
 import torch
 from metarun.contracts import Numbers, Sizes, Spec, Task
+from metarun.portable import portable
 from metarun.targets.real import MSE, Real
 
 
+@portable
+@dataclass(frozen=True)
+class Scaled:
+    factor: float
+
+    def inputs(self, x):
+        return self.factor * torch.as_tensor(x, dtype=torch.float32).reshape(-1, 1)
+
+
 class Lines:
-    def __init__(self, steepest: float = 2.0, device: str = "cpu") -> None:
-        self.steepest, self.dataset = steepest, f"lines:{steepest:g}"
+    def __init__(self, steepest: float = 2.0, converter=None, device: str = "cpu") -> None:
+        self.converter = converter or Scaled(1 / steepest)
+        self.steepest, self.dataset = steepest, f"lines:{steepest:g}:{self.converter.factor:g}"
         self.spec = Spec(Numbers((1,)), Real(outputs=1), Sizes(5, 5), metrics=(MSE,))
 
     def sample(self, split, count, generator):
@@ -346,6 +362,7 @@ def doubled(model):
 def test_families_and_algorithms_of_ones_own_are_loaded_with_their_configuration(
     tmp_path, monkeypatch, without_pictures
 ):
+    monkeypatch.setattr("metarun.after.later_test.write_adaptation", lambda *arguments: None)
     (tmp_path / "my_lines.py").write_text(FAMILY)
     for group, name, text in (
         ("task", "lines", "_target_: my_lines.Lines\nsteepest: 3.0\n"),
@@ -362,5 +379,9 @@ def test_families_and_algorithms_of_ones_own_are_loaded_with_their_configuration
     x = np.linspace(-1, 1, 5)
     before, *_, after = run.learner.adapt(x, 2 * x).curve
     assert after < before
+    assert run.learner.learned.converter.factor == 1 / 3
+    # Data of another scale are converted as those of training were.
+    out = later_test(tmp_path / "run", ["task.steepest=4"], config_dir=tmp_path / "conf")
+    assert rows(out / "result.csv")[0]["dataset"] == f"lines:4:{1 / 3:g}"
     with pytest.raises(metarun.UserError, match=r"There is no (algo=mine|task=lines).*config_dir"):
         metarun.load(tmp_path / "run")

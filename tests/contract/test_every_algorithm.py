@@ -11,7 +11,7 @@ from scenarios import TinyImages, generator, sampled
 from metarun.assemble import algorithm_names
 from metarun.config import build
 from metarun.contracts import Task
-from metarun.engine.batch import evaluate, meta_gradient
+from metarun.engine.batch import adapted, evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
@@ -96,6 +96,7 @@ def pairs():
 
 
 PAIRS = list(pairs())
+WITH_CLASSES = [pair for pair, _ in PAIRS if pair.values[0][1] in (images, sentences)]
 
 
 @pytest.fixture(params=[pair for pair, _ in PAIRS])
@@ -165,6 +166,21 @@ def test_evaluation_sees_queries_only_to_score_them(case):
         return [p.clone() for p in predictions]
 
     torch.testing.assert_close(states(task.query["y"][0]), states(-task.query["y"][0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pair", WITH_CLASSES)
+def test_algorithms_say_whether_they_answer_in_any_number_of_classes(pair):
+    """Whether a learner that was made for three classes can be shown four."""
+    algorithm, family = built(*pair)
+    task = sampled(family, "test", 1, generator(2))
+    support = {"x": task.support["x"][0], "y": torch.eye(4)[torch.arange(task.support["y"].shape[1]) % 4]}
+    try:
+        with drawing(task.seed[0], training=False):
+            state = adapted(algorithm, algorithm.init(generator()), support, loss_of(family), 1)
+            answers = algorithm.predict(algorithm.init(generator()), state, task.query["x"][0]).shape[-1] == 4
+    except (RuntimeError, ValueError):
+        answers = False
+    assert answers == algorithm.open_ways
 
 
 def improves(algorithm, family, theta, tasks, rate):
