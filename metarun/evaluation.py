@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -78,6 +78,25 @@ NUMBERS_AT_ONCE = {"cpu": 4_000_000, "cuda": 64_000_000}
 CPU misses its cache. A GPU has room for more, and takes fewer blocks at once where memory runs out."""
 
 
+MOST_NUMBERS = 400_000_000
+"""A block with more numbers than this, about 1.6 GB, is evaluated in parts; colour pictures of 84 pixels have more."""
+
+
+def numbers_per_task(algorithm: Algorithm, theta: Tree, tasks: Task) -> int:
+    """Return about how many numbers it takes to evaluate one of ``tasks``."""
+    # Models compute about a dozen activations per input number.
+    inputs = 16 * (size(tasks.support) + size(tasks.query)) // len(next(leaves(tasks.query)))
+    return max(batch.adapted_parameters(algorithm, theta), inputs, 1)
+
+
+def in_parts(blocks: Iterable[Task], most: int) -> Iterator[Task]:
+    """Yield the tasks of each block, at most ``most`` at a time."""
+    for block in blocks:
+        count = len(next(leaves(block.query)))
+        for first in range(0, count, most):
+            yield block if count <= most else tree_map(lambda leaf, i=first: leaf[i : i + most], block)
+
+
 def evaluate(
     experiment: Experiment,
     replica: Replica,
@@ -93,16 +112,15 @@ def evaluate(
     algorithm, family, steps = replica.algorithm, experiment.family, experiment.config.eval.adapt_steps
     if testing:
         algorithm = in_test(algorithm, family)
-    rest = iter(tasks)
-    first = next(rest)
-    # Models compute about a dozen activations per input number.
-    inputs = 16 * (size(first.support) + size(first.query)) // len(next(leaves(first.query)))
-    numbers = EPISODE_BLOCK * max(batch.adapted_parameters(algorithm, theta), inputs, 1)
+    blocks = iter(tasks)
+    first = next(blocks)
+    of_task = numbers_per_task(algorithm, theta, first)
+    numbers, rest = EPISODE_BLOCK * of_task, in_parts(chain([first], blocks), max(MOST_NUMBERS // of_task, 1))
     at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // numbers, 1)
     if family.spec.offers("policy"):
         # An episode is many steps long, so a single block is already large.
         at_once = 1
-    held, results = [first, *islice(rest, at_once - 1)], list[batch.Evaluated]()
+    held, results = list[Task](), list[batch.Evaluated]()
     while held or (held := list(islice(rest, at_once))):
         try:
             together = tree_map(lambda *leaves: torch.cat(leaves), *held[:at_once])
@@ -192,6 +210,7 @@ def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
     scored = evaluate(experiment, replica, theta, blocks, testing=True)
     seconds = time.perf_counter() - began
     block = next(episodes(experiment, "test", min(EPISODE_BLOCK, config.eval.episodes)))
+    block = first_tasks(block, max(MOST_NUMBERS // numbers_per_task(replica.algorithm, theta, block), 1))
     began = time.perf_counter()
     timed = batch.adapt_and_score(replica.algorithm, theta, block, experiment.loss, config.eval.adapt_steps)
     if experiment.device != "cpu":

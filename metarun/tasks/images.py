@@ -233,7 +233,7 @@ def _pools(
     for part, by_label in rows.items():
         order, cells, classes[part] = ordered(by_label)
         pools[part] = Pool(stores[part].rows, order, cells)
-        content.update(f"{part} {cells.size.tolist()}".encode())
+        content.update(f"{part} {cells.size[0].tolist()}".encode())
         content.update(b"".join(stores[part].digests[row] for row in order.tolist()))
     return name, pools, classes, content.hexdigest()[:6]
 

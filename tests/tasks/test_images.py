@@ -15,6 +15,7 @@ from conftest import DATA_DIR, composed
 from PIL import Image, ImageOps
 from scenarios import generator
 
+from metarun import evaluation
 from metarun.assemble import assemble
 from metarun.checks.family import check_tasks
 from metarun.data import augment
@@ -616,6 +617,25 @@ def test_runs_on_own_data_from_the_presets(tmp_path, caplog, task, algo):
     assert "cannot serve larger tasks, so task." in caplog.text
     row = rows_of(tmp_path / "run" / "result.csv")[0]
     assert (row["ways"], row["status"]) == ("5" if task == "features" else "4", "completed")
+
+
+def test_large_tasks_are_evaluated_in_parts_to_the_same_scores(tmp_path, monkeypatch):
+    small = ("task.image_size=16", "model.filters=4", "task.ways=2", "task.queries=2")
+    config, names = composed("algo=fomaml", "task=images", f"task.path={drawn(tmp_path / 'data')}", *small)
+    experiment = assemble(config, names)
+    theta, blocks = experiment.initial_thetas()[0], list(evaluation.episodes(experiment, "test", 70))
+    whole = evaluation.evaluate(experiment, experiment.replicas[0], theta, blocks)
+    counts = []
+    adapted = evaluation.batch.evaluate
+    monkeypatch.setattr(
+        evaluation, "MOST_NUMBERS", 16 * evaluation.numbers_per_task(experiment.algorithm, theta, blocks[0])
+    )
+    monkeypatch.setattr(
+        evaluation.batch, "evaluate", lambda *given: (counts.append(len(given[2].seed)), adapted(*given))[1]
+    )
+    parts = evaluation.evaluate(experiment, experiment.replicas[0], theta, blocks)
+    assert counts == [16, 16, 16, 2, 16, 4]
+    torch.testing.assert_close(parts.losses, whole.losses)
 
 
 @pytest.mark.parametrize("task", ["images", "features"])
