@@ -208,6 +208,12 @@ def test_splits_by_column_by_file_and_by_group(path, tmp_path):
         assert "fold" not in str(found.recipe.columns.names)
         assert [names[i] for i in found.draws["val"].tasks] == names[1::3]
         assert [names[i] for i in found.draws["test"].tasks] == names[2::3]
+    for part, own in whole.groupby(whole.patient.map(fold)):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        own.to_csv(tmp_path / "parts" / f"{part}.csv", index=False)
+    found = family(str(tmp_path / "parts"), split="file")
+    assert [names[i] for i in found.draws["test"].tasks] == names[2::3]
+    assert "file" not in str(found.recipe.columns.names)
     found = family(path, leave_out="b", leave_out_column="site")
     assert [names[i] for i in found.draws["test"].tasks] == names[1::2]
     others = {*found.draws["train"].tasks.tolist(), *found.draws["val"].tasks.tolist()}
