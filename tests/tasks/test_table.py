@@ -208,6 +208,12 @@ def test_splits_by_column_by_file_and_by_group(path, tmp_path):
         assert "fold" not in str(found.recipe.columns.names)
         assert [names[i] for i in found.draws["val"].tasks] == names[1::3]
         assert [names[i] for i in found.draws["test"].tasks] == names[2::3]
+    for part, own in whole.groupby(whole.patient.map(fold)):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        own.to_csv(tmp_path / "parts" / f"{part}.csv", index=False)
+    found = family(str(tmp_path / "parts"), split="file")
+    assert [names[i] for i in found.draws["test"].tasks] == names[2::3]
+    assert "file" not in str(found.recipe.columns.names)
     found = family(path, leave_out="b", leave_out_column="site")
     assert [names[i] for i in found.draws["test"].tasks] == names[1::2]
     others = {*found.draws["train"].tasks.tolist(), *found.draws["val"].tasks.tolist()}
@@ -458,9 +464,11 @@ def test_algorithms_run_on_tables_of_numbers_and_of_classes(algo, target, path, 
     assert np.isfinite([row["score"], *(row[name] for name in further)]).all()
     if target == "stage":
         confusion = pd.read_csv(tmp_path / "confusion.csv")
-        right = confusion[confusion["class"] == confusion["chosen"]]["rows"].sum() / confusion["rows"].sum()
         assert len(confusion) == 9
-        assert 0 <= right <= 1
+        np.testing.assert_allclose(confusion.groupby("class")["share"].sum(), 1, rtol=1e-5)
+        sizes = confusion.groupby("class")["rows"].sum()
+        same = confusion[confusion["class"] == confusion["chosen"]].set_index("class")
+        np.testing.assert_allclose(same["share"], same["rows"] / sizes, rtol=1e-5)
 
 
 def test_columns_without_a_name_for_a_value_are_left_out_and_said():
