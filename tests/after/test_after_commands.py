@@ -33,7 +33,8 @@ def trained(tmp_path_factory):
     """A run that was trained from Python."""
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metarun.run.write_pictures", lambda *arguments: None)
+        for name in ("write_pictures", "write_examples"):
+            patch.setattr(f"metarun.run.{name}", lambda *arguments: None)
         patch.chdir(root)
         return metarun.train("algo=maml", "task=sinusoid", "task.shots=5", *QUICK, directory=root / "run")
 

@@ -30,22 +30,8 @@ TASKS = {
 """A tiny task of each kind."""
 OF_TASK = {
     "sinusoid": (
-        *(
-            "adaptive",
-            "anil",
-            "anp",
-            "boil",
-            "cnp",
-            "fomaml",
-            "imaml",
-            "maml",
-            "mamlpp",
-            "metasgd",
-            "multitask",
-            "np",
-            "oracle",
-        ),
-        *("reptile", "scratch", "shared_params", "snail"),
+        *("adaptive", "anil", "anp", "boil", "cnp", "dkt", "fomaml", "imaml", "maml", "mamlpp", "metasgd", "multitask"),
+        *("np", "oracle", "reptile", "scratch", "shared_params", "snail"),
     ),
     "text": (
         *("baselinepp", "centroid", "incontext", "mann", "matching", "metaoptnet", "protonet", "relation"),

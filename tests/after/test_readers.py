@@ -16,11 +16,6 @@ SMALL = ("task.ways=3", "task.shots=2", "task.queries=2", *QUICK)
 HUES = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (180, 180, 20)]
 
 
-@pytest.fixture
-def without_pictures(monkeypatch):
-    monkeypatch.setattr("metarun.run.write_pictures", lambda *arguments: None)
-
-
 def noisy(folder, colour, count, seed):
     folder.mkdir(parents=True)
     for number in range(count):
