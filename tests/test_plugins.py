@@ -205,8 +205,8 @@ class Table(Sinusoid):
 def test_a_missing_file_and_an_empty_cell_of_a_users_table_are_named(tmp_path):
     (tmp_path / "mine.py").write_text(TABLE)
     (tmp_path / "my_conf" / "task").mkdir(parents=True)
-    (tmp_path / "my_conf" / "task" / "table.yaml").write_text("# mine\n_target_: mine.Table\npath: table.csv\n")
-    arguments = ["--config-dir=my_conf", "task=table", *QUICK]
+    (tmp_path / "my_conf" / "task" / "visits.yaml").write_text("# mine\n_target_: mine.Table\npath: table.csv\n")
+    arguments = ["--config-dir=my_conf", "task=visits", *QUICK]
     missing = metarun(*arguments, cwd=tmp_path)
     assert "There is no table.csv, which the run needs" in missing.stdout + missing.stderr
     assert "make room" not in missing.stdout + missing.stderr
