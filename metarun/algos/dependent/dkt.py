@@ -185,6 +185,8 @@ def dkt(
         needs="rows",
         paper="https://arxiv.org/abs/1910.05199",
         meta_loss=meta_loss,
+        any_ways=True,
+        open_ways=True,
         metrics=(LOG_LIKELIHOOD,) if with_likelihood else (),
         scores=likelihood if with_likelihood else None,
         adapted_parameters=lambda theta: 0,
