@@ -164,7 +164,10 @@ def later_test(
         if not found:
             raise UserError(f"{place} has no parameters that validation selected; train again.")
         own: dict[str, Any] = {} if found[0].converter is None else {"converter": found[0].converter}
-        family = cast(Family, build(config, "task", device=device, data_dir=config.data_dir, **own))
+        # Sizes that nobody typed give way to the data, as they did in the run.
+        keys = [key_of(one) for one in (*overrides_of_run(path), *overrides)]
+        typed = {key.removeprefix("task.") for key in keys if key.startswith("task.")}
+        family = cast(Family, build(config, "task", device=device, data_dir=config.data_dir, typed=typed, **own))
         check_spec(found[0], family)
         check_steps(found[0], config.eval.adapt_steps)
         configs = replica_configs(config)

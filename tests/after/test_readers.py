@@ -9,10 +9,10 @@ from PIL import Image
 from test_after_commands import command
 
 import metarun
-from metarun.after import predict
+from metarun.after import later_test, predict
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
-SMALL = ("task.ways=3", "task.shots=2", "task.queries=2", *QUICK)
+SMALL = ("task.ways=3", "task.shots=2", *QUICK)
 HUES = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (180, 180, 20)]
 
 
@@ -36,6 +36,9 @@ def test_a_learner_of_pictures_takes_folders_paths_and_arrays(tmp_path, monkeypa
         "model.filters=4",
     )
     run = metarun.train(*arguments, *SMALL, "task.train_ways=3", directory=tmp_path / "run")
+    # The preset's 15 queries gave way to what a class of six pictures has, and they do again.
+    code, said = command(later_test, run.directory, "task.shots=1", "eval.episodes=4", cwd=tmp_path)
+    assert code == 0, said
     (tmp_path / "data").rename(tmp_path / "gone")
     for part, count in (("support", 2), ("query", 5)):
         for number, hue in enumerate(HUES):
