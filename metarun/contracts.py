@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from metarun.portable import portable
+from metarun.data.portable import portable
 from metarun.targets.metric import Metric
 
 portable(Metric)
@@ -243,8 +243,8 @@ class Examples(NamedTuple):
 class Converter(Protocol):
     """Turns what a user has into inputs of a family's models; the family holds it as ``converter``.
 
-    A converter is a frozen dataclass marked with `metarun.portable.portable`: its fields are plain values and tensors
-    (sizes, means, a vocabulary), so that a checkpoint holds it and a learner needs no training data. What it was fitted
+    A converter is a frozen dataclass marked with `metarun.data.portable.portable`: its fields are plain values and
+    tensors (sizes, means, a vocabulary), so that a checkpoint holds it and a learner needs no training data. What it was fitted
     to is the training data alone. Where the targets of a family are not in the user's units, it also has
     ``targets(y) -> Tensor [examples, outputs]`` and its inverse ``answers(output) -> Any``; and where classes mean the
     same in every task, it may have ``class_of(labels) -> list[int]``, the column of each of the user's labels.

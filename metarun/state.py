@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from metarun.assemble import Experiment, constants
 from metarun.config import config_hash
 from metarun.contracts import Family, Tree
+from metarun.data.portable import plain
 from metarun.engine.meta_step import MetaStep
 from metarun.errors import UserError
-from metarun.portable import plain
 from metarun.results import checkpoint
 from metarun.tree import leaves
 

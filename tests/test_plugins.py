@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from metarun.cli import sentence_of_system_error
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.config import build
+from metarun.data.portable import plain, rebuilt
 from metarun.errors import UserError
-from metarun.portable import plain, rebuilt
 from metarun.tasks.sinusoid import Sinusoid
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from PIL import Image
 from metarun import targets
 from metarun.contracts import Facts, Numbers, Sizes, Spec
 from metarun.data.converters import Arrays, Drawings
+from metarun.data.portable import MARKED, name_of, plain, portable, rebuilt
 from metarun.errors import UserError
-from metarun.portable import MARKED, name_of, plain, portable, rebuilt
 from metarun.results import sealed
 from metarun.targets.real import MSE
 from metarun.tasks.omniglot import Omniglot
@@ -76,7 +76,7 @@ def test_every_target_can_be_held_by_a_checkpoint():
         {"made by": "subprocess.Popen", "from": {"args": ["touch", "executed"]}},
         {"made by": "builtins.eval", "from": {"source": "1"}},
         {"named": "os.system"},
-        {"named": "metarun.portable.portable"},
+        {"named": "metarun.data.portable.portable"},
         {"made by": "metarun.targets.real.Real", "from": {"outputs": 1, "other": 2}},
         {"made by": "metarun.targets.real.Real"},
         {},

@@ -19,11 +19,11 @@ from metarun.command.terminal import PrintableRecord, printable
 from metarun.command.trust import refuse_links
 from metarun.config import build, check_ranges
 from metarun.contracts import Family, Moments, Spec
+from metarun.data.portable import plain
 from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.evaluation import meta_test, metrics_of
-from metarun.portable import plain
 from metarun.results.files import write_text
 from metarun.results.of_run import identity_columns, say, tested_columns, write_adaptation, write_reports
 from metarun.results.status import TESTS, loaded, number, rows_of
@@ -40,7 +40,7 @@ OF_TRAINING = (
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two plain forms (`metarun.portable`) are equal."""
+    """Whether two plain forms (`metarun.data.portable`) are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):

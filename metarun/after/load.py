@@ -1,8 +1,8 @@
 """A run's learner, made again from its checkpoint without the data that it was trained on.
 
 ``best.pt`` holds the selected parameters, the configuration, the names of the chosen algorithm, task and model, and
-the plain form of the family's spec and converter (`metarun.portable`). The configuration is composed from the installed
-files by these names, and the checkpoint only supplies values for keys: no code comes from it (SECURITY.md).
+the plain form of the family's spec and converter (`metarun.data.portable`). The configuration is composed from the
+installed files by these names, and the checkpoint only supplies values for keys: no code comes from it (SECURITY.md).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,9 +25,9 @@ from metarun.command.trust import IMPORTING, MEMBER
 from metarun.config import build, check_ranges
 from metarun.contracts import Algorithm, Converter, Family, Numbers, Spec, Split, Task, Tree
 from metarun.data.converters import Arrays
+from metarun.data.portable import rebuilt
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError, first_line
-from metarun.portable import rebuilt
 from metarun.results import checkpoint
 from metarun.state import hash_of_constants
 

@@ -1,1 +1,1 @@
-"""Reading, generating, downloading and checking of data sets."""
+"""Reading, generating, downloading and checking of data, and their plain forms."""

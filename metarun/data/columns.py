@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from metarun.data.portable import portable
 from metarun.data.tables import Source, first_where, places, words
 from metarun.errors import UserError
-from metarun.portable import portable
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 
 from metarun.contracts import Examples
 from metarun.data.pictures import opened, read_pictures
+from metarun.data.portable import portable
 from metarun.data.tokens import Tokenizer
 from metarun.errors import require
-from metarun.portable import portable
 
 TARGET_NAMES = ("y", "target", "label", "class")
 """Names of the column that holds the target, in any case; y1, y2, … where there are several."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from metarun.contracts import Examples
 from metarun.data.files import PARTS, Files, read_file, split_in, table
+from metarun.data.portable import portable
 from metarun.errors import UserError, require
-from metarun.portable import portable
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch.nn.functional import one_hot
 from metarun.contracts import Examples
 from metarun.data.columns import Columns
 from metarun.data.converters import numbers_of, row_names, table_of
+from metarun.data.portable import portable
 from metarun.data.tables import places, words
 from metarun.errors import UserError, require
-from metarun.portable import portable
 
 
 @portable

@@ -17,8 +17,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from metarun.data.portable import portable
 from metarun.nn.ops import unit_rows
-from metarun.portable import portable
 
 UNKNOWN = 1024
 MAX_WORDS, MAX_GRAMS = 48, 512

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from metarun.contracts import Need
-from metarun.portable import portable
+from metarun.data.portable import portable
 from metarun.targets.metric import Metric
 
 RETURN = Metric("return", higher_is_better=True)

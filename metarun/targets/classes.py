@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from metarun.contracts import Need, Rows, Scores, Tree
-from metarun.portable import portable
+from metarun.data.portable import portable
 from metarun.targets.metric import Metric
 from metarun.targets.weights import mean_over
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from metarun.contracts import Scores, Tree
+from metarun.data.portable import portable
 from metarun.errors import require
-from metarun.portable import portable
 from metarun.targets.certainty import (
     CALIBRATION_ERROR,
     LOG_LOSS,

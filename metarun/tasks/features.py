@@ -15,8 +15,8 @@ from metarun.contracts import Examples, Numbers, Sizes, Spec, Split, Task
 from metarun.data import splits
 from metarun.data.converters import Arrays, row_names
 from metarun.data.files import DAMAGED, PARTS, found
+from metarun.data.portable import portable
 from metarun.errors import UserError
-from metarun.portable import portable
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Asked, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
 

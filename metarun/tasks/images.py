@@ -15,10 +15,10 @@ from metarun.data import splits
 from metarun.data.augment import AUGMENTATIONS, augmented
 from metarun.data.files import Files, found
 from metarun.data.pictures import Pictures, decoded, found_in
+from metarun.data.portable import portable
 from metarun.data.store import Store, stored
 from metarun.errors import require
 from metarun.nn.ops import unit_rows
-from metarun.portable import portable
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
+from metarun.data.portable import portable
 from metarun.errors import require
-from metarun.portable import portable
 from metarun.targets.real import MSE, Real
 from metarun.tasks.few_shot import Shots, range_of, with_padding
 

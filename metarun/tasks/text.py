@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens
 from metarun.data import converters, intents, splits, tokens
 from metarun.data.files import found, read_file, split_in, table
+from metarun.data.portable import portable
 from metarun.data.splits import SHARES
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
-from metarun.portable import portable
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Asked, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for
 

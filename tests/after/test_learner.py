@@ -17,7 +17,7 @@ from torch import nn
 
 import metarun
 from metarun.after.later_test import later_test
-from metarun.portable import plain, portable
+from metarun.data.portable import plain, portable
 from metarun.results import sealed
 from metarun.targets.classes import Classes
 
@@ -328,7 +328,7 @@ FAMILY = """
 from dataclasses import dataclass
 import torch
 from metarun.contracts import Numbers, Sizes, Spec, Task
-from metarun.portable import portable
+from metarun.data.portable import portable
 from metarun.targets.real import MSE, Real
 
 

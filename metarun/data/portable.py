@@ -87,7 +87,7 @@ class Absent:
 def refusal(name: str) -> UserError:
     """Return the sentence on an object that is not portable."""
     return UserError(
-        f"The checkpoint cannot hold {name}, which the learner needs: mark it with metarun.portable.portable (a "
+        f"The checkpoint cannot hold {name}, which the learner needs: mark it with metarun.data.portable.portable (a "
         "dataclass of plain values and tensors, or a function of a module), and train again."
     )
 
@@ -101,7 +101,7 @@ def marked(name: str) -> Any:
     if name not in MARKED:
         raise UserError(
             f"The checkpoint names {name}, and the imported modules mark nothing of that name with "
-            "metarun.portable.portable; use the version of the code that trained it."
+            "metarun.data.portable.portable; use the version of the code that trained it."
         )
     return MARKED[name]
 
