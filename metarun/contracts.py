@@ -244,8 +244,8 @@ class Converter(Protocol):
     """Turns what a user has into inputs of a family's models; the family holds it as ``converter``.
 
     A converter is a frozen dataclass marked with `metarun.data.portable.portable`: its fields are plain values and
-    tensors (sizes, means, a vocabulary), so that a checkpoint holds it and a learner needs no training data. What it was fitted
-    to is the training data alone. Where the targets of a family are not in the user's units, it also has
+    tensors (sizes, means, a vocabulary), so that a checkpoint holds it and a learner needs no training data. What it
+    was fitted to is the training data alone. Where the targets of a family are not in the user's units, it also has
     ``targets(y) -> Tensor [examples, outputs]`` and its inverse ``answers(output) -> Any``; and where classes mean the
     same in every task, it may have ``class_of(labels) -> list[int]``, the column of each of the user's labels.
     """
