@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import metarun
+from metarun import launch
 from metarun.command import lock, sweep
 from metarun.command.help import help_text
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
@@ -29,7 +30,7 @@ from metarun.command.signals import handled_by, install, stop
 from metarun.command.sweep import closing_words, finished
 from metarun.command.terminal import PrintableRecord, printable
 from metarun.config import check_ranges, config_hash, register_schema
-from metarun.errors import Stopped, UserError
+from metarun.errors import Pruned, Stopped, UserError
 from metarun.results.files import has_checkpoint, remove_leftovers
 from metarun.results.status import mark, rows_of
 
@@ -81,7 +82,7 @@ def job(config: DictConfig) -> float:
     if Path.cwd() in directory.parents:
         directory = directory.relative_to(Path.cwd())
     try:
-        lock.acquire(directory)
+        lock.acquire(directory, wait=HydraConfig.get().mode == RunMode.MULTIRUN)
     except UserError as error:
         fail(str(error))
         return float("nan")
@@ -106,10 +107,16 @@ def owned_job(config: DictConfig, directory: Path) -> float:
             return score
         from metarun.run import run
 
+        watchers = launch.watchers(config, state)
         resume = config.resume is not None or (of_a_sweep and has_checkpoint(directory))
         with handled_by(stop):
-            return run(config, names, directory, resume)
-    except KeyboardInterrupt:
+            return run(config, names, directory, resume, watchers)
+    except Pruned as end:
+        note(config, names, directory, "pruned", str(end))
+        log.info("%s", end)
+        return float("nan")
+    except (KeyboardInterrupt, SystemExit):
+        # submitit leaves by SystemExit from a job that is queued again.
         note(config, names, directory, "interrupted")
         if has_checkpoint(directory) and not of_a_sweep:
             log.info("Stopped; continue with: metarun resume='%s'", directory)
@@ -226,6 +233,7 @@ def main() -> Any:
         options, overrides = options_first(arguments_of_resumed(arguments))
         sys.argv[1:] = [*options, *overrides]
         register_schema(*map(Path, config_dirs(options)))
+        launch.register()
         entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
         entry(job)()
     except KeyboardInterrupt as error:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from metarun.errors import Stopped, UserError
 from metarun.evaluation import better, episodes, validate
 from metarun.nn.transforms import stacked
 from metarun.random import stream
-from metarun.results.tables import write_metrics
+from metarun.results.tables import Watcher, write_metrics
 from metarun.state import Best, Training, restore, save, save_best, start
 from metarun.tree import tree_map
 
@@ -182,12 +182,15 @@ def newest(training: Training, metric: str) -> dict[str, str]:
     return values if best is None else {**values, "best val": f"{best.val_score:.4g}"}
 
 
-def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Training:
+def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: Sequence[Watcher] = ()) -> Training:
     """Meta-train for ``train.steps`` with regular validation and checkpoints; ``best`` is set at the end.
+
+    ``watchers`` are called whenever ``metrics.csv`` has been written.
 
     Raises:
         UserError: the loss is no longer finite, or no validation score was finite.
         Interrupted: on SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
+        Pruned: a watcher has ended the run.
     """
     train, metric = experiment.config.train, experiment.family.spec.metrics[0].name
     meta_step = MetaStep(experiment)
@@ -245,6 +248,8 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
                 log_rows(training, None)
             if due or training.step % log_every == 0:
                 write_metrics(directory, training.rows)
+                for watch in watchers:
+                    watch([rows[-1] for rows in training.rows])
                 progress.set_postfix(newest(training, metric), refresh=False)
             if stopped:
                 check_finite(experiment, training, directory)

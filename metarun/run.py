@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,22 @@ from metarun.evaluation import Tested, meta_test, metrics_of
 from metarun.loop import meta_train
 from metarun.results.of_run import identity_columns, measured_columns, say, write_pictures, write_reports
 from metarun.results.status import mark
-from metarun.results.tables import write_episodes, write_results
+from metarun.results.tables import Watcher, write_episodes, write_results
 
 log = logging.getLogger(__name__)
 
 
-def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool | None = None) -> float:
+def run(
+    config: DictConfig,
+    names: dict[str, str],
+    directory: Path,
+    resume: bool | None = None,
+    watchers: Sequence[Watcher] = (),
+) -> float:
     """Meta-train, select, meta-test; write tables and pictures into ``directory``.
 
     ``resume`` says whether to go on from the checkpoint in ``directory``; None leaves that to ``config.resume``.
+    ``watchers`` follow meta-training.
     ``result.csv`` says ``running`` from the beginning, and is written again as the last of all files.
 
     Returns:
@@ -32,6 +40,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool
     Raises:
         UserError: anything that the user can fix.
         Interrupted: the user stopped the run.
+        Pruned: a watcher has ended the run.
     """
     with settings_of(config):
         experiment = assemble(config, names)
@@ -42,7 +51,8 @@ def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool
         mark(directory, rows, "running")
         finished: list[tuple[dict[str, Any], Tested]] = []
         try:
-            training = meta_train(experiment, directory, resume=config.resume is not None if resume is None else resume)
+            again = config.resume is not None if resume is None else resume
+            training = meta_train(experiment, directory, again, watchers)
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
                 diverged = not bool(training.train_state["weights"][row["replica"]].isfinite().all())
                 if best is None or diverged or not math.isfinite(best.val_score):
@@ -54,7 +64,7 @@ def run(config: DictConfig, names: dict[str, str], directory: Path, resume: bool
             if not finished:
                 raise UserError("Every replica diverged; lower train.lr or algo.inner_lr, or set train.clip=1.")
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             mark(directory, rows, "interrupted" if stopped else "failed")
             raise
         scored = [(row["replica"], tested.scored) for row, tested in finished]

@@ -5,6 +5,7 @@ A job is in one of these states:
 - ``completed``: ``result.csv`` says so;
 - ``running``: a live process owns its folder;
 - ``failed``: the job ended with an error, and its sentence is shown;
+- ``pruned``: a study has ended the job early, because other jobs do better;
 - ``interrupted``: a signal stopped the job, after a checkpoint was written if training had begun;
 - ``cut off``: the job has begun, and has neither ended nor is it running;
 - ``not begun``: the sweep has planned the job, which has no folder yet.
@@ -34,7 +35,7 @@ PLAN = "sweep.json"
 MAY_CHANGE = ("device=", "data_dir=", "resume=")
 """Overrides that do not change a job's identity."""
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-STATES = ("completed", "failed", "interrupted", "cut off", "running", "not begun")
+STATES = ("completed", "pruned", "failed", "interrupted", "cut off", "running", "not begun")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def job_in(directory: Path, name: str) -> Job:
     elif owner_of(directory) is not None:
         state, reason = "running", ""
     else:
-        state = next((state for state in ("failed", "interrupted") if found[state]), "cut off")
+        state = next((state for state in ("failed", "pruned", "interrupted") if found[state]), "cut off")
     return Job(name, directory, state, reason, **progress(directory, rows))
 
 
@@ -155,7 +156,7 @@ def jobs_of_sweep(directory: Path) -> list[Job]:
     folders = [folder for folder in runs_under(directory) if folder != directory]
     begun = [(identity(loaded(folder / ".hydra" / "overrides.yaml")), folder) for folder in folders]
     if not isinstance(planned, list):
-        return [job_in(folder, " ".join(overrides)) for overrides, folder in begun]
+        planned = [list(overrides) for overrides, _ in begun]
     wanted = [identity(job if isinstance(job, list) else ()) for job in planned]
     shared = set.intersection(*map(set, wanted)) if len(wanted) > 1 else set()
     jobs = []
