@@ -5,7 +5,7 @@ have not ended are run again, from their checkpoints, before others are chosen. 
 its number, so a study that was cut off chooses what it would have chosen.
 
 A sweep over ``algo.inner_lr=0.01,0.1`` or ``choice(0.01,0.1)`` draws from the values, ``interval(0.001,0.1)`` from a
-range, ``interval(1,5)`` and ``range(1,9,2)`` from whole numbers, and ``tag(log,interval(0.001,0.1))`` on a logarithmic
+range, ``int(interval(1,5))`` and ``range(1,9,2)`` from whole numbers, and ``tag(log,interval(0.001,0.1))`` on a logarithmic
 scale.
 """
 
@@ -41,7 +41,7 @@ def distribution(override: Override) -> Any:
     value: Any = override.value()
     logarithmic = "log" in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep):
-        kind = IntDistribution if isinstance(value.start, int) and isinstance(value.end, int) else FloatDistribution
+        kind = IntDistribution if {type(value.start), type(value.end)} == {int} else FloatDistribution
         return kind(value.start, value.end, log=logarithmic)
     if isinstance(value, RangeSweep) and not logarithmic:
         values = list(value.range())
