@@ -18,8 +18,15 @@ from metarun.results.status import jobs_of_sweep
 
 RATES = [*(f"{0.001 * i:.3f}" for i in range(1, 13)), "0", *(f"{0.001 * i:.3f}" for i in range(13, 24))]
 SWEEP = [
-    *("-m", f"algo.inner_lr={','.join(RATES)}", "train.steps=60", "train.eval_every=10", "train.log_every=5"),
-    *("train.val_episodes=4", "eval.episodes=4", "eval.adapt_steps=1", "engine=eager", "hydra.sweep.dir=sweep"),
+    *("-m", f"algo.inner_lr={','.join(RATES)}", "train.steps=20", "train.eval_every=5", "train.log_every=5"),
+    *(
+        "train.meta_batch=4",
+        "train.val_episodes=4",
+        "eval.episodes=4",
+        "eval.adapt_steps=1",
+        "engine=eager",
+        "hydra.sweep.dir=sweep",
+    ),
 ]
 LAUNCHERS = {
     "basic": [],

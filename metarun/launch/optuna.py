@@ -5,8 +5,8 @@ have not ended are run again, from their checkpoints, before others are chosen. 
 its number, so a study that was cut off chooses what it would have chosen.
 
 A sweep over ``algo.inner_lr=0.01,0.1`` or ``choice(0.01,0.1)`` draws from the values, ``interval(0.001,0.1)`` from a
-range, ``int(interval(1,5))`` and ``range(1,9,2)`` from whole numbers, and ``tag(log,interval(0.001,0.1))`` on a logarithmic
-scale.
+range, ``int(interval(1,5))`` and ``range(1,9,2)`` from whole numbers, and ``tag(log,interval(0.001,0.1))`` from a range
+on a logarithmic scale.
 """
 
 import itertools
@@ -213,15 +213,17 @@ class OptunaSweeper(Sweeper):
         self, study: "Study", number: int, swept: Mapping[str, Any], grid: Sequence[Mapping[str, Any]]
     ) -> list[str]:
         """Return the overrides of trial ``number``, which is new or was cut off."""
-        from optuna.samplers import PartialFixedSampler, RandomSampler, TPESampler
-        from optuna.trial import Trial
+        from optuna.samplers import RandomSampler, TPESampler
+        from optuna.trial import Trial, TrialState
 
         sampler = TPESampler if self.sampler == "tpe" else RandomSampler
         study.sampler = sampler(seed=(self.seed * 1_000_003 + number) % 2**32)
-        if grid:
-            study.sampler = PartialFixedSampler(dict(grid[number]), study.sampler)
         known = study.get_trials(deepcopy=False)
-        trial = study.ask() if number == len(known) else Trial(study, known[number]._trial_id)
+        new = number == len(known)
+        if new and grid:
+            study.enqueue_trial(dict(grid[number]))
+        new = new or known[number].state == TrialState.WAITING
+        trial = study.ask() if new else Trial(study, known[number]._trial_id)
         return [f"{key}={suggested(trial, key, one)}" for key, one in swept.items()]
 
     def run(self, study: "Study", jobs: Mapping[int, Sequence[str]]) -> None:

@@ -1,6 +1,7 @@
 """``hydra/launcher=submitit``: one job of a cluster's queue (SLURM), or one process of this machine, per job."""
 
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,14 +11,22 @@ from metarun.launch.base import Call, InOtherProcesses, collected
 
 
 class Requeued:
-    """A call that is queued again when the cluster stops it; it then goes on from the checkpoint in its folder."""
+    """A call that saves its run and is queued again when the cluster stops it, to go on in its folder."""
 
     def __call__(self, call: Call) -> float:
-        """Run the call."""
-        return call()
+        """Run the call; SIGTERM and submitit's own signal stop it as they stop a run elsewhere."""
+        number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}")
+        queue_again = signal.getsignal(number)
+        signal.signal(number, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            return call()
+        except KeyboardInterrupt:
+            if callable(queue_again):
+                queue_again(number, None)
+            raise
 
     def checkpoint(self, call: Call) -> Any:
-        """Return what submitit queues again before a time limit or a preemption ends the process."""
+        """Return what submitit queues again."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, call)
