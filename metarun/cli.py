@@ -31,6 +31,7 @@ from metarun.command.sweep import closing_words, finished
 from metarun.command.terminal import PrintableRecord, printable
 from metarun.config import check_ranges, config_hash, register_schema
 from metarun.errors import Pruned, Stopped, UserError
+from metarun.results import trackers
 from metarun.results.files import has_checkpoint, remove_leftovers
 from metarun.results.status import mark, rows_of
 
@@ -102,6 +103,7 @@ def owned_job(config: DictConfig, directory: Path) -> float:
     try:
         # Before torch is imported, because a user who mistyped a number should not wait for the import.
         check_ranges(config)
+        trackers.chosen(config)
         if of_a_sweep and (score := finished(config, directory)) is not None:
             log.info("%s has completed already.", directory)
             return score

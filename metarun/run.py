@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from metarun.loop import meta_train
 from metarun.results.of_run import identity_columns, measured_columns, say, write_pictures, write_reports
 from metarun.results.status import mark
 from metarun.results.tables import Watcher, write_episodes, write_results
+from metarun.results.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -42,17 +44,18 @@ def run(
         Interrupted: the user stopped the run.
         Pruned: a watcher has ended the run.
     """
-    with settings_of(config):
+    with settings_of(config), ExitStack() as stack:
         experiment = assemble(config, names)
         if ":" in experiment.device:
             torch.cuda.set_device(experiment.device)
         reset_peak_memory(experiment.device)
         rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
         mark(directory, rows, "running")
+        tracker = stack.enter_context(Trackers(config, directory))
         finished: list[tuple[dict[str, Any], Tested]] = []
         try:
             again = config.resume is not None if resume is None else resume
-            training = meta_train(experiment, directory, again, watchers)
+            training = meta_train(experiment, directory, again, (tracker, *watchers))
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
                 diverged = not bool(training.train_state["weights"][row["replica"]].isfinite().all())
                 if best is None or diverged or not math.isfinite(best.val_score):
@@ -75,6 +78,7 @@ def run(
         thetas = [(row["replica"], training.best[row["replica"]]) for row, _ in finished]
         write_reports(experiment, [(index, best.theta) for index, best in thetas if best], directory)
         write_results(directory, rows, metrics_of(experiment))
+        tracker.tested(rows, training.step)
         for row in rows:
             if row["status"] == "failed":
                 log.warning("  %s diverged and has no score; lower its step size, or set train.clip=1", row["varied"])

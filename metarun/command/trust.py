@@ -14,7 +14,20 @@ from hydra.errors import HydraException
 from metarun.command.terminal import printable
 from metarun.errors import UserError
 
-KEYS = ("seed", "device", "data_dir", "resume", "train", "eval", "engine", "replicas", "task", "model", "algo")
+KEYS = (
+    "seed",
+    "device",
+    "data_dir",
+    "resume",
+    "tracker",
+    "train",
+    "eval",
+    "engine",
+    "replicas",
+    "task",
+    "model",
+    "algo",
+)
 GROUPS = ("task", "model", "algo", "engine", "eval", "experiment", "preset")
 TAKE_MORE = ("task", "model", "algo")
 """Groups whose target may take arguments that its YAML does not list, given as ``+algo.name=value``."""

@@ -32,7 +32,7 @@ from metarun.results.tables import RESULT_COLUMNS
 
 PLAN = "sweep.json"
 """The file in a sweep's directory that holds its plan."""
-MAY_CHANGE = ("device=", "data_dir=", "resume=")
+MAY_CHANGE = ("device=", "data_dir=", "tracker=", "resume=")
 """Overrides that do not change a job's identity."""
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 STATES = ("completed", "pruned", "failed", "interrupted", "cut off", "running", "not begun")
