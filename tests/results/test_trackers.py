@@ -73,7 +73,7 @@ def test_a_tracker_is_told_what_the_tables_say(tmp_path, monkeypatch):
         (
             "tracker=[wandb,tensorbord]",
             True,
-            "some of tensorboard, wandb, mlflow, as in tracker=[wandb], not 'tensorbord'",
+            "mlflow, as in tracker=[wandb], not 'tensorbord'",
         ),
         ("tracker={a: 1}", True, "some of tensorboard, wandb, mlflow"),
         ("tracker=wandb", False, "which is missing: pip install 'metarun[wandb]'."),
