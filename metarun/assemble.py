@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from metarun.command.processes import count, local_rank
 from metarun.config import build, check_ranges
 from metarun.contracts import Algorithm, Family, Loss, Need, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
@@ -69,9 +70,11 @@ class Experiment:
 
 
 def choose_device(device: str) -> str:
-    """Resolve ``auto``, and raise an error if the device does not exist."""
+    """Resolve ``auto``, and the GPU of a process of ``torchrun``; raise an error if the device does not exist."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and count() > 1:
+        device = f"cuda:{local_rank()}"
     kind, _, index = device.partition(":")
     if device != "cpu" and (kind != "cuda" or (index and not index.isdecimal())):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}.")

@@ -25,6 +25,7 @@ import metarun
 from metarun import launch
 from metarun.command import lock, sweep
 from metarun.command.help import help_text
+from metarun.command.processes import following
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.command.signals import handled_by, install, stop
 from metarun.command.sweep import closing_words, finished
@@ -233,11 +234,12 @@ def main() -> Any:
     sys.path.append(str(Path.cwd()))
     try:
         options, overrides = options_first(arguments_of_resumed(arguments))
-        sys.argv[1:] = [*options, *overrides]
-        register_schema(*map(Path, config_dirs(options)))
-        launch.register()
-        entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
-        entry(job)()
+        with following(options, overrides) as further:
+            sys.argv[1:] = [*options, *overrides, *further]
+            register_schema(*map(Path, config_dirs(options)))
+            launch.register()
+            entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
+            entry(job)()
     except KeyboardInterrupt as error:
         sys.exit(error.exit_code if isinstance(error, Stopped) else 130)
     except (HydraException, OmegaConfBaseException, UserError) as error:

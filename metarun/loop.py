@@ -15,6 +15,7 @@ from tqdm import tqdm
 from metarun.assemble import Experiment, sample_tasks
 from metarun.checks.diagnosis import blame
 from metarun.checks.family import check_family
+from metarun.command.processes import rank
 from metarun.command.signals import handled_by
 from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
@@ -194,7 +195,9 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
     """
     train, metric = experiment.config.train, experiment.family.spec.metrics[0].name
     meta_step = MetaStep(experiment)
-    training = restore(experiment, meta_step, directory) if resume else start(meta_step)
+    # Under torchrun, the directory of the other processes is not that of the run.
+    place = Path(experiment.config.resume) if rank() and resume else directory
+    training = restore(experiment, meta_step, place) if resume else start(meta_step)
     steps = train.steps if experiment.algorithm.meta_learns and meta_step.layout.size else 0
     check_family(experiment, episodes(experiment, "test", experiment.config.eval.episodes))
     validation = list(episodes(experiment, "val", train.val_episodes))

@@ -11,7 +11,9 @@ import torch
 from omegaconf import DictConfig
 
 from metarun.assemble import assemble
+from metarun.command.processes import rank
 from metarun.engine.process import reset_peak_memory, settings_of
+from metarun.engine.processes import connected
 from metarun.errors import UserError
 from metarun.evaluation import Tested, meta_test, metrics_of
 from metarun.loop import meta_train
@@ -48,6 +50,7 @@ def run(
         experiment = assemble(config, names)
         if ":" in experiment.device:
             torch.cuda.set_device(experiment.device)
+        stack.enter_context(connected(experiment.device))
         reset_peak_memory(experiment.device)
         rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
         mark(directory, rows, "running")
@@ -56,6 +59,9 @@ def run(
         try:
             again = config.resume is not None if resume is None else resume
             training = meta_train(experiment, directory, again, (tracker, *watchers))
+            if rank() != 0:
+                # Process 0 tests, and writes what there is to keep.
+                return math.nan
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
                 diverged = not bool(training.train_state["weights"][row["replica"]].isfinite().all())
                 if best is None or diverged or not math.isfinite(best.val_score):

@@ -1,8 +1,8 @@
 """``tracker=[tensorboard,wandb,mlflow]``: a run's scores in an experiment tracker, while the run goes on.
 
 The trackers are those of Hugging Face's accelerate, which gives all of them one interface; Lightning's loggers would
-bring a whole training framework. A tracker is a further view of ``metrics.csv``: what goes wrong in it is said once, and
-the run goes on without it.
+bring a whole training framework. A tracker is a further view of ``metrics.csv``: what goes wrong in it is said once,
+and the run goes on.
 """
 
 import json
