@@ -69,19 +69,23 @@ class Experiment:
         return [r.algorithm.init(stream(r.config.seed, "algorithm")) for r in self.replicas]
 
 
-def choose_device(device: str) -> str:
-    """Resolve ``auto``, and the GPU of a process of ``torchrun``; raise an error if the device does not exist."""
+def choose_device(device: str, number: int | None = None) -> str:
+    """Resolve ``auto`` and the GPU of a process of ``torchrun``; raise an error if the device does not exist.
+
+    With ``auto``, the jobs of a sweep, which have a ``number``, take turns on the GPUs that the process sees.
+    """
+    gpus = torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and number is not None and gpus > 1:
+            return f"cuda:{number % gpus}"
     if device == "cuda" and count() > 1:
         device = f"cuda:{local_rank()}"
     kind, _, index = device.partition(":")
     if device != "cpu" and (kind != "cuda" or (index and not index.isdecimal())):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}.")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device={device} does not exist: torch sees {torch.cuda.device_count()} CUDA devices; choose device=cpu."
-        )
+    if kind == "cuda" and int(index or 0) >= gpus:
+        raise UserError(f"device={device} does not exist: torch sees {gpus} CUDA devices; choose device=cpu.")
     return device
 
 
@@ -177,13 +181,13 @@ def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: 
         )
 
 
-def assemble(config: DictConfig, names: dict[str, str]) -> Experiment:
-    """Build everything that ``config`` names.
+def assemble(config: DictConfig, names: dict[str, str], number: int | None = None) -> Experiment:
+    """Build everything that ``config`` names; ``number`` is that of a job of a sweep.
 
     Raises:
         UserError: a value is out of range, data are missing, or the parts do not fit each other.
     """
-    device = choose_device(config.device)
+    device = choose_device(config.device, number)
     configs = replica_configs(config)
     for own, _ in configs:
         check_ranges(own)

@@ -113,7 +113,7 @@ def owned_job(config: DictConfig, directory: Path) -> float:
         watchers = launch.watchers(config, state)
         resume = config.resume is not None or (of_a_sweep and has_checkpoint(directory))
         with handled_by(stop):
-            return run(config, names, directory, resume, watchers)
+            return run(config, names, directory, resume, watchers, state.job.num if of_a_sweep else None)
     except Pruned as end:
         note(config, names, directory, "pruned", str(end))
         log.info("%s", end)

@@ -31,11 +31,13 @@ def run(
     directory: Path,
     resume: bool | None = None,
     watchers: Sequence[Watcher] = (),
+    number: int | None = None,
 ) -> float:
     """Meta-train, select, meta-test; write tables and pictures into ``directory``.
 
     ``resume`` says whether to go on from the checkpoint in ``directory``; None leaves that to ``config.resume``.
-    ``watchers`` follow meta-training.
+    ``watchers`` follow meta-training. ``number`` is that of a job of a sweep, which decides its GPU where there are
+    several.
     ``result.csv`` says ``running`` from the beginning, and is written again as the last of all files.
 
     Returns:
@@ -47,7 +49,7 @@ def run(
         Pruned: a watcher has ended the run.
     """
     with settings_of(config), ExitStack() as stack:
-        experiment = assemble(config, names)
+        experiment = assemble(config, names, number)
         if ":" in experiment.device:
             torch.cuda.set_device(experiment.device)
         stack.enter_context(connected(experiment.device))

@@ -18,6 +18,7 @@ from commands import QUICK, environment, metarun, process, rows
 from benchmarks.launchers import table_of
 from benchmarks.survival import numbers
 from metarun import launch
+from metarun.assemble import choose_device
 from metarun.command import lock
 from metarun.errors import UserError
 from metarun.results.status import jobs_of_sweep
@@ -69,6 +70,24 @@ def test_a_job_that_slurm_has_queued_again_takes_over_its_own_folder_from_anothe
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     lock.acquire(tmp_path / "job")
     lock.release(tmp_path / "job")
+
+
+def test_jobs_of_a_sweep_take_turns_on_the_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [choose_device("auto", number) for number in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [choose_device(device, 1) for device in ("cpu", "cuda", "cuda:0")] == ["cpu", "cuda", "cuda:0"]
+    assert choose_device("auto") == "cuda"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert choose_device("auto", 3) == "cuda"
+
+
+def test_a_job_of_a_sweep_knows_its_number_and_a_single_run_has_none(tmp_path, monkeypatch):
+    numbers = []
+    monkeypatch.setattr("metarun.run.run", lambda *arguments: numbers.append(arguments[-1]) or 0.0)
+    metarun("-m", "seed=0,1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    metarun("hydra.run.dir=run", cwd=tmp_path)
+    assert numbers == [0, 1, None]
 
 
 @pytest.fixture(scope="module")

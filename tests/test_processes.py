@@ -50,9 +50,9 @@ def test_the_mean_over_processes_is_the_mean_over_tasks(monkeypatch, float64, al
 def test_tasks_that_cannot_be_shared_equally_are_refused(monkeypatch):
     of_process(monkeypatch, 0)
     assert processes.share(24) == 12
-    with pytest.raises(UserError, match="set train.meta_batch=24 or 26"):
+    with pytest.raises(UserError, match=r"set train\.meta_batch=24 or 26"):
         processes.share(25)
-    with pytest.raises(UserError, match="set train.meta_batch=2,"):
+    with pytest.raises(UserError, match=r"set train\.meta_batch=2,"):
         processes.share(1)
 
 
