@@ -154,6 +154,34 @@ def test_a_job_that_is_preempted_is_queued_again_and_goes_on_from_where_it_was(t
     assert "this job is preempted" in "".join(logs)
 
 
+SLURM = {
+    "sbatch": "#!/bin/sh\necho Submitted batch job 12\n",
+    "srun": "#!/bin/sh\n",
+    "sacct": "#!/bin/sh\necho 'JobID|State|NodeList'\nfor i in 0 1 2; do echo \"12_$i|FAILED|node\"; done\n",
+}
+"""A queue that loses every job."""
+
+
+@pytest.mark.slow
+def test_what_slurm_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    keys = ("timeout_min=240", "gpus_per_node=1", "mem_gb=8", "slurm.partition=gpu", "+hydra.launcher.slurm.comment=c")
+    given = [key if key.startswith("+") else f"hydra.launcher.{key}" for key in keys]
+    done = metarun(*FAILING, "hydra/launcher=submitit", *given, cwd=tmp_path)
+    (script,) = [path.read_text() for path in (tmp_path / "sweep" / ".submitit").glob("*/*_submission.sh")]
+    told = ("--partition=gpu", "--comment=c", "--array=0-2%3", "--time=240", "--signal=USR2@90", "--mem=8GB")
+    for option in (*told, "--gpus-per-node=1"):
+        assert f"#SBATCH {option}\n" in script
+    # The jobs are lost, which the sweep survives and says.
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("A job's process has died") == 3
+    assert "3 not begun." in done.stdout
+
+
 STUDY = ("-m", *QUICK, "engine=eager", "hydra/sweeper=optuna", "hydra.sweep.dir=sweep")
 
 
