@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from metarun.command.processes import count, local_rank
 from metarun.config import build, check_ranges
 from metarun.contracts import Algorithm, Family, Loss, Need, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
@@ -69,17 +70,23 @@ class Experiment:
         return [r.algorithm.init(stream(r.config.seed, "algorithm")) for r in self.replicas]
 
 
-def choose_device(device: str) -> str:
-    """Resolve ``auto``, and raise an error if the device does not exist."""
+def choose_device(device: str, number: int | None = None) -> str:
+    """Resolve ``auto`` and the GPU of a process of ``torchrun``; raise an error if the device does not exist.
+
+    With ``auto``, the jobs of a sweep, which have a ``number``, take turns on the GPUs that the process sees.
+    """
+    gpus = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and number is not None and gpus > 1:
+            return f"cuda:{number % gpus}"
+    if device == "cuda" and count() > 1:
+        device = f"cuda:{local_rank()}"
     kind, _, index = device.partition(":")
     if device != "cpu" and (kind != "cuda" or (index and not index.isdecimal())):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}.")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device={device} does not exist: torch sees {torch.cuda.device_count()} CUDA devices; choose device=cpu."
-        )
+    if kind == "cuda" and int(index or 0) >= gpus:
+        raise UserError(f"device={device} does not exist: torch sees {gpus} CUDA devices; choose device=cpu.")
     return device
 
 
@@ -175,7 +182,9 @@ def check_fit(config: DictConfig, names: dict[str, str], family: Family, model: 
         )
 
 
-def assemble(config: DictConfig, names: dict[str, str], typed: Collection[str] | None = None) -> Experiment:
+def assemble(
+    config: DictConfig, names: dict[str, str], typed: Collection[str] | None = None, number: int | None = None
+) -> Experiment:
     """Build everything that ``config`` names.
 
     Args:
@@ -183,11 +192,12 @@ def assemble(config: DictConfig, names: dict[str, str], typed: Collection[str] |
         names: the members chosen for ``algo``, ``task`` and ``model``.
         typed: the keys that the user set, such as ``task.train_ways``; a task family may lower others to what its data
             can serve. None: all keys.
+        number: that of a job of a sweep, which decides its GPU where there are several.
 
     Raises:
         UserError: a value is out of range, data are missing, or the parts do not fit each other.
     """
-    device = choose_device(config.device)
+    device = choose_device(config.device, number)
     configs = replica_configs(config)
     for own, _ in configs:
         check_ranges(own)

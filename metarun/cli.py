@@ -21,16 +21,19 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import metarun
+from metarun import launch
 from metarun.command import lock, sweep
 from metarun.command.help import help_text
 from metarun.command.presets import typed_keys
+from metarun.command.processes import following
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.command.sentences import sentence_of
 from metarun.command.signals import handled_by, install, stop
 from metarun.command.sweep import closing_words, finished
 from metarun.command.terminal import PrintableRecord, printable
 from metarun.config import check_ranges, config_hash, register_schema
-from metarun.errors import Stopped, UserError
+from metarun.errors import Pruned, Stopped, UserError
+from metarun.results import trackers
 from metarun.results.files import has_checkpoint, remove_leftovers
 from metarun.results.status import mark, rows_of
 
@@ -82,7 +85,7 @@ def job(config: DictConfig) -> float:
     if Path.cwd() in directory.parents:
         directory = directory.relative_to(Path.cwd())
     try:
-        lock.acquire(directory)
+        lock.acquire(directory, wait=HydraConfig.get().mode == RunMode.MULTIRUN)
     except UserError as error:
         fail(str(error))
         return float("nan")
@@ -102,16 +105,24 @@ def owned_job(config: DictConfig, directory: Path) -> float:
     try:
         # Before torch is imported, because a user who mistyped a number should not wait for the import.
         check_ranges(config)
+        trackers.chosen(config)
         if of_a_sweep and (score := finished(config, directory)) is not None:
             log.info("%s has completed already.", directory)
             return score
         from metarun.run import run
 
+        watchers = launch.watchers(config, state)
         resume = config.resume is not None or (of_a_sweep and has_checkpoint(directory))
         with handled_by(stop):
             typed = typed_keys(state.overrides.task, state.runtime.choices.get("experiment"))
-            return run(config, names, directory, resume, typed)
-    except KeyboardInterrupt:
+            number = state.job.num if of_a_sweep else None
+            return run(config, names, directory, resume, typed, watchers, number)
+    except Pruned as end:
+        note(config, names, directory, "pruned", str(end))
+        log.info("%s", end)
+        return float("nan")
+    except (KeyboardInterrupt, SystemExit):
+        # submitit leaves by SystemExit from a job that is queued again.
         note(config, names, directory, "interrupted")
         if has_checkpoint(directory) and not of_a_sweep:
             log.info("Stopped; continue with: metarun resume='%s'", directory)
@@ -196,10 +207,12 @@ def main() -> Any:
     sys.path.append(str(Path.cwd()))
     try:
         options, overrides = options_first(arguments_of_resumed(arguments))
-        sys.argv[1:] = [*options, *overrides]
-        register_schema(*map(Path, config_dirs(options)))
-        entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
-        entry(job)()
+        with following(options, overrides) as further:
+            sys.argv[1:] = [*options, *overrides, *further]
+            register_schema(*map(Path, config_dirs(options)))
+            launch.register()
+            entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
+            entry(job)()
     except KeyboardInterrupt as error:
         sys.exit(error.exit_code if isinstance(error, Stopped) else 130)
     except (HydraException, OmegaConfBaseException, UserError) as error:

@@ -96,6 +96,7 @@ class Config:
     device: str = MISSING
     data_dir: str = MISSING
     resume: str | None = MISSING
+    tracker: Any = None
     train: TrainConfig = MISSING
     eval: EvalConfig = MISSING
     engine: EngineConfig = MISSING
@@ -176,7 +177,7 @@ def check_ranges(config: DictConfig) -> None:
             raise UserError(f"{key} must be a finite number above 0, not {value}.")
 
 
-NOT_IN_NUMBERS = ("device", "data_dir", "resume", "engine", "replicas")
+NOT_IN_NUMBERS = ("device", "data_dir", "resume", "tracker", "engine", "replicas")
 
 
 def config_hash(config: DictConfig) -> str:

@@ -5,6 +5,10 @@ class UserError(Exception):
     """An error that the user can fix; its text is one sentence that says what to do."""
 
 
+class Pruned(Exception):
+    """A study has ended a run early, because others do better; the text is one sentence."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal stopped the process; the signal's number is the first argument."""
 

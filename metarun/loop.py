@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from metarun.assemble import Experiment, sample_tasks
 from metarun.checks.diagnosis import blame
 from metarun.checks.family import check_family
+from metarun.command.processes import rank
 from metarun.command.signals import handled_by
 from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
@@ -24,7 +25,7 @@ from metarun.errors import Stopped, UserError
 from metarun.evaluation import better, episodes, validate
 from metarun.nn.transforms import stacked
 from metarun.random import stream
-from metarun.results.tables import write_metrics
+from metarun.results.tables import Watcher, write_metrics
 from metarun.state import Best, Training, restore, save, save_best, start
 from metarun.tree import tree_map
 
@@ -182,16 +183,21 @@ def newest(training: Training, metric: str) -> dict[str, str]:
     return values if best is None else {**values, "best val": f"{best.val_score:.4g}"}
 
 
-def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Training:
+def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: Sequence[Watcher] = ()) -> Training:
     """Meta-train for ``train.steps`` with regular validation and checkpoints; ``best`` is set at the end.
+
+    ``watchers`` are called whenever ``metrics.csv`` has been written.
 
     Raises:
         UserError: the loss is no longer finite, or no validation score was finite.
         Interrupted: on SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
+        Pruned: a watcher has ended the run.
     """
     train, metric = experiment.config.train, experiment.family.spec.metrics[0].name
     meta_step = MetaStep(experiment)
-    training = restore(experiment, meta_step, directory) if resume else start(meta_step)
+    # Under torchrun, the directory of the other processes is not that of the run.
+    place = Path(experiment.config.resume) if rank() and resume else directory
+    training = restore(experiment, meta_step, place) if resume else start(meta_step)
     steps = train.steps if experiment.algorithm.meta_learns and meta_step.layout.size else 0
     check_family(experiment, episodes(experiment, "test", experiment.config.eval.episodes))
     validation = list(episodes(experiment, "val", train.val_episodes))
@@ -245,6 +251,8 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool) -> Trainin
                 log_rows(training, None)
             if due or training.step % log_every == 0:
                 write_metrics(directory, training.rows)
+                for watch in watchers:
+                    watch([rows[-1] for rows in training.rows])
                 progress.set_postfix(newest(training, metric), refresh=False)
             if stopped:
                 check_finite(experiment, training, directory)

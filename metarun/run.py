@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from omegaconf import DictConfig
 
 from metarun.assemble import assemble
+from metarun.command.processes import rank
 from metarun.engine.process import reset_peak_memory, settings_of
+from metarun.engine.processes import connected
 from metarun.errors import UserError
 from metarun.evaluation import Tested, meta_test, metrics_of
 from metarun.loop import meta_train
 from metarun.results.examples import write_examples
 from metarun.results.of_run import identity_columns, measured_columns, say, write_pictures, write_reports
 from metarun.results.status import mark
-from metarun.results.tables import write_episodes, write_results
+from metarun.results.tables import Watcher, write_episodes, write_results
+from metarun.results.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +32,14 @@ def run(
     directory: Path,
     resume: bool | None = None,
     typed: Collection[str] | None = None,
+    watchers: Sequence[Watcher] = (),
+    number: int | None = None,
 ) -> float:
     """Meta-train, select, meta-test; write tables and pictures into ``directory``.
 
     ``resume`` says whether to go on from the checkpoint in ``directory``; None leaves that to ``config.resume``.
-    ``typed`` are the keys that the user set (see `assemble`).
+    ``typed`` are the keys that the user set (see `assemble`). ``watchers`` follow meta-training. ``number`` is that of
+    a job of a sweep, which decides its GPU where there are several.
     ``result.csv`` says ``running`` from the beginning, and is written again as the last of all files.
 
     Returns:
@@ -41,17 +48,24 @@ def run(
     Raises:
         UserError: anything that the user can fix.
         Interrupted: the user stopped the run.
+        Pruned: a watcher has ended the run.
     """
-    with settings_of(config):
-        experiment = assemble(config, names, typed)
+    with settings_of(config), ExitStack() as stack:
+        experiment = assemble(config, names, typed, number)
         if ":" in experiment.device:
             torch.cuda.set_device(experiment.device)
+        stack.enter_context(connected(experiment.device))
         reset_peak_memory(experiment.device)
         rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
         mark(directory, rows, "running")
+        tracker = stack.enter_context(Trackers(config, directory))
         finished: list[tuple[dict[str, Any], Tested]] = []
         try:
-            training = meta_train(experiment, directory, resume=config.resume is not None if resume is None else resume)
+            again = config.resume is not None if resume is None else resume
+            training = meta_train(experiment, directory, again, (tracker, *watchers))
+            if rank() != 0:
+                # Process 0 tests, and writes what there is to keep.
+                return math.nan
             for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
                 diverged = not bool(training.train_state["weights"][row["replica"]].isfinite().all())
                 if best is None or diverged or not math.isfinite(best.val_score):
@@ -63,7 +77,7 @@ def run(
             if not finished:
                 raise UserError("Every replica diverged; lower train.lr or algo.inner_lr, or set train.clip=1.")
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             mark(directory, rows, "interrupted" if stopped else "failed")
             raise
         scored = [(row["replica"], tested.scored) for row, tested in finished]
@@ -75,6 +89,7 @@ def run(
         write_reports(experiment, thetas, directory)
         write_examples(experiment, *thetas[0], directory)
         write_results(directory, rows, metrics_of(experiment))
+        tracker.tested(rows, training.step)
         for row in rows:
             if row["status"] == "failed":
                 log.warning("  %s diverged and has no score; lower its step size, or set train.clip=1", row["varied"])

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metarun.command import lock, sweep
 from metarun.errors import UserError
+from metarun.launch import check_installed
 from metarun.results.files import has_checkpoint
 from metarun.results.status import PLAN, rows_of, runs_under
 
@@ -41,10 +42,13 @@ def jobs_of(config: DictConfig) -> list[list[str]] | None:
     return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
 
 
-def folders_of(config: DictConfig, jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Return each job's folder within the sweep's directory, found by composing the job's configuration."""
+def folders_of(config: DictConfig, jobs: Sequence[Sequence[str]], first: int = 0) -> list[str]:
+    """Return each job's folder within the sweep's directory, found by composing the job's configuration.
+
+    The jobs are numbered from ``first`` on.
+    """
     loader, found = GlobalHydra.instance().config_loader(), []
-    for number, overrides in enumerate(jobs):
+    for number, overrides in enumerate(jobs, first):
         composed = loader.load_sweep_config(config, list(overrides))
         with open_dict(composed):
             composed.hydra.job.id = composed.hydra.job.num = number
@@ -105,6 +109,7 @@ class OneOwner(Callback):
 
     def take_sweep(self, config: DictConfig, directory: Path) -> None:
         """Own the directory of a sweep, which is new or was begun by the same command."""
+        check_installed(config)
         jobs = jobs_of(config)
         if jobs is not None:
             refuse_shared_folders(config, jobs)

@@ -21,6 +21,7 @@ Keys
   device                   auto, cpu, cuda or cuda:N
   data_dir                 folder of the data sets (default: METARUN_DATA_DIR, else data)
   resume                   directory of an interrupted run (with -m: sweep), to be continued there
+  tracker                  null, or some of [tensorboard,wandb,mlflow], which follow a run live
   train.steps              meta-steps
   train.meta_batch         tasks per meta-step
   train.optimizer          adam, adamw, sgd, or for policies trpo

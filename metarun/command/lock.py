@@ -2,10 +2,12 @@
 
 The file ``.metarun.lock`` holds the host, the process id and the time at which that process started. A lock is stale
 if it names this host, and the process is gone or started at another time (its id has been reused since). A stale lock
-is taken over. A process on another host cannot be inspected, so its lock remains valid until it is deleted.
+is taken over. A process on another host cannot be inspected, so its lock remains valid until it is deleted. One
+exception: SLURM runs a job that it has queued again only after the former process has ended, wherever that was.
 """
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -18,6 +20,11 @@ from metarun.errors import UserError
 FILE = ".metarun.lock"
 HALF_WRITTEN_SECONDS = 10.0
 """Seconds for which an unreadable lock is assumed to be still being written."""
+
+POLL_SECONDS = 1.0
+"""Seconds between two looks at a lock that this process waits for."""
+
+log = logging.getLogger(__name__)
 
 _held: set[Path] = set()
 
@@ -49,15 +56,28 @@ class Owner:
     host: str
     pid: int
     started: str
+    job: str = ""
+    """The job's number in SLURM's queue, if any."""
+    restarts: int = 0
+    """How often SLURM had queued the job again."""
 
     def is_gone(self) -> bool:
         """Whether the process is certainly no longer running."""
+        own_job, restarts = job_of_slurm()
+        if self.job and self.job == own_job and self.restarts < restarts:
+            return True
         return self.host == platform.node() and started_at(self.pid) != self.started
+
+
+def job_of_slurm() -> tuple[str, int]:
+    """Return the number of the SLURM job that this process belongs to, and how often the job was queued again."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdecimal() else 0
 
 
 def this_process() -> Owner:
     """Return this process as an owner."""
-    return Owner(platform.node(), os.getpid(), started_at(os.getpid()) or "unknown")
+    return Owner(platform.node(), os.getpid(), started_at(os.getpid()) or "unknown", *job_of_slurm())
 
 
 def read(path: Path) -> Owner | None:
@@ -71,7 +91,8 @@ def read(path: Path) -> Owner | None:
         return None
     try:
         owner = Owner(**json.loads(text))
-        if isinstance(owner.host, str) and type(owner.pid) is int and isinstance(owner.started, str):
+        texts = (owner.host, owner.started, owner.job)
+        if all(isinstance(text, str) for text in texts) and {type(owner.pid), type(owner.restarts)} == {int}:
             return owner
     except (ValueError, TypeError, RecursionError):
         pass
@@ -108,8 +129,11 @@ def _take_away(path: Path, stale: Owner) -> None:
     aside.unlink()
 
 
-def acquire(directory: Path) -> None:
+def acquire(directory: Path, wait: bool = False) -> None:
     """Make this process the owner of ``directory``, which is created; nothing happens if this process owns it already.
+
+    ``wait`` says to wait for another process of this host, if it owns the directory: the job of a sweep that was killed
+    may outlive the sweep.
 
     Raises:
         UserError: another process owns the directory.
@@ -119,12 +143,19 @@ def acquire(directory: Path) -> None:
     if path in _held:
         return
     directory.mkdir(parents=True, exist_ok=True)
+    said = False
     while True:
         try:
             _create(path)
         except FileExistsError:
             owner = read(path)
             if owner is not None and not owner.is_gone():
+                if wait and owner.host == platform.node():
+                    if not said:
+                        log.info("Waiting for process %d, which still works in %s.", owner.pid, directory)
+                    said = True
+                    time.sleep(POLL_SECONDS)
+                    continue
                 raise UserError(
                     f"{directory} belongs to a process that is running (process {owner.pid} on {owner.host}); wait "
                     f"until it ends, or choose another directory. (If that process is gone, delete {path}.)"

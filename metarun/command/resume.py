@@ -9,7 +9,7 @@ from metarun.errors import UserError
 from metarun.results.files import has_checkpoint
 from metarun.results.status import PLAN, loaded
 
-MAY_CHANGE_ON_RESUME = ("device=", "data_dir=", "hydra.job_logging", "hydra.verbose")
+MAY_CHANGE_ON_RESUME = ("device=", "data_dir=", "tracker=", "hydra.job_logging", "hydra.verbose")
 MAY_CHANGE_IN_A_SWEEP = (*MAY_CHANGE_ON_RESUME, "hydra/launcher=", "hydra.launcher.")
 
 WITH_A_VALUE = (
@@ -108,8 +108,8 @@ def arguments_of_resumed(arguments: list[str]) -> list[str]:
     changed = [a for a in overrides if not a.startswith(MAY_CHANGE_IN_A_SWEEP if sweep else MAY_CHANGE_ON_RESUME)]
     if changed:
         raise UserError(
-            f"{changed[0]} would change the {'sweep' if sweep else 'run'} in {directory}: resume with no "
-            f"other keys than device and data_dir{', and those of the launcher' if sweep else ''}, or start a new one."
+            f"{changed[0]} would change the {'sweep' if sweep else 'run'} in {directory}: resume with no other keys "
+            f"than device, data_dir and tracker{', and those of the launcher' if sweep else ''}, or start a new one."
         )
     replaced = {"resume", *map(key_of, overrides)}
     if not trusted:

@@ -17,6 +17,9 @@ from metarun.errors import UserError
 from metarun.results.files import write_text
 from metarun.results.status import PLAN, identity, jobs_of_sweep, loaded, number, rows_of, table
 
+STUDY = "study.log"
+"""The file in a sweep's directory that holds its study, if Optuna chooses the jobs."""
+
 begun: list[Path] = []
 """The directory of the sweep that this process runs, once the process owns it."""
 
@@ -83,7 +86,7 @@ def begin(directory: Path, plan: Plan, holds_runs: bool) -> None:
             f"{directory} holds another sweep ({' '.join(before.overrides)}); continue that one with metarun -m "
             f"resume='{directory}', or choose another hydra.sweep.dir."
         )
-    if holds_runs and plan.jobs is None:
+    if holds_runs and plan.jobs is None and not (directory / STUDY).is_file():
         raise UserError(
             f"{directory} holds jobs already, and this sweeper chooses different ones each time; choose another "
             "hydra.sweep.dir."
@@ -110,12 +113,12 @@ def finished(config: DictConfig, directory: Path) -> float | None:
 
 
 def closing_words(directories: Sequence[Path]) -> tuple[str, bool]:
-    """Return the text printed at the end of sweeps, and whether every job has completed."""
+    """Return the text printed at the end of sweeps, and whether every job has completed or was pruned."""
     texts, complete = [], True
     for directory in directories:
         jobs = jobs_of_sweep(directory)
         texts.append(f"\n{table(jobs)}")
-        if any(job.state != "completed" for job in jobs):
+        if any(job.state not in ("completed", "pruned") for job in jobs):
             complete = False
             texts.append(f"Continue with: metarun -m resume='{directory}'")
     return "\n".join(texts), complete

@@ -14,7 +14,20 @@ from hydra.errors import HydraException
 from metarun.command.terminal import printable
 from metarun.errors import UserError
 
-KEYS = ("seed", "device", "data_dir", "resume", "train", "eval", "engine", "replicas", "task", "model", "algo")
+KEYS = (
+    "seed",
+    "device",
+    "data_dir",
+    "resume",
+    "tracker",
+    "train",
+    "eval",
+    "engine",
+    "replicas",
+    "task",
+    "model",
+    "algo",
+)
 GROUPS = ("task", "model", "algo", "engine", "eval", "experiment", "preset")
 TAKE_MORE = ("task", "model", "algo")
 """Groups whose target may take arguments that its YAML does not list, given as ``+algo.name=value``."""
@@ -32,6 +45,8 @@ def values_of(override: Override) -> list[object]:
 def distrusted_of_hydra(key: str, override: Override) -> str | None:
     """Return why an override of Hydra itself is refused: only names and numbers of a launcher or sweeper are taken."""
     if key in ("hydra/launcher", "hydra/sweeper"):
+        return None if MEMBER.fullmatch(override.get_value_element_as_str()) else "which names no member of the group"
+    if key in ("hydra.sweeper.sampler", "hydra.sweeper.pruner"):
         return None if MEMBER.fullmatch(override.get_value_element_as_str()) else "which names no member of the group"
     numbers = isinstance(override.value(), int | float | None)
     if key.startswith(("hydra.launcher.", "hydra.sweeper.")) and numbers and not override.is_add():

@@ -30,8 +30,10 @@ from torch.utils.flop_counter import flop_registry
 
 from metarun.assemble import Experiment
 from metarun.checks.gradient import check_gradient
+from metarun.command.processes import count
 from metarun.contracts import Tree
 from metarun.engine.meta_step import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
+from metarun.engine.processes import averaged, own_part, share, with_own_part
 from metarun.engine.recording import CannotRecord, Captured, Recording, release_gpu_memory
 from metarun.errors import UserError, first_line
 from metarun.tree import leaves, tree_map
@@ -150,6 +152,9 @@ class Stepper:
             raise UserError(
                 f"train.task_chunk must divide train.meta_batch={self.meta_batch}, and {self.chunk} does not."
             )
+        self.share = share(self.meta_batch)
+        if count() > 1 and (self.wanted_map == "threads" or meta_step.trust_region is not None):
+            raise UserError("torchrun shares tasks between processes: choose task_map=vmap, and not trpo.")
         self.may_halve = experiment.config.train.task_chunk is None and meta_step.trust_region is None
         self.engine, self.task_map, self.compile_seconds = "eager", "vmap", 0.0
         self.work, self.workers = 0.0, 1
@@ -161,6 +166,9 @@ class Stepper:
 
     def eager(self) -> Step:
         """Return the step as it is written, ``chunk`` tasks at a time."""
+        if count() > 1:
+            chunk = max(c for c in range(1, min(self.chunk, self.share) + 1) if self.share % c == 0)
+            return self.over_processes(self.meta_step.gradient, chunk)
         if self.chunk == self.meta_batch:
             return self.meta_step.whole
         return accumulated(self.meta_step.gradient, self.meta_step.update, self.chunk)
@@ -205,6 +213,36 @@ class Stepper:
         """End the threads."""
         if self.pool is not None:
             self.pool.shutdown()
+
+    def over_processes(self, gradient: Step, chunk: int) -> Step:
+        """Return a step that shares tasks with other processes; ``gradient`` gets ``chunk`` of this one's at a time."""
+        return with_own_part(accumulated(gradient, averaged(self.meta_step.update), chunk))
+
+    def recorded_part(self, example: Tree) -> Recording:
+        """Record the gradient of this process's tasks once."""
+        if "part" not in self.recordings:
+            self.recordings["part"] = Recording(self.meta_step.gradient, own_part(example))
+        return self.recordings["part"]
+
+    def ways_over_processes(self) -> Iterator[tuple[str, Callable[[Tree], Step]]]:
+        """Yield what ``ways`` does, for tasks that are shared with other processes."""
+        cuda, asked = self.experiment.device != "cpu", self.mode
+
+        def replayed(example: Tree) -> Step:
+            return self.over_processes(self.recorded_part(example), self.share)
+
+        def compiled(example: Tree) -> Step:
+            return self.over_processes(self.recorded_part(example).compiled(own_part(example)), self.share)
+
+        def captured(example: Tree) -> Step:
+            return self.over_processes(Captured(self.recorded_part(example), own_part(example)), self.share)
+
+        if asked == "replay" or (asked == "auto" and not cuda):
+            yield "replay", replayed
+        if asked == "compile" or (asked == "auto" and not cuda):
+            yield "compile", compiled
+        if asked == "cudagraph" or (asked == "auto" and cuda):
+            yield "cudagraph", captured
 
     def synchronize(self) -> None:
         """Wait for the GPU, if there is one."""
@@ -277,6 +315,9 @@ class Stepper:
 
         A configured engine is made in the first of these ways that works.
         """
+        if count() > 1:
+            yield from self.ways_over_processes()
+            return
         cuda, asked = self.experiment.device != "cpu", self.mode
         if self.wanted_map == "threads" or (self.threads_possible() and self.wanted_map == "auto"):
             if asked == "replay" or (asked == "auto" and self.wanted_map == "threads"):

@@ -5,6 +5,7 @@ A job is in one of these states:
 - ``completed``: ``result.csv`` says so;
 - ``running``: a live process owns its folder;
 - ``failed``: the job ended with an error, and its sentence is shown;
+- ``pruned``: a study has ended the job early, because other jobs do better;
 - ``interrupted``: a signal stopped the job, after a checkpoint was written if training had begun;
 - ``cut off``: the job has begun, and has neither ended nor is it running;
 - ``not begun``: the sweep has planned the job, which has no folder yet.
@@ -33,10 +34,10 @@ PLAN = "sweep.json"
 """The file in a sweep's directory that holds its plan."""
 TESTS = "tests"
 """The folder of a run in which later tests of it lie."""
-MAY_CHANGE = ("device=", "data_dir=", "resume=")
+MAY_CHANGE = ("device=", "data_dir=", "tracker=", "resume=")
 """Overrides that do not change a job's identity."""
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-STATES = ("completed", "failed", "interrupted", "cut off", "running", "not begun")
+STATES = ("completed", "pruned", "failed", "interrupted", "cut off", "running", "not begun")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def state_of(directory: Path, rows: Sequence[Mapping[str, str]]) -> tuple[str, s
         return "completed", f"{found['failed']} of {len(rows)} replicas diverged" if found["failed"] else ""
     if owner_of(directory) is not None:
         return "running", ""
-    return next((state for state in ("failed", "interrupted") if found[state]), "cut off"), reason
+    return next((state for state in ("failed", "pruned", "interrupted") if found[state]), "cut off"), reason
 
 
 def job_in(directory: Path, name: str) -> Job:
@@ -170,7 +171,7 @@ def jobs_of_sweep(directory: Path) -> list[Job]:
     folders = [folder for folder in runs_under(directory) if folder != directory]
     begun = [(identity(loaded(folder / ".hydra" / "overrides.yaml")), folder) for folder in folders]
     if not isinstance(planned, list):
-        return [job_in(folder, " ".join(overrides)) for overrides, folder in begun]
+        planned = [list(overrides) for overrides, _ in begun]
     wanted = [identity(job if isinstance(job, list) else ()) for job in planned]
     shared = set.intersection(*map(set, wanted)) if len(wanted) > 1 else set()
     jobs = []

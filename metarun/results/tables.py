@@ -1,11 +1,16 @@
 """The tables that a run writes: ``metrics.csv``, ``episodes.csv``, ``result.csv``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from metarun.results.files import write_csv
 from metarun.targets.metric import Metric
+
+Row: TypeAlias = Mapping[str, float | int]
+"""A row of ``metrics.csv``."""
+Watcher: TypeAlias = Callable[[Sequence[Row]], None]
+"""What follows a run live: called with the newest row of each replica, once these are written."""
 
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds", "replica")
 EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "replica")
