@@ -17,7 +17,7 @@ def test_a_run_leaves_its_files_and_says_where(finished):
     left = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     assert left == {
         *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
-        *("metrics.csv", "episodes.csv", "result.csv", "training.png", "adaptation.png", "run.log"),
+        *("metrics.csv", "episodes.csv", "result.csv", "training.png", "adaptation.png", "curves.png", "run.log"),
         *("checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt"),
     }
     log = (finished / "run.log").read_text()
