@@ -1,17 +1,18 @@
-# metarun with a CPU build of torch:
+# metarun in a container:
 #   docker build -t metarun .
-#   docker run --rm -v "$PWD/outputs:/work/outputs" -v "$PWD/data:/work/data:ro" metarun algo=maml task=sinusoid
-# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 and run with --gpus all.
+#   docker run --rm -v "$PWD/outputs:/runs/outputs" -v "$PWD/data:/runs/data:ro" metarun algo=maml task=sinusoid
+# On Linux, pip's newest torch brings CUDA: run with --gpus all. For a smaller image, name an index that has a CPU build:
+# --build-arg PIP_ARGUMENTS="--index-url URL".
 FROM python:3.12-slim
 
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG PIP_ARGUMENTS=""
 
 # engine=compile needs a C++ compiler.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.6"
+RUN pip install --no-cache-dir $PIP_ARGUMENTS "torch>=2.6"
 
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
@@ -19,5 +20,5 @@ COPY conf conf
 COPY metarun metarun
 RUN pip install --no-cache-dir .
 
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["metarun"]
