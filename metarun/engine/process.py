@@ -2,8 +2,8 @@
 
 import ctypes
 import logging
+import math
 import platform
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,12 +51,19 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory_mb(device: str) -> float:
-    """Return the high-water mark in MB: of the GPU's allocations, else of the process's resident memory."""
+    """Return the high-water mark in MB: of the GPU's allocations, else of the process's resident memory.
+
+    NaN on Windows, which does not say.
+    """
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if STATUS.exists():
         lines = STATUS.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     # macOS counts bytes, the other systems kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e6
 
