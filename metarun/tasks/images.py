@@ -13,9 +13,10 @@ from torch import Tensor
 from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
 from metarun.data import splits
 from metarun.data.augment import AUGMENTATIONS, augmented
-from metarun.data.embedding import Embedded, cached_features, check_source, fitted
+from metarun.data.embedding import Embedded, cached_features, fitted
 from metarun.data.files import Files, found
 from metarun.data.pictures import Pictures, decoded, found_in
+from metarun.data.sources import check_source
 from metarun.data.store import Store, stored
 from metarun.errors import require
 from metarun.nn.ops import unit_rows
@@ -117,7 +118,7 @@ class Images:
         channels: 3 for RGB, 1 for grey.
         crop: the part of each picture that is kept: left, top, right and bottom as shares of width and height.
         augment: what changes training pictures at random: some of ``flip``, ``crop`` and ``colour``.
-        embed: a frozen pretrained model (see `metarun.data.embedding`) whose features replace pictures, which are
+        embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace pictures, which are
             embedded once and without ``augment``; null: pictures stay pixels.
         embed_size: edge in pixels of the pictures that this model sees, in place of ``image_size``, 16 to 512.
         device: where the pictures live.

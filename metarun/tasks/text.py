@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 
 from metarun.contracts import Converter, Facts, Numbers, Sizes, Spec, Split, Task, Tokens
 from metarun.data import converters, intents, splits, tokens
-from metarun.data.embedding import Texts, cached_features, check_source, fitted
+from metarun.data.embedding import Texts, cached_features, fitted
 from metarun.data.files import found, read_file, split_in, table
+from metarun.data.sources import check_source
 from metarun.data.splits import SHARES
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
@@ -89,7 +90,7 @@ class Text:
         buckets: number of ids that the n-grams share, from 2 to ``MOST_BUCKETS``.
         device: where the sentences live.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
-        embed: a frozen pretrained model (see `metarun.data.embedding`) whose features replace token ids; None: none.
+        embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; None: none.
     """
 
     def __init__(
@@ -261,7 +262,7 @@ def text(
         device: where the sentences live.
         data_dir: holds the folders ``clinc150`` and ``banking77``.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
-        embed: a frozen pretrained model (see `metarun.data.embedding`) whose features replace token ids; null: none.
+        embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; null: none.
 
     Raises:
         UserError: data are missing or damaged, or the model cannot be loaded.
@@ -361,7 +362,7 @@ def text_crosslingual(
         device: where the sentences live.
         data_dir: holds the folders ``xsid`` and ``nusax_senti``.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
-        embed: a frozen pretrained model (see `metarun.data.embedding`) whose features replace token ids; null: none.
+        embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; null: none.
 
     Raises:
         UserError: data are missing or damaged, or the model cannot be loaded.
