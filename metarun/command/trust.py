@@ -72,7 +72,7 @@ def distrusted(text: str) -> str | None:
         return "and there is no such key"
     if override.is_add() and not (top in TAKE_MORE and rest.isidentifier()):
         return "which adds a key"
-    if any(imports(key, value) for value in (*values_of(override), override.get_value_element_as_str())):
+    if key in IMPORTING and any(imports(key, one.strip(" '\"")) for one in text.partition("=")[2].split(",")):
         return "which names a module to be imported"
     return None
 
