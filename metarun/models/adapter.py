@@ -14,7 +14,7 @@ class Residual(nn.Module):
     """Vectors, scaled to length one, plus a learned residual.
 
         z = x / ‖x‖
-        features = scale · (z + V relu(U z)),   V = 0 at the start
+        features = scale · (z + V relu(U z) / width),   V = 0 at the start
 
     Before training the features are the vectors themselves, so that a nearest class mean by cosine starts where that of
     the frozen model does.
@@ -34,7 +34,9 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, numbers]`` → the same shape."""
         z = unit_rows(x)
-        out: Tensor = self.log_scale.exp() * (z + self.out(self.into(z).relu()))
+        # A step of Adam changes each weight by the learning rate; divided by the width, unit vectors change by little.
+        residual = self.out(self.into(z).relu()) / self.into.out_features
+        out: Tensor = self.log_scale.exp() * (z + residual)
         return out
 
 
