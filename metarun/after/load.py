@@ -21,7 +21,7 @@ from torch import nn
 from metarun.assemble import build_model, choose_device
 from metarun.command.composing import CHOICES, composed
 from metarun.command.terminal import printable
-from metarun.command.trust import IMPORTING, MEMBER
+from metarun.command.trust import MEMBER, imports
 from metarun.config import build, check_ranges
 from metarun.contracts import Algorithm, Converter, Family, Numbers, Spec, Split, Task, Tree
 from metarun.data.converters import Arrays
@@ -86,7 +86,7 @@ def why_distrusted(key: str, value: Any, installed: Any) -> str | None:
         return "which names code to be run"
     if not name.isidentifier():
         return "which is no key"
-    if key in IMPORTING and ":" in str(value):
+    if imports(key, value):
         return "which names a module to be imported"
     nested = list(value.items()) if isinstance(value, dict) else []
     nested += [(name, one) for one in value] if isinstance(value, list) else []
@@ -278,4 +278,8 @@ def family_of(content: Mapping[str, Any], config: DictConfig, device: str) -> Fa
         get_method(config.task._target_)
     except (ImportError, ValueError) as error:
         raise UserError(f"task: {config.task._target_} cannot be imported ({error.__cause__ or error}).") from error
-    return Remembered(rebuilt(described["spec"]), content["dataset"], rebuilt(described["converter"]))
+    converter = rebuilt(described["converter"])
+    # What the converter would import has to be what the configuration says, which has been checked.
+    if getattr(converter, "embed", None) != config.task.get("embed"):
+        raise UserError("The checkpoint's converter embeds by another model than its configuration says; train again.")
+    return Remembered(rebuilt(described["spec"]), content["dataset"], converter)

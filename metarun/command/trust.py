@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 from metarun.command.terminal import printable
+from metarun.data.sources import names_code
 from metarun.errors import UserError
 
 KEYS = (
@@ -32,8 +33,15 @@ GROUPS = ("task", "model", "algo", "engine", "eval", "experiment", "preset")
 TAKE_MORE = ("task", "model", "algo")
 """Groups whose target may take arguments that its YAML does not list, given as ``+algo.name=value``."""
 MEMBER = re.compile(r"null|[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-IMPORTING = ("task.environment",)
+IMPORTING = ("task.environment", "task.embed")
 """Keys in whose values a colon names a Python module to be imported (gymnasium's ``module:Name-v0``)."""
+
+
+def imports(key: str, value: object) -> bool:
+    """Whether the value of a key names a Python module to be imported."""
+    if key == "task.embed":
+        return names_code(str(value))
+    return key in IMPORTING and ":" in str(value)
 
 
 def values_of(override: Override) -> list[object]:
@@ -79,7 +87,7 @@ def distrusted(text: str) -> str | None:
         return "and there is no such key"
     if override.is_add() and not (top in TAKE_MORE and rest.isidentifier()):
         return "which adds a key"
-    if key in IMPORTING and ":" in override.get_value_element_as_str():
+    if key in IMPORTING and any(imports(key, one.strip(" '\"")) for one in text.partition("=")[2].split(",")):
         return "which names a module to be imported"
     return None
 

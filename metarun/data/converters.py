@@ -111,6 +111,33 @@ class Arrays:
         return Examples(table[inputs].to_numpy().reshape(-1, *self.shape), y, row_names(len(table)))
 
 
+def sentences_of(x: Any) -> list[str]:
+    """Return a list (or a column of a table) of sentences, or a single one, as a list.
+
+    Raises:
+        ValueError: there is something that is not a text.
+    """
+    sentences = [x] if isinstance(x, str) else list(x)
+    texts = len(sentences) > 0 and all(isinstance(one, str) for one in sentences)
+    require(texts, "these inputs are sentences; give a list of texts with at least one")
+    return sentences
+
+
+def read_sentences(path: Path) -> Examples:
+    """Read a table with a column ``text`` (or ``sentence``), and ``label`` where sentences have one.
+
+    Raises:
+        ValueError: the file cannot be read, or has no such column.
+    """
+    table = table_of(path)
+    columns = {str(column).lower(): column for column in table}
+    text = next((columns[name] for name in ("text", "sentence") if name in columns), None)
+    require(text is not None, f"{path} has no column named text; name the column of the sentences so")
+    target = next((columns[name] for name in TARGET_NAMES if name in columns), None)
+    y = None if target is None else table[target].tolist()
+    return Examples(table[text].astype(str).tolist(), y, row_names(len(table)))
+
+
 @portable
 @dataclass(frozen=True)
 class Sentences:
@@ -126,10 +153,7 @@ class Sentences:
         Raises:
             ValueError: there is something that is not a text.
         """
-        sentences = [x] if isinstance(x, str) else list(x)
-        texts = len(sentences) > 0 and all(isinstance(one, str) for one in sentences)
-        require(texts, "these inputs are sentences; give a list of texts with at least one")
-        rows = self.tokenizer(sentences)[:, : self.columns]
+        rows = self.tokenizer(sentences_of(x))[:, : self.columns]
         return pad(rows, (0, self.columns - rows.shape[1])).long()
 
     def read(self, path: Path) -> Examples:
@@ -138,13 +162,7 @@ class Sentences:
         Raises:
             ValueError: the file cannot be read, or has no such column.
         """
-        table = table_of(path)
-        columns = {str(column).lower(): column for column in table}
-        text = next((columns[name] for name in ("text", "sentence") if name in columns), None)
-        require(text is not None, f"{path} has no column named text; name the column of the sentences so")
-        target = next((columns[name] for name in TARGET_NAMES if name in columns), None)
-        y = None if target is None else table[target].tolist()
-        return Examples(table[text].astype(str).tolist(), y, row_names(len(table)))
+        return read_sentences(path)
 
 
 @portable

@@ -13,9 +13,11 @@ from torch import Tensor
 from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
 from metarun.data import splits
 from metarun.data.augment import AUGMENTATIONS, augmented
+from metarun.data.embedding import Embedded, cached_features, fitted
 from metarun.data.files import Files, found
 from metarun.data.pictures import Pictures, decoded, found_in
 from metarun.data.portable import portable
+from metarun.data.sources import check_source
 from metarun.data.store import Store, stored
 from metarun.errors import require
 from metarun.nn.ops import unit_rows
@@ -33,11 +35,13 @@ class Pool(NamedTuple):
     """The pictures of one split."""
 
     rows: Tensor
-    """Pixels ``[pictures of the data set, channels, size, size]``, uint8."""
+    """Pixels ``[pictures of the data set, channels, size, size]``, uint8; or features ``[pictures, d]``."""
     order: Tensor
     """The rows of the split, sorted by class."""
     cells: Cells
     """Where each class is in ``order``."""
+    content: str
+    """A hash of all pictures of the data set."""
 
 
 def measured(pool: Pool) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -114,6 +118,9 @@ class Images:
         channels: 3 for RGB, 1 for grey.
         crop: the part of each picture that is kept: left, top, right and bottom as shares of width and height.
         augment: what changes training pictures at random: some of ``flip``, ``crop`` and ``colour``.
+        embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace pictures, which are
+            embedded once and without ``augment``; null: pictures stay pixels.
+        embed_size: edge in pixels of the pictures that this model sees, in place of ``image_size``, 16 to 512.
         device: where the pictures live.
         data_dir: where paths are looked up that do not exist here.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
@@ -140,13 +147,16 @@ class Images:
         channels: int = 3,
         crop: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
         augment: Sequence[str] = (),
+        embed: str | None = None,
+        embed_size: int = 224,
         device: str = "cpu",
         data_dir: str = "data",
         typed: Collection[str] | None = None,
     ) -> None:
         asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
         asked.sizes()
-        require(16 <= image_size <= LARGEST_SIZE, f"image_size must be 16 to {LARGEST_SIZE}, not {image_size}")
+        for key, size in {"image_size": image_size, "embed_size": embed_size}.items():
+            require(16 <= size <= LARGEST_SIZE, f"{key} must be 16 to {LARGEST_SIZE}, not {size}")
         require(channels in (1, 3), f"channels must be 3 (RGB) or 1 (grey), not {channels}")
         left, top, right, bottom = crop
         require(
@@ -157,6 +167,14 @@ class Images:
         require(not unknown, f"augment must hold some of {', '.join(AUGMENTATIONS)}, not {', '.join(unknown)}")
         require("colour" not in augment or channels == 3, "augment=[colour] is for channels=3, and these are grey")
         require(_has_one_group(class_of), f"class_of must be a regular expression with one group, not {class_of!r}")
+        if embed is not None:
+            check_source(embed, "pictures")
+            require(channels == 3, "embed is for pictures in colour; set channels=3")
+            require(
+                not augment or (typed is not None and "augment" not in typed),
+                "embed computes the features of each picture once, so that augment has no effect; set augment=[]",
+            )
+            image_size, augment = embed_size, ()
         form = Pictures(image_size, channels, (left, top, right, bottom))
         self.augment, self.device = tuple(name for name in AUGMENTATIONS if name in augment), device
 
@@ -166,22 +184,43 @@ class Images:
         elsewhere = None if test_path is None else found(test_path, data_dir, "task.test_path")
         name, self.pools, self.classes, digests = _pools(source, elsewhere, class_of, form, wanted)
         name += [f"{image_size}px" + ("" if channels == 3 else ":grey"), digests]
+        name += [] if embed is None else [embed]
         counts = {part: pool.cells.size for part, pool in self.pools.items()}
         self.sizes = sizes_for(asked, counts, ":".join(name), "pictures", typed, self.classes)
         others = self.sizes[False]
         self.dataset = ":".join([*name, *others.text()])
-        mean, std = measured(self.pools["train"])
-        self.converter = Pictures(image_size, channels, form.crop, mean, std)
+        self.converter: Pictures | Embedded
+        if embed is None:
+            mean, std = measured(self.pools["train"])
+            self.converter = Pictures(image_size, channels, form.crop, mean, std)
+            inputs: tuple[int, ...] = (channels, image_size, image_size)
+            facts = Facts(features=Colours(self.converter)) if channels == 3 else Facts()
+        else:
+            self.converter = self._embed(form, embed, device)
+            inputs, facts = (len(self.converter.mean),), Facts()
         if device != "cpu":
             held = {id(pool.rows): pool.rows.to(device) for pool in self.pools.values()}
             self.pools = {part: pool._replace(rows=held[id(pool.rows)]) for part, pool in self.pools.items()}
         self.spec = Spec(
-            Numbers((channels, image_size, image_size)),
+            Numbers(inputs),
             Classes(others.ways),
             Sizes(others.shots.most, others.queries, others.ways, self.sizes[True].ways, len(self.classes["train"])),
             metrics=(ACCURACY,),
-            facts=Facts(features=Colours(self.converter)) if channels == 3 else Facts(),
+            facts=facts,
         )
+
+    def _embed(self, form: Pictures, embed: str, device: str) -> Embedded:
+        """Replace the pixels of all pools by standardised features, and return the converter of what users have."""
+        stores = {id(pool.rows): pool for pool in self.pools.values()}
+        found = {
+            key: cached_features(embed, "pictures", pool.rows, f"{form} {pool.content}", device)
+            for key, pool in stores.items()
+        }
+        train = self.pools["train"]
+        converter = fitted(form, embed, found[id(train.rows)][train.order])
+        ready = {key: converter.standardised(z) for key, z in found.items()}
+        self.pools = {part: pool._replace(rows=ready[id(pool.rows)]) for part, pool in self.pools.items()}
+        return converter
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, pictures, ...]``, and ``class`` as well for training tasks."""
@@ -189,6 +228,8 @@ class Images:
 
         def inputs(examples: Tensor) -> Tensor:
             pixels = pool.rows[pool.order[examples].to(self.device)]
+            if isinstance(self.converter, Embedded):
+                return pixels
             if split == "train" and self.augment:
                 pixels = augmented(pixels.flatten(0, 1), self.augment, generator).reshape(pixels.shape)
             return self.converter.normalised(pixels)
@@ -232,7 +273,8 @@ def _pools(
     content, pools, classes = hashlib.sha256(), {}, {}
     for part, by_label in rows.items():
         order, cells, classes[part] = ordered(by_label)
-        pools[part] = Pool(stores[part].rows, order, cells)
+        whole = hashlib.sha256(b"".join(stores[part].digests)).hexdigest()
+        pools[part] = Pool(stores[part].rows, order, cells, whole)
         content.update(f"{part} {cells.size[0].tolist()}".encode())
         content.update(b"".join(stores[part].digests[row] for row in order.tolist()))
     return name, pools, classes, content.hexdigest()[:6]

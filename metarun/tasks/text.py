@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from metarun.contracts import Facts, Sizes, Spec, Split, Task, Tokens
+from metarun.contracts import Converter, Facts, Numbers, Sizes, Spec, Split, Task, Tokens
 from metarun.data import converters, intents, splits, tokens
+from metarun.data.embedding import Texts, cached_features, fitted
 from metarun.data.files import found, read_file, split_in, table
 from metarun.data.portable import portable
+from metarun.data.sources import check_source
 from metarun.data.splits import SHARES
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
@@ -48,14 +50,17 @@ class Pool:
     """The sentences of one split on the device.
 
     Attributes:
-        rows: token ids ``[sentences, columns]``.
+        texts: the sentences.
+        rows: their inputs ``[sentences, *input]``: token ids ``[sentences, columns]``, or features ``[sentences, d]``.
         cells: the rows of each language and label.
     """
 
-    def __init__(self, sentences: Sentences, labels: Sequence[str], tokenizer: tokens.Tokenizer) -> None:
+    rows: Tensor
+
+    def __init__(self, sentences: Sentences, labels: Sequence[str]) -> None:
         texts = [[list(sentences[language].get(label, ())) for label in labels] for language in sorted(sentences)]
         self.cells = cells_of(torch.tensor([[len(cell) for cell in language] for language in texts]))
-        self.rows = tokenizer([text for language in texts for cell in language for text in cell])
+        self.texts = [text for language in texts for cell in language for text in cell]
 
 
 @portable
@@ -75,6 +80,8 @@ class TermFrequencies:
 class Text:
     """Tasks of ``ways`` classes; ``x [sentences, columns]`` are token ids, ``y [sentences, ways]`` is one-hot.
 
+    With ``embed``, ``x [sentences, d]`` are the features of a frozen model.
+
     Args:
         corpus: sentences by language and label for each split.
         dataset: name of the corpus, and all that makes scores incomparable.
@@ -83,6 +90,7 @@ class Text:
         buckets: number of ids that the n-grams share, from 2 to ``MOST_BUCKETS``.
         device: where the sentences live.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
+        embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; None: none.
     """
 
     def __init__(
@@ -94,7 +102,10 @@ class Text:
         buckets: int,
         device: str,
         typed: Collection[str] | None = None,
+        embed: str | None = None,
     ) -> None:
+        if embed is not None:
+            check_source(embed, "sentences")
         require(1 <= grams[0] <= grams[1], f"grams must be a rising pair of lengths from 1, not {list(grams)}")
         require(2 <= buckets <= MOST_BUCKETS, f"buckets must be from 2 to {MOST_BUCKETS}, not {buckets}")
         for split, languages in corpus.items():
@@ -105,19 +116,33 @@ class Text:
         self.device = device
         # Episodes are equal only where the sentences are.
         sentences = sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()[:6]
-        training = [s for language in corpus["train"].values() for cell in language.values() for s in cell]
-        tokenizer = tokens.fit(training, buckets, (grams[0], grams[1]))
         labels = {
             split: sorted({label for language in cells.values() for label in language})
             for split, cells in corpus.items()
         }
-        pools = {split: Pool(cells, labels[split], tokenizer) for split, cells in corpus.items()}
-        counts = {split: pool.cells.size for split, pool in pools.items()}
+        self.pools = {split: Pool(cells, labels[split]) for split, cells in corpus.items()}
+        counts = {split: pool.cells.size for split, pool in self.pools.items()}
         of_one_language = labels if all(len(size) == 1 for size in counts.values()) else None
         self.sizes = sizes_for(asked, counts, f"{dataset}:{sentences}", "sentences", typed, of_one_language)
         others = self.sizes[False]
-        self.dataset = ":".join([dataset, *others.text(), sentences])
-        train = pools["train"]
+        self.dataset = ":".join([dataset, *others.text(), sentences, *([] if embed is None else [embed])])
+        self.converter, inputs, facts = self._tokenised(grams, buckets) if embed is None else self._embedded(embed)
+        for pool in self.pools.values():
+            pool.rows = pool.rows.to(device)
+        self.spec = Spec(
+            inputs,
+            Classes(others.ways),
+            Sizes(others.shots.most, others.queries, others.ways, self.sizes[True].ways, len(labels["train"])),
+            metrics=(ACCURACY,),
+            facts=facts,
+        )
+
+    def _tokenised(self, grams: tuple[int, int], buckets: int) -> tuple[Converter, Tokens, Facts]:
+        """Make rows of token ids by a tokenizer that is fitted to the training sentences."""
+        train = self.pools["train"]
+        tokenizer = tokens.fit(train.texts, buckets, (grams[0], grams[1]))
+        for pool in self.pools.values():
+            pool.rows = tokenizer(pool.texts)
         by_sentence = tokens.inverse_document_frequency(train.rows, tokenizer.ids)
         # Each class is one document: a word that many classes use tells little, however seldom each uses it.
         ends = zip(*(leaf.flatten().tolist() for leaf in train.cells), strict=True)
@@ -129,26 +154,33 @@ class Text:
         by_class[: tokenizer.first_bucket] *= WORD_WEIGHT
         grams_only = by_sentence.clone()
         grams_only[: tokenizer.first_bucket] = 0
-
-        columns = max(pool.rows.shape[1] for pool in pools.values())
-        for pool in pools.values():
-            pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1])).to(device)
-        self.pools = pools
-        self.converter = converters.Sentences(tokenizer, columns)
-        self.spec = Spec(
+        columns = max(pool.rows.shape[1] for pool in self.pools.values())
+        for pool in self.pools.values():
+            pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1]))
+        return (
+            converters.Sentences(tokenizer, columns),
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
-            Classes(others.ways),
-            Sizes(others.shots.most, others.queries, others.ways, self.sizes[True].ways, len(labels["train"])),
-            metrics=(ACCURACY,),
-            facts=Facts(features=TermFrequencies(grams_only.to(device))),
+            Facts(features=TermFrequencies(grams_only.to(self.device))),
         )
+
+    def _embedded(self, embed: str) -> tuple[Converter, Numbers, Facts]:
+        """Make rows of features of a frozen model, standardised by the training sentences."""
+        found = {}
+        for split, pool in self.pools.items():
+            content = sha256(json.dumps(pool.texts).encode()).hexdigest()
+            found[split] = cached_features(embed, "sentences", pool.texts, content, self.device)
+        converter = fitted(Texts(), embed, found["train"])
+        for split, pool in self.pools.items():
+            pool.rows = converter.standardised(found[split])
+        return converter, Numbers((len(converter.mean),)), Facts()
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, sentences, ...]``, and ``class`` as well for training tasks."""
         pool, sizes = self.pools[split], self.sizes[split == "train"]
 
         def inputs(rows: Tensor) -> Tensor:
-            return pool.rows[rows.to(self.device)].long()
+            found = pool.rows[rows.to(self.device)]
+            return found if found.is_floating_point() else found.long()
 
         return draw_tasks(pool.cells, sizes, count, generator, inputs, split == "train")
 
@@ -207,6 +239,7 @@ def text(
     device: str = "cpu",
     data_dir: str = "data",
     typed: Collection[str] | None = None,
+    embed: str | None = None,
 ) -> Text:
     """Tasks whose classes training has not seen.
 
@@ -229,9 +262,10 @@ def text(
         device: where the sentences live.
         data_dir: holds the folders ``clinc150`` and ``banking77``.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
+        embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; null: none.
 
     Raises:
-        UserError: data are missing or damaged.
+        UserError: data are missing or damaged, or the model cannot be loaded.
     """
     asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
     asked.sizes()
@@ -239,7 +273,7 @@ def text(
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         smallest, fewest = range_of("shots", shots).most + 1, range_of("ways", ways).least
         corpus, name = of_table(path, data_dir, split, smallest, fewest)
-        return Text(corpus, name, asked, grams, buckets, device, typed)
+        return Text(corpus, name, asked, grams, buckets, device, typed, embed)
     require(split != "given", "split=given is for a table of your own; set path too, or choose another split")
     if dataset == "auto":
         dataset = "clinc150" if intents.is_there(data_dir, "clinc150") else "toy"
@@ -251,7 +285,14 @@ def text(
     if dataset == "toy":
         require(split == "auto", f"split={split} is for clinc150 and banking77; the toy language has one split")
         return Text(
-            {part: {"": cells} for part, cells in toy_classes().items()}, "toy", asked, grams, buckets, device, typed
+            {part: {"": cells} for part, cells in toy_classes().items()},
+            "toy",
+            asked,
+            grams,
+            buckets,
+            device,
+            typed,
+            embed,
         )
     by_label = intents.clinc150(data_dir) if dataset == "clinc150" else intents.banking77(data_dir)
     if split == "auto":
@@ -268,7 +309,7 @@ def text(
     else:
         labels = intents.label_split(data_dir, dataset, split, by_label)
     chosen = {part: {"": {label: by_label[label] for label in names}} for part, names in labels.items()}
-    return Text(chosen, f"{dataset}:{split}", asked, grams, buckets, device, typed)
+    return Text(chosen, f"{dataset}:{split}", asked, grams, buckets, device, typed, embed)
 
 
 def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -301,6 +342,7 @@ def text_crosslingual(
     device: str = "cpu",
     data_dir: str = "data",
     typed: Collection[str] | None = None,
+    embed: str | None = None,
 ) -> Text:
     """Tasks within one language, with new languages in test; no test sentence has a translation in training.
 
@@ -320,9 +362,10 @@ def text_crosslingual(
         device: where the sentences live.
         data_dir: holds the folders ``xsid`` and ``nusax_senti``.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
+        embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; null: none.
 
     Raises:
-        UserError: data are missing or damaged.
+        UserError: data are missing or damaged, or the model cannot be loaded.
     """
     asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
     asked.sizes()
@@ -334,4 +377,4 @@ def text_crosslingual(
         sentences = toy_languages()
     else:
         sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
-    return Text(_parallel_splits(sentences), f"{dataset}:languages", asked, grams, buckets, device, typed)
+    return Text(_parallel_splits(sentences), f"{dataset}:languages", asked, grams, buckets, device, typed, embed)

