@@ -272,6 +272,9 @@ def check_call(group: str, name: str, signature: inspect.Signature, keys: Iterab
             )
 
 
+ONLY_BY_NAME = ("typed", "converter")
+
+
 def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = None, **context: Any) -> Any:
     """Call the ``_target_`` of ``config[group]`` with its keys, each checked against the target's annotations.
 
@@ -279,7 +282,8 @@ def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = 
         config: the whole configuration.
         group: ``task``, ``model`` or ``algo``.
         exchanged: other values for some keys, which are not checked again.
-        context: further arguments by name; the target receives those that it takes.
+        context: further arguments by name; the target receives those that it takes. Those in ``ONLY_BY_NAME`` must be
+            among its parameters: a target with ``**kwargs`` may pass those on to one that does not take them.
 
     Raises:
         UserError: the target does not exist, or a key is unknown, of the wrong type or out of range.
@@ -304,7 +308,11 @@ def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = 
             raise UserError(f"{group}.{key} must be {_words(hints[key])}, not {value!r}.")
         if not _is_finite(value):
             raise UserError(f"{group}.{key} must be finite, not {value!r}; null turns off what may be turned off.")
-    context = {key: value for key, value in context.items() if key in signature.parameters or takes_any}
+    context = {
+        key: value
+        for key, value in context.items()
+        if key in signature.parameters or (takes_any and key not in ONLY_BY_NAME)
+    }
     check_call(group, name, signature, keys, context)
     try:
         return target(**{**keys, **(exchanged or {})}, **context)

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +51,8 @@ def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A test run that was started in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not list(cwd.rglob("last.pt")):

@@ -34,8 +34,8 @@ OF_TASK = {
         *("np", "oracle", "reptile", "scratch", "shared_params", "snail"),
     ),
     "text": (
-        *("baselinepp", "centroid", "incontext", "mann", "matching", "metaoptnet", "protonet", "relation"),
-        *("shared_model", "transfer"),
+        *("baselinepp", "centroid", "incontext", "linear_probe", "mann", "matching", "meta_baseline", "metaoptnet"),
+        *("protomaml", "protonet", "relation", "shared_model", "transfer"),
     ),
     "bandit": ("greedy", "optimal", "random", "rl2", "thompson", "ucb1"),
     "mdp": ("psrl",),
