@@ -92,6 +92,7 @@ def test_a_learner_embeds_the_pictures_of_its_user(pictures, tmp_path, without_p
         *("algo=protomaml", "task=images", "model=adapter", "task.ways=2", "task.queries=2", *told),
         *("train.steps=2", "train.eval_every=2", "train.val_episodes=2", "eval.episodes=2", "device=cpu"),
         "task.train_queries=2",
+        "task.train_ways=2",
         f"hydra.run.dir={out}",
     )
     run(config, names, out)
