@@ -504,10 +504,10 @@ def say(parts: Parts, cells: Cells, names: Sequence[str] | None) -> None:
     counts = ", ".join(f"{len(tasks)} for {part}" for part, tasks in parts.items())
     tasks = np.unique(np.concatenate(list(parts.values())))
     rows = cells.size[torch.from_numpy(tasks)].sum(1)
+    least, most = int(rows.min()), int(rows.max())
     log.info(
-        "Tasks: %s, with %d to %d rows%s.",
+        "Tasks: %s, with %s rows%s.",
         counts,
-        rows.min(),
-        rows.max(),
+        least if least == most else f"{least} to {most}",
         "" if names is None else f", of the classes {some(names)}",
     )
