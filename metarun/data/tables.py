@@ -9,24 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metarun.data.files import found
 from metarun.errors import UserError
 
 BINARY = (".parquet", ".pq")
 FILE = "file"
 """The column that says which file a row comes from, where a table has several files."""
-
-
-def found(path: str, data_dir: str) -> Path:
-    """Return where a file or folder is: at ``path``, or at ``path`` in ``data_dir``.
-
-    Raises:
-        UserError: it is at neither.
-    """
-    places = [Path(path), Path(data_dir) / path]
-    for place in places:
-        if place.exists():
-            return place
-    raise UserError(f"There is no {places[0]}, neither here nor in {data_dir}; set task.path to a file that exists.")
 
 
 def files_of(path: str | Mapping[str, str], data_dir: str) -> dict[str, Path]:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from metarun.data.files import found
 from metarun.data.fingerprints import read_molecules, unpacked
-from metarun.data.tables import Source, found
+from metarun.data.tables import Source
 from metarun.errors import require
 from metarun.targets.labels import Labels
 from metarun.tasks.cells import Cells, Draws

@@ -19,13 +19,14 @@ from metarun.contracts import Numbers, Predict, Report, Scores, Sizes, Spec, Spl
 from metarun.data import tables
 from metarun.data.columns import Columns, fitted, said
 from metarun.data.recipe import History, Recipe, TableRows, class_names
+from metarun.data.splits import listed
 from metarun.errors import UserError, require
 from metarun.targets.labels import Labels
 from metarun.targets.metric import Metric
 from metarun.targets.real import Measured
 from metarun.tasks.cells import Cells, Drawn, Draws
 from metarun.tasks.few_shot import Shots, range_of, with_padding
-from metarun.tasks.table_splits import SHARES, Parts, dealt, left_out, named_splits, of_tasks, some, split_file_of
+from metarun.tasks.table_splits import SHARES, Parts, dealt, left_out, named_splits, of_tasks, split_file_of
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ def usable(cells: Cells, names: Sequence[str], classes: int, smallest: int, sour
     if small := [name for name, fits in zip(names, enough.tolist(), strict=True) if not fits]:
         if len(small) == len(names):
             raise UserError(
-                f"{source}: no task has {smallest} {each}, one more than task.shots; the tasks are {some(names)}: "
+                f"{source}: no task has {smallest} {each}, one more than task.shots; the tasks are {listed(names)}: "
                 "lower task.shots or task.smallest, or choose another task.by."
             )
         log.info(
@@ -207,7 +208,7 @@ def usable(cells: Cells, names: Sequence[str], classes: int, smallest: int, sour
             len(names),
             smallest,
             each,
-            some(small),
+            listed(small),
         )
     return np.flatnonzero(enough.numpy())
 
@@ -509,5 +510,5 @@ def say(parts: Parts, cells: Cells, names: Sequence[str] | None) -> None:
         "Tasks: %s, with %s rows%s.",
         counts,
         least if least == most else f"{least} to {most}",
-        "" if names is None else f", of the classes {some(names)}",
+        "" if names is None else f", of the classes {listed(names)}",
     )

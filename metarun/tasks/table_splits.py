@@ -7,22 +7,16 @@ import numpy as np
 
 from metarun.contracts import Split
 from metarun.data import tables
+from metarun.data.files import found
+from metarun.data.splits import listed
 from metarun.errors import UserError
 
 SHARES = (0.6, 0.2, 0.2)
 """Shares of training, validation and test tasks in a random split."""
 SPLITS: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-NAMED = 5
-"""Number of tasks that a line names."""
 
 Parts = dict[Split, Any]
 """The tasks of each split, as arrays of their indices."""
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few names, and how many there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def dealt(tasks: Any, shares: Sequence[float], seed: int, source: str) -> Parts:
@@ -88,7 +82,7 @@ def split_file_of(path: str, data_dir: str) -> dict[str, str]:
     Raises:
         UserError: the file does not exist or has other columns.
     """
-    place = tables.found(path, data_dir)
+    place = found(path, data_dir, "task.split_file")
     table = tables.read(place, ",", None, ())
     if table.shape[1] != 2:
         raise UserError(f"{place} must have two columns, the task and its split, and has {table.shape[1]}.")
@@ -105,7 +99,7 @@ def left_out(groups: Sequence[str], value: str | int | float, column: str, sourc
     name = f"{value:.15g}" if isinstance(value, int | float) else value
     inside = np.array([group == name for group in groups])
     if not inside.any() or inside.all():
-        there = some(sorted(set(groups)))
+        there = listed(sorted(set(groups)))
         raise UserError(
             f"task.leave_out={value} must be one of at least two values of {column!r} in {source}, which are {there}."
         )
