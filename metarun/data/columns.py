@@ -50,8 +50,8 @@ class Category(NamedTuple):
 class Columns:
     """How rows become features.
 
-    All that is needed is in these fields, which are plain numbers, text and lists: ``plain`` and ``of_plain`` carry
-    them through a file, so that rows can be encoded without the training data.
+    All that is needed is in these fields, which are plain numbers, text and lists, so that a checkpoint can hold them
+    (`metarun.data.portable`) and rows can be encoded without the training data.
     """
 
     numbers: list[Number]
@@ -62,18 +62,6 @@ class Columns:
         """The name of each feature."""
         found = [name for n in self.numbers for name in ([n.name, f"{n.name} missing"] if n.flagged else [n.name])]
         return found + [f"{c.name}={value}" for c in self.categories for value in c.values]
-
-    def plain(self) -> dict[str, Any]:
-        """Return the fields as dictionaries and lists."""
-        return {
-            "numbers": [n._asdict() for n in self.numbers],
-            "categories": [c._asdict() for c in self.categories],
-        }
-
-    @classmethod
-    def of_plain(cls, plain: dict[str, Any]) -> "Columns":
-        """Return the columns that ``plain`` returned as dictionaries and lists."""
-        return cls([Number(**n) for n in plain["numbers"]], [Category(**c) for c in plain["categories"]])
 
     def encode(self, table: pd.DataFrame) -> Tensor:
         """Return features ``[rows, features]`` of the rows of ``table``, in the default dtype.

@@ -4,7 +4,7 @@ A run's ``Recipe`` is all that is needed to read further rows of the same column
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,6 @@ class Recipe:
     """Targets that are numbers are seen as (number − shift) / scale."""
     scale: float = 1.0
     history: History | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """Return all fields as dictionaries, lists, numbers and text."""
-        return {**asdict(self), "columns": self.columns.plain()}
-
-    @classmethod
-    def of_plain(cls, plain: dict[str, Any]) -> "Recipe":
-        """Return the recipe that ``plain`` returned as a dictionary."""
-        history = None if plain["history"] is None else History(**plain["history"])
-        return cls(**{**plain, "columns": Columns.of_plain(plain["columns"]), "history": history})
 
     def prepared(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return the rows that inputs and targets are read from: ``table`` itself, or its rows with a history."""

@@ -63,10 +63,6 @@ class Measured(Real):
         mae = mean_over((output - data["y"]).abs(), data) * self.scale
         return {MAE.name: mae, R2.name: r_squared(output[:, 0], data["y"][:, 0], weight_of(data))}
 
-    def numbers(self, output: Tensor) -> Tensor:
-        """Return outputs in the unit of the numbers."""
-        return output * self.scale + self.shift
-
 
 def r_squared(output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Return 1 − squared errors / squared deviations from the mean of ``y [examples]``; 0 where ``y`` is constant."""

@@ -13,7 +13,8 @@ from scenarios import generator
 
 from metarun.checks.family import check_tasks
 from metarun.data.columns import fitted
-from metarun.data.recipe import History, Recipe
+from metarun.data.portable import plain, rebuilt
+from metarun.data.recipe import History
 from metarun.data.tables import Source
 from metarun.errors import UserError
 from metarun.run import run
@@ -179,7 +180,7 @@ def test_scores_are_in_the_unit_of_the_target(path):
     found = family(path)
     query = {name: leaf[0] for name, leaf in found.sample("test", 1, generator()).query.items()}
     assert isinstance(found.target, Measured)
-    level = found.target.numbers(query["y"])[:, 0]
+    level = torch.from_numpy(found.converter.answers(query["y"]))
     known = visits().level
     assert all((known - value).abs().min() < 1e-3 for value in level.tolist())
     guess = torch.zeros_like(query["y"])  # the mean of training rows
@@ -252,7 +253,7 @@ def test_a_history_is_that_of_a_loop_and_stops_at_gaps():
 
 def test_a_recipe_reads_further_rows_after_a_trip_through_json(path):
     found = family(path, order="day", history=2, target="level")
-    again = Recipe.of_plain(json.loads(json.dumps(found.recipe.plain())))
+    again = rebuilt(json.loads(json.dumps(plain(found.recipe))))
     assert again == found.recipe
     rows = again.prepared(visits())
     x, known = again.inputs(rows), rows[again.target].notna()
