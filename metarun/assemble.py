@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import cast
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metarun.command.processes import count, local_rank
 from metarun.config import build, check_ranges
-from metarun.contracts import Algorithm, Family, Loss, Need, Split, Task, Tree
+from metarun.contracts import Algorithm, Converter, Family, Loss, Need, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.nn.functional import seeded
@@ -88,6 +88,20 @@ def choose_device(device: str, number: int | None = None) -> str:
     if kind == "cuda" and int(index or 0) >= gpus:
         raise UserError(f"device={device} does not exist: torch sees {gpus} CUDA devices; choose device=cpu.")
     return device
+
+
+def build_family(
+    config: DictConfig, device: str, typed: Collection[str] | None = None, converter: Converter | None = None
+) -> Family:
+    """Build the task family.
+
+    ``typed`` are the keys that the user set (see `assemble`); ``converter`` is one that another run has fitted, for a
+    family that takes it.
+    """
+    further: dict[str, Any] = {} if converter is None else {"converter": converter}
+    if typed is not None:
+        further["typed"] = {key.removeprefix("task.") for key in typed if key.startswith("task.")}
+    return cast(Family, build(config, "task", device=device, data_dir=config.data_dir, **further))
 
 
 def build_model(config: DictConfig, family: Family) -> nn.Module:
@@ -201,8 +215,7 @@ def assemble(
     configs = replica_configs(config)
     for own, _ in configs:
         check_ranges(own)
-    given = None if typed is None else {key.removeprefix("task.") for key in typed if key.startswith("task.")}
-    family = cast(Family, build(config, "task", device=device, data_dir=config.data_dir, typed=given))
+    family = build_family(config, device, typed)
     replicas = []
     for own, differs in configs:
         model = build_model(own, family).to(device)

@@ -273,6 +273,7 @@ def check_call(group: str, name: str, signature: inspect.Signature, keys: Iterab
 
 
 ONLY_BY_NAME = ("typed", "converter")
+"""Arguments for task families that a target must name to receive them."""
 
 
 def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = None, **context: Any) -> Any:

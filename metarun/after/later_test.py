@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
 from metarun.after.load import Learned, best_file, best_of, learned_in, read_best, recomposed
-from metarun.assemble import Experiment, Replica, choose_device
+from metarun.assemble import Experiment, Replica, build_family, choose_device
 from metarun.command.resume import key_of
 from metarun.command.terminal import PrintableRecord, printable
 from metarun.command.trust import refuse_links
-from metarun.config import build, check_ranges
+from metarun.config import check_ranges
 from metarun.contracts import Family, Moments, Spec
 from metarun.data.portable import plain
 from metarun.engine.process import reset_peak_memory, settings_of
@@ -163,11 +163,9 @@ def later_test(
         ]
         if not found:
             raise UserError(f"{place} has no parameters that validation selected; train again.")
-        own: dict[str, Any] = {} if found[0].converter is None else {"converter": found[0].converter}
         # Sizes that nobody typed give way to the data, as they did in the run.
-        keys = [key_of(one) for one in (*overrides_of_run(path), *overrides)]
-        typed = {key.removeprefix("task.") for key in keys if key.startswith("task.")}
-        family = cast(Family, build(config, "task", device=device, data_dir=config.data_dir, typed=typed, **own))
+        typed = [key_of(one) for one in (*overrides_of_run(path), *overrides)]
+        family = build_family(config, device, typed, found[0].converter)
         check_spec(found[0], family)
         check_steps(found[0], config.eval.adapt_steps)
         configs = replica_configs(config)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from metarun.assemble import build_model, choose_device
+from metarun.assemble import build_family, build_model, choose_device
 from metarun.command.composing import CHOICES, composed
 from metarun.command.terminal import printable
 from metarun.command.trust import MEMBER, imports
@@ -272,7 +272,7 @@ def family_of(content: Mapping[str, Any], config: DictConfig, device: str) -> Fa
     """Return the family that a checkpoint describes; one that has its own loss is built, with all that it needs."""
     described = content["family"]
     if described["own_loss"]:
-        return cast(Family, build(config, "task", device=device, data_dir=config.data_dir))
+        return build_family(config, device)
     try:
         # Imported for the classes that it marks as portable.
         get_method(config.task._target_)
