@@ -6,6 +6,7 @@ and deviations of each family of methods, from the docstrings of the modules.
 
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
 from importlib.resources import files
@@ -76,6 +77,8 @@ Each section comes from the docstring of the module that implements the method
 
 
 Reference = tuple[Family, nn.Module]
+Fitted = Mapping[str, tuple[Algorithm, nn.Module, Family]]
+"""Each algorithm by its name, with the model and the family that it was built for."""
 
 
 def references() -> list[Reference]:
@@ -113,9 +116,8 @@ def cost(algorithm: Algorithm, model: nn.Module, family: Family, theta: Tree) ->
     return f"{adapting.work / forward.work:.1f}"
 
 
-def row(name: str, tried: list[Reference]) -> tuple[str, str]:
-    """Return an algorithm's family and its line of the table."""
-    algorithm, model, family = first_that_fits(name, tried)
+def row(name: str, algorithm: Algorithm, model: nn.Module, family: Family) -> str:
+    """Return an algorithm's line of the table."""
     theta = algorithm.init(stream(0, "algorithm"))
     parts = ", ".join(learned(theta)) if algorithm.meta_learns else ""
     meta = f"{parts} ({size(learned(theta)):,})" if parts else "nothing"
@@ -131,18 +133,16 @@ def row(name: str, tried: list[Reference]) -> tuple[str, str]:
         cost(algorithm, model, family, theta),
         paper,
     ]
-    return algorithm.approach, "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
-def tables() -> str:
+def tables(fitted: Fitted) -> str:
     """Return the page ``algorithms.md``."""
-    tried = references()
-    rows = [row(name, tried) for name in algorithm_names()]
     text = HEAD
     for family, title in FAMILIES.items():
         text += f"\n## {title.capitalize()}\n\n"
         text += "| algorithm | | needs | meta-learned | adapted | cost | paper |\n|---|---|---|---|---|---|---|\n"
-        text += "".join(f"{line}\n" for own, line in rows if own == family)
+        text += "".join(f"{row(name, *own)}\n" for name, own in fitted.items() if own[0].approach == family)
     return text
 
 
@@ -160,21 +160,21 @@ def as_markdown(docstring: str) -> str:
             inside = equation
         lines.append(line[4:] if inside else line)
     lines += ["```"] if inside else []
-    prose = re.compile(r"^(?!```).*$")
     text, code = [], False
     for line in lines:
-        code ^= line.startswith("```")
-        if prose.match(line) and not code:
+        fence = line.startswith("```")
+        code ^= fence
+        if not (code or fence):
             line = re.sub(r"(?<![<(\]])(https?://\S+?)(?=[).,;:]*(\s|$))", r"<\1>", line).replace("``", "`")
         text.append(line)
     return "\n".join(text).strip()
 
 
-def methods(approach: str, tried: list[Reference]) -> str:
+def methods(approach: str, fitted: Fitted) -> str:
     """Return the page of the methods of a family, one section per module."""
     algorithms: dict[str, list[str]] = {}
-    for name in algorithm_names():
-        if first_that_fits(name, tried)[0].approach == approach:
+    for name, (algorithm, *_) in fitted.items():
+        if algorithm.approach == approach:
             target = re.search(
                 r"^_target_: (\S+)\.\w+$", (files("metarun.conf") / "algo" / f"{name}.yaml").read_text(), re.M
             )
@@ -191,7 +191,9 @@ def methods(approach: str, tried: list[Reference]) -> str:
 def pages() -> dict[str, str]:
     """Return the pages by the name of their file."""
     tried = references()
-    return {"algorithms.md": tables(), **{f"methods_{approach}.md": methods(approach, tried) for approach in FAMILIES}}
+    fitted = {name: first_that_fits(name, tried) for name in algorithm_names()}
+    of_families = {f"methods_{approach}.md": methods(approach, fitted) for approach in FAMILIES}
+    return {"algorithms.md": tables(fitted), **of_families}
 
 
 if __name__ == "__main__":
