@@ -48,7 +48,8 @@ def drawn(task):
 
 
 def step(given):
-    return {"z": over_tasks(drawn, tasks(5)._replace(seed=given["seed"]), training=True)}
+    x = given["seed"][:, None].double()
+    return {"z": over_tasks(drawn, Task({"x": x}, {"x": x}, given["seed"]), training=True)}
 
 
 def test_a_task_draws_the_same_alone_in_a_batch_and_recorded():

@@ -34,7 +34,8 @@ from metarun.command.processes import count
 from metarun.contracts import Tree
 from metarun.engine.meta_step import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
 from metarun.engine.processes import averaged, own_part, share, with_own_part
-from metarun.engine.recording import CannotRecord, Captured, Recording, release_gpu_memory
+from metarun.engine.recorder import CannotRecord
+from metarun.engine.recording import Captured, Recording, release_gpu_memory
 from metarun.errors import UserError, first_line
 from metarun.tree import leaves, tree_map
 
@@ -51,12 +52,12 @@ ONE_THREAD_WORK = 1e8
 EAGER_OPERATION, ARITHMETIC = 1e-5, 2e10
 """Seconds that an operation of an eager step takes by itself, and floating-point operations per second and thread:
 docs/performance.md. They decide which engine pays off, and no result depends on their being exact."""
-RECORDING, COMPILING, COMPILING_ANYTHING = 0.0012, 0.012, 12.0
+RECORDING, COMPILING, COMPILING_ANYTHING = 0.0003, 0.012, 12.0
 """Seconds to record an operation, to compile one, and to compile at all."""
 SHARES = {
     # engine: (of small work, of other work)
     "eager": (1.0, 1.0),
-    "replay": (0.6, 1.0),
+    "replay": (0.5, 0.9),
     "compile": (0.15, 0.7),
     "compile threads": (1.0, 0.6),
     "replay threads": (1.0, 0.8),

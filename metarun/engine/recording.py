@@ -13,17 +13,16 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
 from metarun.contracts import Tree
 from metarun.data.cache import cache_dir
+from metarun.engine.recorder import CannotRecord, Recorder, copied, simplified, with_direct_calls
 from metarun.errors import first_line
 from metarun.tree import leaves, like, tree_map
 
@@ -31,10 +30,6 @@ log = logging.getLogger(__name__)
 
 Function = Callable[[Tree], Tree]
 """A tree of tensors → a tree of tensors, without side effects."""
-
-
-class CannotRecord(Exception):
-    """The function cannot be recorded or compiled; the text says why."""
 
 
 class Recording:
@@ -46,22 +41,20 @@ class Recording:
         Raises:
             CannotRecord: something in the function depends on values, or torch cannot trace it.
         """
-        kept: list[Tree] = []
-
-        def flat(*values: Tensor) -> list[Tensor]:
-            out = function(like(given, iter(values)))
-            kept.append(tree_map(lambda leaf: None, out))
-            return list(leaves(out))
-
+        values = [leaf.detach() for leaf in leaves(given)]
+        recorder = Recorder(values)
         try:
-            self.graph: GraphModule = make_fx(flat)(*leaves(given))
+            with recorder:
+                out = function(like(given, iter(values)))
+        except CannotRecord:
+            raise
         except Exception as error:
             raise CannotRecord(first_line(error)) from error
-        self.graph.graph.eliminate_dead_code()
-        self.graph.recompile()
-        self.outputs = kept[-1]
-        self.operations = sum(node.op == "call_function" for node in self.graph.graph.nodes)
-        self.run: Callable[..., list[Tensor]] = self.graph
+        recorder.graph.output([recorder.node_of(leaf) for leaf in leaves(out)])
+        self.graph, self.constants = simplified(recorder.graph), recorder.constants
+        self.outputs = tree_map(lambda leaf: None, out)
+        self.operations = sum(node.op == "call_function" for node in self.graph.nodes)
+        self.run: Callable[..., list[Tensor]] = GraphModule(self.constants, with_direct_calls(self.graph))
 
     def __call__(self, given: Tree) -> Tree:
         """Return what the function returns for ``given``, a tree of the shapes that it was recorded with."""
@@ -87,7 +80,7 @@ class Recording:
         for options in (ON_CPU, {}) if values[0].device.type == "cpu" else ({},):
             try:
                 with torch.no_grad():
-                    graph = with_wide_products(self.graph)
+                    graph = with_wide_products(self.graph, self.constants)
                     compiled = torch._inductor.compile(graph, values, options=options | more)
                     other.run = on_contiguous(compiled)
                     other(given)
@@ -114,36 +107,32 @@ operations."""
 NARROW = 16
 
 
-def draws_numbers(graph: GraphModule) -> bool:
+def draws_numbers(graph: Graph) -> bool:
     """Whether the recording contains random numbers from seeds (``metarun.random``)."""
-    return any(node.target is torch.ops.aten.bitwise_xor.Tensor for node in graph.graph.nodes)
+    return any(node.target is torch.ops.aten.bitwise_xor.Tensor for node in graph.nodes)
 
 
-def with_wide_products(graph: GraphModule) -> GraphModule:
+def with_wide_products(graph: Graph, constants: nn.Module) -> GraphModule:
     """Return a copy in which batched products with few columns and many rows are computed from transposed factors.
 
     MKL takes six times as long for ``[25, 40, 40] @ [25, 40, 10]`` as for ``[25, 10, 40] @ [25, 40, 40]``, and second
     derivatives are full of the former. The compiler makes transposing free.
     """
-    graph = deepcopy(graph)
-    for node in graph.graph.nodes:
-        # Fake values: each belongs to a separate fake mode, and the compiler would take them for its inputs.
-        node.meta.pop("val", None)
+    graph = copied(graph)
     product, transpose = torch.ops.aten.bmm.default, torch.ops.aten.transpose.int
-    for node in graph.graph.nodes:
+    for node in graph.nodes:
         if node.target is torch.ops.aten.view.default:
             # A product that replaces another has another memory layout, of which some views may be impossible.
             node.target = torch.ops.aten.reshape.default
         if node.target is product:
-            (a, b), (_, rows, columns) = node.args, node.meta["tensor_meta"].shape
-            if columns < NARROW <= rows and a.meta["tensor_meta"].shape[2] > 1:
-                with graph.graph.inserting_before(node):
-                    call = graph.graph.call_function
+            (a, b), (_, rows, columns) = node.args, node.meta["shape"]
+            if columns < NARROW <= rows and a.meta["shape"][2] > 1:
+                with graph.inserting_before(node):
+                    call = graph.call_function
                     flipped = call(product, (call(transpose, (b, 1, 2)), call(transpose, (a, 1, 2))))
                     node.replace_all_uses_with(call(transpose, (flipped, 1, 2)))
-                graph.graph.erase_node(node)
-    graph.recompile()
-    return graph
+                graph.erase_node(node)
+    return GraphModule(constants, graph)
 
 
 def compiler_cache() -> Path | None:
@@ -178,9 +167,7 @@ class Captured:
         Raises:
             CannotRecord: an operation cannot be captured because it waits for the host.
         """
-        constants = [value for value in vars(recording.graph).values() if isinstance(value, Tensor)]
-        constants += list(recording.graph.buffers())
-        if any(not value.is_cuda for value in constants if value.numel() > 1):
+        if any(not value.is_cuda for value in recording.constants.buffers() if value.numel() > 1):
             raise CannotRecord("it holds values that were computed outside of the GPU")
         self.inputs = tree_map(lambda leaf: leaf.contiguous().clone(), given)
         before = torch.cuda.current_stream()
