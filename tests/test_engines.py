@@ -120,7 +120,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 @pytest.mark.usefixtures("float64")
 def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    experiment = experiment_of("algo=maml", "model.widths=[8]", *TINY)
+    experiment = experiment_of("algo=maml", "algo.inner_steps=2", "model.widths=[8]", *TINY)
     meta_step = MetaStep(experiment)
     first = given(experiment, meta_step, 0)
     recording = Recording(meta_step.whole, first)
@@ -135,16 +135,15 @@ def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
 
 def test_wide_products_are_the_same_products():
     def products(tree):
-        a, b = tree["a"], tree["b"]
-        transposed = (a @ b).transpose(1, 2) * 2
+        a, b, c, d = tree["a"], tree["b"], tree["c"], tree["d"]
         return {
             "narrow": a @ b,
-            "viewed": (a @ b).view(60, 4) + 1,
-            "transposed": transposed,
+            "viewed": (a @ c).view(60, 4) + 1,
+            "transposed": (a @ d).transpose(1, 2) * 2,
             "wide": b.transpose(1, 2) @ a,
         }
 
-    values = {"a": torch.randn(3, 20, 20), "b": torch.randn(3, 20, 4)}
+    values = {"a": torch.randn(3, 20, 20)} | {name: torch.randn(3, 20, 4) for name in "bcd"}
     recording = Recording(products, values)
     rewritten = with_wide_products(recording.graph, recording.constants)
     shapes = [n.meta.get("shape") for n in rewritten.graph.nodes if n.target is torch.ops.aten.bmm.default]
@@ -230,7 +229,7 @@ def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch
 
     monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/no-compiler",))
     with caplog.at_level(logging.INFO):
-        stepper, _ = steps_of(experiment_of("engine=compile", "train.meta_batch=3", "model.widths=[7]", *TINY))
+        stepper, _ = steps_of(experiment_of("engine=compile", "algo=transfer", "model.widths=[7]"))
     assert stepper.engine == "eager"
     assert "no compile: " in caplog.text
 
