@@ -1,5 +1,7 @@
 """What the benchmarks compare is the same problem."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ def as_it_was():
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_metarun_and_plain_torch_have_the_same_meta_gradient(name):
-    problem = PROBLEMS[name]
+    whole = PROBLEMS[name]
+    problem = replace(whole, tasks=min(whole.tasks, 2), ways=min(whole.ways, 10), queries=3)
     expected = plain_torch(problem, "cpu").gradient()
     assert np.linalg.norm(Own(problem, "cpu", "eager").gradient() - expected) < 1e-3 * np.linalg.norm(expected)

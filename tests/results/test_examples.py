@@ -81,4 +81,4 @@ def test_a_picture_that_cannot_be_drawn_costs_no_results(drawn, monkeypatch, cap
     monkeypatch.setattr(examples, "embedding", embedding)
     _, _, figures = drawn("algo=protonet", *IMAGES)
     assert list(figures) == ["episode.png"]
-    assert "embedding.png cannot be drawn: ValueError: there is nothing to draw" in caplog.text
+    assert "embedding cannot be shown: ValueError: there is nothing to draw" in caplog.text
