@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.worker import CONTESTANTS
 from metarun.engine.process import keep_freed_memory
-from metarun.results.files import atomic_write
+from metarun.system.files import atomic_write
 
 IMAGE_MAML = ("omniglot_maml", "omniglot_fomaml")
 ON_CPU = ("metarun replay, threads", "metarun compile, threads")

@@ -33,7 +33,7 @@ from metarun.engine.recording import Recording
 from metarun.evaluation import episodes
 from metarun.loop import rates_of, training_tasks
 from metarun.nn.functional import parameters_of
-from metarun.results.files import atomic_write
+from metarun.system.files import atomic_write
 from metarun.tree import tree_map
 
 Row = dict[str, Any]

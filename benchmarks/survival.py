@@ -125,7 +125,7 @@ def kill_runs(count: int, draw: random.Random, folder: Path) -> list[str]:
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether the run can be resumed."""
-    from metarun.results.files import has_checkpoint as found
+    from metarun.system.files import has_checkpoint as found
 
     return found(directory)
 

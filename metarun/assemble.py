@@ -10,13 +10,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from metarun.command.processes import count, local_rank
 from metarun.config import build, check_ranges
 from metarun.contracts import Algorithm, Converter, Family, Loss, Need, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.nn.functional import seeded
 from metarun.random import stream
+from metarun.system.torchrun import count, local_rank
 from metarun.targets.scoring import loss_of
 
 

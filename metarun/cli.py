@@ -22,20 +22,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 import metarun
 from metarun import launch
-from metarun.command import lock, sweep
+from metarun.command import sweep
 from metarun.command.help import help_text
 from metarun.command.presets import typed_keys
-from metarun.command.processes import following
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.command.sentences import sentence_of
-from metarun.command.signals import handled_by, install, stop
 from metarun.command.sweep import closing_words, finished
-from metarun.command.terminal import PrintableRecord, printable
 from metarun.config import check_ranges, config_hash, register_schema
 from metarun.errors import Pruned, Stopped, UserError
 from metarun.results import trackers
-from metarun.results.files import has_checkpoint, remove_leftovers
 from metarun.results.status import mark, rows_of
+from metarun.system import lock
+from metarun.system.files import has_checkpoint, remove_leftovers
+from metarun.system.signals import handled_by, install, stop
+from metarun.system.terminal import PrintableRecord, printable
+from metarun.system.torchrun import following
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,6 @@ from tqdm import tqdm
 from metarun.assemble import Experiment, sample_tasks
 from metarun.checks.diagnosis import blame
 from metarun.checks.family import check_family
-from metarun.command.processes import rank
-from metarun.command.signals import handled_by
 from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
 from metarun.engine.meta_step import MetaStep, replica
@@ -27,6 +25,8 @@ from metarun.nn.transforms import stacked
 from metarun.random import stream
 from metarun.results.tables import Watcher, write_metrics
 from metarun.state import Best, Training, restore, save, save_best, start
+from metarun.system.signals import handled_by
+from metarun.system.torchrun import rank
 from metarun.tree import tree_map
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ import torch
 from omegaconf import DictConfig
 
 from metarun.assemble import assemble
-from metarun.command.processes import rank
 from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.engine.processes import connected
 from metarun.errors import UserError
@@ -22,6 +21,7 @@ from metarun.results.of_run import identity_columns, measured_columns, say, writ
 from metarun.results.status import mark
 from metarun.results.tables import Watcher, write_episodes, write_results
 from metarun.results.trackers import Trackers
+from metarun.system.torchrun import rank
 
 log = logging.getLogger(__name__)
 

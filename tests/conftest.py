@@ -17,7 +17,7 @@ DATA_DIR = Path(os.environ.get("METARUN_DATA_DIR", "data"))
 
 QUICK_FILES = (
     *("algos/test_identities", "algos/test_mamlpp", "algos/test_readers", "results/test_compare"),
-    *("results/test_reports", "results/test_sealed", "tasks/test_sinusoid", "tasks/test_teachers"),
+    *("results/test_reports", "test_sealed", "tasks/test_sinusoid", "tasks/test_teachers"),
     *("test_family_check", "test_imports", "test_limits", "test_models", "test_outer", "test_targets"),
     "test_transduction",
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import QUICK, metarun, process
 
-from metarun.results import sealed
+from metarun.system import sealed
 
 
 def test_a_run_leaves_its_files_and_says_where(finished):

@@ -9,8 +9,8 @@ import time
 import pytest
 from commands import LONG, QUICK, metarun, started
 
-from metarun.command import lock
 from metarun.errors import UserError
+from metarun.system import lock
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_a_lock_of_another_host_holds_until_it_is_deleted(tmp_path):
 
 def test_of_many_processes_that_find_a_stale_lock_one_gets_the_directory(tmp_path):
     code = (
-        "import sys, pathlib; from metarun.command import lock; from metarun.errors import UserError\n"
+        "import sys, pathlib; from metarun.system import lock; from metarun.errors import UserError\n"
         "for directory in map(pathlib.Path, sys.argv[1:]):\n"
         "    input()\n"
         "    try: lock.acquire(directory); print('owner', flush=True)\n"

@@ -19,9 +19,9 @@ from benchmarks.launchers import table_of
 from benchmarks.survival import numbers
 from metarun import launch
 from metarun.assemble import choose_device
-from metarun.command import lock
 from metarun.errors import UserError
 from metarun.results.status import jobs_of_sweep
+from metarun.system import lock
 
 LAUNCHERS = {
     "joblib": ["hydra.launcher.n_jobs=2"],

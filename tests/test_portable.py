@@ -14,7 +14,7 @@ from metarun.contracts import Facts, Numbers, Sizes, Spec
 from metarun.data.converters import Arrays, Drawings
 from metarun.data.portable import MARKED, name_of, plain, portable, rebuilt
 from metarun.errors import UserError
-from metarun.results import sealed
+from metarun.system import sealed
 from metarun.targets.real import MSE
 from metarun.tasks.omniglot import Omniglot
 from metarun.tasks.sinusoid import Sinusoid

@@ -11,11 +11,11 @@ import torch
 from commands import environment, metarun, rows
 from conftest import experiment_of
 
-from metarun.command import processes as command
 from metarun.engine import processes
 from metarun.engine.meta_step import MetaStep
 from metarun.errors import UserError
 from metarun.loop import training_tasks
+from metarun.system import torchrun
 from metarun.tree import leaves
 
 RUN = (
@@ -57,16 +57,16 @@ def test_tasks_that_cannot_be_shared_equally_are_refused(monkeypatch):
 
 
 def test_a_process_other_than_the_first_writes_nothing_that_is_kept(monkeypatch):
-    monkeypatch.setattr(command.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(torchrun.signal, "signal", lambda number, handler: None)
     monkeypatch.setenv("TQDM_DISABLE", "0")
     of_process(monkeypatch, 1)
-    with command.following([], ["tracker=wandb"]) as further:
+    with torchrun.following([], ["tracker=wandb"]) as further:
         folder = Path(further[0].split("'")[1])
         assert folder.is_dir()
         assert further[-1] == "tracker=null"
     assert not folder.exists()
     of_process(monkeypatch, 0)
-    with command.following([], []) as further:
+    with torchrun.following([], []) as further:
         assert further == []
 
 

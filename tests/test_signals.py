@@ -8,7 +8,7 @@ import sys
 import pytest
 from commands import LONG, rows, started
 
-from metarun.command import lock
+from metarun.system import lock
 
 INTERRUPTED_IMPORT = """
 import os, signal, sys
@@ -59,7 +59,7 @@ def test_a_signal_while_modules_are_imported_ends_in_silence(tmp_path, module, n
 
 def test_a_signal_that_nohup_has_turned_off_stays_off(tmp_path):
     code = (
-        "import signal, os; from metarun.command.signals import handled_by, stop; import metarun.__main__\n"
+        "import signal, os; from metarun.system.signals import handled_by, stop; import metarun.__main__\n"
         "with handled_by(stop): os.kill(os.getpid(), signal.SIGHUP)\n"
         "print('still here')"
     )

@@ -25,7 +25,7 @@ from metarun.after.load import Learned
 from metarun.contracts import Tokens
 from metarun.engine.batch import adapted
 from metarun.errors import UserError, first_line, require
-from metarun.results.files import atomic_write
+from metarun.system.files import atomic_write
 from metarun.targets.scoring import loss_of
 
 TOLERANCE = 1e-5

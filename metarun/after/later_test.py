@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from metarun.after.load import Learned, best_file, best_of, learned_in, read_best, recomposed
 from metarun.assemble import Experiment, Replica, build_family, choose_device
 from metarun.command.resume import key_of
-from metarun.command.terminal import PrintableRecord, printable
 from metarun.command.trust import refuse_links
 from metarun.config import check_ranges
 from metarun.contracts import Family, Moments, Spec
@@ -24,10 +23,11 @@ from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.evaluation import meta_test, metrics_of, pooled_metrics
-from metarun.results.files import write_text
 from metarun.results.of_run import identity_columns, say, tested_columns, write_adaptation, write_reports
 from metarun.results.status import TESTS, loaded, number, rows_of
 from metarun.results.tables import write_episodes, write_results
+from metarun.system.files import write_text
+from metarun.system.terminal import PrintableRecord, printable
 
 log = logging.getLogger(__name__)
 

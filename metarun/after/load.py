@@ -20,7 +20,6 @@ from torch import nn
 
 from metarun.assemble import build_family, build_model, choose_device
 from metarun.command.composing import CHOICES, composed
-from metarun.command.terminal import printable
 from metarun.command.trust import MEMBER, imports
 from metarun.config import build, check_ranges
 from metarun.contracts import Algorithm, Converter, Family, Numbers, Spec, Split, Task, Tree
@@ -30,6 +29,7 @@ from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError, first_line
 from metarun.results import checkpoint
 from metarun.state import hash_of_constants
+from metarun.system.terminal import printable
 
 
 class Remembered:

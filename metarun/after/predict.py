@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from metarun.after.learner import load
-from metarun.command.terminal import printable
 from metarun.contracts import Converter, Examples
 from metarun.errors import UserError
-from metarun.results.files import write_text
+from metarun.system.files import write_text
+from metarun.system.terminal import printable
 
 
 def examples_in(converter: Converter, path: Path) -> Examples:

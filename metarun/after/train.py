@@ -15,8 +15,8 @@ from metarun import cli
 from metarun.after.learner import Learner, load
 from metarun.command.composing import hydra_of
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
-from metarun.command.terminal import PrintableRecord
 from metarun.errors import UserError
+from metarun.system.terminal import PrintableRecord
 
 if TYPE_CHECKING:
     import pandas as pd

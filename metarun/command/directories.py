@@ -13,11 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from metarun.command import lock, sweep
+from metarun.command import sweep
 from metarun.errors import UserError
 from metarun.launch import check_installed
-from metarun.results.files import has_checkpoint
 from metarun.results.status import PLAN, rows_of, runs_under
+from metarun.system import lock
+from metarun.system.files import has_checkpoint
 
 UNIQUE_SUBDIR = ("${hydra:job.num}_", "${hydra:job.num}/", "${hydra:job.num}-", "${hydra.job.num}_")
 """Beginnings of ``hydra.sweep.subdir`` with which no two jobs can share a folder."""

@@ -6,8 +6,8 @@ from metarun.command.composing import quoted
 from metarun.command.sweep import read_plan
 from metarun.command.trust import refuse_distrusted
 from metarun.errors import UserError
-from metarun.results.files import has_checkpoint
 from metarun.results.status import PLAN, loaded
+from metarun.system.files import has_checkpoint
 
 MAY_CHANGE_ON_RESUME = ("device=", "data_dir=", "tracker=", "hydra.job_logging", "hydra.verbose")
 MAY_CHANGE_IN_A_SWEEP = (*MAY_CHANGE_ON_RESUME, "hydra/launcher=", "hydra.launcher.")

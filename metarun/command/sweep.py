@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from metarun.config import config_hash
 from metarun.errors import UserError
-from metarun.results.files import write_text
 from metarun.results.status import PLAN, identity, jobs_of_sweep, loaded, number, rows_of, table
+from metarun.system.files import write_text
 
 STUDY = "study.log"
 """The file in a sweep's directory that holds its study, if Optuna chooses the jobs."""

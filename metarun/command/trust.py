@@ -11,9 +11,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
-from metarun.command.terminal import printable
 from metarun.data.sources import names_code
 from metarun.errors import UserError
+from metarun.system.terminal import printable
 
 KEYS = (
     "seed",

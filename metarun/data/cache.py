@@ -14,8 +14,8 @@ from typing import cast
 
 from torch import Tensor
 
-from metarun.results import sealed
-from metarun.results.files import remove_leftovers
+from metarun.system import sealed
+from metarun.system.files import remove_leftovers
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from metarun.data.cache import cached
 from metarun.data.files import Files
 from metarun.errors import UserError
-from metarun.results.files import atomic_write
+from metarun.system.files import atomic_write
 
 log = logging.getLogger(__name__)
 

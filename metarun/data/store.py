@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metarun.data.cache import A_DAY, cache_dir
-from metarun.results.files import atomic_write, remove_leftovers
+from metarun.system.files import atomic_write, remove_leftovers
 
 log = logging.getLogger(__name__)
 

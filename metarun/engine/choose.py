@@ -30,13 +30,13 @@ from torch.utils.flop_counter import flop_registry
 
 from metarun.assemble import Experiment
 from metarun.checks.gradient import check_gradient
-from metarun.command.processes import count
 from metarun.contracts import Tree
 from metarun.engine.meta_step import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
 from metarun.engine.processes import averaged, own_part, share, with_own_part
 from metarun.engine.recorder import CannotRecord
 from metarun.engine.recording import Captured, Recording, release_gpu_memory
 from metarun.errors import UserError, first_line
+from metarun.system.torchrun import count
 from metarun.tree import leaves, tree_map
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
-from metarun.command.processes import count, rank
 from metarun.contracts import Tree
 from metarun.engine.meta_step import Step
 from metarun.errors import Stopped, UserError
+from metarun.system.torchrun import count, rank
 from metarun.tree import leaves, like, tree_map
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from metarun.errors import UserError
-from metarun.results import sealed
-from metarun.results.files import LAST, PREVIOUS
+from metarun.system import sealed
+from metarun.system.files import LAST, PREVIOUS
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import pandas as pd
 
-from metarun.command.terminal import printable
 from metarun.errors import UserError
 from metarun.results.comparison import printing
 from metarun.results.comparison.reading import SETTING, chosen, newest_of_each, read_runs
@@ -36,7 +35,8 @@ from metarun.results.comparison.summary import (
     summarise,
     with_variants,
 )
-from metarun.results.files import atomic_write, write_text
+from metarun.system.files import atomic_write, write_text
+from metarun.system.terminal import printable
 from metarun.targets.metric import Metric
 
 FILES = "comparison.csv, families.csv, pareto.csv, comparison.md, comparison.png, costs.png"

@@ -31,8 +31,8 @@ from metarun.errors import first_line, require
 from metarun.evaluation import episodes
 from metarun.nn.padding import weighing
 from metarun.nn.transforms import over_tasks
-from metarun.results.files import write_text
 from metarun.results.plots import AGNOSTIC, DEPENDENT, plain_axis, save_figure
+from metarun.system.files import write_text
 from metarun.targets.classes import own_classes
 from metarun.tree import first_tasks, tree_map
 

@@ -9,7 +9,7 @@ from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from metarun.results.files import atomic_write
+from metarun.system.files import atomic_write
 from metarun.targets.metric import Metric
 
 # Names come from data, so a dollar sign in a name does not begin a formula.

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import metarun
-from metarun.command.terminal import printable
 from metarun.errors import UserError
 from metarun.results.compare import Comparison, compared
 from metarun.results.comparison import printing
-from metarun.results.files import write_text
 from metarun.results.page import html
+from metarun.system.files import write_text
+from metarun.system.terminal import printable
 
 
 def page_of(comparison: Comparison, out: Path) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from metarun.results.files import write_csv
 from metarun.results.plots import AGNOSTIC, new_figure, save_figure
+from metarun.system.files import write_csv
 from metarun.targets.metric import Metric
 
 COLOURS = (AGNOSTIC, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")

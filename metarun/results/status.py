@@ -25,10 +25,10 @@ from typing import Any
 
 import yaml
 
-from metarun.command.lock import owner_of
-from metarun.command.terminal import printable
-from metarun.results.files import write_csv
 from metarun.results.tables import RESULT_COLUMNS
+from metarun.system.files import write_csv
+from metarun.system.lock import owner_of
+from metarun.system.terminal import printable
 
 PLAN = "sweep.json"
 """The file in a sweep's directory that holds its plan."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from metarun.results.files import write_csv
+from metarun.system.files import write_csv
 from metarun.targets.metric import Metric
 
 Row: TypeAlias = Mapping[str, float | int]

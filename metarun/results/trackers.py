@@ -18,8 +18,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.errors import UserError, first_line
-from metarun.results.files import write_text
 from metarun.results.tables import Row
+from metarun.system.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from metarun.command.terminal import printable
 from metarun.errors import UserError
 from metarun.results.status import PLAN, identity, loaded, runs_under, state_of
 from metarun.results.tables import RESULT_COLUMNS, SEPARATOR
+from metarun.system.terminal import printable
 
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
 FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}

@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from metarun.command.terminal import printable
 from metarun.results.compare import Compared, Comparison
 from metarun.results.comparison import printing
 from metarun.results.comparison.pictures import draw_comparison, draw_costs, rank_figure, shown_rows
@@ -21,6 +20,7 @@ from metarun.results.comparison.summary import best_first, cached_scores, name_o
 from metarun.results.page import html, pictures
 from metarun.results.page.html import Cell
 from metarun.results.status import loaded
+from metarun.system.terminal import printable
 
 Array = NDArray[np.float64]
 MOST_KEYS = 60

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 from metarun.data.cache import cached
 from metarun.errors import UserError
-from metarun.results import checkpoint, sealed
-from metarun.results.files import atomic_write, remove_leftovers
+from metarun.results import checkpoint
+from metarun.system import sealed
+from metarun.system.files import atomic_write, remove_leftovers
 
 CONTENT = {"step": 3, "config_hash": "abc", "state": {"weights": torch.arange(5000.0)}, "rows": [[{"step": 1}]]}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from metarun.results.files import atomic_write
+from metarun.system.files import atomic_write
 
 LABEL = b"metarun sha256 "
 LENGTH = len(LABEL) + 64
