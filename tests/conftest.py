@@ -59,11 +59,15 @@ def finished(tmp_path_factory):
     return root / "run"
 
 
+def leave_pictures_out(patch):
+    for name in ("write_pictures", "write_examples"):
+        patch.setattr(f"metarun.run.{name}", lambda *arguments: None)
+
+
 @pytest.fixture
 def without_pictures(monkeypatch):
     """``run`` as it is but for its pictures, which take longer than all the rest of a short run."""
-    for name in ("write_pictures", "write_examples"):
-        monkeypatch.setattr(f"metarun.run.{name}", lambda *arguments: None)
+    leave_pictures_out(monkeypatch)
 
 
 def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:

@@ -206,7 +206,7 @@ def inherited(algo, task):
 
 
 def test_the_parts_of_a_pair_are_what_it_is_composed_of():
-    for algo, task in (("mamlpp", "omniglot"), ("anp", "sinusoid"), ("rl2", "bandit"), ("reptile", "text")):
+    for algo, task in (("mamlpp", "omniglot"), ("anp", "sinusoid"), ("maml", "bandit"), ("reptile", "text")):
         assert inherited(algo, task) == without_presets(algo, task)
 
 

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 from commands import metarun, started, without_timing
+from conftest import leave_pictures_out
 
-from metarun.command import lock, sweep
+from metarun.command import sweep
 from metarun.config import config_hash
 from metarun.errors import UserError
 from metarun.results import status
 from metarun.results.status import job_in, jobs_in, jobs_of_sweep, mark, table
 from metarun.results.tables import write_metrics, write_results
+from metarun.system import lock
 
 JOBS = (
     "algo.inner_lr=0.01,0,0.02,0.03",
-    "train.steps=150",
-    "train.eval_every=25",
+    "train.steps=60",
+    "train.eval_every=10",
     "train.val_episodes=4",
     "eval.episodes=6",
     "eval.adapt_steps=1",
@@ -44,7 +46,9 @@ def numbers(directory: Path):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
-    done = metarun("-m", *JOBS, cwd=root)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_out(patch)
+        done = metarun("-m", *JOBS, cwd=root)
     assert done.returncode == 1
     return root / "sweep", done.stdout
 
@@ -74,6 +78,7 @@ def killed(tmp_path_factory):
     return root / "sweep"
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("again", [["-m", "resume=sweep"], ["-m", *JOBS]], ids=["resume", "same command"])
 def test_a_killed_sweep_goes_on_where_it_was(undisturbed, killed, tmp_path, again):
     directory = shutil.copytree(killed, tmp_path / "sweep")

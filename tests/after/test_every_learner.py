@@ -11,7 +11,7 @@ from learners import leave_a_checkpoint, with_algorithm
 
 from metarun.assemble import algorithm_names
 from metarun.evaluation import episodes, evaluate
-from metarun.results import sealed
+from metarun.system import sealed
 
 EPISODES = 3
 TASKS = {
@@ -82,7 +82,7 @@ from metarun.after.learner import AdaptedTasks
 from metarun.after.policy import AdaptedPolicy
 from metarun.contracts import Task
 from metarun.nn.transforms import task_of
-from metarun.results import sealed
+from metarun.system import sealed
 from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tasks.text import Text

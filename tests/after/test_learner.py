@@ -18,7 +18,7 @@ from torch import nn
 import metarun
 from metarun.after.later_test import later_test
 from metarun.data.portable import plain, portable
-from metarun.results import sealed
+from metarun.system import sealed
 from metarun.targets.classes import Classes
 
 WALK = ("task=navigation", "task.horizon=6", "task.shots=4", "task.queries=2", "model.widths=[8]", "eval.adapt_steps=2")
