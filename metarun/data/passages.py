@@ -174,12 +174,11 @@ def _grams(word: str) -> tuple[str, ...]:
     return (*grams_of(word, GRAMS), f" {word} ")
 
 
-def _hashed(grams: tuple[str, ...], buckets: int) -> Array:
-    """Return the n-grams of a word with random signs as a vector of length one ``[buckets]``."""
-    number = np.array([spread(gram, 2**31) for gram in grams])
-    signs = np.where(number // buckets % 2, -1.0, 1.0)
-    vector = np.bincount(number % buckets, signs, buckets).astype(np.float32)
-    return vector / max(float(np.linalg.norm(vector)), 1e-6)
+def _hashed(hashes: Array, buckets: int) -> Array:
+    """Return the n-grams of a word, given by their hashes, with random signs as a vector of length one ``[buckets]``."""
+    signs = 1.0 - 2 * (hashes // buckets % 2)
+    vector = np.bincount(hashes % buckets, signs, buckets)
+    return vector / max(math.sqrt(float(vector @ vector)), 1e-6)
 
 
 class Text(NamedTuple):
@@ -208,8 +207,8 @@ class Lexicon:
         self.buckets = buckets
         self.known: dict[tuple[str, ...], int] = {("",): 0}
         self.compared: dict[str, int] = {}
-        self.vectors = [np.zeros(buckets, dtype=np.float32)]
-        self.matches = [np.zeros(MATCH_BUCKETS, dtype=np.float16)]
+        self.vectors = np.zeros((1024, buckets), dtype=np.float32)
+        self.matches = np.zeros((1024, MATCH_BUCKETS), dtype=np.float16)
 
     def tokens(self, text: str) -> list[int]:
         """Return the numbers of the words by which answers are compared."""
@@ -221,15 +220,17 @@ class Lexicon:
 
     def number(self, grams: tuple[str, ...]) -> int:
         """Return the number of a word with these n-grams."""
-        if grams not in self.known:
-            self.known[grams] = len(self.vectors)
-            self.vectors.append(_hashed(grams, self.buckets))
-            self.matches.append(_hashed(grams, MATCH_BUCKETS).astype(np.float16))
-        return self.known[grams]
+        number = self.known.setdefault(grams, len(self.known))
+        if number == len(self.vectors):
+            self.vectors, self.matches = (np.concatenate([rows, 0 * rows]) for rows in (self.vectors, self.matches))
+        if number == len(self.known) - 1:
+            hashes = np.array([spread(gram, 2**31) for gram in grams])
+            self.vectors[number], self.matches[number] = _hashed(hashes, self.buckets), _hashed(hashes, MATCH_BUCKETS)
+        return number
 
     def match(self, text: Text) -> Array:
         """Return the vectors by which words are compared ``[words, MATCH_BUCKETS]``."""
-        return np.stack([self.matches[i] for i in text.gram.tolist()]).astype(np.float32)
+        return self.matches[text.gram].astype(np.float32)
 
     def text(self, text: str) -> Text:
         """Cut a text into words."""

@@ -12,7 +12,7 @@ from itertools import count
 from metarun.data.squad import Article, Passage, Question
 from metarun.data.toy_text import new_words
 
-LANGUAGES, ARTICLES, PASSAGES, SENTENCES, KINDS, THINGS, FILLERS = 12, 12, 3, 4, 6, 20, 12
+LANGUAGES, ARTICLES, PASSAGES, SENTENCES, KINDS, THINGS, FILLERS = 12, 12, 5, 5, 6, 20, 12
 """Languages; articles of each, passages of an article, sentences of a passage; kinds of thing, things of each kind, and
 words that say nothing."""
 SEED = 250

@@ -61,7 +61,7 @@ def best_spans(output: Tensor, sentence: Tensor, longest: int) -> Spans:
     return Spans(first, first + best % longest)
 
 
-def compared(spans: Spans, data: Tree) -> Answers:
+def compared(spans: Spans, data: Tree, longest: int) -> Answers:
     """Compare the words of spans with those of the given answers, of which the most similar one counts.
 
     As in the official evaluation of SQuAD 1.1 (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250), F1 is that of
@@ -72,22 +72,23 @@ def compared(spans: Spans, data: Tree) -> Answers:
         data: ``token [questions, words]`` numbers the words, 0 for those that do not count; ``gold [questions,
             answers, tokens]`` has those of the answers, padded with 0; ``sentence [questions, words]`` and ``right
             [questions, answers]`` have the sentences of words and of answers, the latter −1 for padding.
+        longest: largest number of words of a span.
     """
     token, gold, sentence = data["token"], data["gold"], data["sentence"]
-    place = torch.arange(token.shape[-1], device=token.device)
-    inside = (place >= spans.start[:, None]) & (place <= spans.end[:, None]) & (token > 0)
-    real, chosen = gold > 0, inside.sum(-1)
-    wanted = real.sum(-1)
-    same = (token[:, None, None, :] == gold[..., None]) & inside[:, None, None, :]
-    # The n-th occurrence of a word in the answer is found if the span has it n times.
-    earlier = (gold[..., None] == gold[..., None, :]).tril()
-    found = ((same.sum(-1) >= earlier.sum(-1)) & real).sum(-1)
-    f1 = torch.where(found > 0, 2 * found / (chosen[:, None] + wanted).clamp(min=1), 0.0)
+    at = spans.start[:, None] + torch.arange(longest, device=token.device)
+    chosen = token.gather(-1, at.clamp(max=token.shape[-1] - 1)).masked_fill(at > spans.end[:, None], 0)
+    counts = chosen > 0
+    number, wanted = counts.sum(-1)[:, None], (gold > 0).sum(-1)
+    # The n-th occurrence of a word in the span is found if the answer has it n times.
+    occurrence = (chosen[:, :, None] == chosen[:, None, :]).tril().sum(-1)
+    held = (chosen[:, None, :, None] == gold[:, :, None, :]).sum(-1)
+    found = ((held >= occurrence[:, None]) & counts[:, None]).sum(-1)
+    f1 = torch.where(found > 0, 2 * found / (number + wanted).clamp(min=1), 0.0)
     # In order: the n-th counting word of the span is the n-th of the answer.
-    nth = (inside.cumsum(-1) - 1).clamp(min=0, max=gold.shape[-1] - 1)
+    nth = (counts.cumsum(-1) - 1).clamp(min=0, max=gold.shape[-1] - 1)
     expected = gold.gather(-1, nth[:, None].expand(-1, gold.shape[1], -1))
-    agree = ((expected == token[:, None]) | ~inside[:, None]).all(-1)
-    exact = agree & (chosen[:, None] == wanted) & (data["right"] >= 0)
+    agree = ((expected == chosen[:, None]) | ~counts[:, None]).all(-1)
+    exact = agree & (number == wanted) & (data["right"] >= 0)
     own = sentence.gather(-1, spans.start[:, None])
     right = ((own == data["right"]) & (own >= 0)).any(-1)
     dtype = data["y"].dtype
@@ -124,7 +125,7 @@ class Span:
         """Return how well the best spans answer each question; an output that is not finite answers none."""
         sane = output.isfinite().all(-1).all(-1).to(output.dtype)
         spans = best_spans(output.detach().nan_to_num(), data["sentence"], self.longest)
-        return Answers(*(values * sane for values in compared(spans, data)))
+        return Answers(*(values * sane for values in compared(spans, data, self.longest)))
 
     def scores(self, output: Tensor, data: Tree) -> Scores:
         """Return the mean over questions of token F1, exact match, and whether the right sentence was found."""

@@ -193,9 +193,10 @@ class Questions:
         for split, pool in self.pools.items():
             least = sizes[split == "train"][0] + 1
             if not pool.groups:
+                remedy = "lower task.shots, or " + ("add questions" if by == "file" else "set task.by=file")
                 raise UserError(
                     f"{dataset}: no {split} task has {least} questions, one more than its shots; the largest have "
-                    f"{listed(pool.small)}: lower task.shots, or set task.by=file."
+                    f"{listed(pool.small)}: {remedy}."
                 )
             if pool.small:
                 log.info(
@@ -206,7 +207,6 @@ class Questions:
         self.answers = max(map(len, every))
         self.tokens = max(len(self.lexicon.tokens(text)) for answers in every for _, text in answers)
         self.made: dict[tuple[Split, int, bool], Leaves] = {}
-        self.table = torch.zeros(0, buckets)
         content = sha256(repr([(split, corpus[split]) for split in SPLITS]).encode()).hexdigest()[:6]
         self.dataset = f"{dataset}:{content}"
         shots, queries = sizes[False]
@@ -266,12 +266,6 @@ class Questions:
             np.full(self.answers, -1, dtype=np.int64),
         )
 
-    def _vectors(self, gram: Tensor) -> Tensor:
-        """Return the hashed vectors of words by their numbers ``[...]``."""
-        if len(self.table) < len(self.lexicon.vectors):
-            self.table = torch.from_numpy(np.stack(self.lexicon.vectors)).to(torch.get_default_dtype())
-        return self.table[gram]
-
     def _part(self, split: Split, chosen: Sequence[Sequence[int]], most: int, keep: bool, weigh: bool) -> Tree:
         """Return the leaves of one part of tasks: of ``most`` questions, padded with blank ones."""
         blank, dtype = self._blank(), torch.get_default_dtype()
@@ -282,7 +276,9 @@ class Questions:
         }
         number = torch.tensor([[*own, *[-1] * (most - len(own))] for own in chosen])
         found = {
-            "x": torch.cat([leaf["numbers"].to(dtype), self._vectors(leaf["gram"]).to(dtype)], -1),
+            "x": torch.cat(
+                [leaf["numbers"].to(dtype), torch.from_numpy(self.lexicon.vectors)[leaf["gram"]].to(dtype)], -1
+            ),
             "y": leaf["y"].to(dtype),
             **{name: leaf[name] for name in ("token", "gold", "sentence", "right")},
             "number": number,
@@ -378,7 +374,7 @@ def questions(
     shares: tuple[float, float, float] = (0.4, 0.1, 0.5),
     split_seed: int = SPLIT_SEED,
     question: int = 24,
-    passage: int = 256,
+    passage: int = 160,
     longest: int = 12,
     buckets: int = 32,
     device: str = "cpu",

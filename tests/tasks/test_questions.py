@@ -32,13 +32,13 @@ from metarun.engine.batch import meta_gradient
 from metarun.errors import UserError
 from metarun.models.reader import Reader
 from metarun.targets.scoring import loss_of
-from metarun.targets.span import Span, best_spans, compared
+from metarun.targets.span import Span, Spans, best_spans, compared
 from metarun.tasks.questions import questions
 
 
 def tiny(**keys):
     """Questions of toy languages, in short passages."""
-    return questions(**{"dataset": "toy", "shots": 3, "queries": 4, "question": 8, "passage": 32, "buckets": 8, **keys})
+    return questions(**{"dataset": "toy", "shots": 3, "queries": 4, "question": 8, "passage": 48, "buckets": 8, **keys})
 
 
 # Files
@@ -236,7 +236,7 @@ def test_scores_equal_the_official_evaluation(text):
         "gold": torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in gold]).expand(len(start), -1, -1),
         "right": torch.tensor([*[0] * len(answers), -1]).expand(len(start), -1),
     }
-    found = compared((type(best_spans(torch.zeros(1, 2, 2), torch.zeros(1, 2), 1))(start, end)), data)
+    found = compared(Spans(start, end), data, count)
     for i, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
         prediction = " ".join(text[word.start : word.end] for word in own.words[first : last + 1])
         assert (found.f1[i].item(), found.exact[i].item()) == pytest.approx(official(prediction, answers)), prediction
@@ -289,7 +289,7 @@ def test_articles_and_languages_of_the_splits_differ():
 
 
 def test_targets_mark_the_answer_and_support_and_query_differ():
-    family = tiny(queries=20)
+    family = tiny(queries=30)
     task = family.sample("test", 3, generator(1))
     pool = family.pools["test"]
     for part in task[:2]:
@@ -301,13 +301,15 @@ def test_targets_mark_the_answer_and_support_and_query_differ():
             assert text.text[text.words[first].start : text.words[last].end] == item.question.answers[0][1]
             assert part["y"][i, j].sum() == 2
     assert not set(task.support["number"].flatten().tolist()) & set(task.query["number"][0].tolist())
-    assert (task.query["weight"].sum(1) == 12 - 3).all()
+    assert (task.query["weight"].sum(1) == 25 - 3).all()
     assert not task.query["y"][task.query["weight"] == 0].any()
 
 
-def test_padded_words_and_questions_change_nothing():
+def test_padded_words_and_questions_change_nothing(tmp_path):
     torch.manual_seed(0)
-    short, long = tiny(queries=9), tiny(queries=30, question=13, passage=50)
+    own_file(tmp_path, [6] * 6)
+    keys = {"dataset": "auto", "path": str(tmp_path), "shots": 2}
+    short, long = tiny(queries=4, **keys), tiny(queries=7, question=13, passage=60, **keys)
     model = Reader(short.spec, width=8, dropout=0.0)
     other = Reader(long.spec, width=8, dropout=0.0)
     other.load_state_dict(model.state_dict())
@@ -324,9 +326,9 @@ def test_padded_words_and_questions_change_nothing():
 
 
 def test_scores_of_all_tasks_together_weigh_questions_equally():
-    family = tiny(queries=20)
+    family = tiny(queries=30)
     task = family.sample("test", 4, generator())
-    predict = lambda x: torch.zeros(*x.shape[:-2], 32, 2)  # noqa: E731
+    predict = lambda x: torch.zeros(*x.shape[:-2], 48, 2)  # noqa: E731
     counts = vmap(lambda one: family.pooled.counts(predict, one))(task._replace(seed=torch.zeros(4)))
     each = []
     for i, y in enumerate(task.query["y"]):
@@ -359,7 +361,7 @@ def test_the_reference_finds_sentences_without_learning():
 def test_maml_equals_an_autograd_loop():
     """The reader and the loss written out, one question after the other."""
     torch.manual_seed(0)
-    family = tiny(queries=10)
+    family = tiny(queries=30)
     model = Reader(family.spec, width=6, layers=2, reach=1, dropout=0.0)
     algorithm = maml(model, 0.2, 2)
     theta, tasks = algorithm.init(generator()), sampled(family, "train", 2, generator(1))
@@ -417,7 +419,7 @@ def xquad():
     return DATA_DIR / "xquad"
 
 
-@pytest.mark.parametrize(("language", "exact"), [("en", 0.98), ("zh", 0.97)])
+@pytest.mark.parametrize(("language", "exact"), [("en", 0.96), ("zh", 0.96)])
 def test_the_answers_of_xquad_are_spans_of_words(xquad, language, exact):
     """How often the words that cover an answer match it exactly: the most that a reader can reach."""
     found = []
