@@ -4,7 +4,8 @@ A text is cut at spaces. Punctuation at the edges of a word is cut off, each mar
 spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese) are words one by one, with the marks above and below
 them. A question and a passage are joined to one row of positions: a segment for the words of the question, then one for
 those of the passage. `FEATURES` lists the first numbers of a position; a hashed vector of the word follows: its
-character n-grams, or a character and the pairs that it forms with its neighbours, spread over buckets with signs.
+character n-grams, or a character and the pairs that it forms with its neighbours, spread over buckets with signs, and
+the shorter the rarer the word is.
 
 A passage that is too long keeps those of its sentences that share most with the question; a position without a word
 stands where words are missing.
@@ -175,7 +176,7 @@ def _grams(word: str) -> tuple[str, ...]:
 
 
 def _hashed(hashes: Array, buckets: int) -> Array:
-    """Return the n-grams of a word, given by their hashes, with random signs as a vector of length one ``[buckets]``."""
+    """Return the n-grams of a word, given by their hashes, with signs as a vector of length one ``[buckets]``."""
     signs = 1.0 - 2 * (hashes // buckets % 2)
     vector = np.bincount(hashes % buckets, signs, buckets)
     return vector / max(math.sqrt(float(vector @ vector)), 1e-6)

@@ -6,6 +6,7 @@ language either. `questions` also holds languages or domains out.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import Literal, NamedTuple
@@ -58,29 +59,32 @@ Corpus = Mapping[str, Sequence[squad.Article]]
 
 
 @portable
-def by_overlap(x: Tensor, question: int) -> Tensor:
-    """Return scores of answers without any learning ``[questions, words, 2]``.
+@dataclass(frozen=True)
+class ByOverlap:
+    """Answers without any learning.
 
     The answer is in the sentence that has most of the question, by rarity. There it is the run of words of the largest
     worth: a word is worth more the rarer it is, the nearer to a word of the question, and if it has a digit or a
     capital; a word of the question costs. The worth of a run is a difference of running sums, so that it is the sum of
     a score of its end and one of its start.
-
-    Args:
-        x: questions joined with passages ``[questions, positions, numbers]``.
-        question: number of the question's positions.
     """
-    words = x[:, question:]
-    known = words[..., ALIKE] > ALIKE_FROM
-    near = torch.maximum(words[..., BEFORE], words[..., AFTER])
-    name = (words[..., CAPITAL] * (1 - words[..., START])).maximum(words[..., DIGIT])
-    worth = 0.6 * words[..., RARITY] + 0.6 * near + 0.4 * name - 0.65
-    worth = torch.where(known, worth - 0.5, worth) - 0.6 * words[..., MARK]
-    summed = worth.cumsum(-1)
-    sentence = words[..., START].cumsum(-1)
-    # No run crosses the border of sentences, since that costs more than any run is worth.
-    start = 100 * sentence + worth - summed + 1000 * words[..., SENTENCE]
-    return torch.stack([start, summed - 100 * sentence], -1).masked_fill(words[..., PASSAGE, None] == 0, -1e6)
+
+    question: int
+    """Number of the question's positions."""
+
+    def __call__(self, support: Tree, x: Tensor) -> Tensor:
+        """Return scores ``[questions, words, 2]`` for ``x [questions, positions, numbers]``."""
+        words = x[:, self.question :]
+        known = words[..., ALIKE] > ALIKE_FROM
+        near = torch.maximum(words[..., BEFORE], words[..., AFTER])
+        name = (words[..., CAPITAL] * (1 - words[..., START])).maximum(words[..., DIGIT])
+        worth = 0.6 * words[..., RARITY] + 0.6 * near + 0.4 * name - 0.65
+        worth = torch.where(known, worth - 0.5, worth) - 0.6 * words[..., MARK]
+        summed = worth.cumsum(-1)
+        sentence = words[..., START].cumsum(-1)
+        # No run crosses the border of sentences, since that costs more than any run is worth.
+        start = 100 * sentence + worth - summed + 1000 * words[..., SENTENCE]
+        return torch.stack([start, summed - 100 * sentence], -1).masked_fill(words[..., PASSAGE, None] == 0, -1e6)
 
 
 class Item(NamedTuple):
@@ -216,7 +220,7 @@ class Questions:
             target,
             Sizes(shots, queries),
             metrics=target.metrics,
-            facts=Facts(references={"overlap": lambda support, x: by_overlap(x, room[0])}),
+            facts=Facts(references={"overlap": ByOverlap(room[0])}),
         )
         self.target = target
         self.pooled = Pooled(POOLED, self._counts, self._pooled)
@@ -275,10 +279,11 @@ class Questions:
             for name in Leaves._fields
         }
         number = torch.tensor([[*own, *[-1] * (most - len(own))] for own in chosen])
+        numbers, vectors = leaf["numbers"].to(dtype), torch.from_numpy(self.lexicon.vectors)[leaf["gram"]].to(dtype)
+        # What a word looks like helps where it is common, as words that ask are; rare words would only be memorised.
+        common = (1 - numbers[..., RARITY, None]).square()
         found = {
-            "x": torch.cat(
-                [leaf["numbers"].to(dtype), torch.from_numpy(self.lexicon.vectors)[leaf["gram"]].to(dtype)], -1
-            ),
+            "x": torch.cat([numbers, common * vectors], -1),
             "y": leaf["y"].to(dtype),
             **{name: leaf[name] for name in ("token", "gold", "sentence", "right")},
             "number": number,
@@ -349,15 +354,12 @@ def _files(
     seed: int,
 ) -> dict[Split, list[str]]:
     """Return the files of each split (see ``questions``)."""
-    chosen: dict[Split, Sequence[str] | None] = {"train": train, "val": val, "test": test}
     if by == "file" and train is None and test is None and len(names) >= len(SPLITS):
-        drawn = dealt(names, seed, SHARES, 1)
-        return {split: sorted(own) if (own := chosen[split] or drawn[split]) else [] for split in SPLITS}
-    return {
-        "train": list(train or names),
-        "val": list(val or train or names),
-        "test": list(test or names),
-    }
+        drawn = {split: sorted(own) for split, own in dealt(names, seed, SHARES, 1).items()}
+        return {"train": drawn["train"], "val": list(val or drawn["val"]), "test": drawn["test"]}
+    own = list(train or names)
+    others = [name for name in names if by == "article" or name not in own]
+    return {"train": own, "val": list(val or own), "test": list(test or others or names)}
 
 
 def questions(
@@ -390,10 +392,10 @@ def questions(
         by: whether a task is an ``article`` of a file, or a ``file``: a language or a domain.
         dataset: ``xquad`` (12 languages), ``toy``, or ``auto``: xquad if it is there, else toy.
         path: the user's file in the format of SQuAD, or a folder of such files, in place of ``dataset``.
-        train_files: names of the files of training tasks, such as ``[en]``; null: all, or of at least three files with
-            ``by=file`` and no ``test_files`` the 60 % that are drawn.
-        val_files: the same of validation tasks; null: ``train_files``, or those that are drawn (15 %).
-        test_files: the same of test tasks; null: all, or those that are drawn (25 %).
+        train_files: names of the files of training tasks, such as ``[en]``; null: all. With ``by=file`` and neither
+            these nor ``test_files``, files are drawn: 60 % for training, 15 % for validation, 25 % for testing.
+        val_files: the same of validation tasks; null: ``train_files``.
+        test_files: the same of test tasks; null: all, and with ``by=file`` those that are not in ``train_files``.
         shares: of articles in training, validation and test, above 0.
         split_seed: draws articles, and files.
         question: largest number of words of a question; more are cut off.
