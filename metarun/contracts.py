@@ -134,6 +134,24 @@ class Tokens:
         return (self.columns,)
 
 
+@portable
+@dataclass(frozen=True)
+class Joined:
+    """Inputs that are questions joined with passages, as rows of positions with numbers (`metarun.data.passages`)."""
+
+    question: int
+    """Number of the first positions, which hold the words of the question."""
+    passage: int
+    """Number of the other positions, which hold the words of the passage."""
+    numbers: int
+    """Number of numbers of a position."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return (self.question + self.passage, self.numbers)
+
+
 class Seen(NamedTuple):
     """The input of a policy: ``steps`` successive moments of ``episodes`` parallel episodes.
 
@@ -220,7 +238,7 @@ class Facts:
 class Spec:
     """What an algorithm and a model may know of a task family."""
 
-    inputs: Numbers | Tokens | Moments
+    inputs: Numbers | Tokens | Joined | Moments
     target: Target
     sizes: Sizes
     metrics: tuple[Metric, ...]

@@ -17,15 +17,12 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metarun.contracts import Numbers
-from metarun.data.portable import portable
 from metarun.data.tokens import WORD, grams_of, spread
 
 Array = NDArray[Any]
@@ -78,15 +75,6 @@ class Word(NamedTuple):
 
     start: int
     end: int
-
-
-@portable
-@dataclass(frozen=True)
-class Joined(Numbers):
-    """Inputs that are questions joined with passages: ``shape`` is that of positions and the numbers of each."""
-
-    question: int = 0
-    """Number of the first positions, which are the question's."""
 
 
 def _is_mark(character: str) -> bool:

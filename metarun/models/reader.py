@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from metarun.contracts import Spec
-from metarun.data.passages import PASSAGE, QUESTION, Joined
+from metarun.contracts import Joined, Spec
+from metarun.data.passages import PASSAGE, QUESTION
 from metarun.errors import require
 from metarun.targets.classes import NO_CHANCE
 
@@ -44,11 +44,10 @@ class Reading(nn.Module):
     def __init__(self, inputs: Joined, width: int, layers: int, reach: int, dropout: float) -> None:
         super().__init__()
         self.question = inputs.question
-        numbers = inputs.shape[-1]
-        self.asked = Windows(numbers, width, 1)
+        self.asked = Windows(inputs.numbers, width, 1)
         self.attention = nn.Linear(width, 1)
         self.condition = nn.Linear(width, 2 * width)
-        self.words = nn.Linear(numbers, width)
+        self.words = nn.Linear(inputs.numbers, width)
         self.windows = nn.ModuleList(Windows(width, width, reach, 1 + 2 * i) for i in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
@@ -82,7 +81,8 @@ class Reader(nn.Module):
         super().__init__()
         inputs = spec.inputs
         require(
-            isinstance(inputs, Joined), "reader needs questions on passages, and this task has none; choose another"
+            isinstance(inputs, Joined),
+            "reader needs questions on passages, which this task lacks; choose another model",
         )
         assert isinstance(inputs, Joined)
         for name, value in {"width": width, "layers": layers, "reach": reach}.items():

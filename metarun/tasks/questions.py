@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarun.contracts import Facts, Pooled, Predict, Samples, Sizes, Spec, Split, Task, Tree
+from metarun.contracts import Facts, Joined, Pooled, Predict, Samples, Sizes, Spec, Split, Task, Tree
 from metarun.data import squad
 from metarun.data.files import found
 from metarun.data.passages import (
@@ -32,7 +32,6 @@ from metarun.data.passages import (
     SENTENCE,
     START,
     Array,
-    Joined,
     Lexicon,
     Rarity,
     Text,
@@ -216,7 +215,7 @@ class Questions:
         shots, queries = sizes[False]
         target = Span(longest)
         self.spec = Spec(
-            Joined((sum(room), len(FEATURES) + buckets), room[0]),
+            Joined(*room, len(FEATURES) + buckets),
             target,
             Sizes(shots, queries),
             metrics=target.metrics,
