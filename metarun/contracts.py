@@ -22,13 +22,14 @@ Weights: TypeAlias = dict[str, Tensor]
 Scores: TypeAlias = dict[str, Tensor]
 """Scalars by the names of the metrics, in their order; the first metric is used for selection."""
 
-Need = Literal["loss", "examples", "rows", "numbers", "classes", "policy"]
+Need = Literal["loss", "examples", "rows", "numbers", "classes", "targets", "labels", "policy"]
 """What an algorithm needs of a target, and what a target offers:
 
 - ``loss``: any differentiable loss;
 - ``examples``: a loss over examples, which stays the same from one adaptation step to the next;
 - ``rows``: inputs whose targets are known, row by row; ``numbers`` if these are numbers, ``classes`` if they are
   one-hot classes;
+- ``targets``: rows that are the examples themselves, each with a single target; ``labels`` if that is a class;
 - ``policy``: an environment to act in.
 """
 
@@ -133,6 +134,24 @@ class Tokens:
         return (self.columns,)
 
 
+@portable
+@dataclass(frozen=True)
+class Joined:
+    """Inputs that are questions joined with passages, as rows of positions with numbers (`metarun.data.passages`)."""
+
+    question: int
+    """Number of the first positions, which hold the words of the question."""
+    passage: int
+    """Number of the other positions, which hold the words of the passage."""
+    numbers: int
+    """Number of numbers of a position."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return (self.question + self.passage, self.numbers)
+
+
 class Seen(NamedTuple):
     """The input of a policy: ``steps`` successive moments of ``episodes`` parallel episodes.
 
@@ -210,6 +229,8 @@ class Facts:
     """Features in which every task's target is linear: ``[examples, numbers]``."""
     groups: tuple[str, ...] | None = None
     """Names of the kinds of task in the family, if there are several; the data carry ``group [examples]``."""
+    references: Mapping[str, Callable[[Tree, Any], Tensor]] = field(default_factory=dict)
+    """What can be answered without a learner, by name: (support set of one task, x) → output."""
 
 
 @portable
@@ -217,7 +238,7 @@ class Facts:
 class Spec:
     """What an algorithm and a model may know of a task family."""
 
-    inputs: Numbers | Tokens | Moments
+    inputs: Numbers | Tokens | Joined | Moments
     target: Target
     sizes: Sizes
     metrics: tuple[Metric, ...]

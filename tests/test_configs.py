@@ -12,6 +12,7 @@ from metarun.command.presets import sections
 from metarun.config import register_schema
 from metarun.errors import UserError
 from metarun.run import run
+from metarun.tasks import questions as passages
 from metarun.tasks import text as sentences
 
 CONF = files("metarun.conf")
@@ -24,10 +25,19 @@ CONTROL = ("task.shots=2", "task.queries=2")
 SERVE_ALL = ("maml", "fomaml", "mamlpp", "reptile", "metasgd", "anil", "boil", "scratch")
 TWENTY = ("sinusoid",)
 """Tasks on which every algorithm that fits takes twenty meta-steps; on others two."""
+VARIANT = ("maml", "protonet", "rl2", "transfer")
+FEW_ALGORITHMS = {
+    **dict.fromkeys(("text_crosslingual", "halfcheetah_direction"), VARIANT),
+    "questions": ("maml", "metanas", "protonet", "reference", "shared_params", "transfer"),
+}
+"""Tasks that not every algorithm is tried on: variants of others, and those that tests/contract tries with all."""
 SMALL = {
     "omniglot": ("task.dataset=procedural", "task.image_size=16", *FEW),
     "text": ("task.dataset=toy", "task.buckets=64", *FEW),
     "text_crosslingual": ("task.dataset=toy", "task.buckets=64", *FEW),
+    "questions": (
+        *("task.dataset=toy", "task.shots=2", "task.queries=3", "task.question=6", "task.passage=24", "task.buckets=4"),
+    ),
     "navigation": ("task.horizon=5", *CONTROL),
     "bandit": ("task.pulls=4", *CONTROL),
     "gymnasium": ("task.horizon=5", *CONTROL),
@@ -52,6 +62,7 @@ def remembering(make):
 
 
 SHARED = {name: remembering(getattr(sentences, name)) for name in ("text", "text_crosslingual")}
+QUESTIONS = remembering(passages.questions)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +70,7 @@ def families_of_sentences_are_shared(monkeypatch):
     """Their words are counted once, not once for each of forty algorithms."""
     for name, make in SHARED.items():
         monkeypatch.setattr(sentences, name, make)
+    monkeypatch.setattr(passages, "questions", QUESTIONS)
 
 
 def names(group):
@@ -80,11 +92,8 @@ def narrow(model):
             model[key] = small
 
 
-VARIANTS = {"text_crosslingual": "text", "halfcheetah_direction": "halfcheetah_velocity"}
-"""Tasks that are others with other tasks: algorithms that fit one fit the other, and few run on both."""
-ON_VARIANTS = ("maml", "protonet", "rl2", "transfer")
 PAIRS = [
-    (algo, task) for task in WITHOUT_FILES for algo in algorithm_names() if task not in VARIANTS or algo in ON_VARIANTS
+    (algo, task) for task in WITHOUT_FILES for algo in algorithm_names() if algo in FEW_ALGORITHMS.get(task, (algo,))
 ]
 
 
@@ -130,7 +139,7 @@ def test_runs_leave_pictures(algo, task, tmp_path):
 @pytest.mark.parametrize("model", [name for name in names("model") if name != "adapter"])  # see test_embedding.py
 def test_every_model_runs_where_it_fits(model, tmp_path):
     ran = []
-    for task in ("omniglot", "text", "bandit"):
+    for task in ("omniglot", "text", "questions", "bandit"):
         try:
             run(*composed(f"task={task}", f"model={model}", *QUICK, *SMALL[task]), tmp_path / task)
             ran.append(task)

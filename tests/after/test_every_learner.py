@@ -31,7 +31,7 @@ TASKS = {
 OF_TASK = {
     "sinusoid": (
         *("adaptive", "anil", "anp", "boil", "cnp", "dkt", "fomaml", "imaml", "maml", "mamlpp", "metasgd", "multitask"),
-        *("np", "oracle", "reptile", "scratch", "shared_params", "snail"),
+        *("np", "oracle", "reference", "reptile", "scratch", "shared_params", "snail"),
     ),
     "text": (
         *("baselinepp", "centroid", "incontext", "linear_probe", "mann", "matching", "meta_baseline", "metaoptnet"),

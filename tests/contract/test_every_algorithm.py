@@ -16,12 +16,14 @@ from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
+from metarun.models.reader import Reader
 from metarun.models.text import TextEmbedding
 from metarun.random import drawing
 from metarun.targets.scoring import loss_of
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
+from metarun.tasks.questions import questions
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tasks.text import text
 from metarun.tree import learned, leaves, like, tree_map
@@ -49,6 +51,15 @@ def sentences():
     return toy_text(), TextEmbedding(toy_text().spec, width=8)
 
 
+@cache
+def toy_questions():
+    return questions(shots=2, queries=3, dataset="toy", question=6, passage=24, longest=4, buckets=4)
+
+
+def passages():
+    return toy_questions(), Reader(toy_questions().spec, width=6, layers=1, reach=1)
+
+
 def walks():
     family = Navigation(horizon=6, shots=4, queries=5)
     return family, Policy(family.spec, (8,), "tanh")
@@ -64,7 +75,7 @@ def tables():
     return family, FastWeightsPolicy(family.spec, width=8, slots=4)
 
 
-TINY = (sinusoid, images, sentences, walks, pulls, tables)
+TINY = (sinusoid, images, sentences, passages, walks, pulls, tables)
 
 
 @cache
@@ -158,7 +169,7 @@ def test_evaluation_sees_queries_only_to_score_them(case):
     def states(query_targets):
         predictions.clear()
         support = {n: v[0] for n, v in task.support.items()}
-        query = {"x": task.query["x"][0], "y": query_targets, "spied": torch.tensor(1)}
+        query = {**{n: v[0] for n, v in task.query.items()}, "y": query_targets, "spied": torch.tensor(1)}
         with drawing(task.seed[0], training=False):
             for _, state in zip(range(3), algorithm.adapt(theta, support, loss_of(family)), strict=False):
                 if state is not None:
