@@ -182,7 +182,7 @@ class Images:
         wanted = Wanted(split, split_seed, lists, range_of("ways", ways).least, range_of("shots", shots).most + 1)
         source = found(path, data_dir)
         elsewhere = None if test_path is None else found(test_path, data_dir, "task.test_path")
-        name, self.pools, self.classes, digests = _pools(source, elsewhere, class_of, form, wanted)
+        name, self.pools, self.classes, digests = pools_of(source, elsewhere, class_of, form, wanted)
         name += [f"{image_size}px" + ("" if channels == 3 else ":grey"), digests]
         name += [] if embed is None else [embed]
         counts = {part: pool.cells.size for part, pool in self.pools.items()}
@@ -245,7 +245,7 @@ def _has_one_group(pattern: str | None) -> bool:
         return False
 
 
-def _pools(
+def pools_of(
     source: Path, elsewhere: Path | None, class_of: str | None, form: Pictures, wanted: Wanted
 ) -> tuple[list[str], dict[str, Pool], dict[str, list[str]], str]:
     """Return the name of the data, the pictures and the classes of each split, and a hash of the split's content.
