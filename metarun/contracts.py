@@ -90,7 +90,12 @@ class Target(Protocol):
 
 
 class RowTarget(Target, Protocol):
-    """A target with a loss and scores of a model's output."""
+    """A target with a loss and scores of a model's output.
+
+    A target may have outputs that do not follow from the rows of a support set, since they mean the same in every task:
+    ``shared`` is their number. They are the last ones, the targets of rows lack them, and a model's trunk gives them
+    after its features.
+    """
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:
         """Return the mean loss of the output for the data of one task."""
@@ -210,6 +215,8 @@ class Facts:
     """Features in which every task's target is linear: ``[examples, numbers]``."""
     groups: tuple[str, ...] | None = None
     """Names of the kinds of task in the family, if there are several; the data carry ``group [examples]``."""
+    references: Mapping[str, Callable[[Tree, Any], Tensor]] = field(default_factory=dict)
+    """What can be answered without a learner, by name: (support set of one task, x) → output."""
 
 
 @portable

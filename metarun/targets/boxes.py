@@ -24,7 +24,16 @@ from torch.nn.functional import max_pool2d, softplus
 from metarun.contracts import Need, Rows, Scores, Tree
 from metarun.data.portable import portable
 from metarun.errors import require
-from metarun.targets.detections import AP, AP50, AR, hits, mean_over_classes, overlap, precision_and_recall
+from metarun.targets.detections import (
+    AP,
+    AP50,
+    AR,
+    THRESHOLDS,
+    hits,
+    mean_over_classes,
+    overlap,
+    precision_and_recall,
+)
 from metarun.targets.metric import Metric
 
 GEOMETRY = 4
@@ -134,10 +143,10 @@ class Boxes:
         heat = (near[..., None] * label[..., None, :]).amax(-3)
         top = near.amax(-2)
         background = (top < CLEAR).to(heat.dtype)
-        logs = (size / self.unit).log()[..., None, :].expand(*far.shape, 2)
-        geometry = torch.cat([logs, place[..., None, :] - middle], -1)
-        owner = near.argmax(-2)[..., None, :, None].expand(*heat.shape[:-2], 1, self.locations, GEOMETRY)
-        own = geometry.gather(-3, owner).squeeze(-3) * (1 - background)[..., None]
+        # The box whose heat is highest, as one-hot [..., locations, most].
+        owner = near.argmax(-2)[..., None] == torch.arange(near.shape[-2], device=near.device)
+        own = owner.to(heat.dtype) @ torch.cat([(size / self.unit).log(), place], -1)
+        own = torch.cat([own[..., :2], own[..., 2:] - middle], -1) * (1 - background)[..., None]
         return torch.cat([heat, background[..., None], own], -1)
 
     def parts(self, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,10 +214,18 @@ class Boxes:
 
     def further(self, output: Tensor, data: Tree) -> Scores:
         """Return the other metrics, which only tests need."""
-        from metarun.targets.detections import THRESHOLDS
-
         precision, recall = self.at_thresholds(output, data, THRESHOLDS)
         return {AP.name: precision.to(output.dtype), AR.name: recall.to(output.dtype)}
+
+    def counts(self, output: Tensor, data: Tree, thresholds: tuple[float, ...]) -> Tensor:
+        """Return what `metarun.targets.detections.pooled_scores` needs ``[1 + found, 1 + thresholds]``."""
+        found, hit = self.compared(output, data, thresholds)
+        score = found.score
+        if "weight" in data:
+            score = torch.where(data["weight"][:, None] > 0, score, -1.0)
+        rows = torch.cat([score.flatten()[:, None], hit.flatten(1).T.to(score.dtype)], -1)
+        first = torch.zeros_like(rows[:1])
+        return torch.cat([first + data["label"].sum(), rows])
 
     def rows(self, z: Tensor, data: Tree) -> Rows:
         """Return a row for the centre of each object, and rows of background from a lattice; classes include background.

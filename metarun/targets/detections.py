@@ -11,6 +11,8 @@ All functions work under ``torch.func.vmap``. They compute in float64, since whe
 of 0.35 depends on the last digit.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -110,3 +112,34 @@ def mean_over_classes(values: Tensor, positives: Tensor) -> Tensor:
     """Return the mean of ``values [classes, thresholds]`` over thresholds and over the classes that have true boxes."""
     there = (positives > 0).double()
     return (values.mean(-1) * there).sum() / there.sum().clamp(min=1)
+
+
+def pooled_metrics() -> tuple[Metric, ...]:
+    """Return the metrics of `pooled_scores`."""
+    return tuple(metric._replace(name=f"pooled-{metric.name}") for metric in (AP50, AP, AR))
+
+
+def pooled_scores(counts: Tensor) -> dict[str, float]:
+    """Return average precision and recall of the boxes found in all tasks, ranked together whatever their class.
+
+    Args:
+        counts: ``[tasks, 1 + found, 1 + thresholds]``. The first row of a task has the number of true boxes in its first
+            column; each other row has the score of a box found, negative for padding, and 1 at the thresholds at which
+            it is a hit.
+    """
+    counted: np.ndarray[Any, Any] = counts.numpy()
+    positives = counted[:, 0, 0].sum()
+    found = counted[:, 1:].reshape(-1, counted.shape[-1])
+    found = found[found[:, 0] >= 0]
+    found = found[np.argsort(-found[:, 0], kind="stable")]
+    levels, precisions, recalls = LEVELS.numpy(), list[float](), list[float]()
+    for hit in found[:, 1:].T:
+        # Where the c-th hit is, there are c hits.
+        at = np.flatnonzero(hit)
+        true = np.arange(1, len(at) + 1)
+        precision = np.maximum.accumulate((true / (at + 1))[::-1])[::-1]
+        first = np.searchsorted(true / max(positives, 1), levels)
+        precisions.append(float(np.append(precision, 0.0)[np.minimum(first, len(at))].mean()))
+        recalls.append(len(at) / max(positives, 1))
+    values = (precisions[0], float(np.mean(precisions)), float(np.mean(recalls)))
+    return {metric.name: value for metric, value in zip(pooled_metrics(), values, strict=True)}
