@@ -232,6 +232,11 @@ class Spec:
     """Metrics of the scores; the first one is used for selection."""
     facts: Facts = field(default=Facts(), compare=False, repr=False)
 
+    @property
+    def row_outputs(self) -> int:
+        """The number of outputs that follow from the rows of a support set: all but the ``shared`` of `RowTarget`."""
+        return self.target.outputs - int(getattr(self.target, "shared", 0))
+
     def offers(self, need: Need) -> bool:
         """Whether the target has what an algorithm needs."""
         return need in self.target.offers

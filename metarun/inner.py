@@ -142,7 +142,7 @@ class Parted(NamedTuple):
 
 def parted(spec: Spec, z: Tensor) -> Parted:
     """Return features apart from the outputs among them that all tasks share (``shared`` of `RowTarget`)."""
-    width = z.shape[-1] - getattr(spec.target, "shared", 0)
+    width = z.shape[-1] - (spec.target.outputs - spec.row_outputs)
     return Parted(z[..., :width], z[..., width:])
 
 
