@@ -49,9 +49,12 @@ class Pyramid(nn.Module):
         self.smooth = nn.Sequential(
             nn.Conv2d(features, features, 3, padding=1, bias=norm == "none"), norm_of(norm, features), nn.ReLU()
         )
-        self.geometry = nn.Conv2d(features, GEOMETRY, 1)
-        nn.init.zeros_(self.geometry.weight)
-        nn.init.zeros_(self.geometry.bias)
+        self.geometry = nn.Sequential(
+            nn.Conv2d(features, features, 3, padding=1, bias=norm == "none"), norm_of(norm, features), nn.ReLU()
+        )
+        self.box = nn.Conv2d(features, GEOMETRY, 1)
+        nn.init.zeros_(self.box.weight)
+        nn.init.zeros_(self.box.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures ``[pictures, channels, size, size]`` → features and geometry, location by location in rows."""
@@ -62,8 +65,8 @@ class Pyramid(nn.Module):
         z = self.lateral[-1](maps[-1])
         for lateral, own in zip(reversed(self.lateral[:-1]), reversed(maps[:-1]), strict=True):
             z = lateral(own) + interpolate(z, scale_factor=2.0, mode="nearest")
-        z = self.smooth(z)
-        return torch.cat([z, self.geometry(z)], 1).flatten(2).movedim(1, 2)
+        box = self.box(self.geometry(z))
+        return torch.cat([self.smooth(z), box], 1).flatten(2).movedim(1, 2)
 
 
 class ResNetFPN(nn.Module):

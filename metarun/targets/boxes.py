@@ -8,8 +8,8 @@ each class, how large this object is, and how far its centre is from the middle 
     focal loss −1/N Σ (1 − p)² log p where Y = 1,  (1 − Y)⁴ p² log(1 − p) elsewhere           (equation 1; α = 2, β = 4)
     boxes      at a peak of p among its eight neighbours: its class, centre and size           (§4)
 
-Where we deviate: p is the chance of class k against background, each of which has a logit, so that a method which knows
-only classes of locations can serve; the spread σ follows the size of the box in each direction; sizes are logarithms;
+Where we deviate: p is a softmax over the classes and background, so that a method which knows only classes of locations
+can serve; the spread σ follows the size of the box in each direction; sizes are logarithms;
 size and centre are also learned at the neighbours of the centre, by their heat (as in Liu et al. 2019, "Training-Time-
 Friendly Network for Real-Time Object Detection", https://arxiv.org/abs/1909.00700); errors of both have a smooth L1 loss.
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d, softplus
+from torch.nn.functional import max_pool2d
 
 from metarun.contracts import Need, Rows, Scores, Tree
 from metarun.data.portable import portable
@@ -48,6 +48,8 @@ SMOOTH = 0.25
 """Errors below which the smooth L1 loss is quadratic."""
 LARGEST = 4.0
 """Largest magnitude of the logarithm of a size that a box is made of."""
+NEVER = -1e9
+"""Logit of what has no chance."""
 LATTICE = 4
 """Every so many locations in each direction, one is an example of background for learners that read rows."""
 
@@ -149,21 +151,24 @@ class Boxes:
         own = torch.cat([own[..., :2], own[..., 2:] - middle], -1) * (1 - background)[..., None]
         return torch.cat([heat, background[..., None], own], -1)
 
-    def parts(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits of each class against background ``[..., locations, ways]``, and the geometry ``[..., 4]``."""
-        ways = self.ways
-        return output[..., :ways] - output[..., ways : ways + 1], output[..., ways + 1 :]
+    def chances(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p and log(1 − p) of the chance p of each class ``[..., locations, ways]``."""
+        logits = output[..., : self.ways + 1]
+        all_of_them = logits.logsumexp(-1, keepdim=True)
+        own = torch.eye(self.ways, self.ways + 1, dtype=torch.bool, device=output.device)
+        others = logits[..., None, :].masked_fill(own, NEVER).logsumexp(-1)
+        return logits[..., : self.ways] - all_of_them, others - all_of_them
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:
         """Return the focal loss per object, and the mean errors of size and centre."""
         y = data["y"]
-        logit, geometry = self.parts(output)
         heat, own = y[..., : self.ways], y[..., self.ways + 1 :]
         seen = data["weight"][:, None, None] if "weight" in data else torch.ones_like(heat[:, :1, :1])
-        logit, geometry = logit.masked_fill(seen == 0, 0.0), geometry.masked_fill(seen == 0, 0.0)
-        chance, centre = logit.sigmoid(), (heat == 1).to(heat.dtype) * seen
-        hit = (1 - chance).square() * softplus(-logit)
-        miss = (1 - heat).pow(4) * chance.square() * softplus(logit) * seen
+        output = output.masked_fill(seen == 0, 0.0)
+        (log_chance, log_other), geometry = self.chances(output), output[..., self.ways + 1 :]
+        centre = (heat == 1).to(heat.dtype) * seen
+        hit = -(2 * log_other).exp() * log_chance
+        miss = -(1 - heat).pow(4) * (2 * log_chance).exp() * log_other * seen
         focal = torch.where(centre > 0, hit, miss).sum() / centre.sum().clamp(min=1)
         weight = heat.amax(-1, keepdim=True) * seen * (1 - y[..., self.ways : self.ways + 1])
         errors = smooth(geometry - own) * weight
@@ -172,10 +177,10 @@ class Boxes:
     def found(self, output: Tensor) -> Found:
         """Return the boxes that an output ``[pictures, locations, outputs]`` tells of: peaks of the chances."""
         output = output.detach().nan_to_num()
-        logit, geometry = self.parts(output)
-        pictures, edge = len(output), self.edge
-        # Logits have the order of chances, and are not tied where chances round to 1.
-        maps = logit.movedim(-1, -2).reshape(pictures, self.ways, edge, edge)
+        log_chance, log_other = self.chances(output)
+        geometry, pictures, edge = output[..., self.ways + 1 :], len(output), self.edge
+        # Log odds have the order of chances, and are not tied where chances round to 1.
+        maps = (log_chance - log_other).movedim(-1, -2).reshape(pictures, self.ways, edge, edge)
         peak = maps == max_pool2d(maps, 3, 1, 1)
         ranked = torch.where(peak, maps, -torch.inf).flatten(1)
         best = ranked.topk(min(self.most_found, ranked.shape[1]), -1)
