@@ -68,7 +68,8 @@ class Found(NamedTuple):
 def smooth(error: Tensor) -> Tensor:
     """Return the smooth L1 loss of errors (Girshick 2015, equation 3), quadratic below ``SMOOTH``."""
     size = error.abs()
-    return torch.where(size < SMOOTH, size.square() / (2 * SMOOTH), size - SMOOTH / 2)
+    # The square of the magnitude has no second derivative at 0.
+    return torch.where(size < SMOOTH, error.square() / (2 * SMOOTH), size - SMOOTH / 2)
 
 
 @portable

@@ -58,12 +58,12 @@ class BoxFamily:
             for block, (when, found) in enumerate(made.items()):
                 for place in range(shown):
                     axis = axes[row][block * shown + place]
-                    self._draw(axis, tasks.query, {key: leaf[row] for key, leaf in found.items()}, row, place)
+                    self._draw_picture(axis, tasks.query, {key: leaf[row] for key, leaf in found.items()}, row, place)
                     if row == 0 and place == 0:
                         axis.set_title(f"{when} adaptation", fontsize=9, loc="left")
         return figure
 
-    def _draw(self, axis: Axes, query: Tree, found: Tree, row: int, place: int) -> None:
+    def _draw_picture(self, axis: Axes, query: Tree, found: Tree, row: int, place: int) -> None:
         pixels = self.converter.shares(query["x"][row, place]).clamp(0, 1)
         axis.imshow(pixels.movedim(0, -1).float().numpy(), cmap="gray", interpolation="nearest", extent=self._extent())
         axis.set_xticks([])
