@@ -91,7 +91,12 @@ class Target(Protocol):
 
 
 class RowTarget(Target, Protocol):
-    """A target with a loss and scores of a model's output."""
+    """A target with a loss and scores of a model's output.
+
+    A target may have outputs that do not follow from the rows of a support set, since they mean the same in every task:
+    ``shared`` is their number. They are the last ones, the targets of rows lack them, and a model's trunk gives them
+    after its features.
+    """
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:
         """Return the mean loss of the output for the data of one task."""
@@ -244,6 +249,11 @@ class Spec:
     metrics: tuple[Metric, ...]
     """Metrics of the scores; the first one is used for selection."""
     facts: Facts = field(default=Facts(), compare=False, repr=False)
+
+    @property
+    def row_outputs(self) -> int:
+        """The number of outputs that follow from the rows of a support set: all but the ``shared`` of `RowTarget`."""
+        return self.target.outputs - int(getattr(self.target, "shared", 0))
 
     def offers(self, need: Need) -> bool:
         """Whether the target has what an algorithm needs."""

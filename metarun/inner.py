@@ -131,18 +131,38 @@ def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -
     return z[:n], z[n:]
 
 
-def rows_together(spec: Spec, embed: Forward, weights: Weights, support: Tree, x: Tensor) -> tuple[Rows, Tensor]:
-    """Return the support set as rows, and features of ``x`` ``[..., d]``, by ``embed_together``.
+class Parted(NamedTuple):
+    """Features of which the last are no features of rows, but outputs that are the same function in all tasks."""
+
+    z: Tensor
+    """``[..., d]``."""
+    shared: Tensor
+    """``[..., shared]``."""
+
+
+def parted(spec: Spec, z: Tensor) -> Parted:
+    """Return features apart from the outputs among them that all tasks share (``shared`` of `RowTarget`)."""
+    width = z.shape[-1] - (spec.target.outputs - spec.row_outputs)
+    return Parted(z[..., :width], z[..., width:])
+
+
+def rows_together(
+    spec: Spec, embed: Forward, weights: Weights, support: Tree, x: Tensor
+) -> tuple[Rows, Tensor | Parted]:
+    """Return the support set as rows, and features of ``x`` ``[..., d]`` for `by_row`, by ``embed_together``.
 
     A row is an example where an output is a vector; the target makes rows of whatever else examples consist of, such as
     the words of sentences.
     """
     z, queries = embed_together(embed, weights, support, x)
-    return cast(RowTarget, spec.target).rows(z, support), queries
+    rows = cast(RowTarget, spec.target).rows(parted(spec, z).z, support)
+    return rows, parted(spec, queries) if hasattr(spec.target, "shared") else queries
 
 
-def by_row(answer: Callable[[Tensor], Tensor], queries: Tensor) -> Tensor:
+def by_row(answer: Callable[[Tensor], Tensor], queries: Tensor | Parted) -> Tensor:
     """Return ``answer``, a function of rows ``[rows, d]``, for features ``queries [..., d]``, in the same shape."""
+    if isinstance(queries, Parted):
+        return torch.cat([by_row(answer, queries.z), queries.shared], -1)
     if queries.ndim == 2:
         return answer(queries)
     answers = answer(queries.flatten(0, -2))

@@ -78,11 +78,13 @@ def names(group):
 
 
 OF_FILES = (
-    *("images", "features", "grocery", "cells", "faces"),
+    *("images", "features", "grocery", "cells", "faces", "detection", "bccd"),
     *("table", "molecules", "heart", "parkinsons", "glucose"),
 )
 """Tasks that need files, for which tests/tasks/test_images.py and test_table.py make small ones."""
-WITHOUT_FILES = [task for task in names("task") if task not in OF_FILES]
+LARGE = ("sprites",)
+"""Tasks with large inputs, which the contract tests run with every algorithm, and tests/tasks/test_detection.py as runs."""
+WITHOUT_FILES = [task for task in names("task") if task not in (*OF_FILES, *LARGE)]
 
 
 def narrow(model):

@@ -183,7 +183,7 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
     if spec.offers("rows"):
         y = data["y"]
         if y.ndim > 3 and y.shape[1] == examples:
-            _check_targets(f"the rows of {y_name}", *_rows_of(y_name, data, spec), spec, spec.target.outputs)
+            _check_targets(f"the rows of {y_name}", *_rows_of(y_name, data, spec), spec, spec.row_outputs)
         else:
             _check_targets(y_name, y, weight, spec, ways)
             if classes and name.endswith("support"):

@@ -10,7 +10,8 @@ from metarun.contracts import Numbers, Spec
 from metarun.errors import require
 
 
-def _norm(kind: str, channels: int) -> nn.Module:
+def norm_of(kind: str, channels: int) -> nn.Module:
+    """Return a normalisation of maps of so many channels."""
     if kind == "batch":
         # No running averages: MAML normalises by the batch in test too, so the queries of a task see each other.
         return nn.BatchNorm2d(channels, track_running_stats=False)
@@ -68,7 +69,7 @@ class Conv4(nn.Module):
             stride = 2 if downsample == "stride" and block < halvings else 1
             # A bias before a normalisation is cancelled by it.
             layers.append(nn.Conv2d(channels, filters, 3, stride, padding=1, bias=norm == "none"))
-            layers += [_norm(norm, filters), nn.ReLU()]
+            layers += [norm_of(norm, filters), nn.ReLU()]
             if downsample == "max_pool" and block < halvings:
                 layers.append(nn.MaxPool2d(2))
             channels = filters

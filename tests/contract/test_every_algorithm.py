@@ -17,6 +17,7 @@ from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.reader import Reader
+from metarun.models.resnet_fpn import ResNetFPN
 from metarun.models.text import TextEmbedding
 from metarun.random import drawing
 from metarun.targets.scoring import loss_of
@@ -25,6 +26,7 @@ from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
 from metarun.tasks.questions import questions
 from metarun.tasks.sinusoid import Sinusoid
+from metarun.tasks.sprites import SpriteDetection
 from metarun.tasks.text import text
 from metarun.tree import learned, leaves, like, tree_map
 
@@ -75,7 +77,14 @@ def tables():
     return family, FastWeightsPolicy(family.spec, width=8, slots=4)
 
 
-TINY = (sinusoid, images, sentences, passages, walks, pulls, tables)
+@cache
+def sprites():
+    keys = {"sprites": "shapes", "backgrounds": "noise", "image_size": 32, "objects": 2, "distractors": 0}
+    family = SpriteDetection(ways=2, shots=1, queries=1, **keys)
+    return family, ResNetFPN(family.spec, (4,), 4)
+
+
+TINY = (sinusoid, images, sentences, passages, walks, pulls, tables, sprites)
 
 
 @cache

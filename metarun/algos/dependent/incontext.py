@@ -80,6 +80,6 @@ def incontext(model: nn.Module, spec: Spec, width: int = 64, layers: int = 3, he
         model,
         spec,
         "incontext",
-        lambda token: Transformer(token, spec.target.outputs, width, layers, heads),
+        lambda token: Transformer(token, spec.row_outputs, width, layers, heads),
         "https://arxiv.org/abs/2112.10510",
     )

@@ -161,5 +161,5 @@ def metaoptnet(
         any_ways=True,
         open_ways=True,
         embed=lambda theta, x: embed(theta["weights"], x),
-        adapted_parameters=lambda theta: linear.in_features * spec.target.outputs,
+        adapted_parameters=lambda theta: linear.in_features * spec.row_outputs,
     )

@@ -87,6 +87,10 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
         width: width of the hidden linear layer of g, at least 1 (8 in the paper).
     """
     require(width >= 1, f"width must be at least 1, not {width}")
+    require(
+        spec.row_outputs == spec.target.outputs,
+        "relation learns nothing but relations to classes, and this task asks for more; choose another, such as protonet",
+    )
     trunk, head = trunk_and_head(model, "relation")
     embed = forward_of(trunk)
     maps: tuple[int, int, int] | None = getattr(model, "maps", None)

@@ -89,5 +89,5 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
         any_ways=True,
         open_ways=True,
         embed=lambda theta, x: embed(theta["weights"], x),
-        adapted_parameters=lambda theta: (head.in_features + 1) * spec.target.outputs,
+        adapted_parameters=lambda theta: (head.in_features + 1) * spec.row_outputs,
     )

@@ -147,7 +147,7 @@ def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) ->
     """
     trunk, head = trunk_and_head(model, name)
     embed = forward_of(trunk)
-    read, drawn = own_network(lambda: network(head.in_features + spec.target.outputs), model)
+    read, drawn = own_network(lambda: network(head.in_features + spec.row_outputs), model)
 
     def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk)
@@ -189,6 +189,6 @@ def snail(model: nn.Module, spec: Spec, width: int = 128) -> Algorithm:
         model,
         spec,
         "snail",
-        lambda token: Snail(token, spec.target.outputs, length, width),
+        lambda token: Snail(token, spec.row_outputs, length, width),
         "https://arxiv.org/abs/1707.03141",
     )
