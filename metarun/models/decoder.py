@@ -97,10 +97,11 @@ class Recurrent(nn.Module):
             alone: Tensor = embedded + self.drop(self.into(self.writer(embedded, start)[0]))
             return alone
         there = (x[:, : self.prompt] > 0)[..., None]
-        read = self.reader(embedded[:, : self.prompt], start[:1])[0].masked_fill(~there, 0.0)
+        states = self.reader(embedded[:, : self.prompt], start[:1])[0]
+        read = (embedded[:, : self.prompt] + states).masked_fill(~there, 0.0)
         # The state at the last token of the prompt, after which there is padding alone.
         following = torch.cat([there[:, 1:], torch.zeros_like(there[:, :1])], 1)
-        last = (read * (there & ~following)).sum(1)
+        last = (states * (there & ~following)).sum(1)
         states = self.writer(embedded[:, self.prompt :], last.expand(self.layers, -1, -1).contiguous())[0]
         seen = scaled_dot_product_attention(self.query(states), read, read, attn_mask=there.transpose(1, 2))
         text = embedded[:, self.prompt :] + self.drop(self.into(torch.cat([states, seen], -1)))
@@ -209,11 +210,11 @@ class GRUDecoder(Decoder):
     def __init__(
         self,
         spec: Spec,
-        width: int = 128,
+        width: int = 96,
         layers: int = 1,
-        ngrams: int = 1,
+        ngrams: int = 4,
         buckets: int = 4096,
-        dropout: float = 0.1,
+        dropout: float = 0.2,
     ) -> None:
         inputs = sequences_of(spec, "gru_decoder")
         _check(width, layers, ngrams, buckets, dropout)
@@ -239,9 +240,9 @@ class TransformerDecoder(Decoder):
         width: int = 96,
         layers: int = 2,
         heads: int = 4,
-        ngrams: int = 1,
+        ngrams: int = 4,
         buckets: int = 4096,
-        dropout: float = 0.1,
+        dropout: float = 0.2,
     ) -> None:
         inputs = sequences_of(spec, "transformer_decoder")
         _check(width, layers, ngrams, buckets, dropout)
