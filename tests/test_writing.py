@@ -19,7 +19,7 @@ from metarun.models.decoder import GRUDecoder, TransformerDecoder
 from metarun.nn.functional import forward_of
 from metarun.random import drawing
 from metarun.targets.bleu import bleu, bleu_counts
-from metarun.targets.decoding import written
+from metarun.targets.decoding import each_once, written
 from metarun.targets.text import BITS, NATS, Text
 from metarun.tree import tree_map
 
@@ -186,6 +186,19 @@ def test_text_is_written_token_by_token():
             torch.stack([prompt, prompt])
         )
         assert torch.equal(together[1], text)
+
+
+def test_a_rule_lets_a_text_say_each_thing_of_its_prompt_once():
+    """Tokens 4 and 5 hold a thing each, and 6 both; the model prefers 6, 5, 4, 3 and the end, in this order."""
+    holds = torch.tensor([[0, 0], [0, 0], [0, 0], [0, 0], [1, 0], [0, 1], [1, 1]])
+    prompt = torch.tensor([[4, 5], [5, 3], [3, 0]])
+    likely = torch.tensor([-9.0, 1.0, -9.0, 2.0, 3.0, 4.0, 5.0])
+    found = written(lambda x: likely.expand(len(x), 4, 7), prompt, 4, rule=each_once(holds))
+    assert found.tolist() == [[6, 3, 3, 3], [5, 3, 3, 3], [3, 3, 3, 3]]
+    # A text that wants to end says what it has left out first.
+    ends = likely.index_fill(0, torch.tensor([1]), 9.0)
+    found = written(lambda x: ends.expand(len(x), 4, 7), prompt, 4, rule=each_once(holds))
+    assert found.tolist() == [[6, 1, 1, 1], [5, 1, 1, 1], [1, 1, 1, 1]]
 
 
 def test_samples_have_the_frequencies_of_their_probabilities():

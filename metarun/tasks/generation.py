@@ -18,11 +18,12 @@ from torch import Tensor
 
 from metarun.contracts import Pooled, Predict, Samples, Sequences, Sizes, Spec, Split, Task, Tree
 from metarun.data import dialogues, pieces, responses
-from metarun.data.dialogues import Prompts, Turn, filled, slot_errors
+from metarun.data.dialogues import PLACES, Prompts, Turn, filled, slot_errors
+from metarun.data.pieces import symbol
 from metarun.data.toy_writing import toy_turns
 from metarun.errors import require
 from metarun.targets.bleu import COUNTS, bleu, bleu_counts
-from metarun.targets.decoding import written
+from metarun.targets.decoding import each_once, written
 from metarun.targets.metric import Metric
 from metarun.targets.text import NATS, Text
 from metarun.tasks.few_shot import Range, Shots, range_of
@@ -106,6 +107,7 @@ class Generation:
         merges: number of word pieces longer than a character, at least 0.
         length: most tokens of a text, its end included, at least 2; longer ones are cut off for learning.
         prompt: most tokens of a prompt, at least 1; longer ones are cut off.
+        once: whether each value of a prompt is said once (see `metarun.targets.decoding.each_once`).
         temperature: that of the samples, above 0.
         device: where the turns live.
         data_dir: holds the folder ``sgd_subset``.
@@ -123,8 +125,9 @@ class Generation:
         dataset: Literal["auto", "sgd", "toy"] = "auto",
         path: str | None = None,
         merges: int = 600,
-        length: int = 40,
-        prompt: int = 32,
+        length: int = 32,
+        prompt: int = 24,
+        once: bool = True,
         temperature: float = 0.7,
         device: str = "cpu",
         data_dir: str = "data",
@@ -150,12 +153,16 @@ class Generation:
         texts = [text for turn in train for text in (turn.text, describe.of(turn))]
         self.tokenizer = pieces.fit(texts, merges, describe.alphabet)
         self.columns, self.length = prompt, length
+        values = [[float(symbol(i) in text) for i in range(PLACES)] for text in self.tokenizer.strings]
+        self.rule = each_once(torch.tensor(values, device=device)) if once else None
         self.splits = dict[str, Services]()
         for part, services in parts.items():
             size = self.sizes[part == "train"]
             large = dialogues.of_size(services, size.shots.most, size.queries, f"{name} ({part})")
             self.splits[part] = Services(large, describe, self.tokenizer, (prompt, length))
-        self.dataset = ":".join([name, *others.shots.text("shots"), f"merges={merges}", f"length={length}", content])
+        self.dataset = ":".join(
+            [name, *others.shots.text("shots"), f"merges={merges}", f"length={length}", *["once"] * once, content]
+        )
         self.spec = Spec(
             Sequences(prompt, length, self.tokenizer.ids),
             Text(self.tokenizer.ids),
@@ -188,7 +195,7 @@ class Generation:
 
     def _counts(self, predict: Predict, task: Task) -> Tensor:
         """Return the text of each query turn, its number, and the numbers of the support turns (−1: padding)."""
-        text = written(predict, task.query["x"][:, : self.columns], self.length)
+        text = written(predict, task.query["x"][:, : self.columns], self.length, rule=self.rule)
         support = task.support["turn"]
         if "weight" in task.support:
             support = support.masked_fill(task.support["weight"] == 0, -1)
@@ -222,7 +229,7 @@ class Generation:
         """Return the most likely text and a sample for some query turns, each ``[SHOWN, length]``."""
         prompt = task.query["x"][:SHOWN, : self.columns]
         temperatures = {"likely": 0.0, "sample": self.temperature}
-        return {name: written(predict, prompt, self.length, t) for name, t in temperatures.items()}
+        return {name: written(predict, prompt, self.length, t, self.rule) for name, t in temperatures.items()}
 
     def _show(self, made: Mapping[str, Tree], tasks: Task) -> str:
         """Return what the learner says before and after adaptation next to what was really said."""

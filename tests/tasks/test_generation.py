@@ -30,7 +30,9 @@ BOOKED = Turn(
 
 
 def toy(**keys):
-    return Generation(**{"dataset": "toy", "shots": 3, "queries": 4, "merges": 60, "length": 16, "prompt": 8, **keys})
+    return Generation(
+        **{"dataset": "toy", "shots": 3, "queries": 4, "merges": 60, "length": 16, "prompt": 8, "once": False, **keys}
+    )
 
 
 def test_values_are_placeholders_in_prompts_and_texts_and_filled_in_again():
