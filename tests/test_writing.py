@@ -164,6 +164,18 @@ def test_meta_gradient_of_maml_equals_an_autograd_loop(prompt):
             assert (found - own).abs().max() <= 1e-9 * own.abs().max().clamp(min=1e-3), name
 
 
+def test_copying_goes_on_from_where_it_is():
+    """With the gate shut, a fresh model copies a prompt that begins with a boundary from there to its end."""
+    prompt = torch.tensor([[9, 1, 5, 7, 5, 1], [1, 6, 8, 1, 0, 0]])
+    for model in decoders(6):
+        nn.init.constant_(model.copy_gate.bias, -50.0)
+        nn.init.constant_(model.copy_on, 30.0)
+        with torch.no_grad():
+            found = written(model, prompt, TEXT)
+        assert found[0, :4].tolist() == [5, 7, 5, 1]
+        assert found[1, :3].tolist() == [6, 8, 1]
+
+
 def test_text_is_written_token_by_token():
     """The most likely text is what a loop finds; a sample comes from the task's seed, and a cold one is most likely."""
     prompt = texts(3)["x"][:, :PROMPT]

@@ -210,8 +210,8 @@ def read(path: str, data_dir: str) -> tuple[dict[str, list[Turn]] | list[Turn], 
 def by_service(turns: Mapping[str, Sequence[Turn]] | Sequence[Turn], dataset: str) -> dict[str, dict[str, list[Turn]]]:
     """Return the turns of each service by split; no service is in two splits.
 
-    Where the data name splits, a service belongs to the first of train, val and test that has it, and its turns in the
-    others are left out. Otherwise services are drawn by a fixed seed.
+    Where the data name splits, a service belongs to the first of train, val and test that has it, with all its turns.
+    Otherwise services are drawn by a fixed seed.
 
     Raises:
         UserError: a split has no service.
@@ -219,16 +219,14 @@ def by_service(turns: Mapping[str, Sequence[Turn]] | Sequence[Turn], dataset: st
     if not isinstance(turns, Mapping):
         drawn = dealt({turn.service for turn in turns}, SPLIT_SEED, SHARES, 1)
         turns = {part: [turn for turn in turns if turn.service in names] for part, names in drawn.items()}
-    seen, parts = set[str](), dict[str, dict[str, list[Turn]]]()
+    home = dict[str, str]()
+    parts: dict[str, dict[str, list[Turn]]] = {part: {} for part in SHARES}
     for part in SHARES:
-        own = dict[str, list[Turn]]()
         for turn in turns[part]:
-            if turn.service not in seen:
-                own.setdefault(turn.service, []).append(turn)
-        seen |= own.keys()
+            parts[home.setdefault(turn.service, part)].setdefault(turn.service, []).append(turn)
+    for part, own in parts.items():
         if not own:
-            raise UserError(f"{dataset} has no service for {part} that no other split has; add some.")
-        parts[part] = own
+            raise UserError(f"{dataset} has no service for {part} that no earlier split has; add some.")
     return parts
 
 

@@ -56,14 +56,14 @@ def _swapped(text: str, places: Sequence[int | None], values: Sequence[str]) -> 
 
 
 def nearest(turn: Turn, support: Sequence[Turn]) -> str:
-    """Return the text of the support turn whose acts and slots overlap most with those of ``turn`` (Jaccard)."""
+    """Return the text of the support turn whose acts and slots overlap most (Jaccard); nothing without such turns."""
     own = set(_kinds(turn))
 
     def overlap(other: Turn) -> float:
         theirs = set(_kinds(other))
         return len(own & theirs) / len(own | theirs)
 
-    return _in_other_words(turn, max(support, key=overlap))
+    return _in_other_words(turn, max(support, key=overlap)) if support else ""
 
 
 def same_or_template(turn: Turn, support: Sequence[Turn]) -> str:

@@ -8,7 +8,10 @@ https://arxiv.org/abs/1704.04368, equations 8 and 9):
 
     p(token) = g · softmax(head(h)) + (1 − g) · Σ a_i over prompt positions i that hold the token,   g = σ(w · h + b)
 
-where a = softmax(h W k / √width) attends to the features k of the prompt. The outputs are logarithms of p.
+where a = softmax(h W k / √width + u m + v n) attends to the features k of the prompt, m is 1 at the positions after the
+token that the text has said last, and n is 1 where the two tokens before them are the last two of the text. So whoever
+copies goes on copying from the start, as induction heads do (Olsson et al. 2022, https://arxiv.org/abs/2209.11895). The
+outputs are logarithms of p.
 """
 
 import math
@@ -20,6 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from metarun.contracts import Sequences, Spec
 from metarun.errors import require
 
+COPY_ON = 4.0
+"""Initial u and v."""
 LEAST = 1e-9
 """The smallest probability of a token, so that its logarithm is finite."""
 
@@ -34,6 +39,20 @@ def sequences_of(spec: Spec, model: str) -> Sequences:
     if not isinstance(inputs, Sequences):
         raise ValueError(f"{model} needs texts to be continued, such as those of task=generation; choose another model")
     return inputs
+
+
+def follows(prompt: Tensor, text: Tensor) -> Tensor:
+    """Return which positions of a prompt come after the last token of the text so far, and after the last two.
+
+    ``prompt [examples, columns]`` and ``text [examples, positions]`` → ``[2, examples, positions, columns]``.
+    """
+
+    def earlier(ids: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], 1)
+
+    before, said = earlier(prompt), earlier(text)
+    one = text[..., None] == before[:, None]
+    return torch.stack([one, one & (said[..., None] == earlier(before)[:, None])])
 
 
 class NgramEmbedding(nn.Module):
@@ -166,6 +185,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, spec.target.outputs)
         if inputs.prompt:
             self.copy_query, self.copy_gate = nn.Linear(width, width), nn.Linear(width, 1)
+            self.copy_on = nn.Parameter(torch.full((2,), COPY_ON))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, prompt + text]`` → logits of the next tokens ``[examples, text, ids]``."""
@@ -176,6 +196,7 @@ class Decoder(nn.Module):
             return logits
         ids = x[:, : self.prompt]
         scores = self.copy_query(text) @ prompt.transpose(1, 2) / math.sqrt(prompt.shape[-1])
+        scores = scores + (self.copy_on[:, None, None, None] * follows(ids, x[:, self.prompt :]).to(scores)).sum(0)
         attention = scores.masked_fill((ids == 0)[:, None], torch.finfo(scores.dtype).min).softmax(-1)
         places = ids[:, None].expand(-1, text.shape[1], -1)
         copied = torch.zeros_like(logits).scatter_add(-1, places, attention)
@@ -210,11 +231,11 @@ class GRUDecoder(Decoder):
     def __init__(
         self,
         spec: Spec,
-        width: int = 96,
+        width: int = 128,
         layers: int = 1,
-        ngrams: int = 4,
+        ngrams: int = 1,
         buckets: int = 4096,
-        dropout: float = 0.2,
+        dropout: float = 0.3,
     ) -> None:
         inputs = sequences_of(spec, "gru_decoder")
         _check(width, layers, ngrams, buckets, dropout)
@@ -240,9 +261,9 @@ class TransformerDecoder(Decoder):
         width: int = 96,
         layers: int = 2,
         heads: int = 4,
-        ngrams: int = 4,
+        ngrams: int = 1,
         buckets: int = 4096,
-        dropout: float = 0.2,
+        dropout: float = 0.3,
     ) -> None:
         inputs = sequences_of(spec, "transformer_decoder")
         _check(width, layers, ngrams, buckets, dropout)

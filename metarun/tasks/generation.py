@@ -58,8 +58,8 @@ class Services:
     Attributes:
         names: of the services.
         dialogues: of each service, the rows of its dialogues' turns.
-        prompts: rows of ids ``[turns, columns]``.
-        texts: the same for texts.
+        prompts: the ids of the acts of each turn.
+        texts: rows of ids ``[turns, columns]``.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Services:
             for turns in of_service:
                 self.dialogues[-1].append(list(range(len(self.turns), len(self.turns) + len(turns))))
                 self.turns += turns
-        self.prompts = tokenizer.rows(map(describe.of, self.turns), shape[0], ended=False)
+        self.prompts = [tokenizer.encoded(describe.of(turn))[: shape[0]] for turn in self.turns]
         self.texts = tokenizer.rows((turn.text for turn in self.turns), shape[1])
 
     def draw(self, size: Size, generator: torch.Generator) -> tuple[list[int], list[int]]:
@@ -107,6 +107,8 @@ class Generation:
         merges: number of word pieces longer than a character, at least 0.
         length: most tokens of a text, its end included, at least 2; longer ones are cut off for learning.
         prompt: most tokens of a prompt, at least 1; longer ones are cut off.
+        draft: a way to answer without learning whose text follows the acts in a prompt, so that a learner may copy and
+            edit it: ``nearest`` or ``template`` (see `metarun.data.responses`); ``none``: acts alone.
         once: whether each value of a prompt is said once (see `metarun.targets.decoding.each_once`).
         temperature: that of the samples, above 0.
         device: where the turns live.
@@ -127,6 +129,7 @@ class Generation:
         merges: int = 600,
         length: int = 32,
         prompt: int = 24,
+        draft: Literal["none", "nearest", "template"] = "template",
         once: bool = True,
         temperature: float = 0.7,
         device: str = "cpu",
@@ -152,7 +155,8 @@ class Generation:
         describe = Prompts(dialogues.acts_of(train))
         texts = [text for turn in train for text in (turn.text, describe.of(turn))]
         self.tokenizer = pieces.fit(texts, merges, describe.alphabet)
-        self.columns, self.length = prompt, length
+        self.draft, self.length = REFERENCES.get(draft), length
+        self.columns = prompt + (length + 1 if self.draft else 0)
         values = [[float(symbol(i) in text) for i in range(PLACES)] for text in self.tokenizer.strings]
         self.rule = each_once(torch.tensor(values, device=device)) if once else None
         self.splits = dict[str, Services]()
@@ -161,10 +165,18 @@ class Generation:
             large = dialogues.of_size(services, size.shots.most, size.queries, f"{name} ({part})")
             self.splits[part] = Services(large, describe, self.tokenizer, (prompt, length))
         self.dataset = ":".join(
-            [name, *others.shots.text("shots"), f"merges={merges}", f"length={length}", *["once"] * once, content]
+            [
+                name,
+                *others.shots.text("shots"),
+                f"merges={merges}",
+                f"length={length}",
+                f"draft={draft}",
+                *["once"] * once,
+                content,
+            ]
         )
         self.spec = Spec(
-            Sequences(prompt, length, self.tokenizer.ids),
+            Sequences(self.columns, length, self.tokenizer.ids),
             Text(self.tokenizer.ids),
             Sizes(others.shots.most, queries),
             metrics=(NATS,),
@@ -181,13 +193,31 @@ class Generation:
         real = None
         if not size.shots.fixed:
             real = torch.arange(size.shots.most) < size.shots.draw((count, 1), generator)
-        return Task(self._part(own, support, real), self._part(own, query, None if real is None else query >= 0))
+        shown = support if real is None else support.masked_fill(~real, -1)
+        return Task(
+            self._part(own, support, real, shown),
+            self._part(own, query, None if real is None else query >= 0, shown),
+        )
 
-    def _part(self, own: Services, rows: Tensor, real: Tensor | None) -> dict[str, Tensor]:
-        """Return the leaves of one part of tasks, given its turns ``[tasks, turns]``; all zero where it is padding."""
+    def _prompt(self, own: Services, row: int, support: list[int]) -> list[int]:
+        """Return the ids of the acts of a turn, and of a draft that is made from the other turns of ``support``."""
+        ids = own.prompts[row]
+        if self.draft is not None:
+            others = [own.turns[other] for other in support if other not in (row, -1)]
+            draft = self.tokenizer.encoded(self.draft(own.turns[row], others))[: self.length - 1]
+            ids = [*ids, pieces.BOUNDARY, *draft, pieces.BOUNDARY]
+        return ids + [pieces.PADDING] * (self.columns - len(ids))
+
+    def _part(self, own: Services, rows: Tensor, real: Tensor | None, support: Tensor) -> dict[str, Tensor]:
+        """Return the leaves of one part of tasks, given its turns ``[tasks, turns]``; all zero where it is padding.
+
+        ``support [tasks, turns]`` are the support turns from which drafts are made, −1 for padding.
+        """
+        pairs = zip(rows.tolist(), support.tolist(), strict=True)
+        prompts = torch.tensor([[self._prompt(own, row, shown) for row in task] for task, shown in pairs])
         text = own.texts[rows]
         before = torch.cat([torch.full_like(text[..., :1], pieces.BOUNDARY), text[..., :-1]], -1)
-        leaves = {"x": torch.cat([own.prompts[rows], before], -1), "y": text, "turn": rows}
+        leaves = {"x": torch.cat([prompts, before], -1), "y": text, "turn": rows}
         if real is not None:
             leaves = {name: leaf * real.view(*real.shape, *[1] * (leaf.ndim - 2)) for name, leaf in leaves.items()}
             leaves["weight"] = real.to(torch.get_default_dtype())

@@ -31,7 +31,17 @@ BOOKED = Turn(
 
 def toy(**keys):
     return Generation(
-        **{"dataset": "toy", "shots": 3, "queries": 4, "merges": 60, "length": 16, "prompt": 8, "once": False, **keys}
+        **{
+            "dataset": "toy",
+            "shots": 3,
+            "queries": 4,
+            "merges": 60,
+            "length": 16,
+            "prompt": 8,
+            "draft": "none",
+            "once": False,
+            **keys,
+        }
     )
 
 
@@ -76,6 +86,21 @@ def test_support_and_query_turns_are_of_different_dialogues_of_one_service():
     assert sum(map(len, own.values())) == len(set.union(*own.values()))
     ids = tasks.query["x"][0][:, family.columns + 1 :]
     assert torch.equal(ids, tasks.query["y"][0][:, :-1])
+
+
+@pytest.mark.parametrize("draft", ["nearest", "template"])
+def test_a_prompt_ends_with_a_draft_made_from_the_other_support_turns(draft):
+    family = toy(draft=draft)
+    answer = {"nearest": responses.nearest, "template": responses.same_or_template}[draft]
+    tasks, turns = sampled(family, "test", 3, generator()), family.splits["test"].turns
+    for i in range(3):
+        shown = tasks.support["turn"][i].tolist()
+        for part in (tasks.support, tasks.query):
+            for row, ids in zip(part["turn"][i].tolist(), part["x"][i].tolist(), strict=True):
+                draft = answer(turns[row], [turns[other] for other in shown if other != row])
+                expected = [1, *family.tokenizer.encoded(draft)[:15], 1]
+                acts = family.splits["test"].prompts[row]
+                assert ids[: family.columns] == [*acts, *expected] + [0] * (family.columns - len(acts + expected))
 
 
 def test_the_texts_of_all_tasks_are_scored_together():
