@@ -68,7 +68,7 @@ def tables():
 
 @cache
 def toy_services():
-    return Generation(shots=3, queries=3, dataset="toy", merges=60, length=6, prompt=4)
+    return Generation(shots=3, queries=3, dataset="toy", merges=60, length=6, prompt=4, draft="none")
 
 
 def turns():
