@@ -157,6 +157,24 @@ class Joined:
         return (self.question + self.passage, self.numbers)
 
 
+@portable
+@dataclass(frozen=True)
+class Sequences:
+    """Inputs that are rows of token ids: a prompt, padded with 0, and a text whose next tokens are predicted."""
+
+    prompt: int
+    """Number of columns of the prompt; 0 where there is none."""
+    text: int
+    """Number of columns of the text, which begins with a token that marks its start."""
+    ids: int
+    """Number of ids."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return (self.prompt + self.text,)
+
+
 class Seen(NamedTuple):
     """The input of a policy: ``steps`` successive moments of ``episodes`` parallel episodes.
 
@@ -243,7 +261,7 @@ class Facts:
 class Spec:
     """What an algorithm and a model may know of a task family."""
 
-    inputs: Numbers | Tokens | Joined | Moments
+    inputs: Numbers | Tokens | Joined | Sequences | Moments
     target: Target
     sizes: Sizes
     metrics: tuple[Metric, ...]
@@ -340,8 +358,10 @@ class Family(Protocol):
     training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
     ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict,
     data of one task) to those of ``spec.metrics`` that only tests need; ``pooled``, which is ``Pooled``; ``report``, a
-    ``Report``; ``samples``, which is ``Samples``; and ``paths``, which maps (predict, data of one task) to the ``path``
-    of a policy in the plane ``[episodes, steps, 2]``, NaN where an episode is over, and its ``goal [2]``.
+    ``Report``; ``samples``, which is ``Samples``; ``control``, a ``Metric``: the first metric on the queries of test
+    tasks after adapting to ``query["control"]``, the support set of another task; and ``paths``, which maps (predict,
+    data of one task) to the ``path`` of a policy in the plane ``[episodes, steps, 2]``, NaN where an episode is over,
+    and its ``goal [2]``.
     """
 
     spec: Spec

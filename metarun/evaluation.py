@@ -62,8 +62,9 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
 
 
 def metrics_of(experiment: Experiment) -> tuple[Metric, ...]:
-    """Return all metrics of test tasks: the family's, and those that only the algorithm has."""
-    return (*experiment.family.spec.metrics, *experiment.algorithm.metrics)
+    """Return all metrics of test tasks: the family's, that of its control, and those that only the algorithm has."""
+    control: Metric | None = getattr(experiment.family, "control", None)
+    return (*experiment.family.spec.metrics, *([control] if control else []), *experiment.algorithm.metrics)
 
 
 def pooled_metrics(experiment: Experiment) -> tuple[Metric, ...]:
@@ -119,6 +120,7 @@ def evaluate(
         UserError: a GPU has no room for a single block.
     """
     algorithm, family, steps = replica.algorithm, experiment.family, experiment.config.eval.adapt_steps
+    control: Metric | None = getattr(family, "control", None)
     if testing:
         algorithm = in_test(algorithm, family)
     blocks = iter(tasks)
@@ -133,7 +135,12 @@ def evaluate(
     while held or (held := list(islice(rest, at_once))):
         try:
             together = tree_map(lambda *leaves: torch.cat(leaves), *held[:at_once])
-            results.append(batch.evaluate(algorithm, theta, together, experiment.loss, steps, testing))
+            result = batch.evaluate(algorithm, theta, together, experiment.loss, steps, testing)
+            if testing and control:
+                elsewhere = together._replace(support=together.query["control"])
+                other = batch.evaluate(replica.algorithm, theta, elsewhere, experiment.loss, steps)
+                result.scores[control.name] = other.scores[family.spec.metrics[0].name]
+            results.append(result)
             held = held[at_once:]
         except torch.cuda.OutOfMemoryError as error:
             if min(at_once, len(held)) == 1:

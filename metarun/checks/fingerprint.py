@@ -28,7 +28,12 @@ def probe_score(family: Family, tasks: Task) -> list[str]:
 
     def nothing(given: Any) -> Tensor:
         if not spec.offers("policy"):
-            return torch.zeros_like(query["y"]) if "y" in query else given.new_zeros(len(given), spec.target.outputs)
+            if "y" not in query:
+                return torch.zeros(len(given), spec.target.outputs, device=given.device)
+            y: Tensor = query["y"]
+            # Whole numbers are ids of tokens, for each of which there is a row of logits.
+            ids = () if y.is_floating_point() else (spec.target.outputs,)
+            return torch.zeros(*y.shape, *ids, device=y.device)
         observation: Tensor = given.observation
         return observation.new_zeros(*observation.shape[:2], spec.target.outputs)
 

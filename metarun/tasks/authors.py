@@ -1,0 +1,228 @@
+"""A language model of an author: lines of an author, a few of which are shown, and others are predicted.
+
+Works (plays, presidents, folders of the user) of training, validation and test differ. A test task also carries the
+lines of another test author, ``query["control"]``: what is gained by adapting to these too is not knowledge of the
+author. It carries as well how well an n-gram model predicts each query line, with and without the support lines.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarun.contracts import Predict, Samples, Scores, Sequences, Sizes, Spec, Split, Task, Tree
+from metarun.data import lines, pieces
+from metarun.data.lines import Author
+from metarun.data.ngrams import Ngrams
+from metarun.data.toy_writing import toy_authors
+from metarun.errors import require
+from metarun.targets.decoding import written
+from metarun.targets.metric import Metric
+from metarun.targets.text import BITS, Text
+from metarun.tasks.few_shot import Cells, Dealt, Shots, TaskSizes, cells_of, range_of
+
+log = logging.getLogger(__name__)
+
+NGRAM = Metric("ngram-bits", higher_is_better=False)
+NGRAM_ADAPTED = Metric("ngram-bits-with-support", higher_is_better=False)
+CONTROL = Metric("bits-after-another-author", higher_is_better=False)
+ORDER = 5
+"""Length of the n-grams of the model to compare with."""
+DIGITS = 3
+"""Digits of its nats per line, since the last bits of a logarithm differ between machines."""
+SHOWN = 4
+"""Number of lines of an author that samples show, and of lines that they write."""
+
+
+class Shelf:
+    """The lines of one split as rows of ids ``[lines, columns]``, with the rows of each author."""
+
+    def __init__(self, authors: list[Author], tokenizer: pieces.Pieces, columns: int, device: str) -> None:
+        self.names = [author.name for author in authors]
+        self.texts = [line for author in authors for line in author.lines]
+        self.ids = tokenizer.rows(self.texts, columns)
+        self.rows = self.ids.to(device)
+        self.cells: Cells = cells_of(torch.tensor([[len(author.lines) for author in authors]]))
+
+
+def inputs_of(ids: Tensor) -> Tensor:
+    """Return what a model reads to predict ``ids [..., columns]``: a boundary, then all but the last of them."""
+    return torch.cat([torch.full_like(ids[..., :1], pieces.BOUNDARY), ids[..., :-1]], -1)
+
+
+class Authors:
+    """Tasks of one author each: ``x [lines, columns]`` are token ids, ``y [lines, columns]`` the tokens that follow.
+
+    Args:
+        shots: number of support lines, at least 1, or a range from which each task draws it.
+        queries: number of query lines of a validation or test task, at least 1.
+        train_shots: the same as ``shots`` in training; null: ``shots``.
+        train_queries: the same as ``queries`` in training; null: ``queries``.
+        dataset: ``shakespeare`` (the speakers of eight plays; plays are held out), ``presidents`` (their addresses),
+            ``toy``, or ``auto``: shakespeare if it is there, else toy.
+        path: a folder of the user's with a folder of text files or a text file per author, in place of ``dataset``.
+        merges: number of word pieces longer than a character; 0: characters alone.
+        length: most tokens of a line, its end included, at least 8; longer lines are broken between words.
+        temperature: that of the samples, above 0.
+        device: where the lines live.
+        data_dir: holds the folder ``public_domain_authors``.
+
+    Raises:
+        UserError: data are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        shots: Shots = 50,
+        queries: int = 50,
+        train_shots: Shots | None = None,
+        train_queries: int | None = None,
+        dataset: Literal["auto", "shakespeare", "presidents", "toy"] = "auto",
+        path: str | None = None,
+        merges: int = 0,
+        length: int = 64,
+        temperature: float = 0.7,
+        device: str = "cpu",
+        data_dir: str = "data",
+    ) -> None:
+        self.device, self.temperature, self.length = device, temperature, length
+        others = TaskSizes(1, range_of("shots", shots), queries)
+        train_range = others.shots if train_shots is None else range_of("train_shots", train_shots)
+        training = TaskSizes(1, train_range, queries if train_queries is None else train_queries)
+        for name, sizes in {"queries": others, "train_queries": training}.items():
+            require(sizes.queries >= 1, f"{name} must be at least 1, not {sizes.queries}")
+        require(merges >= 0, f"merges must be at least 0, not {merges}")
+        require(length >= 8, f"length must be at least 8, not {length}")
+        require(temperature > 0, f"temperature must be above 0, not {temperature}")
+        self.sizes = {True: training, False: others}
+        parts, name = corpus(dataset, path, length - 1, data_dir)
+        for part, authors in parts.items():
+            train = part == "train"
+            parts[part] = lines.of_size(authors, self.sizes[train].examples, f"{name} ({part})", train)
+        content = sha256(repr(sorted(parts.items())).encode()).hexdigest()[:6]
+        tokenizer = pieces.fit((line for author in parts["train"] for line in author.lines), merges)
+        self.tokenizer = tokenizer
+        self.shelves = {part: Shelf(authors, tokenizer, length, device) for part, authors in parts.items()}
+        require(
+            len(self.shelves["test"].names) >= 2,
+            f"{name} has a single author to test, and the control needs another; add some, or lower shots and queries",
+        )
+        self.ngrams = Ngrams(self.shelves["train"].ids.numpy(), ORDER, tokenizer.ids) if not merges else None
+        self.known: dict[int, list[NDArray[np.float64]]] = {}
+        """The n-gram model's nats of tasks that have been drawn, since test tasks are drawn again and again."""
+        cut = [f"merges={merges}"] if merges else []
+        self.dataset = ":".join([name, *others.text(), f"length={length}", *cut, content])
+        target = Text(tokenizer.ids, tokenizer.lengths())
+        self.spec = Spec(
+            Sequences(0, length, tokenizer.ids),
+            target,
+            Sizes(others.shots.most, queries),
+            metrics=(BITS, *((NGRAM, NGRAM_ADAPTED) if self.ngrams else ())),
+        )
+        self.target = target
+        self.control = CONTROL
+        self.samples = Samples(self._write, self._show)
+
+    def _part(self, shelf: Shelf, dealt: Dealt) -> dict[str, Tensor]:
+        """Return the leaves of one part of tasks; all zero where there is padding."""
+        ids = shelf.rows[dealt.example.to(self.device)]
+        if dealt.real is None:
+            return {"x": inputs_of(ids), "y": ids}
+        real = dealt.real.to(self.device)
+        there = real[..., None].to(ids.dtype)
+        return {"x": inputs_of(ids) * there, "y": ids * there, "weight": real.to(torch.get_default_dtype())}
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
+        """Draw ``count`` tasks; leaves ``[count, lines, ...]``."""
+        shelf = self.shelves[split]
+        support, query = shelf.cells.draw(self.sizes[split == "train"], count, generator)
+        parts = self._part(shelf, support), self._part(shelf, query)
+        if split != "test":
+            return Task(*parts)
+        # Of another author: the support set of the next task that has one, and tasks are drawn independently.
+        other, _ = self._of_others(shelf, support.identity[:, 0], generator)
+        further: dict[str, Any] = {"control": self._part(shelf, other)}
+        if self.ngrams is not None:
+            further["ngram"] = self._by_ngrams(shelf, support, query)
+        return Task(parts[0], {**parts[1], **further})
+
+    def _of_others(self, shelf: Shelf, authors: Tensor, generator: torch.Generator) -> tuple[Dealt, Dealt]:
+        """Draw support and query lines of an author other than each of ``authors [tasks]``."""
+        sizes, drawn = self.sizes[False], []
+        for author in authors.tolist():
+            allowed = shelf.cells.size.clone()
+            allowed[:, author] = 0
+            drawn.append(Cells(shelf.cells.first, allowed).draw(sizes, 1, generator))
+        return tuple(_together(list(part)) for part in zip(*drawn, strict=True))  # type: ignore[return-value]
+
+    def _by_ngrams(self, shelf: Shelf, support: Dealt, query: Dealt) -> Tensor:
+        """Return the nats of query lines by counts of training, and of training and support: ``[tasks, lines, 2]``."""
+        assert self.ngrams is not None
+        found = []
+        for task in range(len(query.example)):
+            asked = query.example[task]
+            shown = support.example[task] if support.real is None else support.example[task][support.real[task]]
+            key = hash((shelf, *asked.tolist(), *shown.tolist()))
+            if key not in self.known:
+                rows, own = shelf.ids[asked].numpy(), Ngrams(shelf.ids[shown].numpy(), ORDER, self.ngrams.ids)
+                self.known[key] = [self.ngrams.nats(rows, further).sum(1) for further in (None, own)]
+            found.append(self.known[key])
+        nats = torch.tensor(np.array(found), dtype=torch.float64).round(decimals=DIGITS)
+        return nats.movedim(1, 2).to(self.device, torch.get_default_dtype())
+
+    def scores(self, predict: Predict, data: Tree) -> Scores:
+        """Return the bits per character of the n-gram model, whatever ``predict`` is."""
+        if "ngram" not in data:
+            return {}
+        nats = data["ngram"]
+        total = nats.sum(0) if "weight" not in data else data["weight"] @ nats
+        without, with_support = (total / (math.log(2) * self.target.length(data))).unbind(0)
+        return {NGRAM.name: without, NGRAM_ADAPTED.name: with_support}
+
+    def _write(self, predict: Predict, task: Task) -> Tree:
+        """Return lines that the learner writes: ``[SHOWN, columns]``."""
+        return {"lines": written(predict, task.query["x"][:SHOWN, :0], self.length, self.temperature)}
+
+    def _show(self, made: Mapping[str, Tree], tasks: Task) -> str:
+        """Return lines of the author, and those that the learner wrote before and after adaptation."""
+
+        def shown(ids: Tensor) -> list[str]:
+            return [f"    {self.tokenizer.decoded(row)}" for row in ids[:SHOWN].tolist()]
+
+        text = [f"Lines are drawn with temperature {self.temperature:g}."]
+        for task in range(len(tasks.query["y"])):
+            text += ["", f"## Task {task + 1}", "", "Support lines:", "", *shown(tasks.support["y"][task])]
+            for when, tree in made.items():
+                text += ["", f"Written {when} adaptation:", "", *shown(tree["lines"][task])]
+        return "\n".join(text) + "\n"
+
+
+def _together(parts: list[Dealt]) -> Dealt:
+    """Return the parts of single tasks as those of a batch."""
+    return Dealt(*(None if leaf[0] is None else torch.cat(leaf) for leaf in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def corpus(
+    dataset: Literal["auto", "shakespeare", "presidents", "toy"], path: str | None, longest: int, data_dir: str
+) -> tuple[dict[str, list[Author]], str]:
+    """Return the authors of each split, and the name of the data.
+
+    Raises:
+        UserError: data are missing or damaged.
+    """
+    if path is not None:
+        require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
+        authors, split, name = lines.own_texts(path, data_dir, longest)
+        return lines.by_work(authors, split, name), name
+    if dataset == "auto":
+        dataset = "shakespeare" if lines.is_there(data_dir, "shakespeare") else "toy"
+        if dataset == "toy":
+            log.info("No %s in %s, so the authors are toys (%s).", lines.FOLDER, data_dir, lines.SOURCE)
+    authors = toy_authors() if dataset == "toy" else lines.CORPUS[dataset](data_dir, longest)
+    return lines.by_work(authors, None, dataset), dataset
