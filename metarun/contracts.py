@@ -282,15 +282,35 @@ class Report(NamedTuple):
     """Whether the numbers of two axes are counts, which are summed over tasks and shown as a matrix."""
 
 
+class Pooled(NamedTuple):
+    """Metrics of all test tasks together, which are no means over tasks: the F1 of all entities, a corpus's BLEU."""
+
+    metrics: tuple[Metric, ...]
+    counts: Callable[[Predict, Task], Tensor]
+    """(predict of the adapted learner, task) → what the metrics are computed from, of the same shape for every task."""
+    scores: Callable[[Tensor], dict[str, float]]
+    """(counts ``[tasks, ...]`` on the CPU) → every metric; the tasks are test tasks, or a resampling of them."""
+
+
+class Samples(NamedTuple):
+    """What a learner makes of a few test tasks, for a reader to look at: generated text, found boxes, pictures."""
+
+    make: Callable[[Predict, Task], Tree]
+    """(predict, task) → tensors."""
+    show: Callable[[Mapping[str, Tree], Task], Any]
+    """(``before`` and ``after`` adaptation → tensors ``[tasks, ...]``, tasks), all on the CPU → Markdown text, or a
+    Matplotlib figure. ``before`` is absent for a learner that has no state without a support set."""
+
+
 class Family(Protocol):
     """A task family: samples tasks, and scores predictions.
 
     A family may also have ``converter``, a ``Converter`` of what users have into its inputs; if that is fitted to
     training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
     ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict,
-    data of one task) to those of ``spec.metrics`` that only tests need; ``report``, a ``Report``; and ``paths``, which
-    maps (predict, data of one task) to the ``path`` of a policy in the plane ``[episodes, steps, 2]``, NaN where an
-    episode is over, and its ``goal [2]``, for a picture.
+    data of one task) to those of ``spec.metrics`` that only tests need; ``pooled``, which is ``Pooled``; ``report``, a
+    ``Report``; ``samples``, which is ``Samples``; and ``paths``, which maps (predict, data of one task) to the ``path``
+    of a policy in the plane ``[episodes, steps, 2]``, NaN where an episode is over, and its ``goal [2]``.
     """
 
     spec: Spec

@@ -1,6 +1,7 @@
 """Validation and test: the episodes, the scores along adaptation, and what validation selects."""
 
 import math
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from metarun.assemble import Experiment, Replica, sample_tasks
 from metarun.checks.family import check_tasks
 from metarun.checks.fingerprint import Fingerprint
 from metarun.checks.transduction import is_transductive
-from metarun.contracts import Algorithm, Family, Loss, Report, Scores, Split, Task, Tree
+from metarun.contracts import Algorithm, Family, Loss, Pooled, Report, Scores, Split, Task, Tree
 from metarun.engine import batch
 from metarun.engine.recording import release_gpu_memory
 from metarun.errors import UserError
@@ -43,6 +44,8 @@ class Tested:
     """A hash that is equal for two runs tested on the same episodes."""
     transductive: bool
     """Whether the queries of an episode see each other."""
+    pooled: dict[str, tuple[float, float]]
+    """Each metric of all test episodes together, and the half-width of its 95 % interval over resampled episodes."""
 
 
 def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]:
@@ -61,6 +64,12 @@ def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]
 def metrics_of(experiment: Experiment) -> tuple[Metric, ...]:
     """Return all metrics of test tasks: the family's, and those that only the algorithm has."""
     return (*experiment.family.spec.metrics, *experiment.algorithm.metrics)
+
+
+def pooled_metrics(experiment: Experiment) -> tuple[Metric, ...]:
+    """Return the metrics of all test tasks together."""
+    own: Pooled | None = getattr(experiment.family, "pooled", None)
+    return () if own is None else own.metrics
 
 
 def in_test(algorithm: Algorithm, family: Family) -> Algorithm:
@@ -202,6 +211,40 @@ def measured(experiment: Experiment, index: int, theta: Tree, report: Report) ->
     return Measured(index, report.axes, report.value, torch.cat(numbers).numpy(), groups, report.matrix)
 
 
+RESAMPLINGS = 200
+"""Number of resamplings of the test episodes for the interval of a pooled metric."""
+
+
+def pooled_scores(experiment: Experiment, replica: Replica, theta: Tree) -> dict[str, tuple[float, float]]:
+    """Return each metric of all test episodes together, with the half-width of its 95 % interval.
+
+    The half-width is 1.96 times the standard deviation over resamplings of the episodes with replacement (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, section 13.2).
+    """
+    own: Pooled | None = getattr(experiment.family, "pooled", None)
+    if own is None:
+        return {}
+    algorithm, config, counts = replica.algorithm, experiment.config.eval, own.counts
+
+    def of_task(task: Task) -> Tensor:
+        state = batch.adapted(algorithm, theta, task.support, experiment.loss, config.adapt_steps)
+        with weighing(task.query.get("weight")):
+            return counts(partial(algorithm.predict, theta, state), task)
+
+    blocks = episodes(experiment, "test", config.episodes)
+    most = max(MOST_NUMBERS // numbers_per_task(algorithm, theta, first_tasks(next(blocks), 1)), 1)
+    with torch.no_grad():
+        blocks = in_parts(episodes(experiment, "test", config.episodes), most)
+        found = torch.cat([over_tasks(of_task, block, training=False).cpu() for block in blocks])
+    generator = stream(config.seed, "resampling")
+    drawn = torch.randint(len(found), (RESAMPLINGS, len(found)), generator=generator)
+    spread = [own.scores(found[rows]) for rows in drawn]
+    return {
+        name: (score, 1.96 * statistics.stdev(again[name] for again in spread))
+        for name, score in own.scores(found).items()
+    }
+
+
 def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
     """Return the scores of ``theta`` on the test episodes along adaptation."""
     config, family, began = experiment.config, experiment.family, time.perf_counter()
@@ -217,4 +260,5 @@ def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:
         torch.cuda.synchronize(experiment.device)
     milliseconds = 1000 * (time.perf_counter() - began) / len(timed)
     transductive = is_transductive(replica.algorithm, theta, family, block, config.eval.adapt_steps)
-    return Tested(scored, seconds, milliseconds, fingerprint.text(), transductive)
+    pooled = pooled_scores(experiment, replica, theta)
+    return Tested(scored, seconds, milliseconds, fingerprint.text(), transductive, pooled)

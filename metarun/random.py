@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metarun.errors import UserError
 
-STREAMS = {"weights": 0, "algorithm": 1, "train": 2, "val": 3, "test": 4}
+STREAMS = {"weights": 0, "algorithm": 1, "train": 2, "val": 3, "test": 4, "resampling": 5}
 
 
 def stream(seed: int, name: str, index: int = 0) -> torch.Generator:

@@ -15,7 +15,7 @@ from metarun.command.processes import rank
 from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.engine.processes import connected
 from metarun.errors import UserError
-from metarun.evaluation import Tested, meta_test, metrics_of
+from metarun.evaluation import Tested, meta_test, metrics_of, pooled_metrics
 from metarun.loop import meta_train
 from metarun.results.examples import write_examples
 from metarun.results.of_run import identity_columns, measured_columns, say, write_pictures, write_reports
@@ -88,7 +88,7 @@ def run(
         thetas = [(row["replica"], best.theta) for row, _ in finished if (best := training.best[row["replica"]])]
         write_reports(experiment, thetas, directory)
         write_examples(experiment, *thetas[0], directory)
-        write_results(directory, rows, metrics_of(experiment))
+        write_results(directory, rows, (*metrics_of(experiment), *pooled_metrics(experiment)))
         tracker.tested(rows, training.step)
         for row in rows:
             if row["status"] == "failed":

@@ -23,7 +23,7 @@ from metarun.data.portable import plain
 from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
-from metarun.evaluation import meta_test, metrics_of
+from metarun.evaluation import meta_test, metrics_of, pooled_metrics
 from metarun.results.files import write_text
 from metarun.results.of_run import identity_columns, say, tested_columns, write_adaptation, write_reports
 from metarun.results.status import TESTS, loaded, number, rows_of
@@ -195,7 +195,7 @@ def test_and_write(experiment: Experiment, found: Sequence[Learned], path: Path,
     for row, tested in finished:
         say(experiment, row, tested)
     write_reports(experiment, [(index, one.theta) for index, one in enumerate(found)], out)
-    write_results(out, [row for row, _ in finished], metrics)
+    write_results(out, [row for row, _ in finished], (*metrics, *pooled_metrics(experiment)))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 - ``curves.png``: numbers as a function of one number, before and after adaptation, with the support points;
 - ``episode.png``: an episode of images with right and wrong answers;
 - ``paths.png``: the paths of a policy in the plane, before and after adaptation;
+- ``samples.md`` or ``samples.png``: what a family shows of its learners' output, before and after adaptation;
 - ``embedding.png``: where a method that classifies by distance puts the examples of an episode.
 
 Which of them a run has depends only on the kinds of its inputs and targets, so that families from outside the
@@ -24,15 +25,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from metarun.assemble import Experiment
-from metarun.contracts import Algorithm, Numbers, Predict, Task, Tree
+from metarun.contracts import Algorithm, Numbers, Predict, Samples, Task, Tree
 from metarun.engine.batch import adapted
 from metarun.errors import first_line, require
 from metarun.evaluation import episodes
 from metarun.nn.padding import weighing
 from metarun.nn.transforms import over_tasks
+from metarun.results.files import write_text
 from metarun.results.plots import AGNOSTIC, DEPENDENT, plain_axis, save_figure
 from metarun.targets.classes import own_classes
-from metarun.tree import first_tasks
+from metarun.tree import first_tasks, tree_map
 
 log = logging.getLogger(__name__)
 
@@ -79,16 +81,20 @@ def write_examples(experiment: Experiment, index: int, theta: Tree, directory: P
         curves: spec.offers("numbers") and shape == (1,) and spec.target.outputs == 1,
         episode: spec.offers("classes") and len(shape) == 3 and shape[0] in (1, 3),
         paths: hasattr(experiment.family, "paths"),
+        samples: hasattr(experiment.family, "samples"),
         embedding: spec.offers("classes") and algorithm.embed is not None,
     }
     for draw in (draw for draw, can in possible.items() if can):
         try:
-            figure = draw(experiment, algorithm, theta, title)
+            shown = draw(experiment, algorithm, theta, title)
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             # A picture must not cost a finished run its results.
-            log.warning("  %s.png cannot be drawn: %s", draw.__name__, first_line(error))
+            log.warning("  %s cannot be shown: %s", draw.__name__, first_line(error))
+            continue
+        if isinstance(shown, str):
+            write_text(directory / f"{draw.__name__}.md", f"# {title}: {TASKS} test tasks\n\n{shown}")
         else:
-            save_figure(figure, directory / f"{draw.__name__}.png")
+            save_figure(shown, directory / f"{draw.__name__}.png")
 
 
 def curves(experiment: Experiment, algorithm: Algorithm, theta: Tree, title: str) -> Figure:
@@ -220,6 +226,24 @@ def paths(experiment: Experiment, algorithm: Algorithm, theta: Tree, title: str)
     figure.suptitle(f"{title}: {TASKS} test tasks")
     with_legend(figure, axes[0])
     return figure
+
+
+def samples(experiment: Experiment, algorithm: Algorithm, theta: Tree, title: str) -> Figure | str:
+    """Return what the family shows of a few test tasks, as text or as a figure."""
+    own: Samples = experiment.family.samples  # type: ignore[attr-defined]
+
+    def made(task: Task) -> Tree:
+        predictors = both_predictors(algorithm, theta, task, experiment)
+        with weighing(task.query.get("weight")):
+            return {name: own.make(predict, task) for name, predict in predictors.items()}
+
+    tasks = first_tasks(next(episodes(experiment, "test", TASKS)), TASKS)
+    with torch.no_grad():
+        found = over_tasks(made, tasks, training=False)
+    shown: Figure | str = own.show(tree_map(torch.Tensor.cpu, found), tree_map(torch.Tensor.cpu, tasks))
+    if isinstance(shown, Figure):
+        shown.suptitle(f"{title}: {TASKS} test tasks", fontsize=10)
+    return shown
 
 
 def embedding(experiment: Experiment, algorithm: Algorithm, theta: Tree, title: str) -> Figure:

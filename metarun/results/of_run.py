@@ -14,7 +14,7 @@ from metarun.contracts import Tree
 from metarun.engine.batch import adapted_parameters
 from metarun.engine.process import peak_memory_mb
 from metarun.engine.replicas import label
-from metarun.evaluation import Tested, measured, metrics_of, reports_of
+from metarun.evaluation import Tested, measured, metrics_of, pooled_metrics, reports_of
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.reports import described, plot_measured, write_measured
 from metarun.results.tables import SEPARATOR
@@ -28,7 +28,7 @@ FAMILY_NAMES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "b
 
 def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, Any]:
     """Return the columns of ``result.csv`` that are known about a replica before training."""
-    replica = experiment.replicas[index]
+    replica, metrics = experiment.replicas[index], (*metrics_of(experiment), *pooled_metrics(experiment))
     config, spec = replica.config, experiment.family.spec
     return {
         "run": run,
@@ -51,8 +51,8 @@ def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, 
         "precision": config.train.precision.name,
         "replica": index,
         "varied": label(replica.differs),
-        "metrics": SEPARATOR.join(metric.name for metric in metrics_of(experiment)),
-        "percent": SEPARATOR.join(metric.name for metric in metrics_of(experiment) if metric.percent),
+        "metrics": SEPARATOR.join(metric.name for metric in metrics),
+        "percent": SEPARATOR.join(metric.name for metric in metrics if metric.percent),
     }
 
 
@@ -82,6 +82,8 @@ def tested_columns(experiment: Experiment, replica: Replica, theta: Tree, tested
     for metric in metrics[1:]:
         last = tested.scored.scores[metric.name][:, -1]
         further |= {metric.name: last.mean().item(), f"{metric.name}_ci95": confidence(last).item()}
+    for name, (score, half_width) in tested.pooled.items():
+        further |= {name: score, f"{name}_ci95": half_width}
     return {
         "status": "completed",
         "adapt_steps": steps[-1],
@@ -142,6 +144,9 @@ def say(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
     )
     for other in further:
         log.info("  %s %s   %s", other.name, after, other.interval(row[other.name], row[f"{other.name}_ci95"]))
+    for other in pooled_metrics(experiment):
+        shown = other.interval(row[other.name], row[f"{other.name}_ci95"])
+        log.info("  %s of all test episodes together, %s   %s", other.name, after, shown)
     diverged = int((~scores[:, -1].isfinite()).sum())
     if diverged:
         log.warning("  %d of %d episodes diverged: their score is not a number", diverged, row["n_episodes"])

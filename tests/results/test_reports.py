@@ -7,7 +7,9 @@ import torch
 from conftest import composed
 from omegaconf import OmegaConf
 
-from metarun.contracts import Report
+from metarun.assemble import assemble
+from metarun.contracts import Pooled, Report, Samples
+from metarun.evaluation import episodes as held_out
 from metarun.results.compare import compare
 from metarun.run import run
 from metarun.targets.metric import Metric
@@ -16,6 +18,7 @@ from metarun.tasks.sinusoid import Sinusoid
 
 MAE = Metric("mae", higher_is_better=False)
 LARGEST = Metric("largest error", higher_is_better=False)
+RATIO = Metric("unexplained", higher_is_better=False, percent=True)
 QUICK = (
     *("train.steps=2", "train.eval_every=1", "train.val_episodes=3", "eval.episodes=4", "eval.adapt_steps=1"),
     "engine=eager",
@@ -30,10 +33,24 @@ class Shown(Sinusoid):
         object.__setattr__(self.spec, "metrics", (MSE, MAE, LARGEST))
         sides = {"side": ("left", "right")}
         self.report = Report("sides", sides, Metric("squared error", higher_is_better=False), self.by_side)
+        self.pooled = Pooled(
+            (RATIO,), self.sums, lambda sums: {RATIO.name: (sums[:, 0].sum() / sums[:, 1].sum()).item()}
+        )
+        self.samples = Samples(lambda predict, task: {"answer": predict(task.query["x"])}, self.written)
 
     def scores(self, predict, data):
         error = (predict(data["x"]) - data["y"]).abs()
         return {"mae": error.mean(), "largest error": error.max()}
+
+    def sums(self, predict, task):
+        y = task.query["y"]
+        return torch.stack([(predict(task.query["x"]) - y).square().mean(), (y.square() + 5).mean()])
+
+    def written(self, found, tasks):
+        return "\n".join(
+            f"{when}: {(leaf['answer'] - tasks.query['y']).square().mean((1, 2)).tolist()}"
+            for when, leaf in found.items()
+        )
 
     def by_side(self, predict, task):
         x = task.query["x"]
@@ -62,7 +79,7 @@ def test_a_family_may_show_something_besides_scores(directory):
 
 def test_every_metric_reaches_the_tables_and_the_comparison(directory):
     row = pd.read_csv(directory / "result.csv").iloc[0]
-    assert row["metrics"] == "mse;mae;largest error"
+    assert row["metrics"] == "mse;mae;largest error;unexplained"
     episodes = pd.read_csv(directory / "episodes.csv").query("adapt_step == 1")
     for name in ("mae", "largest error"):
         assert row[name] == pytest.approx(episodes[name].mean())
@@ -72,3 +89,30 @@ def test_every_metric_reaches_the_tables_and_the_comparison(directory):
     printed = compare([directory], directory)
     assert "mae ± CI95" in printed
     assert f"{row['largest error']:.3f} ± {row['largest error_ci95']:.3f}" in printed
+
+
+def test_a_metric_of_all_episodes_together_is_no_mean_over_them(directory):
+    row, episodes = pd.read_csv(directory / "result.csv").iloc[0], pd.read_csv(directory / "episodes.csv")
+    assert "unexplained" not in episodes
+    # A ratio of sums over episodes, whose denominators come from the tasks themselves.
+    config, names = composed("algo=maml", "task=sinusoid", *QUICK)
+    config.task = OmegaConf.create({"_target_": "results.test_reports.Shown"})
+    squares = next(iter(held_out(assemble(config, names), "test", 4))).query["y"].square().mean((1, 2)) + 5
+    errors = torch.tensor(episodes.query("adapt_step == 1")["score"].to_numpy())
+    assert row["unexplained"] == pytest.approx((errors.sum() / squares.sum()).item(), rel=1e-5)
+    # The spread over resamplings of so few episodes, against the delta method.
+    residual = errors - row["unexplained"] * squares
+    expected = 1.96 * residual.std(correction=0) / len(errors) ** 0.5 / squares.mean()
+    assert row["unexplained_ci95"] == pytest.approx(expected.item(), rel=0.5)
+    printed = compare([directory], directory)
+    assert f"{100 * row['unexplained']:.2f} ± {100 * row['unexplained_ci95']:.2f} %" in printed
+
+
+def test_samples_of_the_first_test_tasks_are_shown_before_and_after_adaptation(directory):
+    episodes = pd.read_csv(directory / "episodes.csv").query("episode < 3")
+    *_, before, after = (directory / "samples.md").read_text().splitlines()
+    for line, scores in zip(
+        (before, after), (episodes.query("adapt_step == 0"), episodes.query("adapt_step == 1")), strict=True
+    ):
+        shown = [float(number) for number in line.partition("[")[2].rstrip("]").split(",")]
+        assert shown == pytest.approx(scores["score"].tolist(), rel=1e-4)
