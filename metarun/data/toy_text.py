@@ -33,7 +33,8 @@ def _word(randomness: random.Random, syllables: int) -> str:
     return "".join(randomness.choice(LETTERS[i % 2]) for i in range(2 * syllables))
 
 
-def _new_words(count: int, syllables: int, randomness: random.Random) -> list[str]:
+def new_words(count: int, syllables: int, randomness: random.Random) -> list[str]:
+    """Different words of so many syllables."""
     words: dict[str, None] = {}
     while len(words) < count:
         words[_word(randomness, syllables)] = None
@@ -62,7 +63,7 @@ def _sentence(triple: tuple[int, ...], randomness: random.Random) -> list[int]:
 
 def _lexicon(randomness: random.Random) -> list[str]:
     """The function words, which are short, then all surface words."""
-    return _new_words(FUNCTION_WORDS, 1, randomness) + _new_words(KINDS * CONCEPTS * SYNONYMS, 3, randomness)
+    return new_words(FUNCTION_WORDS, 1, randomness) + new_words(KINDS * CONCEPTS * SYNONYMS, 3, randomness)
 
 
 def toy_classes() -> dict[str, dict[str, list[str]]]:
