@@ -58,7 +58,7 @@ def source_in(name: str) -> str:
 
 
 def read(path: Path, column: int | None, scheme: Scheme) -> dict[str, dict[str, list[Sentence]]]:
-    """Return the sentences of a file, a folder or a zip archive by source, and by the split that the file's name mentions.
+    """Return the sentences of a file, a folder or a zip archive by source and by the split that a file's name mentions.
 
     Where folders ``train``, ``val`` and ``test`` lie at the top, the split is that of the folder, before the name of
     the source, as in ``test/de``.
@@ -70,7 +70,9 @@ def read(path: Path, column: int | None, scheme: Scheme) -> dict[str, dict[str, 
         return {source_in(path.name): {"": sentences_of(path.read_bytes(), str(path), column, scheme)}}
     sources = dict[str, dict[str, list[Sentence]]]()
     with Files(path) as files:
-        names = [n for n in files.names() if PurePosixPath(n).suffix.lower() in SUFFIXES and not NOT_DATA.match(Path(n).stem)]
+        names = [
+            n for n in files.names() if PurePosixPath(n).suffix.lower() in SUFFIXES and not NOT_DATA.match(Path(n).stem)
+        ]
         require(bool(names), f"{path} holds no file with tagged sentences, {', '.join(SUFFIXES)}; put some there")
         for name in names:
             top = PurePosixPath(name).parts[0].lower()
@@ -127,8 +129,8 @@ def of_path(
         else:
             require(
                 len(rest) >= 2,
-                f"{place} holds {len(rest)} source{'s' if len(rest) != 1 else ''} (a folder, or a file at the top), and "
-                "training and test need one each; add some",
+                f"{place} holds {len(rest)} source{'s' if len(rest) != 1 else ''} (folders, or files at the top), and "
+                "training and test each need one; add some",
             )
             split = dealt(rest, SPLIT_SEED, SHARES if not val else {"train": 0.75, "test": 0.25}, 1)
             split["val"] |= set(val)
@@ -138,14 +140,17 @@ def of_path(
     return corpus
 
 
-def with_validation(corpus: Corpus) -> Corpus:
-    """Return the corpus with validation on the last sentences of each training source, if it has none of its own."""
+def with_validation(corpus: Corpus, fewest: int) -> Corpus:
+    """Return the corpus with validation on the last sentences of each training source, if it has none of its own.
+
+    They are ``VALIDATION`` of the sentences, and at least ``fewest``.
+    """
     if corpus.get("val"):
         return corpus
     train, val = dict[str, Source](), dict[str, Source]()
     for name, source in corpus["train"].items():
         own = source.sentences()
-        cut = round((1 - VALIDATION) * len(own))
+        cut = max(len(own) - max(round(VALIDATION * len(own)), fewest), 0)
         train[name], val[name] = Source(own[:cut]), Source(own[cut:])
     return {"train": train, "val": val, "test": corpus["test"]}
 
@@ -181,12 +186,14 @@ def _files(data_dir: str, name: str, pattern: str, scheme: Scheme = "iob2") -> l
     folder = Path(data_dir) / FOLDERS[name]
     paths = sorted(folder.glob(pattern))
     if not paths:
-        raise UserError(f"{folder} holds no {pattern}; put the files of {SOURCES[name]} there, or choose task.dataset=toy.")
+        raise UserError(
+            f"{folder} holds no {pattern}; put the files of {SOURCES[name]} there, or choose task.dataset=toy."
+        )
     return [sentence for path in paths for sentence in sentences_of(path.read_bytes(), str(path), None, scheme)]
 
 
 def universal_ner(data_dir: str) -> Corpus:
-    """Return Universal NER (Mayhew et al. 2024, https://aclanthology.org/2024.naacl-long.243), trained on seven treebanks.
+    """Return Universal NER (Mayhew et al. 2024, https://aclanthology.org/2024.naacl-long.243): seven treebanks train.
 
     The PUD treebanks translate each other, so training has their first 500 sentences, and tests support with the next
     250 and ask the last 250. Serbian is the text of Croatian and is left out. A few of the published I- tags continue
@@ -207,7 +214,12 @@ def universal_ner(data_dir: str) -> Corpus:
     }
     pud = {name: tree(f"{name}-PUD/*.iob2") for name in ("German", "Russian")}
     test = {name: Source(own[500:750], own[750:]) for name, own in pud.items()}
-    folders = {"Chinese": "Chinese-GSD", "Portuguese": "Portuguese-Bosque", "Slovak": "Slovak-SNK", "Danish": "Danish-DDT"}
+    folders = {
+        "Chinese": "Chinese-GSD",
+        "Portuguese": "Portuguese-Bosque",
+        "Slovak": "Slovak-SNK",
+        "Danish": "Danish-DDT",
+    }
     for name, folder in folders.items():
         test[name] = Source(tree(f"{folder}/*-dev.iob2"), tree(f"{folder}/*-test.iob2"))
     arabizi = "Maghrebi_Arabic_French-Arabizi/*"
@@ -252,7 +264,9 @@ def xsid(data_dir: str) -> Corpus:
         first.setdefault((sentence.language, sentence.meaning), own)
     return {
         part: {
-            name: Source([own for (language, meaning), own in first.items() if language == name and meaning in meanings[part]])
+            name: Source(
+                [own for (language, meaning), own in first.items() if language == name and meaning in meanings[part]]
+            )
             for name in sorted(languages[part])
         }
         for part in SHARES

@@ -2,11 +2,9 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from metarun.data.files import Files
 from metarun.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -50,7 +48,9 @@ def text_of(content: bytes, place: str) -> str:
         ) from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{place}, line {line}, holds a zero byte, so it is no text in UTF-8; save it in this encoding.")
+        raise UserError(
+            f"{place}, line {line}, holds a zero byte, so it is no text in UTF-8; save it in this encoding."
+        )
     return text
 
 
@@ -68,7 +68,7 @@ def blocks(text: str) -> Iterator[list[tuple[int, str]]]:
 
 
 def is_comment(line: str) -> bool:
-    """Whether a line is a comment, which may hold tabs; a word may be ``#`` too, and then its tag is all that follows."""
+    """Whether a line is a comment, which may hold tabs; a word may be ``#`` too, and then only its tag follows."""
     parts = line.split()
     return line.startswith("# ") and not (len(parts) == 2 and TAG.fullmatch(parts[1]))
 
@@ -78,9 +78,7 @@ def cells_of(line: str) -> list[str]:
     return line.split("\t") if "\t" in line else line.split()
 
 
-def sentences_of(
-    content: bytes, place: str, column: int | None = None, scheme: Scheme = "iob2"
-) -> list[Sentence]:
+def sentences_of(content: bytes, place: str, column: int | None = None, scheme: Scheme = "iob2") -> list[Sentence]:
     """Return the sentences of a file.
 
     The word is the first column, or the second where the first one numbers the words of each sentence. The tag is the

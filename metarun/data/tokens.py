@@ -204,7 +204,9 @@ class WordFeatures:
         places = []
         for words_of in sentences:
             shown = [(word, i == 0) for i, word in enumerate(words_of[: self.longest])]
-            places.append([position.setdefault(one, len(position) + 1) for one in shown] + [0] * (self.longest - len(shown)))
+            places.append(
+                [position.setdefault(one, len(position) + 1) for one in shown] + [0] * (self.longest - len(shown))
+            )
         hashes = torch.tensor([[-1] * COLUMNS, *(looks_of(*one) for one in position)])
         return self._ids(hashes).to(torch.int32)[torch.tensor(places)]
 
@@ -221,7 +223,7 @@ def fit_words(sentences: Iterable[Sequence[str]], buckets: int, longest: int) ->
     """Features of words that know what occurs at least ``OFTEN`` times in ``sentences``."""
     counts = Counter((word, i == 0) for one in sentences for i, word in enumerate(one[:longest]))
     hashes = torch.tensor([looks_of(*one) for one in counts])
-    found, place = hashes.unique(return_inverse=True)
+    found, place = torch.unique(hashes, return_inverse=True)
     times = torch.tensor(list(counts.values()))[:, None].expand_as(place)
     total = torch.zeros(len(found), dtype=torch.long).index_add_(0, place.flatten(), times.flatten())
     return WordFeatures(found[(total >= OFTEN) & (found >= 0)], buckets, longest)

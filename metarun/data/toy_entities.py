@@ -1,9 +1,9 @@
 """Artificial languages with entities of several types, so that tagging needs no download.
 
-A sentence is a row of filler words with one to three entities. What tells an entity is alike in all languages, what tells
-its type is not: entities are one to three words with a capital letter, as some fillers have too; and the type follows
-from the word before an entity and from the ending of its first word, which are drawn for each language. A learner that
-knows how languages work needs few sentences to learn those of a new one. Everything is a function of a fixed seed.
+A sentence is a row of filler words with one to three entities. What tells an entity is alike in all languages: one to
+three words with a capital letter, as some fillers have too. What tells its type is not: it follows from the word
+before the entity and from the ending of its first word, which are drawn for each language. A learner that knows how
+languages work needs few sentences to learn those of a new one. Everything is a function of a fixed seed.
 """
 
 import random
@@ -41,7 +41,9 @@ def _language(randomness: random.Random) -> list[Sentence]:
 
     sentences = []
     for number in range(SENTENCES):
-        parts = [entity() for _ in range(randomness.randint(1, 3))] + [filler() for _ in range(randomness.randint(4, 8))]
+        parts = [entity() for _ in range(randomness.randint(1, 3))] + [
+            filler() for _ in range(randomness.randint(4, 8))
+        ]
         randomness.shuffle(parts)
         words, tags = ([x for part in parts for x in part[i]] for i in range(2))
         sentences.append(Sentence((words[0].capitalize(), *words[1:]), tuple(tags), str(number + 1)))

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import embedding, pad
 
 from metarun.contracts import Spec, Words
 from metarun.errors import require
@@ -13,16 +13,17 @@ from metarun.models.text import Attention
 
 
 class WordVectors(nn.Module):
-    """A word as the sum of the vectors of its ids, over the root of their number."""
+    """A word as the sum of the vectors of its ids."""
 
     def __init__(self, words: Words, width: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(words.ids, width))
-        self.scale = 1 / math.sqrt(words.columns)
+        # Padding has no row: its vector is zero. Vectors are short, so that what is learned of a rare id soon outweighs
+        # what was drawn.
+        self.table = nn.Parameter(0.1 * torch.randn(words.ids - 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[sentences, words, columns]`` → ``[sentences, words, width]``."""
-        return (self.table[x] * (x > 0)[..., None]).sum(2) * self.scale
+        return embedding(x, pad(self.table, (0, 0, 1, 0))).sum(2)
 
 
 class Neighbours(nn.Module):
@@ -43,7 +44,10 @@ class Recurrent(nn.Module):
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.forth, self.back = nn.GRU(inputs, width // 2, batch_first=True), nn.GRU(inputs, width // 2, batch_first=True)
+        self.forth, self.back = (
+            nn.GRU(inputs, width // 2, batch_first=True),
+            nn.GRU(inputs, width // 2, batch_first=True),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``[sentences, words, inputs]`` → ``[sentences, words, width]``."""
@@ -79,7 +83,7 @@ class OverWords(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[sentences, words, columns]`` → features ``[sentences, words, width]``."""
-        real = (x[..., :1] > 0)
+        real = x[..., :1] > 0
         vectors, *layers = self
         z: Tensor = vectors(x)
         for layer in layers:
@@ -106,11 +110,13 @@ class Tagger(nn.Module):
         width: int = 128,
         layers: int = 2,
         context: Literal["convolution", "gru", "transformer"] = "convolution",
-        dropout: float = 0.1,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         words = spec.inputs
-        require(isinstance(words, Words), "tagger needs sentences of words, and this task has none; choose another model")
+        require(
+            isinstance(words, Words), "tagger needs sentences of words, which this task lacks; choose another model"
+        )
         assert isinstance(words, Words)
         require(embedding >= 1, f"embedding must be at least 1, not {embedding}")
         require(width >= 2 and width % 2 == 0, f"width must be at least 2 and even, not {width}")

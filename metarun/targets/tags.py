@@ -59,9 +59,7 @@ def spans(tag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hits(found: Tensor, true: Tensor) -> Tensor:
-    """Return numbers of entities ``[5]``: right, found, true; and of spans that are right whatever their type.
-
-    The last number is that of sentences, so that counts of tasks can be added.
+    """Return numbers of entities ``[4]``: right, found, true; and of spans that are right whatever their type.
 
     Args:
         found: tags ``[sentences, words]``, 0 in padding.
@@ -97,7 +95,7 @@ Decoder = Literal["words", "viterbi", "crf"]
 
 
 def allowed(tags: int) -> Tensor:
-    """Return the scores of pairs of successive tags ``[tags, tags]``: 0, or ``NEVER`` for an I- tag that continues nothing."""
+    """Return 0 for each pair of successive tags ``[tags, tags]``, or ``NEVER`` for an I- tag that continues nothing."""
     tag = torch.arange(tags)
     continues = (kind_of(tag)[:, None] == kind_of(tag)) & (tag > 0)
     return torch.where(is_inside(tag) & ~continues, NEVER, 0.0)
@@ -173,8 +171,8 @@ def path_loss(emission: Tensor, transition: Tensor, data: Tree) -> Tensor:
     for word in range(1, emission.shape[1]):
         further = (total[:, :, None] + transition).logsumexp(1) + emission[:, word]
         total = torch.where(weight[:, word, None] > 0, further, total)
-    real = weight[:, 0]
-    return ((total.logsumexp(-1) - score) * real).sum() / weight.sum()
+    nats: Tensor = ((total.logsumexp(-1) - score) * weight[:, 0]).sum() / weight.sum()
+    return nats
 
 
 @portable
@@ -210,7 +208,8 @@ class Tags:
         output = own_tags(output, data)
         if self.decoder == "crf":
             return path_loss(output, self._transitions(output), data)
-        return -(data["y"] * log_softmax(output, -1)).sum() / there(data).sum()
+        nats: Tensor = -(data["y"] * log_softmax(output, -1)).sum() / there(data).sum()
+        return nats
 
     def decoded(self, output: Tensor, data: Tree) -> Tensor:
         """Return the tags ``[sentences, words]`` of outputs; those of padding are 0."""

@@ -10,16 +10,17 @@ has not seen, by a rule that holds in the whole task, as if the language were ne
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from metarun.contracts import Facts, Pooled, Predict, Report, Samples, Sizes, Spec, Split, Task, Tree, Words
+from metarun.contracts import Facts, Pooled, Predict, Samples, Sizes, Spec, Split, Task, Tree, Words
 from metarun.data import corpora, tokens
 from metarun.data.corpora import Corpus, Source
 from metarun.data.splits import SHARES, dealt, listed
@@ -27,7 +28,7 @@ from metarun.data.tagged import Scheme, Sentence
 from metarun.data.toy_entities import toy_entities
 from metarun.errors import require
 from metarun.targets.metric import Metric
-from metarun.targets.tags import ENTITY_F1, SPAN_F1, Decoder, Tags, begins_at, counted, f1, kind_of, spans
+from metarun.targets.tags import Decoder, Tags, begins_at, counted, f1, kind_of, spans
 from metarun.tasks.few_shot import Range, Shots, draw, range_of
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ TYPE_SPLIT_SEED = 23
 
 
 def pieces(sentence: Sentence, longest: int) -> list[Sentence]:
-    """Return a sentence in pieces of at most ``longest`` words, cut before a word that begins or is outside an entity."""
+    """Return a sentence in pieces of at most ``longest`` words, none of which begins inside an entity if possible."""
     rest, found = sentence, list[Sentence]()
     while len(rest.words) > longest:
         cut = next((i for i in range(longest, 0, -1) if not rest.tags[i].startswith("I-")), longest)
@@ -97,12 +98,45 @@ class Pool:
         return (place < self.supports, place >= self.supports) if self.apart else (place >= 0, place >= 0)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Numbers of support sentences, and of query sentences; with new types for each type."""
+class Asked(NamedTuple):
+    """Numbers of support sentences and of query sentences of a task; with new types, of each of its types."""
 
     shots: Range
     queries: int
+
+
+@dataclass(frozen=True)
+class How:
+    """What tasks are made of sentences.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    types: str | tuple[str, ...] = "shared"
+    """``shared``, ``new``, or the names of the only types that count, which are shared."""
+    ways: int = 3
+    """Number of types of a task with new types, at least 1."""
+    longest: int = 32
+    """Number of words of the longest sentence, at least 2; longer ones are cut into pieces."""
+    buckets: int = 8192
+    """Number of ids that features known from training share, from 2 to ``MOST_BUCKETS``."""
+    unfamiliar: float = 0.5
+    """Share of the tasks of training sources that are made unfamiliar, from 0 to 1."""
+    decoder: Decoder = "words"
+
+    def __post_init__(self) -> None:
+        require(self.ways >= 1, f"ways must be at least 1, not {self.ways}")
+        require(self.longest >= 2, f"longest must be at least 2, not {self.longest}")
+        require(2 <= self.buckets <= MOST_BUCKETS, f"buckets must be from 2 to {MOST_BUCKETS}, not {self.buckets}")
+        require(0 <= self.unfamiliar <= 1, f"unfamiliar must be from 0 to 1, not {self.unfamiliar}")
+        known = not isinstance(self.types, str) or self.types in ("shared", "new")
+        require(known, f"types must be shared, new or a list of names, not {self.types}")
+
+    def text(self) -> list[str]:
+        """Return what makes scores incomparable."""
+        kind = f"new:ways={self.ways}" if self.types == "new" else "shared"
+        return [kind, f"longest={self.longest}"]
 
 
 class Entities:
@@ -111,78 +145,49 @@ class Entities:
     Args:
         corpus: sources by split; without any for validation, the last sentences of training sources are held out.
         dataset: name of the corpus, and all that makes scores incomparable.
-        shots: number of support sentences of a task, or a range; with new types, of each type.
-        queries: the same for query sentences.
-        train_shots: the same in training; None: ``shots``.
-        train_queries: None: ``queries``.
-        types: ``shared``, ``new``, or the names of the only types that count, which are shared.
-        ways: number of types of a task with new types, at least 1.
-        longest: number of words of the longest sentence, at least 2; longer ones are cut into pieces.
-        buckets: number of ids that features known from training share, from 2 to ``MOST_BUCKETS``.
-        unfamiliar: share of the training tasks that are made unfamiliar, from 0 to 1.
-        decoder: how outputs become tags (see `Tags`).
+        sizes: numbers of sentences of training tasks (True) and of others (False).
+        how: what tasks are made of sentences.
         device: where the sentences live.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        dataset: str,
-        shots: Shots,
-        queries: int,
-        train_shots: Shots | None,
-        train_queries: int | None,
-        types: Literal["shared", "new"] | Sequence[str],
-        ways: int,
-        longest: int,
-        buckets: int,
-        unfamiliar: float,
-        decoder: Decoder,
-        device: str,
+        self, corpus: Corpus, dataset: str, sizes: Mapping[bool, Asked], how: How, device: str = "cpu"
     ) -> None:
-        require(longest >= 2, f"longest must be at least 2, not {longest}")
-        require(2 <= buckets <= MOST_BUCKETS, f"buckets must be from 2 to {MOST_BUCKETS}, not {buckets}")
-        require(0 <= unfamiliar <= 1, f"unfamiliar must be from 0 to 1, not {unfamiliar}")
-        require(ways >= 1, f"ways must be at least 1, not {ways}")
-        for name, value in {"queries": queries, "train_queries": train_queries}.items():
-            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
-        self.device, self.new, self.ways, self.unfamiliar = device, types == "new", ways, unfamiliar
-        others = Asked(range_of("shots", shots), queries)
-        train = others.shots if train_shots is None else range_of("train_shots", train_shots)
-        self.sizes = {False: others, True: Asked(train, train_queries or queries)}
-        corpus = corpora.with_validation(corpus)
-        chosen = _types(corpus, types)
+        self.device, self.sizes, self.how, self.new = device, sizes, how, how.types == "new"
+        others, each = sizes[False], how.ways if self.new else 1
+        corpus = corpora.with_validation(corpus, each * each * (others.shots.most + others.queries))
+        chosen = _types(corpus, how.types)
         self.pools = {
             split: {
-                name: Pool(source, chosen[split], longest, name in corpus["train"]) for name, source in sources.items()
+                name: Pool(source, chosen[split], how.longest, name in corpus["train"])
+                for name, source in sources.items()
             }
             for split, sources in corpus.items()
         }
         self._check(dataset)
-        features = tokens.fit_words([s.words for pool in self.pools["train"].values() for s in pool.sentences], buckets, longest)
-        self.features = features
+        training = [sentence.words for pool in self.pools["train"].values() for sentence in pool.sentences]
+        self.features = features = tokens.fit_words(training, how.buckets, how.longest)
         for own in self.pools.values():
             for pool in own.values():
                 pool.encode(features, device)
         self.names = tuple(dict.fromkeys(name for own in self.pools.values() for name in own))
         self.columns, self.strange_columns = self._columns()
-        target = self._target(decoder)
-        per_task = ways if self.new else 1
+        target = self._target(how.decoder)
         self.spec = Spec(
-            Words(longest, tokens.COLUMNS, features.ids),
+            Words(how.longest, tokens.COLUMNS, features.ids),
             target,
-            Sizes(others.shots.most * per_task, others.queries * per_task),
+            Sizes(others.shots.most * each, others.queries * each),
             metrics=target.metrics,
             facts=Facts(groups=self.names),
         )
-        content = sha256(repr([(s, n, p.sentences, p.types) for s, own in self.pools.items() for n, p in own.items()]).encode())
-        kind = f"new:ways={ways}" if self.new else f"types={len(target.types)}"
-        self.dataset = ":".join(
-            [dataset, kind, f"longest={longest}", *others.shots.text("shots"), content.hexdigest()[:6]]
-            + ([f"unfamiliar={unfamiliar:g}"] if any(p.from_training for p in self.pools["val"].values()) else [])
-        )
+        self.dataset = ":".join([dataset, *others.shots.text("shots"), *how.text(), self._content()])
         self.pooled = Pooled((POOLED_F1, POOLED_SPAN_F1, MEAN_F1), self._counts, self._pooled)
         self.samples = Samples(self._found, self._shown)
+
+    def _content(self) -> str:
+        """Return a hash of what validation and test tasks are drawn from."""
+        parts = [(name, pool.sentences, pool.types) for own in self.pools.values() for name, pool in own.items()]
+        return sha256(repr(parts).encode()).hexdigest()[:6]
 
     def _check(self, dataset: str) -> None:
         """Require sentences and types enough for a task of every source."""
@@ -193,9 +198,10 @@ class Entities:
                 where = f"{dataset}: source {name} of {split}"
                 require(
                     bool(pool.types),
-                    f"{where} has no entity of the types that are asked for; leave the source out, or change task.types",
+                    f"{where} has no entity of a type that counts; leave the source out, or change task.types",
                 )
                 if self.new:
+                    self._check_types(where, pool, asked, prefix)
                     continue
                 have = min(pool.supports, len(pool.sentences) - pool.supports) if pool.apart else len(pool.sentences)
                 needs = max(asked.shots.most, asked.queries) if pool.apart else asked.shots.most + asked.queries
@@ -205,13 +211,43 @@ class Entities:
                     f"{where} has {have} sentences, and {numbers} need {needs}; lower them, or leave the source out",
                 )
 
+    def _check_types(self, where: str, pool: Pool, asked: Asked, prefix: str) -> None:
+        """Leave out the types of a source that are too rare for a task of new types; require enough of them.
+
+        A sentence that holds several types is drawn for one of them, so each needs as many as all types of a task.
+        """
+        numbers = {name: [0, 0] for name in pool.types}
+        for place, sentence in enumerate(pool.sentences):
+            for name in types_in([sentence]) & set(pool.types):
+                numbers[name][pool.apart and place >= pool.supports] += 1
+        needs = (asked.shots.most, asked.queries) if pool.apart else (asked.shots.most + asked.queries, 0)
+        common = [
+            name
+            for name, own in numbers.items()
+            if all(n >= self.how.ways * need for n, need in zip(own, needs, strict=True))
+        ]
+        require(
+            len(common) >= self.how.ways,
+            f"{where} has {len(common)} of {len(numbers)} types with {self.how.ways * sum(needs)} sentences, and "
+            f"ways={self.how.ways} with {prefix}shots={asked.shots.most} and {prefix}queries={asked.queries} need "
+            f"{self.how.ways}; lower them, or leave the source out",
+        )
+        if rare := [name for name in numbers if name not in common]:
+            log.info(
+                "%s: types with fewer than %d sentences are left out: %s.",
+                where,
+                self.how.ways * sum(needs),
+                listed(rare),
+            )
+        pool.types = common
+
     def _columns(self) -> tuple[tuple[str, ...], int]:
         """Return the names of the types with places of their own, and the number of further places.
 
         Types that training lacks take one of the further places, as do those of training where it is made unfamiliar.
         """
         if self.new:
-            return (), self.ways
+            return (), self.how.ways
         known = sorted({name for pool in self.pools["train"].values() for name in pool.types})
         lacking = [
             len(set(pool.types) - set(known)) for split in ("val", "test") for pool in self.pools[split].values()
@@ -227,7 +263,7 @@ class Entities:
         return replace(target, transitions=counted(tags.clamp(min=0), (tags >= 0).float(), target.outputs))
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
-        """Draw ``count`` tasks, each of one source, with ``group``, its number, and ``sentence``, that of each example."""
+        """Draw ``count`` tasks, each of one source; ``group`` is its number, and ``sentence`` that of each example."""
         names = list(self.pools[split])
         chosen = torch.randint(len(names), (count,), generator=generator).tolist()
         parts = [self._task(split, names[i], generator) for i in chosen]
@@ -236,7 +272,7 @@ class Entities:
 
     def _task(self, split: Split, name: str, generator: torch.Generator) -> tuple[Tree, Tree]:
         pool, asked = self.pools[split][name], self.sizes[split == "train"]
-        strange = pool.from_training and bool(torch.rand((), generator=generator) < self.unfamiliar)
+        strange = pool.from_training and bool(torch.rand((), generator=generator) < self.how.unfamiliar)
         kinds, place = self._places(pool, strange, generator)
         support, query = self._drawn(pool, asked, kinds, generator)
         share = torch.rand((), generator=generator) if strange else torch.zeros(())
@@ -269,7 +305,7 @@ class Entities:
         number = len(pool.types)
         place = torch.zeros(1 + 2 * number, dtype=torch.long)
         if self.new:
-            kinds = torch.randperm(number, generator=generator)[: self.ways]
+            kinds = torch.randperm(number, generator=generator)[: self.how.ways]
             columns = torch.arange(len(kinds))
         else:
             kinds = torch.arange(number)
@@ -285,9 +321,7 @@ class Entities:
             place[begins_at(0) + 2 * kinds + offset] = begins_at(0) + 2 * columns + offset
         return kinds, place
 
-    def _drawn(
-        self, pool: Pool, asked: Asked, kinds: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _drawn(self, pool: Pool, asked: Asked, kinds: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the support and query sentences of a task, in random order."""
         for_support, for_query = pool.allowed()
         if not self.new:
@@ -320,7 +354,8 @@ class Entities:
         """Return the numbers of entities of a test task in the row of its source ``[sources, 4]``."""
         found = self.spec.target.counts(predict(task.query["x"]), task.query)  # type: ignore[attr-defined]
         own = one_hot(task.query["group"][0], len(self.names))
-        return own[:, None] * found
+        counts: Tensor = own[:, None] * found
+        return counts
 
     def _pooled(self, counts: Tensor) -> dict[str, float]:
         """Return the metrics of all tasks together from counts ``[tasks, sources, 4]``."""
@@ -337,7 +372,7 @@ class Entities:
         return {"tag": self.spec.target.decoded(predict(task.query["x"]), task.query)}  # type: ignore[attr-defined]
 
     def _shown(self, found: Mapping[str, Tree], tasks: Task) -> str:
-        """Return the first queries of each task with their true entities and those found before and after adaptation."""
+        """Return the first queries of each task: their true entities, and those found before and after adaptation."""
         lines = []
         for task, group in enumerate(tasks.query["group"][:, 0].tolist()):
             name = self.names[group]
@@ -376,7 +411,7 @@ def _types(corpus: Corpus, types: str | Sequence[str]) -> dict[str, list[str]]:
     if not isinstance(types, str):
         unknown = [name for name in types if name not in every]
         require(not unknown, f"types names {unknown[:1]}, and the data have {listed(every)}")
-        return dict.fromkeys(of_split, list(types))
+        return {split: list(types) for split in of_split}
     if types == "shared":
         return of_split
     new = {split: [name for name in names if name not in of_split["train"]] for split, names in of_split.items()}
@@ -401,9 +436,9 @@ def entities(
     test: Sequence[str] = (),
     types: str | Sequence[str] = "shared",
     ways: int = 3,
-    longest: int = 48,
+    longest: int = 32,
     buckets: int = 8192,
-    unfamiliar: float = 0.7,
+    unfamiliar: float = 0.5,
     decoder: Decoder = "words",
     column: int | None = None,
     scheme: Scheme = "iob2",
@@ -438,14 +473,17 @@ def entities(
         UserError: data are missing or damaged; the sentence names the file and the line.
     """
     require(column is None or column >= 2, f"column must be at least 2, since words come first, not {column}")
-    if isinstance(types, str):
-        require(types in ("shared", "new"), f"types must be shared, new or a list of names, not {types}")
-    further = (shots, queries, train_shots, train_queries)
-    rest = (longest, buckets, unfamiliar, decoder, device)
+    for name, value in {"queries": queries, "train_queries": train_queries}.items():
+        require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+    others = Asked(range_of("shots", shots), queries)
+    own_shots = others.shots if train_shots is None else range_of("train_shots", train_shots)
+    sizes = {False: others, True: Asked(own_shots, train_queries or queries)}
+    chosen = types if isinstance(types, str) else tuple(types)
+    how = How(chosen, ways, longest, buckets, unfamiliar, decoder)
     if path is not None:
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         corpus = corpora.of_path(path, data_dir, column, scheme, val, test)
-        return Entities(corpora.without_copies(corpus), path, *further, types, ways, *rest)
+        return Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device)
     if dataset == "auto":
         dataset = "universal_ner" if corpora.is_there(data_dir, "universal_ner") else "toy"
         if dataset == "toy":
@@ -458,8 +496,10 @@ def entities(
     if dataset == "crossner":
         held_out = test or ("politics",)
         corpus = corpora.without_copies(corpora.crossner(data_dir, held_out))
-        return Entities(corpus, f"crossner:{','.join(held_out)}", *further, types, ways, *rest)
-    corpus = toy_entities() if dataset == "toy" else corpora.xsid(data_dir) if dataset == "xsid" else corpora.universal_ner(data_dir)
-    if dataset == "universal_ner" and types == "shared":
-        types = LANGUAGE_TYPES
-    return Entities(corpus, dataset, *further, types, ways, *rest)
+        return Entities(corpus, f"crossner:{','.join(held_out)}", sizes, how, device)
+    if dataset == "universal_ner":
+        if types == "shared":
+            how = replace(how, types=LANGUAGE_TYPES)
+        return Entities(corpora.universal_ner(data_dir), dataset, sizes, how, device)
+    corpus = toy_entities() if dataset == "toy" else corpora.xsid(data_dir)
+    return Entities(corpus, dataset, sizes, how, device)
