@@ -228,6 +228,8 @@ class Facts:
     """Features in which every task's target is linear: ``[examples, numbers]``."""
     groups: tuple[str, ...] | None = None
     """Names of the kinds of task in the family, if there are several; the data carry ``group [examples]``."""
+    references: Mapping[str, Callable[[Tree, Any], Tensor]] = field(default_factory=dict)
+    """What can be answered without a learner, by name: (support set of one task, x) → output."""
 
 
 @portable
