@@ -164,6 +164,8 @@ NEEDS: dict[Need, str] = {
     "rows": "examples with known targets",
     "numbers": "targets that are numbers",
     "classes": "examples of classes",
+    "targets": "examples that have a single target each",
+    "labels": "examples that have a single class each",
     "policy": "an environment to act in",
 }
 

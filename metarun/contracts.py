@@ -22,13 +22,14 @@ Weights: TypeAlias = dict[str, Tensor]
 Scores: TypeAlias = dict[str, Tensor]
 """Scalars by the names of the metrics, in their order; the first metric is used for selection."""
 
-Need = Literal["loss", "examples", "rows", "numbers", "classes", "policy"]
+Need = Literal["loss", "examples", "rows", "numbers", "classes", "targets", "labels", "policy"]
 """What an algorithm needs of a target, and what a target offers:
 
 - ``loss``: any differentiable loss;
 - ``examples``: a loss over examples, which stays the same from one adaptation step to the next;
 - ``rows``: inputs whose targets are known, row by row; ``numbers`` if these are numbers, ``classes`` if they are
   one-hot classes;
+- ``targets``: rows that are the examples themselves, each with a single target; ``labels`` if that is a class;
 - ``policy``: an environment to act in.
 """
 

@@ -44,7 +44,7 @@ def random_task(learned: Learned, sizes: dict[str, int], seed: int) -> tuple[Ten
         return torch.rand(shape, generator=generator)
 
     y = torch.randn(count, spec.target.outputs, generator=generator)
-    if spec.offers("classes"):
+    if spec.offers("labels"):
         y = torch.eye(sizes["ways"]).repeat(sizes["shots"], 1)
     x, q = inputs(count), inputs(sizes["queries"])
     return x.to(learned.device), y.to(learned.device), q.to(learned.device)
@@ -71,7 +71,7 @@ def export(
         UserError: the method cannot be exported, or the program does not agree with the learner.
     """
     algorithm, theta, spec, names = learned.algorithm, learned.theta, learned.spec, learned.names
-    if not (spec.offers("classes") or spec.offers("numbers")):
+    if not (spec.offers("labels") or spec.offers("numbers")):
         raise UserError(f"task={names['task']} has neither numbers nor classes as targets, so it cannot be exported.")
     own_ways = spec.sizes.ways or 1
     sizes = {

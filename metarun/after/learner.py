@@ -80,7 +80,7 @@ class Targets:
     def __init__(self, learned: Learned, y: Any, ways: int | None = None) -> None:
         """``ways`` is the number of columns that classes get, for tasks that are adapted to together."""
         spec, self.learned, self.classes, self.flat = learned.spec, learned, None, False
-        if spec.offers("classes"):
+        if spec.offers("labels"):
             labels = labels_of(y)
             self.classes, positions = self._classes(labels)
             self.columns = self._columns(ways)
@@ -271,7 +271,7 @@ class AdaptedTasks:
         require(len(xs) == len(ys) > 0, f"there must be as many x as y, at least one, not {len(xs)} and {len(ys)}")
         self._learned, self._steps, self._seeds = learned, steps, seeds
         ways = None
-        if learned.spec.offers("classes"):
+        if learned.spec.offers("labels"):
             ways = max(len(set(labels_of(y))) for y in ys)
         self._targets = [Targets(learned, y, ways) for y in ys]
         support = [inputs_of(learned, x) for x in xs]

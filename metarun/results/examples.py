@@ -79,10 +79,10 @@ def write_examples(experiment: Experiment, index: int, theta: Tree, directory: P
     shape = spec.inputs.shape if isinstance(spec.inputs, Numbers) else ()
     possible = {
         curves: spec.offers("numbers") and shape == (1,) and spec.target.outputs == 1,
-        episode: spec.offers("classes") and len(shape) == 3 and shape[0] in (1, 3),
+        episode: spec.offers("labels") and len(shape) == 3 and shape[0] in (1, 3),
         paths: hasattr(experiment.family, "paths"),
         samples: hasattr(experiment.family, "samples"),
-        embedding: spec.offers("classes") and algorithm.embed is not None,
+        embedding: spec.offers("labels") and algorithm.embed is not None,
     }
     for draw in (draw for draw, can in possible.items() if can):
         try:

@@ -32,7 +32,7 @@ class Classes:
 
     ways: int
     metrics: tuple[Metric, ...] = (ACCURACY,)
-    offers: tuple[Need, ...] = ("loss", "examples", "rows", "classes")
+    offers: tuple[Need, ...] = ("loss", "examples", "rows", "classes", "targets", "labels")
 
     @property
     def outputs(self) -> int:

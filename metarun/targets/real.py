@@ -22,7 +22,7 @@ class Real:
 
     outputs: int
     metrics: tuple[Metric, ...] = (MSE,)
-    offers: tuple[Need, ...] = ("loss", "examples", "rows", "numbers")
+    offers: tuple[Need, ...] = ("loss", "examples", "rows", "numbers", "targets")
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:
         """Return the mean squared error over examples and outputs."""

@@ -70,7 +70,7 @@ def protomaml(
         adapt,
         predict,
         approach="agnostic",
-        needs="classes",
+        needs="labels",
         paper="https://arxiv.org/abs/1903.03096",
         train_steps=inner_steps,
         any_ways=True,

@@ -109,7 +109,7 @@ def baselinepp(
         fits,
         predict,
         approach="baseline",
-        needs="classes",
+        needs="labels",
         paper="https://arxiv.org/abs/1904.04232",
         meta_loss=meta_loss,
         candidates=lambda theta: [with_step_size(theta, size) for size in step_sizes],

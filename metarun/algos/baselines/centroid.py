@@ -43,7 +43,7 @@ def centroid(spec: Spec) -> Algorithm:
         adapt,
         predict,
         approach="baseline",
-        needs="classes",
+        needs="labels",
         paper="",
         meta_learns=False,
         open_ways=True,

@@ -93,7 +93,7 @@ def linear_probe(spec: Spec, strengths: Sequence[float] = STRENGTHS, solver_step
         adapt,
         predict,
         approach="baseline",
-        needs="classes",
+        needs="labels",
         paper="https://arxiv.org/abs/2003.11539",
         meta_learns=False,
         candidates=candidates,

@@ -69,7 +69,7 @@ def multitask(model: nn.Module, head_lr: float = 1.0, head_steps: int = 10) -> A
         fits,
         predict,
         approach="baseline",
-        needs="rows",
+        needs="targets",
         paper="https://arxiv.org/abs/2106.09017",
         train_steps=head_steps,
         meta_loss=meta_loss,

@@ -182,7 +182,7 @@ def dkt(
         keep_support,
         predict,
         approach="dependent",
-        needs="rows",
+        needs="targets",
         paper="https://arxiv.org/abs/1910.05199",
         meta_loss=meta_loss,
         any_ways=True,

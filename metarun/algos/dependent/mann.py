@@ -218,7 +218,7 @@ def mann(
         keep_support,
         predict,
         approach="dependent",
-        needs="rows",
+        needs="targets",
         paper="https://arxiv.org/abs/1605.06065",
         meta_loss=meta_loss,
         report=instances if spec.offers("classes") else None,

@@ -81,7 +81,7 @@ def meta_baseline(model: nn.Module, spec: Spec, pretrain_steps: int = 500, scale
         keep_support,
         predict,
         approach="dependent",
-        needs="classes",
+        needs="labels",
         paper="https://arxiv.org/abs/2003.04390",
         meta_loss=meta_loss,
         any_ways=True,

@@ -121,7 +121,7 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
         adapt,
         predict,
         approach="dependent",
-        needs="rows",
+        needs="targets",
         paper="https://arxiv.org/abs/1609.09106",
         any_ways=classes,
         open_ways=classes,
