@@ -1,13 +1,19 @@
 """Tagged sentences in CoNLL and IOB2 files: a word per line with its tag, and an empty line between sentences."""
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from metarun.errors import UserError
+import numpy as np
+import torch
+from torch import Tensor
 
-log = logging.getLogger(__name__)
+from metarun.contracts import Examples
+from metarun.data.portable import portable
+from metarun.data.tokens import WordFeatures
+from metarun.errors import UserError, require
 
 SUFFIXES = (".conll", ".conllu", ".iob2", ".iob", ".bio", ".txt", ".tsv")
 """Suffixes of files with tagged sentences."""
@@ -157,3 +163,76 @@ def _sentence(
         words.append(word)
         before = tags[-1]
     return Sentence(tuple(words), tuple(tags), name)
+
+
+@portable
+@dataclass(frozen=True)
+class TaggedWords:
+    """Sentences of words with tags as their owner has them (`metarun.contracts.Converter`)."""
+
+    features: WordFeatures
+    types: tuple[str, ...]
+    """The names of the types with tags of their own."""
+    places: int
+    """Number of places for other types, which come after these."""
+
+    def inputs(self, x: Any) -> Tensor:
+        """Return what words look like ``[sentences, words, columns]``.
+
+        Raises:
+            ValueError: there is something that is no list of words, or a sentence has too many of them.
+        """
+        rows = [x] if isinstance(x, str) else list(x)
+        for row in rows:
+            words = not isinstance(row, str) and all(isinstance(word, str) and word for word in row) and len(row) > 0
+            require(words, f"these inputs are sentences as lists of words, and this is none: {row!r}")
+            require(
+                len(row) <= self.features.longest,
+                f"a sentence has {len(row)} words, and the learner reads at most {self.features.longest}; cut it, or "
+                "train with a larger task.longest",
+            )
+        return self.features(rows).long()
+
+    def targets(self, y: Any) -> Tensor:
+        """Return one-hot tags ``[sentences, words, tags]`` of lists of tags, 0 where a sentence has ended.
+
+        Types that training did not have get the places for new ones, in the order in which they appear.
+
+        Raises:
+            ValueError: a tag is no IOB tag, or there are more new types than places.
+        """
+        names = list(self.types)
+        found = torch.zeros(len(y), self.features.longest, 1 + 2 * (len(names) + self.places))
+        for row, tags in enumerate(y):
+            require(not isinstance(tags, str), "y must hold a list of tags for each sentence, such as ['B-PER', 'O']")
+            for place, tag in enumerate(tags[: self.features.longest]):
+                matched = TAG.fullmatch(str(tag))
+                require(matched is not None, f"y holds the tag {tag!r}, which is none of O, B-TYPE and I-TYPE")
+                kind = matched[2] if matched else None
+                if kind is not None and kind not in names:
+                    names.append(kind)
+                    require(
+                        len(names) <= len(self.types) + self.places,
+                        f"y holds the type {kind}; the learner knows {', '.join(self.types) or 'none'}, and has "
+                        f"{self.places} places for others",
+                    )
+                found[row, place, 0 if kind is None else 1 + 2 * names.index(kind) + (tag[0] == "I")] = 1
+        return found.to(torch.get_default_dtype())
+
+    def answers(self, output: Tensor) -> Any:
+        """Return tags ``[sentences, words]``, as many for each sentence; those after its end mean nothing.
+
+        The types at places for new ones are called new0, new1, … in the order in which ``targets`` saw them.
+        """
+        names = [*self.types, *(f"new{i}" for i in range(self.places))]
+        tags = np.array(["O", *(f"{prefix}-{name}" for name in names for prefix in "BI")])
+        return tags[output.argmax(-1).numpy()]
+
+    def read(self, path: Path) -> Examples:
+        """Read a CoNLL or IOB2 file.
+
+        Raises:
+            UserError: the file is broken; the sentence names the line.
+        """
+        found = sentences_of(path.read_bytes(), str(path))
+        return Examples([s.words for s in found], [s.tags for s in found], [s.name for s in found])

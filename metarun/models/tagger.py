@@ -107,7 +107,7 @@ class Tagger(nn.Module):
         self,
         spec: Spec,
         embedding: int = 64,
-        width: int = 128,
+        width: int = 96,
         layers: int = 2,
         context: Literal["convolution", "gru", "transformer"] = "convolution",
         dropout: float = 0.0,

@@ -24,12 +24,13 @@ from metarun.contracts import Facts, Pooled, Predict, Samples, Sizes, Spec, Spli
 from metarun.data import corpora, tokens
 from metarun.data.corpora import Corpus, Source
 from metarun.data.splits import SHARES, dealt, listed
-from metarun.data.tagged import Scheme, Sentence
+from metarun.data.tagged import Scheme, Sentence, TaggedWords
 from metarun.data.toy_entities import toy_entities
 from metarun.errors import require
 from metarun.targets.metric import Metric
 from metarun.targets.tags import Decoder, Tags, begins_at, counted, f1, kind_of, spans
 from metarun.tasks.few_shot import Range, Shots, draw, range_of
+from metarun.tasks.tag_references import Logistic, gazetteer
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +149,17 @@ class Entities:
         sizes: numbers of sentences of training tasks (True) and of others (False).
         how: what tasks are made of sentences.
         device: where the sentences live.
+        converter: what a run has learned of words and types; None: it is fitted to the training sentences.
     """
 
     def __init__(
-        self, corpus: Corpus, dataset: str, sizes: Mapping[bool, Asked], how: How, device: str = "cpu"
+        self,
+        corpus: Corpus,
+        dataset: str,
+        sizes: Mapping[bool, Asked],
+        how: How,
+        device: str = "cpu",
+        converter: TaggedWords | None = None,
     ) -> None:
         self.device, self.sizes, self.how, self.new = device, sizes, how, how.types == "new"
         others, each = sizes[False], how.ways if self.new else 1
@@ -165,20 +173,25 @@ class Entities:
             for split, sources in corpus.items()
         }
         self._check(dataset)
-        training = [sentence.words for pool in self.pools["train"].values() for sentence in pool.sentences]
-        self.features = features = tokens.fit_words(training, how.buckets, how.longest)
+        self.converter = converter or self._fitted()
+        self.features, self.columns = self.converter.features, self.converter.types
+        self.strange_columns = self.converter.places
+        require(
+            self.features.longest == how.longest,
+            f"the learner was trained with task.longest={self.features.longest}; test it with the same",
+        )
+        features = self.features
         for own in self.pools.values():
             for pool in own.values():
                 pool.encode(features, device)
         self.names = tuple(dict.fromkeys(name for own in self.pools.values() for name in own))
-        self.columns, self.strange_columns = self._columns()
         target = self._target(how.decoder)
         self.spec = Spec(
             Words(how.longest, tokens.COLUMNS, features.ids),
             target,
             Sizes(others.shots.most * each, others.queries * each),
             metrics=target.metrics,
-            facts=Facts(groups=self.names),
+            facts=Facts(groups=self.names, references={"gazetteer": gazetteer, "logistic": Logistic()}),
         )
         self.dataset = ":".join([dataset, *others.shots.text("shots"), *how.text(), self._content()])
         self.pooled = Pooled((POOLED_F1, POOLED_SPAN_F1, MEAN_F1), self._counts, self._pooled)
@@ -253,6 +266,11 @@ class Entities:
             len(set(pool.types) - set(known)) for split in ("val", "test") for pool in self.pools[split].values()
         ]
         return tuple(known), max(lacking)
+
+    def _fitted(self) -> TaggedWords:
+        """Return what training sentences say of words and types."""
+        training = [sentence.words for pool in self.pools["train"].values() for sentence in pool.sentences]
+        return TaggedWords(tokens.fit_words(training, self.how.buckets, self.how.longest), *self._columns())
 
     def _target(self, decoder: Decoder) -> Tags:
         names = (*self.columns, *(f"new{i}" for i in range(self.strange_columns)))
@@ -444,6 +462,7 @@ def entities(
     scheme: Scheme = "iob2",
     device: str = "cpu",
     data_dir: str = "data",
+    converter: TaggedWords | None = None,
 ) -> Entities:
     """Tasks of finding entities in a language, a domain or a file.
 
@@ -468,6 +487,7 @@ def entities(
         scheme: ``iob2`` (entities begin with B-) or ``iob1`` (they may begin with I-), for the user's files.
         device: where the sentences live.
         data_dir: holds the folders of the corpora.
+        converter: what a run has learned of words and types, for a later test of it; None: fitted to training.
 
     Raises:
         UserError: data are missing or damaged; the sentence names the file and the line.
@@ -483,7 +503,7 @@ def entities(
     if path is not None:
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         corpus = corpora.of_path(path, data_dir, column, scheme, val, test)
-        return Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device)
+        return Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device, converter)
     if dataset == "auto":
         dataset = "universal_ner" if corpora.is_there(data_dir, "universal_ner") else "toy"
         if dataset == "toy":
@@ -496,10 +516,10 @@ def entities(
     if dataset == "crossner":
         held_out = test or ("politics",)
         corpus = corpora.without_copies(corpora.crossner(data_dir, held_out))
-        return Entities(corpus, f"crossner:{','.join(held_out)}", sizes, how, device)
+        return Entities(corpus, f"crossner:{','.join(held_out)}", sizes, how, device, converter)
     if dataset == "universal_ner":
         if types == "shared":
             how = replace(how, types=LANGUAGE_TYPES)
-        return Entities(corpora.universal_ner(data_dir), dataset, sizes, how, device)
+        return Entities(corpora.universal_ner(data_dir), dataset, sizes, how, device, converter)
     corpus = toy_entities() if dataset == "toy" else corpora.xsid(data_dir)
-    return Entities(corpus, dataset, sizes, how, device)
+    return Entities(corpus, dataset, sizes, how, device, converter)

@@ -16,10 +16,12 @@ from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
+from metarun.models.tagger import Tagger
 from metarun.models.text import TextEmbedding
 from metarun.random import drawing
 from metarun.targets.scoring import loss_of
 from metarun.tasks.bandit import Bandit
+from metarun.tasks.entities import entities
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
 from metarun.tasks.sinusoid import Sinusoid
@@ -49,6 +51,15 @@ def sentences():
     return toy_text(), TextEmbedding(toy_text().spec, width=8)
 
 
+@cache
+def toy_tags():
+    return entities(dataset="toy", shots=3, queries=3, longest=10, buckets=32)
+
+
+def tags():
+    return toy_tags(), Tagger(toy_tags().spec, 4, 8, 1)
+
+
 def walks():
     family = Navigation(horizon=6, shots=4, queries=5)
     return family, Policy(family.spec, (8,), "tanh")
@@ -64,7 +75,7 @@ def tables():
     return family, FastWeightsPolicy(family.spec, width=8, slots=4)
 
 
-TINY = (sinusoid, images, sentences, walks, pulls, tables)
+TINY = (sinusoid, images, sentences, tags, walks, pulls, tables)
 
 
 @cache

@@ -13,6 +13,7 @@ from metarun.data.tagged import Sentence, sentences_of
 from metarun.errors import UserError
 from metarun.tasks.entities import Asked, Entities, How, entities, pieces
 from metarun.tasks.few_shot import Range
+from metarun.tasks.tag_references import Logistic, gazetteer
 
 IOB2 = (
     b"# sent_id = a1\n# text = with\ta tab\n1\tAda\tB-PER\t-\tx\n2\tslept\t-\t-\tx\n3\t#\tO\t-\tx\n\n"
@@ -242,6 +243,52 @@ def test_pooled_scores_are_those_of_all_entities_and_the_mean_over_sources(toy):
     assert scores["pooled-entity-f1"] == pytest.approx(2 / 8)
     assert scores["pooled-span-f1"] == pytest.approx(4 / 8)
     assert scores["source-entity-f1"] == pytest.approx((0.5 + 0) / 2)
+
+
+def test_the_gazetteer_gives_each_word_its_most_frequent_tag():
+    tags = torch.tensor([[1, 0, 0], [1, 2, 0]])
+    support = {"x": torch.tensor([[[7, 1], [8, 1], [8, 2]], [[7, 1], [8, 3], [0, 0]]]), "y": torch.eye(3)[tags]}
+    support["y"][1, 2] = 0
+    found = gazetteer(support, torch.tensor([[[8, 9], [7, 9], [5, 9]]]))
+    torch.testing.assert_close(found, torch.tensor([[[2.5, 0, 1], [0.5, 2, 0], [0.5, 0, 0]]]))
+
+
+@pytest.mark.usefixtures("float64")
+def test_logistic_regression_reaches_the_minimum_of_its_objective():
+    g = generator(1)
+    x = torch.randint(1, 9, (3, 4, 2), generator=g)
+    y = torch.eye(3)[torch.randint(3, (12,), generator=g)]
+    y[5] = 0
+    logistic = Logistic(0.1, 16, 400)
+    z = logistic.features(x)
+    w = logistic.fitted(z, y).requires_grad_()
+    objective = -(y * (z @ w).log_softmax(-1)).sum() + 0.05 * w.square().sum()
+    (slope,) = torch.autograd.grad(objective, w)
+    assert slope.abs().max() < 1e-6
+    # Padding after a sentence is no neighbour, and a word's features do not depend on other sentences.
+    assert (logistic.features(x[:1])[:4] == z[:4]).all()
+
+
+def test_sentences_of_ones_own_become_the_tensors_that_the_family_samples(toy):
+    task = sampled(toy, "test", 1, generator(3)).query
+    pool = toy.pools["test"][toy.names[task["group"][0, 0]]]
+    sentences = [pool.sentences[i] for i in task["sentence"][0]]
+    assert torch.equal(toy.converter.inputs([list(s.words) for s in sentences]), task["x"][0])
+    assert torch.equal(toy.converter.targets([list(s.tags) for s in sentences]), task["y"][0])
+    tags = toy.converter.answers(task["y"][0])
+    assert all(tuple(row[: len(s.tags)]) == s.tags for row, s in zip(tags, sentences, strict=True))
+    for wrong, words in ((["Ada"], "lists of words"), ([["Ada"] * 40], "has 40 words")):
+        with pytest.raises(ValueError, match=words):
+            toy.converter.inputs(wrong)
+    for wrong, words in (([["PER"]], "none of O"), ([["B-PER"]], "holds the type PER"), (["O"], "a list of tags")):
+        with pytest.raises(ValueError, match=words):
+            toy.converter.targets(wrong)
+
+
+def test_a_later_test_keeps_what_training_has_learned_of_words_and_types(toy):
+    other = entities(dataset="toy", shots=9, queries=5, buckets=256, converter=toy.converter)
+    assert torch.equal(other.features.known, toy.features.known)
+    assert other.spec.target.types == toy.spec.target.types
 
 
 def real(name):
