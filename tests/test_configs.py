@@ -12,6 +12,7 @@ from metarun.command.presets import sections
 from metarun.config import register_schema
 from metarun.errors import UserError
 from metarun.run import run
+from metarun.tasks import entities as tagged
 from metarun.tasks import text as sentences
 
 CONF = files("metarun.conf")
@@ -28,6 +29,10 @@ SMALL = {
     "omniglot": ("task.dataset=procedural", "task.image_size=16", *FEW),
     "text": ("task.dataset=toy", "task.buckets=64", *FEW),
     "text_crosslingual": ("task.dataset=toy", "task.buckets=64", *FEW),
+    "entities": (
+        *("task.dataset=toy", "task.shots=2", "task.queries=2", "task.train_shots=3", "task.train_queries=1"),
+        *("task.longest=10", "task.buckets=32"),
+    ),
     "navigation": ("task.horizon=5", *CONTROL),
     "bandit": ("task.pulls=4", *CONTROL),
     "gymnasium": ("task.horizon=5", *CONTROL),
@@ -52,6 +57,7 @@ def remembering(make):
 
 
 SHARED = {name: remembering(getattr(sentences, name)) for name in ("text", "text_crosslingual")}
+TAGGED = remembering(tagged.entities)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +65,7 @@ def families_of_sentences_are_shared(monkeypatch):
     """Their words are counted once, not once for each of forty algorithms."""
     for name, make in SHARED.items():
         monkeypatch.setattr(sentences, name, make)
+    monkeypatch.setattr(tagged, "entities", TAGGED)
 
 
 def names(group):
@@ -123,7 +130,7 @@ def test_runs_leave_pictures(algo, task, tmp_path):
 @pytest.mark.parametrize("model", [name for name in names("model") if name != "adapter"])  # see test_embedding.py
 def test_every_model_runs_where_it_fits(model, tmp_path):
     ran = []
-    for task in ("omniglot", "text", "bandit"):
+    for task in ("omniglot", "text", "entities", "bandit"):
         try:
             run(*composed(f"task={task}", f"model={model}", *QUICK, *SMALL[task]), tmp_path / task)
             ran.append(task)
