@@ -38,6 +38,8 @@ POOLED_F1 = Metric("pooled-entity-f1", higher_is_better=True, percent=True)
 POOLED_SPAN_F1 = Metric("pooled-span-f1", higher_is_better=True, percent=True)
 MEAN_F1 = Metric("source-entity-f1", higher_is_better=True, percent=True)
 """The mean over sources of the F1 of all entities of a source."""
+MOST_SHOWN = 12
+"""The most test sources whose own F1 is reported."""
 MOST_BUCKETS = 2**20
 TYPE_SPLIT_SEED = 23
 
@@ -194,7 +196,9 @@ class Entities:
             facts=Facts(groups=self.names, references={"gazetteer": gazetteer, "logistic": Logistic()}),
         )
         self.dataset = ":".join([dataset, *others.shots.text("shots"), *how.text(), self._content()])
-        self.pooled = Pooled((POOLED_F1, POOLED_SPAN_F1, MEAN_F1), self._counts, self._pooled)
+        self.tested = [self.names.index(name) for name in self.pools["test"]][:MOST_SHOWN]
+        by_source = (Metric(f"entity-f1-{self.names[i]}", higher_is_better=True, percent=True) for i in self.tested)
+        self.pooled = Pooled((MEAN_F1, POOLED_F1, POOLED_SPAN_F1, *by_source), self._counts, self._pooled)
         self.samples = Samples(self._found, self._shown)
 
     def _content(self) -> str:
@@ -379,11 +383,13 @@ class Entities:
         """Return the metrics of all tasks together from counts ``[tasks, sources, 4]``."""
         by_source = counts.sum(0).double()
         right, found, true, spans_right = by_source.sum(0)
-        own = by_source[by_source[:, 2] > 0]
+        every = f1(*by_source[:, :3].unbind(1))
+        there = by_source[:, 2] > 0
         return {
+            MEAN_F1.name: float(every[there].mean()) if there.any() else 0.0,
             POOLED_F1.name: float(f1(right, found, true)),
             POOLED_SPAN_F1.name: float(f1(spans_right, found, true)),
-            MEAN_F1.name: float(f1(own[:, 0], own[:, 1], own[:, 2]).mean()) if len(own) else 0.0,
+            **{f"entity-f1-{self.names[i]}": float(every[i]) for i in self.tested},
         }
 
     def _found(self, predict: Predict, task: Task) -> Tree:
