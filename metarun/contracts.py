@@ -175,6 +175,24 @@ class Sequences:
         return (self.prompt + self.text,)
 
 
+@portable
+@dataclass(frozen=True)
+class Words:
+    """Inputs that are sentences of words, each word a row of ids of what it looks like, where 0 is padding."""
+
+    words: int
+    """Number of words of the longest sentence."""
+    columns: int
+    """Number of ids of a word; the first one is that of the word itself."""
+    ids: int
+    """Number of ids."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return (self.words, self.columns)
+
+
 class Seen(NamedTuple):
     """The input of a policy: ``steps`` successive moments of ``episodes`` parallel episodes.
 
@@ -261,7 +279,7 @@ class Facts:
 class Spec:
     """What an algorithm and a model may know of a task family."""
 
-    inputs: Numbers | Tokens | Joined | Sequences | Moments
+    inputs: Numbers | Tokens | Joined | Sequences | Words | Moments
     target: Target
     sizes: Sizes
     metrics: tuple[Metric, ...]

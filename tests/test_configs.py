@@ -12,6 +12,7 @@ from metarun.command.presets import sections
 from metarun.config import register_schema
 from metarun.errors import UserError
 from metarun.run import run
+from metarun.tasks import entities as tagged
 from metarun.tasks import questions as passages
 from metarun.tasks import text as sentences
 
@@ -42,6 +43,10 @@ SMALL = {
     ),
     "authors": ("task.dataset=toy", "task.shots=3", "task.train_shots=2", "task.length=8", *WRITING, *FEW),
     "generation": ("task.dataset=toy", "task.shots=3", "task.train_shots=2", "task.length=8", *WRITING, *FEW),
+    "entities": (
+        *("task.dataset=toy", "task.shots=2", "task.queries=2", "task.train_shots=3", "task.train_queries=1"),
+        *("task.longest=10", "task.buckets=32"),
+    ),
     "navigation": ("task.horizon=5", *CONTROL),
     "bandit": ("task.pulls=4", *CONTROL),
     "gymnasium": ("task.horizon=5", *CONTROL),
@@ -67,6 +72,7 @@ def remembering(make):
 
 SHARED = {name: remembering(getattr(sentences, name)) for name in ("text", "text_crosslingual")}
 QUESTIONS = remembering(passages.questions)
+TAGGED = remembering(tagged.entities)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +81,7 @@ def families_of_sentences_are_shared(monkeypatch):
     for name, make in SHARED.items():
         monkeypatch.setattr(sentences, name, make)
     monkeypatch.setattr(passages, "questions", QUESTIONS)
+    monkeypatch.setattr(tagged, "entities", TAGGED)
 
 
 def names(group):
@@ -145,7 +152,7 @@ def test_runs_leave_pictures(algo, task, tmp_path):
 @pytest.mark.parametrize("model", [name for name in names("model") if name != "adapter"])  # see test_embedding.py
 def test_every_model_runs_where_it_fits(model, tmp_path):
     ran = []
-    for task in ("omniglot", "text", "questions", "bandit", "authors"):
+    for task in ("omniglot", "text", "entities", "questions", "bandit", "authors"):
         own = [key for key in SMALL[task] if key not in WRITING or model.endswith("decoder")]
         try:
             run(*composed(f"task={task}", f"model={model}", *QUICK, *own), tmp_path / task)

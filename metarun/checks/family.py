@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from metarun.assemble import Experiment
-from metarun.contracts import Predict, RowTarget, Scores, Sequences, Spec, Split, Task, Tokens, Tree
+from metarun.contracts import Predict, RowTarget, Scores, Sequences, Spec, Split, Task, Tokens, Tree, Words
 from metarun.engine.batch import adapt_and_score
 from metarun.errors import UserError
 from metarun.random import stream
@@ -160,7 +160,7 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
         "reshape it or correct the spec",
     )
     integer = x.dtype in (torch.int32, torch.int64)
-    if isinstance(spec.inputs, Tokens | Sequences):
+    if isinstance(spec.inputs, Tokens | Sequences | Words):
         _check(integer, f"{x_name} holds token ids, so it must be of torch.int64, not {x.dtype}")
         low, high = int(x.min()), int(x.max())
         inside = low >= 0 and high < spec.inputs.ids

@@ -1,4 +1,4 @@
-"""Sentences as rows of integers: words, and character n-grams hashed into buckets.
+"""Sentences as rows of integers: words, and character n-grams hashed into buckets; and words as rows of integers.
 
 A row holds ``MAX_WORDS`` columns of word ids and then the ids of all n-grams, both in the sentence's order and
 padded with 0. Ids are numbered in this order: padding, the words of the vocabulary, ``UNKNOWN`` ids among which
@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -117,3 +117,113 @@ def term_frequencies(rows: Tensor, ids: int, weights: Tensor) -> Tensor:
     columns = rows.long()
     counts = weights.new_zeros(len(rows), ids).scatter_add(1, columns, weights[columns])
     return unit_rows(counts)
+
+
+SHAPES, STRANGE = 512, 2048
+"""How many ids shapes share, and how many share all else that training has not seen."""
+AFFIX, TRIGRAMS, LONGEST_SHAPE = 4, 5, 8
+"""Length of the longest prefix and suffix, the most inner trigrams of a word, and the most signs of a shape."""
+COLUMNS = 3 + 2 * AFFIX + TRIGRAMS
+"""Number of features of a word."""
+OFTEN = 3
+"""How often training must have seen a feature of a word for the feature to have an id among those known."""
+
+
+def sign(character: str) -> str:
+    """Return what kind of character this is: X and x for upper and lower case, 9 for digits, c for other letters."""
+    if character.isupper():
+        return "X"
+    if character.islower():
+        return "x"
+    if character.isdigit():
+        return "9"
+    return "c" if character.isalpha() else character
+
+
+def shape_of(word: str) -> str:
+    """Return the signs of a word's characters, of each run of equal ones at most two: ``McDonald's`` is XxXxx'x."""
+    found = ""
+    for one in map(sign, word):
+        if found[-2:] != one + one:
+            found += one
+    return found[:LONGEST_SHAPE]
+
+
+@lru_cache(2**18)
+def looks_of(word: str, first: bool) -> tuple[int, ...]:
+    """Return hashes of the features of a word, as many for each word, -1 where it has no more.
+
+    The features are the word in lower case, its shape by itself and by its place, then its prefixes, suffixes and inner
+    trigrams in lower case.
+    """
+    shape, small = shape_of(word), word.lower()
+    inside, lengths = f" {small} ", range(1, min(AFFIX, len(small)) + 1)
+    parts = [f"word {small}", f"shape {shape}", f"{'first' if first else 'later'} {shape[:3]}"]
+    parts += [f"prefix {small[:n]}" for n in lengths] + [f"suffix {small[-n:]}" for n in lengths]
+    parts += [f"trigram {inside[i : i + 3]}" for i in range(1, len(inside) - 3)][:TRIGRAMS]
+    return (*(zlib.crc32(part.encode()) for part in parts), *[-1] * (COLUMNS - len(parts)))
+
+
+@portable
+@dataclass(frozen=True)
+class WordFeatures:
+    """Turns the words of sentences into rows of ids; created by `fit_words`.
+
+    Ids are numbered in this order: padding, ``SHAPES`` for shapes, ``buckets`` for features that training has seen
+    often enough, and ``STRANGE`` for all others. All are hashed, so that a feature never seen still equals itself, and
+    in the first columns are the word itself and the two features of its shape.
+
+    Args:
+        known: hashes of the features that training has seen often enough, rising.
+        buckets: how many ids these share.
+        longest: number of words of the longest sentence; longer ones are truncated.
+    """
+
+    known: Tensor
+    buckets: int
+    longest: int
+
+    @property
+    def first_known(self) -> int:
+        """The first id of a feature that training has seen often enough; smaller ones are shapes."""
+        return 1 + SHAPES
+
+    @property
+    def first_strange(self) -> int:
+        """The first id of a feature that training has not seen often enough."""
+        return self.first_known + self.buckets
+
+    @property
+    def ids(self) -> int:
+        """The number of ids."""
+        return self.first_strange + STRANGE
+
+    def __call__(self, sentences: Iterable[Sequence[str]]) -> Tensor:
+        """Rows ``[sentences, longest, columns]`` of int32 for sentences that are sequences of words."""
+        position: dict[tuple[str, bool], int] = {}
+        places = []
+        for words_of in sentences:
+            shown = [(word, i == 0) for i, word in enumerate(words_of[: self.longest])]
+            places.append(
+                [position.setdefault(one, len(position) + 1) for one in shown] + [0] * (self.longest - len(shown))
+            )
+        hashes = torch.tensor([[-1] * COLUMNS, *(looks_of(*one) for one in position)])
+        return self._ids(hashes).to(torch.int32)[torch.tensor(places)]
+
+    def _ids(self, hashes: Tensor) -> Tensor:
+        """Return the ids of features ``[words, columns]`` from their hashes."""
+        place = torch.searchsorted(self.known, hashes).clamp(max=max(len(self.known) - 1, 0))
+        known = self.known[place] == hashes if len(self.known) else torch.zeros_like(hashes, dtype=torch.bool)
+        ids = torch.where(known, self.first_known + hashes % self.buckets, self.first_strange + hashes % STRANGE)
+        ids[:, 1:3] = 1 + hashes[:, 1:3] % SHAPES
+        return ids.masked_fill(hashes < 0, 0)
+
+
+def fit_words(sentences: Iterable[Sequence[str]], buckets: int, longest: int) -> WordFeatures:
+    """Features of words that know what occurs at least ``OFTEN`` times in ``sentences``."""
+    counts = Counter((word, i == 0) for one in sentences for i, word in enumerate(one[:longest]))
+    hashes = torch.tensor([looks_of(*one) for one in counts])
+    found, place = torch.unique(hashes, return_inverse=True)
+    times = torch.tensor(list(counts.values()))[:, None].expand_as(place)
+    total = torch.zeros(len(found), dtype=torch.long).index_add_(0, place.flatten(), times.flatten())
+    return WordFeatures(found[(total >= OFTEN) & (found >= 0)], buckets, longest)

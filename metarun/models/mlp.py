@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from metarun.contracts import Moments, Sequences, Spec, Tokens
+from metarun.contracts import Moments, Sequences, Spec, Tokens, Words
 from metarun.errors import require
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -55,6 +55,10 @@ class MLP(nn.Module):
         require(
             not isinstance(spec.inputs, Sequences),
             "mlp needs numbers, and this task has texts; choose model=gru_decoder",
+        )
+        require(
+            not isinstance(spec.inputs, Words),
+            "mlp needs numbers, and this task has words to be tagged; choose model=tagger",
         )
         require(
             not isinstance(spec.inputs, Moments),

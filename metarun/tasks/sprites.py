@@ -107,7 +107,14 @@ class SpriteDetection(BoxFamily):
         self.sprites, name = _sprites(sprites, data_dir)
         self.photos, place = _backgrounds(backgrounds, data_dir, round(ROOM * image_size))
         self.pools = self._split(split_seed, designs, name)
-        keys = (name, place, f"split{split_seed}", f"designs={designs}", f"{image_size}px", f"sprites={least:g}-{most:g}")
+        keys = (
+            name,
+            place,
+            f"split{split_seed}",
+            f"designs={designs}",
+            f"{image_size}px",
+            f"sprites={least:g}-{most:g}",
+        )
         keys += (f"turn={turn:g}", f"hidden={hidden:g}", f"objects={objects}", f"distractors={distractors}")
         self.dataset = ":".join(keys)
         target = Boxes(ways, image_size, most=objects)
@@ -122,7 +129,9 @@ class SpriteDetection(BoxFamily):
         for split in SHARES:
             classes = torch.tensor([i for i, group in enumerate(self.sprites.groups) if group in groups[split]])
             enough = len(classes) - (self.distractors > 0)
-            require(self.ways <= enough, f"ways must be at most {enough}, by the {split} classes of {name}, not {self.ways}")
+            require(
+                self.ways <= enough, f"ways must be at most {enough}, by the {split} classes of {name}, not {self.ways}"
+            )
             rows = torch.tensor([i for i, own in enumerate(self.photos.classes) if own in places[split]])
             require(len(rows) > 0, "backgrounds must be photos in at least three folders; add some, or choose noise")
             pools[split] = Pool(classes, int(split == "test" and designs == "apart"), rows)
@@ -131,15 +140,15 @@ class SpriteDetection(BoxFamily):
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, pictures, ...]``."""
         pool = self.pools[split]
-        own = draw(torch.ones(count, len(pool.classes), dtype=torch.bool), self.ways + (self.distractors > 0), generator)
+        own = draw(
+            torch.ones(count, len(pool.classes), dtype=torch.bool), self.ways + (self.distractors > 0), generator
+        )
         # Distractors may be of any class but those of the task: the one drawn last stands for a place to begin from.
         support = self._part(own, self.shots, 1, pool, generator)
         query = self._part(own, self.queries[split == "train"], self.objects, pool, generator)
         return Task(support, query)
 
-    def _part(
-        self, own: Tensor, each: int, objects: int, pool: Pool, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def _part(self, own: Tensor, each: int, objects: int, pool: Pool, generator: torch.Generator) -> dict[str, Tensor]:
         """Make ``each`` pictures per class of tasks whose classes are ``own [tasks, ways]``, in random order."""
         tasks, ways = len(own), self.ways
         pictures, slots = ways * each, objects + self.distractors

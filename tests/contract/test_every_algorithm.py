@@ -19,10 +19,12 @@ from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.reader import Reader
 from metarun.models.resnet_fpn import ResNetFPN
+from metarun.models.tagger import Tagger
 from metarun.models.text import TextEmbedding
 from metarun.random import drawing
 from metarun.targets.scoring import loss_of
 from metarun.tasks.bandit import Bandit
+from metarun.tasks.entities import entities
 from metarun.tasks.generation import Generation
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
@@ -64,6 +66,15 @@ def passages():
     return toy_questions(), Reader(toy_questions().spec, width=6, layers=1, reach=1)
 
 
+@cache
+def toy_tags():
+    return entities(dataset="toy", shots=3, queries=3, longest=10, buckets=32)
+
+
+def tags():
+    return toy_tags(), Tagger(toy_tags().spec, 4, 8, 1)
+
+
 def walks():
     family = Navigation(horizon=6, shots=4, queries=5)
     return family, Policy(family.spec, (8,), "tanh")
@@ -95,7 +106,7 @@ def turns():
     return toy_services(), TransformerDecoder(toy_services().spec, 8, 1, 2, dropout=0.0)
 
 
-TINY = (sinusoid, images, sentences, passages, walks, pulls, tables, sprites, turns)
+TINY = (sinusoid, images, sentences, tags, passages, walks, pulls, tables, sprites, turns)
 STAND_IN = {turns: ("adaptive", "maml", "reptile", "transfer")}
 """Texts cost more than other inputs, so that these algorithms stand for all that serve them."""
 

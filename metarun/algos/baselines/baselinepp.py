@@ -71,7 +71,7 @@ def baselinepp(
     check_step_sizes(step_sizes)
     trunk, head = trunk_and_head(model, "baselinepp")
     embed, classes = forward_of(trunk), spec.sizes.training_classes
-    if spec.offers("classes"):
+    if spec.offers("labels"):
         require(classes is not None, "baselinepp needs tasks that share classes; choose another, such as multitask")
     classes, ways = classes or 0, spec.sizes.ways or 0
     joint_scale = official_scale(classes) if scale is None else scale

@@ -41,7 +41,7 @@ def meta_baseline(model: nn.Module, spec: Spec, pretrain_steps: int = 500, scale
     require(scale > 0, f"scale must be above 0, not {scale}")
     trunk, head = trunk_and_head(model, "meta_baseline")
     embed, classes = forward_of(trunk), spec.sizes.training_classes
-    if spec.offers("classes"):
+    if spec.offers("labels"):
         require(classes is not None, "meta_baseline needs tasks that share classes; choose another, such as protonet")
 
     def init(generator: torch.Generator) -> Tree:
