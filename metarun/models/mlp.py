@@ -7,10 +7,19 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from metarun.contracts import Moments, Sequences, Spec, Tokens, Words
+from metarun.contracts import Joined, Moments, Sequences, Spec, Tokens, Words
 from metarun.errors import require
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
+
+OTHERS: dict[type, tuple[str, str]] = {
+    Tokens: ("has sentences", "text_embedding"),
+    Words: ("has words to be tagged", "tagger"),
+    Joined: ("has questions on passages", "reader"),
+    Sequences: ("has texts", "gru_decoder"),
+    Moments: ("needs a policy", "policy"),
+}
+"""Inputs that are no array of numbers: what a task with them has, and a model for it."""
 
 
 def fully_connected(inputs: int, widths: Sequence[int], activation: str) -> list[nn.Module]:
@@ -48,22 +57,9 @@ class MLP(nn.Module):
         initial_std: float | None = None,
     ) -> None:
         super().__init__()
-        require(
-            not isinstance(spec.inputs, Tokens),
-            "mlp needs numbers, and this task has sentences; choose model=text_embedding",
-        )
-        require(
-            not isinstance(spec.inputs, Sequences),
-            "mlp needs numbers, and this task has texts; choose model=gru_decoder",
-        )
-        require(
-            not isinstance(spec.inputs, Words),
-            "mlp needs numbers, and this task has words to be tagged; choose model=tagger",
-        )
-        require(
-            not isinstance(spec.inputs, Moments),
-            "mlp needs a tensor, and this task needs a policy; choose model=policy",
-        )
+        if type(spec.inputs) in OTHERS:
+            what, choice = OTHERS[type(spec.inputs)]
+            require(False, f"mlp needs numbers, and this task {what}; choose model={choice}")
         require(initial_std is None or initial_std > 0, f"initial_std must be above 0, not {initial_std}")
         layers = fully_connected(prod(spec.inputs.shape), widths, activation)
         self.trunk = nn.Sequential(*([nn.Flatten()] if len(spec.inputs.shape) > 1 else []), *layers)
