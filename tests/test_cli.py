@@ -75,7 +75,7 @@ BAD_INPUT = [
     (["task=text", "task.dataset=toy", "model=mlp"], ["mlp needs numbers", "model=text_embedding"]),
     (["task=bandit", "task.arms=1"], ["arms must be at least 2, not 1"]),
     (["task=navigation", "task.discount=0"], ["discount must be above 0"]),
-    (["task=navigation", "model=mlp"], ["mlp needs a tensor", "model=policy"]),
+    (["task=navigation", "model=mlp"], ["mlp needs numbers", "model=policy"]),
     (["algo=thompson", "task=mdp"], ["thompson is a policy for task=bandit"]),
     (["algo=protonet", "task=bandit"], ["for a policy choose an algorithm that acts, such as maml"]),
     (["algo=transfer", "task=bandit"], ["algorithms that fit it:", "maml", "rl2"]),
