@@ -182,7 +182,9 @@ def voc(files: Files, without_area: str) -> list[Annotated]:
             own = split.get(PurePosixPath(name).stem)
             one = voc_annotation(files.read(name), name, pictures, files.source, without_area, own)
             if one.name in of_picture:
-                raise UserError(f"{one.place} and {of_picture[one.name]} annotate the same picture; delete one of them.")
+                raise UserError(
+                    f"{one.place} and {of_picture[one.name]} annotate the same picture; delete one of them."
+                )
             of_picture[one.name] = one.place
             found.append(one)
     return found
@@ -234,9 +236,13 @@ def coco(content: bytes, place: str, folder: str, names: Iterable[str], without_
     for index, entry in enumerate(_entries(held, "annotations", ("image_id", "category_id", "bbox"), place)):
         here = f"{place}, annotations[{index}]" + (f" (id {entry['id']})" if "id" in entry else "")
         if entry["image_id"] not in by_id:
-            raise UserError(f"{here}, has the image id {entry['image_id']}, which no picture has; correct or delete it.")
+            raise UserError(
+                f"{here}, has the image id {entry['image_id']}, which no picture has; correct or delete it."
+            )
         if entry["category_id"] not in categories:
-            raise UserError(f"{here}, has the category id {entry['category_id']}, which is unknown; name it in categories.")
+            raise UserError(
+                f"{here}, has the category id {entry['category_id']}, which is unknown; name it in categories."
+            )
         if entry.get("iscrowd"):
             continue
         corners = entry["bbox"]

@@ -128,9 +128,7 @@ def shapes() -> Sprites:
         rgb = first * (1 - spot[:, None]) + second * spot[:, None]
         return torch.cat([rgb, torch.maximum(body, spot)[:, None]], 1)
 
-    both = torch.stack(
-        [design(outer, inner, colours[0], colours[1]), design(line, inner, colours[1], colours[0])], 1
-    )
+    both = torch.stack([design(outer, inner, colours[0], colours[1]), design(line, inner, colours[1], colours[0])], 1)
     groups = [f"group{i // MEMBERS}" for i in range(count)]
     return Sprites((255 * both).round().to(torch.uint8), groups, [f"shape{i}" for i in range(count)])
 
@@ -215,7 +213,9 @@ def apart(edge: Tensor, size: int, real: Tensor, generator: torch.Generator, tri
     drawn = margin + drawn * (size - 2 * margin)
     chosen = drawn[:, :, 0].clone()
     for i in range(1, sprites):
-        gap = (drawn[:, i, :, None] - chosen[:, None, :i]).norm(dim=-1) / ((edge[:, i, None] + edge[:, :i]) / 2)[:, None]
+        gap = (drawn[:, i, :, None] - chosen[:, None, :i]).norm(dim=-1) / ((edge[:, i, None] + edge[:, :i]) / 2)[
+            :, None
+        ]
         gap = gap.masked_fill(~real[:, None, :i], 1.0).amin(-1).clamp(max=1.0)
         best = gap.argmax(-1)
         chosen[:, i] = drawn[torch.arange(pictures), i, best]

@@ -78,7 +78,9 @@ class BoxFamily:
             if score >= LEAST_SHOWN:
                 colour = colours(int(kind) % 10)
                 axis.add_patch(rectangle(box, colour, linewidth=1.6))
-                axis.text(box[0], box[1], f"{100 * float(score):.0f}", fontsize=6, color="white", backgroundcolor=colour)
+                axis.text(
+                    box[0], box[1], f"{100 * float(score):.0f}", fontsize=6, color="white", backgroundcolor=colour
+                )
 
     def _extent(self) -> tuple[float, float, float, float]:
         size = self.target.size

@@ -142,7 +142,9 @@ class Detection(BoxFamily):
         log.info("%s: validation tasks have the training classes, in other pictures.", source)
         return {"train": rest, "val": rest, "test": test}, name
 
-    def _pool(self, split: str, classes: list[str], own: "np.ndarray[tuple[int], np.dtype[np.bool_]]", source: Path) -> Pool:
+    def _pool(
+        self, split: str, classes: list[str], own: "np.ndarray[tuple[int], np.dtype[np.bool_]]", source: Path
+    ) -> Pool:
         """Return what tasks of a split are drawn from.
 
         Raises:
@@ -172,9 +174,7 @@ class Detection(BoxFamily):
         own = torch.tensor(classes)
         return Task(*(self._part(torch.tensor(rows), own, training, generator) for rows in (support, query)))
 
-    def _draw(
-        self, pool: Pool, training: bool, generator: torch.Generator
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _draw(self, pool: Pool, training: bool, generator: torch.Generator) -> tuple[list[int], list[int], list[int]]:
         """Draw classes and pictures of one task, none of which is drawn twice."""
         order = torch.randperm(len(pool.classes), generator=generator)[: self.ways]
         classes = [pool.classes[i] for i in order.tolist()]
@@ -207,7 +207,9 @@ class Detection(BoxFamily):
         if training and self.augment:
             mirrored = torch.rand(rows.shape, generator=generator) < 0.5
             x = torch.where(mirrored[..., None, None, None], x.flip(-1), x)
-            other = torch.stack([self.target.size - boxes[..., 2], boxes[..., 1], self.target.size - boxes[..., 0], boxes[..., 3]], -1)
+            other = torch.stack(
+                [self.target.size - boxes[..., 2], boxes[..., 1], self.target.size - boxes[..., 0], boxes[..., 3]], -1
+            )
             boxes = torch.where(mirrored[..., None, None], other, boxes)
         boxes = boxes * (label.sum(-1, keepdim=True) > 0)
         return leaves(self.target, x, boxes, label, self.device)

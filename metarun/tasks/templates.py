@@ -70,9 +70,9 @@ class TemplateMatching:
         usual = torch.where(real, edge, torch.nan).nanmedian()
         places = (torch.arange(target.edge, device=x.device, dtype=x.dtype) + 0.5) * target.stride
         # [pictures, locations, scales, templates]
-        alike = torch.stack(
-            [self._windows(x, places, usual * scale) @ templates.T for scale in SCALES], 2
-        ).masked_fill(~real, -1.0)
+        alike = torch.stack([self._windows(x, places, usual * scale) @ templates.T for scale in SCALES], 2).masked_fill(
+            ~real, -1.0
+        )
         of_class = torch.where(label.T > 0, alike.amax(2)[..., None, :], -1.0).amax(-1)
         logit = STEEP * (of_class - MIDDLE)
         best = alike.flatten(2).argmax(-1)
