@@ -17,7 +17,7 @@ def overlap(a, b):
 
 
 def average_precision(pictures, kind, threshold):
-    """Average precision and recall of a class; a picture is (true boxes, found boxes), each a list with the class first.
+    """Average precision and recall of a class; a picture is (true boxes, found boxes), lists with the class first.
 
     Found boxes have their score after the class.
     """

@@ -117,7 +117,7 @@ class SpriteDetection(BoxFamily):
             f"{image_size}px",
             f"sprites={least:g}-{most:g}",
         )
-        keys += (f"turn={turn:g}", f"hidden={hidden:g}", f"objects={objects}", f"distractors={distractors}")
+        keys += (f"turn={turn:g}", f"hidden={hidden:g}", f"objects={objects}", f"distractors={distractors}"]
         self.dataset = ":".join(keys)
         target = Boxes(ways, image_size, most=objects, most_found=most_found)
         form = Pictures(image_size, 3, mean=(MEAN,) * 3, std=(STD,) * 3)
@@ -164,7 +164,7 @@ class SpriteDetection(BoxFamily):
         if self.distractors:
             sprite = torch.where(is_object, sprite, self._others(own, label.shape, len(pool.classes), generator))
         x, boxes = self._pictures(pool.classes[sprite].flatten(0, 1), real.flatten(0, 1), pool, objects, generator)
-        x, boxes = x.unflatten(0, (tasks, pictures)), boxes.unflatten(0, (tasks, pictures))
+        x, boxes = x.view(tasks, pictures, *x.shape[1:]), boxes.view(tasks, pictures, slots, 4)
         most = self.objects
         label, there = label[..., :objects], (real & (boxes[..., 2] > boxes[..., 0]))[..., :objects]
         marks = one_hot(label, ways) * there[..., None]
