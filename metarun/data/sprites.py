@@ -54,7 +54,7 @@ def opaque(content: bytes, place: Path) -> Bytes:
 
 
 def emoji(folder: Path) -> Sprites:
-    """Return the emoji of a folder with ``emoji.json`` and ``img/DESIGN/64/``: a class per emoji, a group per subcategory.
+    """Return a class per emoji, and a group per subcategory, of a folder with ``emoji.json`` and ``img/DESIGN/64/``.
 
     The npm packages emoji-datasource have them (https://github.com/iamcal/emoji-data). Subcategories of fewer than ten
     emoji are left out.

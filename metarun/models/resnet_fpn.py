@@ -74,7 +74,7 @@ class ResNetFPN(nn.Module):
     """Residual stages, their maps joined from coarse to fine, and a linear head at each location of the finest.
 
     Feature pyramid: Lin et al. 2017, https://arxiv.org/abs/1612.03144, §3; only the finest level, of stride 4, is read,
-    as in Zhou et al. 2019, https://arxiv.org/abs/1904.07850. The head tells classes. The trunk tells geometry, since that
+    as in Zhou et al. 2019, https://arxiv.org/abs/1904.07850. The head tells classes. The trunk tells geometry, which
     means the same for all classes.
 
     Args:

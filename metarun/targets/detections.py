@@ -1,10 +1,10 @@
 """Average precision and recall of boxes that were found, by the rules of COCO.
 
 Lin et al. 2014, "Microsoft COCO: Common Objects in Context", https://arxiv.org/abs/1405.0312, as its official code
-computes them (https://github.com/cocodataset/cocoapi, ``pycocotools/cocoeval.py``), without crowds and for any area. In
-each picture the boxes found of a class are taken by falling score; each is a hit if a true box of the class
-that no earlier one has taken overlaps it enough, and takes the one that overlaps it most. Average precision is the mean,
-over 101 levels of recall, of the highest precision at that recall or a higher one. Average recall is the mean over the
+computes them (https://github.com/cocodataset/cocoapi, ``pycocotools/cocoeval.py``), without crowds and for any area.
+In each picture the boxes found of a class are taken by falling score; each is a hit if a true box of the class that no
+earlier one has taken overlaps it enough, and takes the one that overlaps it most. Average precision is the mean, over
+101 levels of recall, of the highest precision at that recall or a higher one. Average recall is the mean over the
 thresholds of overlap of the share of true boxes that were hit.
 
 All functions work under ``torch.func.vmap``. They compute in float64, since whether a recall of 0.35 reaches the level
@@ -126,8 +126,8 @@ def pooled_scores(counts: Tensor) -> dict[str, float]:
 
     Args:
         counts: ``[tasks, 1 + found, 1 + thresholds]``. The first row of a task has the number of true boxes in its
-            first column; each other row has the score of a box found, negative for padding, and 1 at the thresholds at which
-            it is a hit.
+            first column; each other row has the score of a box found, negative for padding, and 1 at the thresholds at
+            which it is a hit.
     """
     counted: np.ndarray[Any, Any] = counts.numpy()
     positives = counted[:, 0, 0].sum()

@@ -62,8 +62,8 @@ class Detection(BoxFamily):
         split_seed: seed of random splits.
         image_size: edge in pixels to which pictures are resized, a multiple of 16 from 32 to 512.
         most_found: number of boxes that are kept of a picture, those with the highest scores.
-        augment: whether training pictures are mirrored at random, and replaced by windows of them whose size is drawn for
-            each task, so that objects of more than one size are seen.
+        augment: whether training pictures are mirrored at random, and replaced by windows of them whose size is drawn
+            for each task, so that objects of more than one size are seen.
         without_area: whether a box without an area is an ``error``, or is left out (``drop``).
         device: where tasks live.
         data_dir: where paths are looked up that do not exist here.
@@ -137,8 +137,8 @@ class Detection(BoxFamily):
         for split, own in (("test", test), ("training", rest)):
             if len(own) < self.ways:
                 raise UserError(
-                    f"{source} has {len(own)} classes for {split} tasks of {self.ways}: {listed(own)}; lower task.ways, "
-                    "or name others in task.test_classes."
+                    f"{source} has {len(own)} classes for {split} tasks of {self.ways}: {listed(own)}; lower "
+                    "task.ways, or name others in task.test_classes."
                 )
         drawn = dealt(rest, seed, {"train": 0.8, "val": 0.2}, self.ways)
         if len(rest) >= 3 * self.ways:
@@ -197,8 +197,8 @@ class Detection(BoxFamily):
             if len(drawn) < wanted:
                 names = ", ".join(self.classes[one] for one in classes)
                 raise UserError(
-                    f"The classes {names} share so many pictures that a task cannot have {wanted} others of each; lower "
-                    "task.shots or task.queries."
+                    f"The classes {names} share so many pictures that a task cannot have {wanted} others of each; "
+                    "lower task.shots or task.queries."
                 )
             taken |= set(drawn)
             support += drawn[: self.shots]
@@ -256,7 +256,8 @@ def augmented(
     along = (torch.arange(size, device=x.device) + 0.5) / size
     places = corner[..., None] + edge[..., None] * along
     across = torch.where(mirrored, places[..., 0, :].flip(-1), places[..., 0, :])
-    grid = torch.stack(torch.broadcast_tensors(across[..., None, :], places[..., 1, :, None]), -1).to(x.dtype)
+    both = across[..., None, :].expand(*pictures, size, size), places[..., 1, :, None].expand(*pictures, size, size)
+    grid = torch.stack(both, -1).to(x.dtype)
     x = grid_sample(x.flatten(0, 1), 2 * grid.flatten(0, 1) - 1, padding_mode="border", align_corners=False).view_as(x)
     moved = (boxes - size * corner.repeat(1, 1, 2)[:, :, None]) / edge[..., None]
     inside = moved.clamp(0, size)

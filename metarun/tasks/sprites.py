@@ -109,15 +109,15 @@ class SpriteDetection(BoxFamily):
         self.sprites, name = _sprites(sprites, data_dir)
         self.photos, place = _backgrounds(backgrounds, data_dir, round(ROOM * image_size))
         self.pools = self._split(split_seed, designs, name)
-        keys = (
+        keys = [
             name,
             place,
             f"split{split_seed}",
             f"designs={designs}",
             f"{image_size}px",
             f"sprites={least:g}-{most:g}",
-        )
-        keys += (f"turn={turn:g}", f"hidden={hidden:g}", f"objects={objects}", f"distractors={distractors}"]
+        ]
+        keys += [f"turn={turn:g}", f"hidden={hidden:g}", f"objects={objects}", f"distractors={distractors}"]
         self.dataset = ":".join(keys)
         target = Boxes(ways, image_size, most=objects, most_found=most_found)
         form = Pictures(image_size, 3, mean=(MEAN,) * 3, std=(STD,) * 3)

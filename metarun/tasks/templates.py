@@ -2,8 +2,8 @@
 
 Each true box of the support set is a template, cut out as a square and resized to ``EDGE`` pixels. It is compared with
 the windows of several sizes around every location of a picture by their normalised correlation, without the mean of
-each channel (Lewis 1995, "Fast Normalized Cross-Correlation"). The score of a class at a location is the highest correlation
-of one of its templates, and the box is that template's, as much larger or smaller as the window is.
+each channel (Lewis 1995, "Fast Normalized Cross-Correlation"). The score of a class at a location is the highest
+correlation of one of its templates, and the box is that template's, as much larger or smaller as the window is.
 """
 
 from dataclasses import dataclass
