@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,8 +27,8 @@ log = logging.getLogger(__name__)
 LARGEST_SIZE = 512
 MEASURED = 1000
 """Number of training pictures, evenly spaced, that mean and standard deviation are computed of."""
-LEAST_WINDOW = 0.4
-"""Edge of the smallest window that ``augment`` shows of training pictures, as a share of the picture's."""
+WINDOWS = (0.4, 2.5)
+"""Edges of the smallest and the largest window that ``augment`` shows of training pictures, in edges of a picture."""
 NUMBERS = 16
 """Bytes behind the pixels of a stored picture that hold its width and height."""
 
@@ -62,8 +63,8 @@ class Detection(BoxFamily):
         split_seed: seed of random splits.
         image_size: edge in pixels to which pictures are resized, a multiple of 16 from 32 to 512.
         most_found: number of boxes that are kept of a picture, those with the highest scores.
-        augment: whether training pictures are mirrored at random, and replaced by windows of them whose size is drawn
-            for each task, so that objects of more than one size are seen.
+        augment: whether training pictures are mirrored at random, and replaced by smaller or larger windows, whose size
+            is drawn for each task, so that objects of many sizes are seen.
         without_area: whether a box without an area is an ``error``, or is left out (``drop``).
         device: where tasks live.
         data_dir: where paths are looked up that do not exist here.
@@ -179,7 +180,8 @@ class Detection(BoxFamily):
         classes, support, query = zip(*(self._draw(pool, training, generator) for _ in range(count)), strict=True)
         own, zoom = torch.tensor(classes), None
         if training and self.augment:
-            zoom = LEAST_WINDOW + (1 - LEAST_WINDOW) * torch.rand(count, 1, generator=generator)
+            low, high = map(math.log, WINDOWS)
+            zoom = (low + (high - low) * torch.rand(count, 1, generator=generator)).exp()
         shown, asked = (self._part(torch.tensor(rows), own, zoom, generator) for rows in (support, query))
         return Task(shown, asked)
 
@@ -241,7 +243,7 @@ def augmented(
         boxes: left, top, right, bottom in pixels ``[tasks, pictures, most, 4]``.
         label: one-hot class of each box, zeros for others and for padding ``[tasks, pictures, most, ways]``. It becomes
             zero for boxes of which less than half is in the window.
-        zoom: edge of the windows of each task, as a share of the picture's ``[tasks, 1]``.
+        zoom: edge of the windows of each task, in edges of a picture ``[tasks, 1]``; around a picture there are zeros.
         generator: source of the windows.
     """
     size, pictures = x.shape[-1], boxes.shape[:2]
@@ -251,14 +253,15 @@ def augmented(
     middle = (around[..., :2] + around[..., 2:]) / 2 / size
     edge = zoom[..., None].expand(*pictures, 1)
     shift = (torch.rand(*pictures, 2, generator=generator) - 0.5) * edge / 2
-    corner = (middle + shift - edge / 2).clamp(min=0.0).minimum(1 - edge)
+    # A large window holds the whole picture, a small one lies within it.
+    corner = (middle + shift - edge / 2).clamp((1 - edge).clamp(max=0.0), (1 - edge).clamp(min=0.0))
     mirrored = torch.rand(*pictures, 1, generator=generator) < 0.5
     along = (torch.arange(size, device=x.device) + 0.5) / size
     places = corner[..., None] + edge[..., None] * along
     across = torch.where(mirrored, places[..., 0, :].flip(-1), places[..., 0, :])
     both = across[..., None, :].expand(*pictures, size, size), places[..., 1, :, None].expand(*pictures, size, size)
     grid = torch.stack(both, -1).to(x.dtype)
-    x = grid_sample(x.flatten(0, 1), 2 * grid.flatten(0, 1) - 1, padding_mode="border", align_corners=False).view_as(x)
+    x = grid_sample(x.flatten(0, 1), 2 * grid.flatten(0, 1) - 1, align_corners=False).view_as(x)
     moved = (boxes - size * corner.repeat(1, 1, 2)[:, :, None]) / edge[..., None]
     inside = moved.clamp(0, size)
     share = (inside[..., 2:] - inside[..., :2]).prod(-1) / (moved[..., 2:] - moved[..., :2]).prod(-1).clamp(min=1e-6)
