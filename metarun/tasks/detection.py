@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 LARGEST_SIZE = 512
 MEASURED = 1000
 """Number of training pictures, evenly spaced, that mean and standard deviation are computed of."""
-WINDOWS = (0.4, 2.5)
+WINDOWS = (0.5, 1.6)
 """Edges of the smallest and the largest window that ``augment`` shows of training pictures, in edges of a picture."""
 NUMBERS = 16
 """Bytes behind the pixels of a stored picture that hold its width and height."""
