@@ -17,7 +17,7 @@ def overlap(a, b):
 
 
 def average_precision(pictures, kind, threshold):
-    """Average precision and recall of a class; a picture is (true boxes, found boxes), each a list with the class first.
+    """Average precision and recall of a class; a picture is (true boxes, found boxes), lists with the class first.
 
     Found boxes have their score after the class.
     """
@@ -54,14 +54,14 @@ def heat(box, size, stride, label, ways):
     x, y = (left + right) / 2 / stride, (top + bottom) / 2 / stride
     column, row = min(int(x), edge - 1), min(int(y), edge - 1)
     spread = [max((b - a) / stride / 8, 0.5) for a, b in ((left, right), (top, bottom))]
-    found, geometry = torch.zeros(edge, edge, ways), torch.zeros(edge, edge, 4)
+    logs = [math.log((right - left) / (size / 4)), math.log((bottom - top) / (size / 4))]
+    found, geometry = [], []
     for i in range(edge):
         for j in range(edge):
-            found[i, j, label] = math.exp(
-                -((j - column) ** 2) / 2 / spread[0] ** 2 - (i - row) ** 2 / 2 / spread[1] ** 2
-            )
-            logs = [math.log((right - left) / (size / 4)), math.log((bottom - top) / (size / 4))]
-            geometry[i, j] = torch.tensor([*logs, x - j - 0.5, y - i - 0.5])
+            far = ((j - column) / spread[0]) ** 2 + ((i - row) / spread[1]) ** 2
+            found.append([math.exp(-far / 2) * (kind == label) for kind in range(ways)])
+            geometry.append([*logs, x - j - 0.5, y - i - 0.5])
+    found, geometry = (torch.tensor(part).reshape(edge, edge, -1) for part in (found, geometry))
     return found, geometry
 
 

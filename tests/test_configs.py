@@ -94,7 +94,7 @@ OF_FILES = (
 )
 """Tasks that need files, for which tests/tasks/test_images.py and test_table.py make small ones."""
 LARGE = ("sprites",)
-"""Tasks with large inputs, which the contract tests run with every algorithm, and tests/tasks/test_detection.py as runs."""
+"""Tasks with large inputs, which contract tests run with every algorithm, and tests/tasks/test_detection.py as runs."""
 WITHOUT_FILES = [task for task in names("task") if task not in (*OF_FILES, *LARGE)]
 
 

@@ -12,7 +12,10 @@ from torch import nn
 from torch.nn.functional import log_softmax, one_hot
 
 from metarun.algos.agnostic.maml import maml
+from metarun.algos.agnostic.protomaml import protomaml
+from metarun.algos.baselines.multitask import multitask
 from metarun.algos.dependent.incontext import incontext
+from metarun.algos.dependent.mann import mann
 from metarun.algos.dependent.matching import matching
 from metarun.algos.dependent.metaoptnet import metaoptnet
 from metarun.algos.dependent.protonet import protonet
@@ -186,3 +189,12 @@ def test_a_target_with_a_loss_alone_runs_to_the_end(tmp_path):
     row = pd.read_csv(tmp_path / "result.csv").iloc[0]
     assert row["status"] == "completed"
     assert row["score"] > 0
+
+
+def test_algorithms_for_one_target_per_example_refuse_tasks_of_words():
+    spec = Sentences().spec
+    assert spec.offers("rows")
+    assert not spec.offers("targets")
+    assert not spec.offers("labels")
+    for algorithm in (mann(Tagger(), spec), protomaml(Tagger(), spec), multitask(Tagger())):
+        assert not spec.offers(algorithm.needs)

@@ -42,8 +42,9 @@ Keys
   task.ways                classes per task
   task.shots               support examples (per class in classification)
   task.queries             query examples of a test task (per class in classification)
-  task.path                your own pictures (task=images: a folder, a zip or an index), sentences (task=text: a CSV) or
-                           vectors (task=features: a file of numpy.savez), or text (task=authors, generation: a folder)
+  task.path                your own pictures (task=images: a folder, a zip or an index), sentences (task=text: a CSV),
+                           vectors (task=features: a file of numpy.savez), text (task=authors, generation: a folder), or
+                           pictures with boxes (task=detection: Pascal VOC or COCO)
   algo.inner_lr            step size of adaptation
   algo.inner_steps         adaptation steps in training
   algo.first_order         whether to drop second derivatives

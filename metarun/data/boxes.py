@@ -84,7 +84,8 @@ def within(box: Box, size: tuple[float, float], place: str) -> Box:
     if min(box.left, box.top) < -SLACK or box.right > width + SLACK or box.bottom > height + SLACK:
         corners = ", ".join(f"{value:g}" for value in box[1:])
         raise UserError(
-            f"{place} ({box.label}: {corners}) leaves its picture of {width:g} × {height:g} pixels; correct or delete it."
+            f"{place} ({box.label}: {corners}) leaves its picture of {width:g} × {height:g} pixels; correct or delete "
+            "it."
         )
     return box._replace(
         left=max(box.left, 0.0), top=max(box.top, 0.0), right=min(box.right, width), bottom=min(box.bottom, height)
@@ -99,7 +100,7 @@ def _text(node: ElementTree.Element, path: str, place: str) -> str:
 
 
 def _voc_picture(root: ElementTree.Element, name: str, files: Mapping[str, str], place: str) -> str:
-    """Return the path of the picture that an annotation belongs to: in its folder, or in a folder JPEGImages next to it."""
+    """Return the path of an annotation's picture, which lies in its folder or in a folder JPEGImages next to that."""
     own = PurePosixPath(name)
     wanted = (root.findtext("filename") or "").strip()
     stems = [PurePosixPath(wanted).stem] if wanted else []
@@ -108,8 +109,8 @@ def _voc_picture(root: ElementTree.Element, name: str, files: Mapping[str, str],
             if (found := files.get(f"{folder / stem}".removeprefix("./"))) is not None:
                 return found
     raise UserError(
-        f"{place} is of the picture {wanted or own.stem}, which is not there; add it next to the annotation or in a folder "
-        "JPEGImages, or delete the annotation."
+        f"{place} is of the picture {wanted or own.stem}, which is not there; add it next to the annotation or in a "
+        "folder JPEGImages, or delete the annotation."
     )
 
 
@@ -263,8 +264,8 @@ def coco(content: bytes, place: str, folder: str, names: Iterable[str], without_
         picture = picture or by_name.get(PurePosixPath(wanted).name)
         if picture is None:
             raise UserError(f"{place} names the picture {wanted}, which is not there; add it, or delete its entry.")
-        sides = [entry.get(side) for side in ("width", "height")]
-        size = (float(sides[0]), float(sides[1])) if all(isinstance(side, int | float) for side in sides) else None
+        sides = [float(entry[side]) for side in ("width", "height") if isinstance(entry.get(side), int | float)]
+        size = (sides[0], sides[1]) if len(sides) == 2 else None
         found.append(Annotated(picture, tuple(boxes[key]), place, None, size))
     return found
 

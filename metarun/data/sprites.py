@@ -32,8 +32,6 @@ class Sprites(NamedTuple):
     """uint8 ``[classes, designs, 4, EDGE, EDGE]``: red, green, blue and opacity."""
     groups: list[str]
     """The group of each class; classes of a group resemble each other."""
-    names: list[str]
-    """The name of each class."""
 
 
 def opaque(content: bytes, place: Path) -> Bytes:
@@ -56,8 +54,10 @@ def opaque(content: bytes, place: Path) -> Bytes:
 
 
 def emoji(folder: Path) -> Sprites:
-    """Return the emoji of a folder with ``emoji.json`` and ``img/DESIGN/64/``, as the npm packages emoji-datasource ship
-    them (https://github.com/iamcal/emoji-data): a class per emoji, a group per subcategory of ten or more.
+    """Return a class per emoji, and a group per subcategory, of a folder with ``emoji.json`` and ``img/DESIGN/64/``.
+
+    The npm packages emoji-datasource have them (https://github.com/iamcal/emoji-data). Subcategories of fewer than ten
+    emoji are left out.
 
     Raises:
         UserError: a file is missing or broken.
@@ -86,7 +86,7 @@ def emoji(folder: Path) -> Sprites:
             f"Reading {len(names)} emoji of {folder}, once.",
         )
     pixels = store.rows.view(len(used), len(DESIGNS), 4, EDGE, EDGE)
-    return Sprites(pixels, [group for group, _, _ in used], [name for _, name, _ in used])
+    return Sprites(pixels, [group for group, _, _ in used])
 
 
 GROUPS, MEMBERS = 60, 8
@@ -94,7 +94,7 @@ GROUPS, MEMBERS = 60, 8
 
 
 def shapes() -> Sprites:
-    """Return shapes in two colours that metarun draws: an outline with a smaller one inside it, which has other corners.
+    """Return shapes in two colours that metarun draws: an outline with a smaller one of other corners inside it.
 
     All shapes of a group have the same numbers of corners. The first design is filled; in the second one the outer
     shape is a thick line, and both colours change places. They are the same on every machine.
@@ -130,7 +130,7 @@ def shapes() -> Sprites:
 
     both = torch.stack([design(outer, inner, colours[0], colours[1]), design(line, inner, colours[1], colours[0])], 1)
     groups = [f"group{i // MEMBERS}" for i in range(count)]
-    return Sprites((255 * both).round().to(torch.uint8), groups, [f"shape{i}" for i in range(count)])
+    return Sprites((255 * both).round().to(torch.uint8), groups)
 
 
 class Photos(NamedTuple):
@@ -232,8 +232,8 @@ def pasted(backgrounds: Tensor, sprites: Tensor, real: Tensor, placed: Placed) -
         placed: where.
 
     Returns:
-        pictures ``[pictures, 3, size, size]``, and boxes ``[pictures, sprites, 4]``: left, top, right and bottom of what
-        of the sprite is in the picture, hidden or not; zeros where a sprite is not pasted.
+        pictures ``[pictures, 3, size, size]``, and boxes ``[pictures, sprites, 4]``: left, top, right and bottom of the
+        part of the sprite that is in the picture, hidden or not; zeros where a sprite is not pasted.
     """
     size, x = backgrounds.shape[-1], backgrounds.clone()
     # From the picture's coordinates, −1 to 1, to the sprite's.

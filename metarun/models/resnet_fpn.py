@@ -32,7 +32,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[pictures, inputs, height, width]`` → ``[pictures, outputs, height / 2, width / 2]``."""
-        return (self.layers(x) + self.shortcut(x)).relu()
+        out: Tensor = self.layers(x) + self.shortcut(x)
+        return out.relu()
 
 
 class Pyramid(nn.Module):
@@ -53,8 +54,8 @@ class Pyramid(nn.Module):
             nn.Conv2d(features, features, 3, padding=1, bias=norm == "none"), norm_of(norm, features), nn.ReLU()
         )
         self.box = nn.Conv2d(features, GEOMETRY, 1)
-        nn.init.zeros_(self.box.weight)
-        nn.init.zeros_(self.box.bias)
+        for parameter in self.box.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures ``[pictures, channels, size, size]`` → features and geometry, location by location in rows."""
@@ -73,8 +74,8 @@ class ResNetFPN(nn.Module):
     """Residual stages, their maps joined from coarse to fine, and a linear head at each location of the finest.
 
     Feature pyramid: Lin et al. 2017, https://arxiv.org/abs/1612.03144, §3; only the finest level, of stride 4, is read,
-    as in Zhou et al. 2019, https://arxiv.org/abs/1904.07850. The head tells classes. Geometry is told by the trunk, since
-    it means the same for all classes.
+    as in Zhou et al. 2019, https://arxiv.org/abs/1904.07850. The head tells classes. The trunk tells geometry, which
+    means the same for all classes.
 
     Args:
         spec: input ``(channels, size, size)``, and a target `metarun.targets.boxes.Boxes` of stride 4.

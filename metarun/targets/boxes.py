@@ -11,7 +11,8 @@ each class, how large this object is, and how far its centre is from the middle 
 Where we deviate: p is a softmax over the classes and background, so that a method which knows only classes of locations
 can serve; the spread σ follows the size of the box in each direction; sizes are logarithms;
 size and centre are also learned at the neighbours of the centre, by their heat (as in Liu et al. 2019, "Training-Time-
-Friendly Network for Real-Time Object Detection", https://arxiv.org/abs/1909.00700); errors of both have a smooth L1 loss.
+Friendly Network for Real-Time Object Detection", https://arxiv.org/abs/1909.00700); errors of both have a smooth L1
+loss.
 """
 
 from dataclasses import dataclass
@@ -78,8 +79,8 @@ class Boxes:
     """Targets ``y [pictures, locations, outputs]``, drawn from boxes by ``drawn``.
 
     The columns of ``y`` are the heat of each class, whether the location is background, and the geometry. What is
-    scored also has ``boxes [pictures, most, 4]`` in pixels and ``label [pictures, most, ways]``, one-hot, with zeros for
-    padding.
+    scored also has ``boxes [pictures, most, 4]`` in pixels and ``label [pictures, most, ways]``, one-hot, with zeros
+    for padding.
     """
 
     ways: int
@@ -173,7 +174,8 @@ class Boxes:
         focal = torch.where(centre > 0, hit, miss).sum() / centre.sum().clamp(min=1)
         weight = heat.amax(-1, keepdim=True) * seen * (1 - y[..., self.ways : self.ways + 1])
         errors = smooth(geometry - own) * weight
-        return focal + errors.sum() / weight.sum().clamp(min=1e-6)
+        loss: Tensor = focal + errors.sum() / weight.sum().clamp(min=1e-6)
+        return loss
 
     def found(self, output: Tensor) -> Found:
         """Return the boxes that an output ``[pictures, locations, outputs]`` tells of: peaks of the chances."""
@@ -234,7 +236,7 @@ class Boxes:
         return torch.cat([first + data["label"].sum(), rows])
 
     def rows(self, z: Tensor, data: Tree) -> Rows:
-        """Return a row for the centre of each object, and rows of background from a lattice; classes include background.
+        """Return a row for the centre of each object, and rows of background, the last class, from a lattice.
 
         Rows of all locations would be nearly all background.
 

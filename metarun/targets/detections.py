@@ -1,10 +1,10 @@
 """Average precision and recall of boxes that were found, by the rules of COCO.
 
 Lin et al. 2014, "Microsoft COCO: Common Objects in Context", https://arxiv.org/abs/1405.0312, as its official code
-computes them (https://github.com/cocodataset/cocoapi, ``pycocotools/cocoeval.py``), for boxes without crowds and of any
-area. In each picture the boxes found of a class are taken by falling score; each is a hit if a true box of the class
-that no earlier one has taken overlaps it enough, and takes the one that overlaps it most. Average precision is the mean,
-over 101 levels of recall, of the highest precision at that recall or a higher one. Average recall is the mean over the
+computes them (https://github.com/cocodataset/cocoapi, ``pycocotools/cocoeval.py``), without crowds and for any area.
+In each picture the boxes found of a class are taken by falling score; each is a hit if a true box of the class that no
+earlier one has taken overlaps it enough, and takes the one that overlaps it most. Average precision is the mean, over
+101 levels of recall, of the highest precision at that recall or a higher one. Average recall is the mean over the
 thresholds of overlap of the share of true boxes that were hit.
 
 All functions work under ``torch.func.vmap``. They compute in float64, since whether a recall of 0.35 reaches the level
@@ -70,7 +70,7 @@ def hits(close: Tensor, thresholds: tuple[float, ...] = THRESHOLDS) -> Tensor:
 
 
 def first_reaching(rising: Tensor, levels: Tensor) -> Tensor:
-    """Return the first position in ``rising [..., n]`` that reaches each of ``levels [m]``, n if none does: ``[..., m]``.
+    """Return the first position in ``rising [..., n]`` that reaches each of ``levels [m]``, or n: ``[..., m]``.
 
     It is ``torch.searchsorted``, which ``vmap`` does not know.
     """
@@ -86,7 +86,9 @@ def first_reaching(rising: Tensor, levels: Tensor) -> Tensor:
 
 
 def precision_and_recall(score: Tensor, hit: Tensor, counted: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Return average precision and recall of each class at each threshold ``[classes, thresholds]``; 0 without positives.
+    """Return average precision and recall of each class at each threshold ``[classes, thresholds]``.
+
+    Both are 0 without positives.
 
     Args:
         score: of all boxes found, picture by picture ``[found]``.
@@ -123,9 +125,9 @@ def pooled_scores(counts: Tensor) -> dict[str, float]:
     """Return average precision and recall of the boxes found in all tasks, ranked together whatever their class.
 
     Args:
-        counts: ``[tasks, 1 + found, 1 + thresholds]``. The first row of a task has the number of true boxes in its first
-            column; each other row has the score of a box found, negative for padding, and 1 at the thresholds at which
-            it is a hit.
+        counts: ``[tasks, 1 + found, 1 + thresholds]``. The first row of a task has the number of true boxes in its
+            first column; each other row has the score of a box found, negative for padding, and 1 at the thresholds at
+            which it is a hit.
     """
     counted: np.ndarray[Any, Any] = counts.numpy()
     positives = counted[:, 0, 0].sum()

@@ -1,6 +1,7 @@
 """What families of detection tasks share: their spec, their scores, and a picture of the boxes found."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from matplotlib import colormaps
@@ -87,7 +88,7 @@ class BoxFamily:
         return 0, size, size, 0
 
 
-def rectangle(box: list[float], colour: object, **style: object) -> Rectangle:
+def rectangle(box: list[float], colour: Any, **style: Any) -> Rectangle:
     """Return the outline of a box."""
     left, top, right, bottom = box
     return Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, **style)

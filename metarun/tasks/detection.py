@@ -2,13 +2,15 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 
 from metarun.contracts import Sizes, Split, Task
 from metarun.data.boxes import Annotated, annotated, within
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 LARGEST_SIZE = 512
 MEASURED = 1000
 """Number of training pictures, evenly spaced, that mean and standard deviation are computed of."""
+WINDOWS = (0.5, 1.6)
+"""Edges of the smallest and the largest window that ``augment`` shows of training pictures, in edges of a picture."""
 NUMBERS = 16
 """Bytes behind the pixels of a stored picture that hold its width and height."""
 
@@ -43,12 +47,12 @@ class Detection(BoxFamily):
 
     For each class of a task, ``shots`` support pictures and ``queries`` query pictures are drawn that hold an object of
     it. All objects of the task's classes have boxes; those of other classes are background. Pictures are resized to
-    squares. No class and no picture of a test task is in any other task. Validation tasks have classes of their own only
-    if there are enough; otherwise they have training classes, in pictures that training has not.
+    squares. No class and no picture of a test task is in any other task. Validation tasks have classes that training
+    lacks only if there are enough; otherwise they have training classes, in other pictures.
 
     Args:
-        path: a folder or a zip with XML files of Pascal VOC next to the pictures (or in the usual folders Annotations and
-            JPEGImages) or with JSON files of COCO; or one such JSON file.
+        path: a folder or a zip with XML files of Pascal VOC next to the pictures (or in the usual folders Annotations
+            and JPEGImages) or with JSON files of COCO; or one such JSON file.
         ways: number of classes of a task, at least 1.
         shots: number of support pictures per class, at least 1.
         queries: number of query pictures per class of a validation or test task, at least 1.
@@ -59,7 +63,8 @@ class Detection(BoxFamily):
         split_seed: seed of random splits.
         image_size: edge in pixels to which pictures are resized, a multiple of 16 from 32 to 512.
         most_found: number of boxes that are kept of a picture, those with the highest scores.
-        augment: whether training pictures are mirrored at random, with their boxes.
+        augment: whether training pictures are mirrored at random, and replaced by smaller or larger windows, whose size
+            is drawn for each task, so that objects of many sizes are seen.
         without_area: whether a box without an area is an ``error``, or is left out (``drop``).
         device: where tasks live.
         data_dir: where paths are looked up that do not exist here.
@@ -133,8 +138,8 @@ class Detection(BoxFamily):
         for split, own in (("test", test), ("training", rest)):
             if len(own) < self.ways:
                 raise UserError(
-                    f"{source} has {len(own)} classes for {split} tasks of {self.ways}: {listed(own)}; lower task.ways, or "
-                    "name others in task.test_classes."
+                    f"{source} has {len(own)} classes for {split} tasks of {self.ways}: {listed(own)}; lower "
+                    "task.ways, or name others in task.test_classes."
                 )
         drawn = dealt(rest, seed, {"train": 0.8, "val": 0.2}, self.ways)
         if len(rest) >= 3 * self.ways:
@@ -160,19 +165,25 @@ class Detection(BoxFamily):
         if len(enough) < self.ways:
             raise UserError(
                 f"{source} has too few {split} pictures of {listed(few)}: a task needs {self.shots} shots and "
-                f"{wanted - self.shots} queries of each of {self.ways} classes; lower task.shots or task.queries, or add "
-                "pictures."
+                f"{wanted - self.shots} queries of each of {self.ways} classes; lower task.shots or task.queries, or "
+                "add pictures."
             )
         if few:
-            log.info("%s: %s classes with fewer than %d pictures are left out: %s.", source, split, wanted, listed(few))
+            log.info(
+                "%s: %s classes with fewer than %d pictures are left out: %s.", *(source, split, wanted, listed(few))
+            )
         return Pool(list(enough), enough)
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, pictures, ...]``."""
         pool, training = self.pools[split], split == "train"
         classes, support, query = zip(*(self._draw(pool, training, generator) for _ in range(count)), strict=True)
-        own = torch.tensor(classes)
-        return Task(*(self._part(torch.tensor(rows), own, training, generator) for rows in (support, query)))
+        own, zoom = torch.tensor(classes), None
+        if training and self.augment:
+            low, high = map(math.log, WINDOWS)
+            zoom = (low + (high - low) * torch.rand(count, 1, generator=generator)).exp()
+        shown, asked = (self._part(torch.tensor(rows), own, zoom, generator) for rows in (support, query))
+        return Task(shown, asked)
 
     def _draw(self, pool: Pool, training: bool, generator: torch.Generator) -> tuple[list[int], list[int], list[int]]:
         """Draw classes and pictures of one task, none of which is drawn twice."""
@@ -188,8 +199,8 @@ class Detection(BoxFamily):
             if len(drawn) < wanted:
                 names = ", ".join(self.classes[one] for one in classes)
                 raise UserError(
-                    f"The classes {names} share so many pictures that a task cannot have {wanted} others of each; lower "
-                    "task.shots or task.queries."
+                    f"The classes {names} share so many pictures that a task cannot have {wanted} others of each; "
+                    "lower task.shots or task.queries."
                 )
             taken |= set(drawn)
             support += drawn[: self.shots]
@@ -200,21 +211,21 @@ class Detection(BoxFamily):
 
         return classes, mixed(support), mixed(query)
 
-    def _part(self, rows: Tensor, classes: Tensor, training: bool, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the leaves of the pictures ``rows [tasks, pictures]`` of tasks with ``classes [tasks, ways]``."""
+    def _part(
+        self, rows: Tensor, classes: Tensor, zoom: Tensor | None, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Return the leaves of the pictures ``rows [tasks, pictures]`` of tasks with ``classes [tasks, ways]``.
+
+        Training tasks have ``zoom [tasks, 1]``, the edge of the window of each picture that is shown.
+        """
         x, boxes = self.converter.normalised(self.pixels[rows]), self.boxes[rows]
         label = (self.label[rows][..., None] == classes[:, None, None]).to(torch.get_default_dtype())
-        if training and self.augment:
-            mirrored = torch.rand(rows.shape, generator=generator) < 0.5
-            x = torch.where(mirrored[..., None, None, None], x.flip(-1), x)
-            other = torch.stack(
-                [self.target.size - boxes[..., 2], boxes[..., 1], self.target.size - boxes[..., 0], boxes[..., 3]], -1
-            )
-            boxes = torch.where(mirrored[..., None, None], other, boxes)
+        if zoom is not None:
+            x, boxes, label = augmented(x, boxes, label, zoom, generator)
         boxes = boxes * (label.sum(-1, keepdim=True) > 0)
         return leaves(self.target, x, boxes, label, self.device)
 
-    def _digest(self, part: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> str:
+    def _digest(self, part: Any) -> str:
         """Return a hash of pictures, boxes and their split."""
         content = hashlib.sha256(self.boxes.numpy().tobytes() + self.label.numpy().tobytes())
         content.update(" ".join(part.tolist()).encode())
@@ -222,9 +233,45 @@ class Detection(BoxFamily):
         return content.hexdigest()[:6]
 
 
-def _split_of_pictures(
-    pictures: Sequence[Annotated], option: str, seed: int, source: Path
-) -> "tuple[np.ndarray[tuple[int], np.dtype[np.str_]], str]":
+def augmented(
+    x: Tensor, boxes: Tensor, label: Tensor, zoom: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return windows of pictures, each around an object of the task, every second one mirrored, with their boxes.
+
+    Args:
+        x: pictures ``[tasks, pictures, channels, size, size]``.
+        boxes: left, top, right, bottom in pixels ``[tasks, pictures, most, 4]``.
+        label: one-hot class of each box, zeros for others and for padding ``[tasks, pictures, most, ways]``. It becomes
+            zero for boxes of which less than half is in the window.
+        zoom: edge of the windows of each task, in edges of a picture ``[tasks, 1]``; around a picture there are zeros.
+        generator: source of the windows.
+    """
+    size, pictures = x.shape[-1], boxes.shape[:2]
+    real = label.sum(-1) > 0
+    chosen = torch.rand(real.shape, generator=generator).masked_fill(~real, -1.0).argmax(-1)
+    around = boxes.gather(2, chosen[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+    middle = (around[..., :2] + around[..., 2:]) / 2 / size
+    edge = zoom[..., None].expand(*pictures, 1)
+    shift = (torch.rand(*pictures, 2, generator=generator) - 0.5) * edge / 2
+    # A large window holds the whole picture, a small one lies within it.
+    corner = (middle + shift - edge / 2).clamp((1 - edge).clamp(max=0.0), (1 - edge).clamp(min=0.0))
+    mirrored = torch.rand(*pictures, 1, generator=generator) < 0.5
+    along = (torch.arange(size, device=x.device) + 0.5) / size
+    places = corner[..., None] + edge[..., None] * along
+    across = torch.where(mirrored, places[..., 0, :].flip(-1), places[..., 0, :])
+    both = across[..., None, :].expand(*pictures, size, size), places[..., 1, :, None].expand(*pictures, size, size)
+    grid = torch.stack(both, -1).to(x.dtype)
+    x = grid_sample(x.flatten(0, 1), 2 * grid.flatten(0, 1) - 1, align_corners=False).view_as(x)
+    moved = (boxes - size * corner.repeat(1, 1, 2)[:, :, None]) / edge[..., None]
+    inside = moved.clamp(0, size)
+    share = (inside[..., 2:] - inside[..., :2]).prod(-1) / (moved[..., 2:] - moved[..., :2]).prod(-1).clamp(min=1e-6)
+    left, top, right, bottom = inside.unbind(-1)
+    other = torch.stack([size - right, top, size - left, bottom], -1)
+    inside = torch.where(mirrored[..., None], other, inside)
+    return x, inside.to(boxes.dtype), label * (share >= 0.5)[..., None]
+
+
+def _split_of_pictures(pictures: Sequence[Annotated], option: str, seed: int, source: Path) -> tuple[Any, str]:
     """Return the split of each picture, and the name of that choice.
 
     Raises:
@@ -264,8 +311,8 @@ def _decoded(
                 pixels = form.pixels(content)
             except ValueError as error:
                 raise UserError(
-                    f"{source / one.name}, which {one.place} annotates, cannot be used: {error}; replace it or delete its "
-                    "annotation."
+                    f"{source / one.name}, which {one.place} annotates, cannot be used: {error}; replace it or delete "
+                    "its annotation."
                 ) from error
             shape = np.array([width, height], np.int64).view(np.uint8)
             yield np.concatenate([pixels.reshape(-1), shape])
@@ -292,8 +339,8 @@ def _on_square(one: Annotated, shape: tuple[float, float], size: int) -> Tensor:
     if one.size is not None and one.size != shape:
         stated, real = (" × ".join(f"{side:g}" for side in sides) for sides in (one.size, shape))
         raise UserError(
-            f"{one.place} is of a picture of {stated} pixels, and {one.name} has {real}; correct the size, or replace the "
-            "picture."
+            f"{one.place} is of a picture of {stated} pixels, and {one.name} has {real}; correct the size, or replace "
+            "the picture."
         )
     width, height = shape
     scale = torch.tensor([size / width, size / height, size / width, size / height])

@@ -63,6 +63,7 @@ class SpriteDetection(BoxFamily):
         hidden: largest share of an object that a piece of the background hides, 0 to 0.5.
         objects: largest number of objects in a query picture, at least 1.
         distractors: largest number of distractors in a picture, at least 0.
+        most_found: number of boxes that are kept of a picture, those with the highest scores.
         split_seed: seed of the split of groups and of photos.
         device: where tasks live.
         data_dir: holds the folders of emoji and photos.
@@ -86,12 +87,13 @@ class SpriteDetection(BoxFamily):
         hidden: float = 0.3,
         objects: int = 3,
         distractors: int = 1,
+        most_found: int = 20,
         split_seed: int = 0,
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
         counted = {"ways": ways, "shots": shots, "queries": queries, "objects": objects}
-        for name, value in {**counted, "train_queries": train_queries}.items():
+        for name, value in {**counted, "train_queries": train_queries, "most_found": most_found}.items():
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         require(distractors >= 0, f"distractors must be at least 0, not {distractors}")
         fits = image_size % 16 == 0 and 32 <= image_size <= 256
@@ -107,17 +109,17 @@ class SpriteDetection(BoxFamily):
         self.sprites, name = _sprites(sprites, data_dir)
         self.photos, place = _backgrounds(backgrounds, data_dir, round(ROOM * image_size))
         self.pools = self._split(split_seed, designs, name)
-        keys = (
+        keys = [
             name,
             place,
             f"split{split_seed}",
             f"designs={designs}",
             f"{image_size}px",
             f"sprites={least:g}-{most:g}",
-        )
-        keys += (f"turn={turn:g}", f"hidden={hidden:g}", f"objects={objects}", f"distractors={distractors}")
+        ]
+        keys += [f"turn={turn:g}", f"hidden={hidden:g}", f"objects={objects}", f"distractors={distractors}"]
         self.dataset = ":".join(keys)
-        target = Boxes(ways, image_size, most=objects)
+        target = Boxes(ways, image_size, most=objects, most_found=most_found)
         form = Pictures(image_size, 3, mean=(MEAN,) * 3, std=(STD,) * 3)
         super().__init__(target, Sizes(shots, queries, ways), form)
 
@@ -140,10 +142,7 @@ class SpriteDetection(BoxFamily):
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, pictures, ...]``."""
         pool = self.pools[split]
-        own = draw(
-            torch.ones(count, len(pool.classes), dtype=torch.bool), self.ways + (self.distractors > 0), generator
-        )
-        # Distractors may be of any class but those of the task: the one drawn last stands for a place to begin from.
+        own = draw(torch.ones(count, len(pool.classes), dtype=torch.bool), self.ways, generator)
         support = self._part(own, self.shots, 1, pool, generator)
         query = self._part(own, self.queries[split == "train"], self.objects, pool, generator)
         return Task(support, query)
@@ -165,7 +164,7 @@ class SpriteDetection(BoxFamily):
         if self.distractors:
             sprite = torch.where(is_object, sprite, self._others(own, label.shape, len(pool.classes), generator))
         x, boxes = self._pictures(pool.classes[sprite].flatten(0, 1), real.flatten(0, 1), pool, objects, generator)
-        x, boxes = x.unflatten(0, (tasks, pictures)), boxes.unflatten(0, (tasks, pictures))
+        x, boxes = x.view(tasks, pictures, *x.shape[1:]), boxes.view(tasks, pictures, slots, 4)
         most = self.objects
         label, there = label[..., :objects], (real & (boxes[..., 2] > boxes[..., 0]))[..., :objects]
         marks = one_hot(label, ways) * there[..., None]
@@ -177,7 +176,7 @@ class SpriteDetection(BoxFamily):
 
     def _others(self, own: Tensor, shape: torch.Size, classes: int, generator: torch.Generator) -> Tensor:
         """Draw positions of classes ``shape [tasks, ...]`` that are not among the ways of each task."""
-        free = torch.ones(len(own), classes, dtype=torch.bool).scatter(1, own[:, : self.ways], False)
+        free = torch.ones(len(own), classes, dtype=torch.bool).scatter(1, own, False)
         drawn = torch.multinomial(free.double(), math.prod(shape[1:]), replacement=True, generator=generator)
         return drawn.view(shape)
 

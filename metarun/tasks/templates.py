@@ -1,9 +1,9 @@
 """Template matching: finding objects by their likeness to those of the support set, without any learning.
 
 Each true box of the support set is a template, cut out as a square and resized to ``EDGE`` pixels. It is compared with
-the windows of several sizes around every location of a picture by their normalised correlation, without the mean of each
-channel (Lewis 1995, "Fast Normalized Cross-Correlation"). The score of a class at a location is the highest correlation
-of one of its templates, and the box is that template's, as much larger or smaller as the window is.
+the windows of several sizes around every location of a picture by their normalised correlation, without the mean of
+each channel (Lewis 1995, "Fast Normalized Cross-Correlation"). The score of a class at a location is the highest
+correlation of one of its templates, and the box is that template's, as much larger or smaller as the window is.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ STEEP, MIDDLE = 12.0, 0.6
 def sampling(middle: Tensor, extent: Tensor, size: int) -> Tensor:
     """Return weights ``[..., EDGE, size]`` by which a line of ``size`` pixels is resampled in windows.
 
-    A new pixel is a mean of old ones with triangular weights, wide enough to cover all of them; beyond the line there is
-    nothing.
+    A new pixel is a mean of old ones with triangular weights, wide enough to cover all of them; beyond the line there
+    is nothing.
 
     Args:
         middle: middle of each window in pixels ``[...]``.

@@ -92,7 +92,14 @@ def tables():
 
 @cache
 def sprites():
-    keys = {"sprites": "shapes", "backgrounds": "noise", "image_size": 32, "objects": 2, "distractors": 0}
+    keys = {
+        "sprites": "shapes",
+        "backgrounds": "noise",
+        "image_size": 32,
+        "objects": 2,
+        "distractors": 0,
+        "most_found": 4,
+    }
     family = SpriteDetection(ways=2, shots=1, queries=1, **keys)
     return family, ResNetFPN(family.spec, (4,), 4)
 

@@ -102,21 +102,22 @@ def test_boxes_lie_where_the_objects_are(tmp_path, mirrored):
         tasks = own.sample(split, 20, generator(2))
         check_tasks(tasks, own.spec, split, 20, "cpu")
         x = own.converter.shares(tasks.query["x"])
-        counted = 0
+        counted = looked = 0
         for task, picture in np.ndindex(*x.shape[:2]):
             for box, label in zip(
                 tasks.query["boxes"][task, picture], tasks.query["label"][task, picture], strict=True
             ):
-                if label.sum() > 0:
+                if label.sum() > 0 and (box[2:] - box[:2]).min() > 5:
                     left, top, right, bottom = (float(v) for v in box)
                     inside = x[task, picture, :, round(top) + 1 : round(bottom) - 1, round(left) + 1 : round(right) - 1]
                     colours = {kind: torch.tensor(value) / 255 for kind, value in COLOURS.items()}
                     near = {kind: (inside.mean((1, 2)) - colour).abs().max() for kind, colour in colours.items()}
                     kind = min(near, key=near.get)
                     assert (kind == "hen") == (split == "test")
-                    counted += near[kind] < 0.1
-        # Objects of two pictures in thirty cover each other.
-        assert counted >= 15
+                    counted, looked = counted + int(near[kind] < 0.1), looked + 1
+        # A few objects cover each other.
+        assert looked >= 8
+        assert counted >= 0.8 * looked
 
 
 def test_nothing_of_a_test_task_is_in_another(tmp_path):

@@ -2,21 +2,29 @@
 
 import contextlib
 import io
+import json
 
 import boxes_by_hand as by_hand
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import composed
+from PIL import Image
 from scenarios import generator, sampled
 from torch.func import vmap
 
 from metarun.algos.agnostic.maml import maml
 from metarun.algos.dependent.protonet import protonet
+from metarun.checks.family import check_tasks
 from metarun.contracts import Numbers, Sizes, Spec
+from metarun.data.sprites import EDGE, Placed, pasted
 from metarun.engine.batch import meta_gradient
+from metarun.errors import UserError
 from metarun.inner import Parted, by_row, rows_together
 from metarun.models.resnet_fpn import ResNetFPN
 from metarun.nn.functional import forward_of, parameters_of
+from metarun.run import run
 from metarun.targets.boxes import Boxes
 from metarun.targets.classes import Classes
 from metarun.targets.detections import (
@@ -29,6 +37,7 @@ from metarun.targets.detections import (
 )
 from metarun.targets.scoring import loss_of
 from metarun.tasks.sprites import SpriteDetection
+from metarun.tasks.templates import MIDDLE, STEEP, TemplateMatching
 
 
 def case(seed):
@@ -316,3 +325,131 @@ def test_other_tasks_are_refused_by_the_model():
         ResNetFPN(Spec(Numbers((3, 32, 32)), Classes(2), Sizes(1, 1, 2), ()))
     with pytest.raises(ValueError, match="image_size must be a multiple of 32 for 4 widths, not 48"):
         ResNetFPN(tiny(image_size=48).spec, (4, 4, 4, 4))
+
+
+def test_boxes_of_sprites_are_where_they_are_pasted():
+    """A white square, whole and over the edge, turned by a right angle and by half of one."""
+    size, white = 64, torch.ones(1, 4, 4, EDGE, EDGE)
+    centre = torch.tensor([[[20.0, 30.0], [60.0, 30.0], [20.0, 10.0], [44.0, 44.0]]])
+    edge, angle = torch.tensor([[16.0, 16.0, 12.0, 20.0]]), torch.tensor([[0.0, torch.pi / 2, 0.0, torch.pi / 4]])
+    real = torch.tensor([[True, True, False, True]])
+    x, boxes = pasted(torch.zeros(1, 3, size, size), white, real, Placed(centre, edge, angle))
+    half = 10 * 2**0.5
+    expected = [[12, 22, 28, 38], [52, 22, 64, 38], [0, 0, 0, 0], [44 - half, 44 - half, 44 + half, 44 + half]]
+    torch.testing.assert_close(boxes[0], torch.tensor(expected), atol=1.0, rtol=0)
+    assert x[0, :, 24:36, 14:26].min() > 0.99
+    assert x[0, :, 5:15, 15:25].max() == 0
+
+
+def parts(family, split):
+    """The groups of classes, the photos and the design that pictures of a split are made of."""
+    pool = family.pools[split]
+    return {family.sprites.groups[i] for i in pool.classes.tolist()}, set(pool.photos.tolist()), pool.design
+
+
+def test_nothing_of_a_test_task_is_seen_elsewhere():
+    groups, backgrounds, designs = zip(*(parts(tiny(), split) for split in ("train", "val", "test")), strict=True)
+    for kind in (groups, backgrounds):
+        assert all(kind)
+        assert not kind[2] & (kind[0] | kind[1])
+        assert not kind[0] & kind[1]
+    assert designs == (0, 0, 1)
+    assert [parts(tiny(designs="same"), split)[2] for split in ("train", "test")] == [0, 0]
+
+
+def test_tasks_of_sprites_are_what_the_keys_say():
+    family = tiny(ways=3, shots=2, queries=3, objects=2, distractors=2)
+    tasks = sampled(family, "test", 20, generator(3))
+    torch.testing.assert_close(tasks, sampled(family, "test", 20, generator(3)), rtol=0, atol=0)
+    check_tasks(tasks, family.spec, "test", 20, "cpu")
+    support, query = tasks.support["label"], tasks.query["label"]
+    # A sprite that lies outside of its picture altogether has no box, which does not happen here.
+    assert (support.sum((1, 2)) == 2).all()
+    number = query.sum((2, 3))
+    assert set(number.unique().tolist()) == {1, 2}
+    assert ((query.sum(2) > 0).sum(1) >= 3).all()
+    boxes = tasks.query["boxes"][query.sum(-1) > 0]
+    assert boxes.min() >= 0
+    assert boxes.max() <= 32
+    assert (boxes[:, 2:] - boxes[:, :2] >= 3).all()
+    several = family.sample("train", 2, generator(1)).query["x"].shape[1]
+    assert (several, tiny(train_queries=1).sample("train", 2, generator()).query["x"].shape[1]) == (9, 2)
+
+
+def test_photographs_are_split_by_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path / "cache"))
+    for kind in range(6):
+        (tmp_path / "photos" / str(kind)).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (50, 40), (40 * kind, 100, 20)).save(tmp_path / "photos" / str(kind) / f"{number}.jpg")
+    family = tiny(backgrounds=str(tmp_path / "photos"))
+    shares = [len(parts(family, split)[1]) for split in ("train", "val", "test")]
+    assert (sum(shares), [share % 2 for share in shares]) == (12, [0, 0, 0])
+    with pytest.raises(UserError, match="holds no pictures"):
+        tiny(backgrounds=str(tmp_path / "cache"))
+
+
+def test_broken_emoji_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "emoji").mkdir()
+    listed = tmp_path / "emoji" / "emoji.json"
+    known = [{"subcategory": "cat", "short_name": f"c{i}", "image": f"{i}.png"} for i in range(10)]
+    for content, words in (
+        ('[{"subcategory":', r"emoji.json is not a list of emoji .*; get the file again"),
+        ('[{"image": "a.png"}]', r"emoji.json is not a list of emoji with subcategory, short_name and image"),
+        (json.dumps(known), "There is no|cannot be read"),
+    ):
+        listed.write_text(content)
+        with pytest.raises(UserError, match=words):
+            tiny(sprites="emoji", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"ways": 0}, "ways must be at least 1, not 0"),
+        ({"image_size": 40}, "image_size must be a multiple of 16 from 32 to 256, not 40"),
+        ({"sprite_size": (0.5, 0.3)}, r"sprite_size must rise from 0.1 to 0.8 at most, not \[0.5, 0.3\]"),
+        ({"turn": 181}, "turn must be 0 to 180 degrees, not 181"),
+        ({"hidden": 0.6}, "hidden must be 0 to 0.5, not 0.6"),
+        ({"ways": 80}, "ways must be at most 71, by the val classes of shapes, not 80"),
+    ],
+)
+def test_keys_out_of_range_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        tiny(**keys)
+
+
+def test_a_template_is_found_where_it_was_cut_out_and_padding_is_no_template():
+    """Its correlation with itself is 1; boxes and pictures that are padding change nothing."""
+    target, own = Boxes(2, 64, most=1), generator(5)
+    x = torch.randn(2, 3, 64, 64, generator=own)
+    boxes = torch.tensor([[[8.0, 14.0, 28.0, 30.0]], [[32.0, 32.0, 44.0, 52.0]]])
+    support = {"x": x, "boxes": boxes, "label": torch.eye(2)[:, None]}
+    output = TemplateMatching(target)(support, x)
+    found = target.found(output)
+    for picture in range(2):
+        assert found.label[picture, 0] == picture
+        torch.testing.assert_close(found.boxes[picture, 0], boxes[picture, 0])
+    logit = STEEP * (1 - MIDDLE)
+    torch.testing.assert_close(output[..., :2].amax((1, 2)), torch.full((2,), logit), atol=1e-3, rtol=0)
+    wide = {name: torch.cat([leaf, leaf[:1]]) for name, leaf in support.items()}
+    wide["boxes"] = torch.cat([wide["boxes"], torch.full_like(wide["boxes"], 7.0)], 1)
+    wide["label"] = torch.cat([wide["label"], torch.zeros_like(wide["label"])], 1)
+    wide["weight"] = torch.tensor([1.0, 1.0, 0.0])
+    torch.testing.assert_close(TemplateMatching(target)(wide, x), output)
+
+
+@pytest.mark.parametrize("algo", ["maml", "reference"])
+def test_detection_runs_from_the_command(algo, tmp_path):
+    sizes = ("image_size=32", "ways=2", "shots=1", "queries=1", "most_found=4", "sprites=shapes", "backgrounds=noise")
+    quick = ("train.steps=1", "train.eval_every=1", "train.val_episodes=2", "eval.episodes=3", "engine=eager")
+    config, names = composed(f"algo={algo}", "task=sprites", *(f"task.{key}" for key in sizes), *quick)
+    config.model.widths, config.model.features = [4, 4], 4
+    run(config, names, tmp_path)
+    row = pd.read_csv(tmp_path / "result.csv").iloc[0]
+    assert (row["status"], row["metric"]) == ("completed", "ap50")
+    for name in ("ap50-95", "ar", "pooled-ap50", "pooled-ap50-95", "pooled-ar"):
+        assert 0 <= row[name] <= 1
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "episode.png").exists()

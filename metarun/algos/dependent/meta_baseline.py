@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from metarun.algos.baselines.transfer import over_training_classes
 from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree
 from metarun.errors import require
-from metarun.inner import both, keep_support, rows_together
+from metarun.inner import both, by_row, keep_support, rows_together
 from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
 from metarun.nn.ops import class_means, unit_rows
 from metarun.nn.padding import weighing
@@ -62,7 +62,7 @@ def meta_baseline(model: nn.Module, spec: Spec, pretrain_steps: int = 500, scale
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         rows, queries = rows_together(spec, embed, theta["weights"], state, x)
-        return nearest(theta, rows.z, rows.y, rows.weight, queries)
+        return by_row(lambda asked: nearest(theta, rows.z, rows.y, rows.weight, asked), queries)
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         data, size, step = both(task), len(task.support["x"]), theta["carried"]["meta_step"]

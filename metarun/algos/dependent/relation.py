@@ -89,7 +89,7 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
     require(width >= 1, f"width must be at least 1, not {width}")
     require(
         spec.row_outputs == spec.target.outputs,
-        "relation learns nothing but relations to classes, and this task asks for more; choose another, such as protonet",
+        "relation learns relations to classes alone, and this task asks for more; choose another, such as protonet",
     )
     trunk, head = trunk_and_head(model, "relation")
     embed = forward_of(trunk)
