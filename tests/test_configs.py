@@ -12,6 +12,7 @@ from metarun.command.presets import sections
 from metarun.config import register_schema
 from metarun.errors import UserError
 from metarun.run import run
+from metarun.tasks import completion, generate
 from metarun.tasks import text as sentences
 
 CONF = files("metarun.conf")
@@ -24,7 +25,15 @@ CONTROL = ("task.shots=2", "task.queries=2")
 SERVE_ALL = ("maml", "fomaml", "mamlpp", "reptile", "metasgd", "anil", "boil", "scratch")
 TWENTY = ("sinusoid",)
 """Tasks on which every algorithm that fits takes twenty meta-steps; on others two."""
+FEW_ALGORITHMS = {
+    "completion": ("adaptive", "anp", "cnp", "maml", "protonet", "reference"),
+    "generate": ("adaptive", "cnp", "fomaml", "maml", "reference", "reptile", "scratch", "transfer"),
+}
+"""Tasks that not every algorithm is tried on: their targets are those of others, or they take long."""
+PICTURES = ("task.dataset=procedural", "task.image_size=16")
 SMALL = {
+    "completion": (*PICTURES, "task.shots=5", "task.queries=9", "task.train_shots=5", "task.train_queries=9"),
+    "generate": (*PICTURES, "task.shots=2", "task.queries=2", "task.draws=1", "task.test_draws=1", "task.generated=3"),
     "omniglot": ("task.dataset=procedural", "task.image_size=16", *FEW),
     "text": ("task.dataset=toy", "task.buckets=64", *FEW),
     "text_crosslingual": ("task.dataset=toy", "task.buckets=64", *FEW),
@@ -51,14 +60,15 @@ def remembering(make):
     return remembered
 
 
-SHARED = {name: remembering(getattr(sentences, name)) for name in ("text", "text_crosslingual")}
+SLOW = {"text": sentences, "text_crosslingual": sentences, "Completion": completion, "Generate": generate}
+SHARED = {name: remembering(getattr(module, name)) for name, module in SLOW.items()}
 
 
 @pytest.fixture(autouse=True)
-def families_of_sentences_are_shared(monkeypatch):
-    """Their words are counted once, not once for each of forty algorithms."""
+def slow_families_are_shared(monkeypatch):
+    """Words are counted and pictures measured once, not once for each of forty algorithms."""
     for name, make in SHARED.items():
-        monkeypatch.setattr(sentences, name, make)
+        monkeypatch.setattr(SLOW[name], name, make)
 
 
 def names(group):
@@ -81,8 +91,10 @@ def narrow(model):
 
 
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("task", WITHOUT_FILES)
-@pytest.mark.parametrize("algo", algorithm_names())
+@pytest.mark.parametrize(
+    ("algo", "task"),
+    [(algo, task) for algo in algorithm_names() for task in WITHOUT_FILES if algo in FEW_ALGORITHMS.get(task, (algo,))],
+)
 def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
     more = ("train.steps=20", "train.eval_every=20") if task in TWENTY else ()
     config, chosen = composed(f"algo={algo}", f"task={task}", *QUICK, *SMALL.get(task, ()), *more)
@@ -119,11 +131,15 @@ def test_runs_leave_pictures(algo, task, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+OF_MODELS = {"coordinate_mlp": ("completion", "omniglot"), "unet_small": ("generate", "omniglot")}
+"""Models that want neither characters nor sentences nor an environment, and what they are tried on."""
+
+
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("model", [name for name in names("model") if name != "adapter"])  # see test_embedding.py
 def test_every_model_runs_where_it_fits(model, tmp_path):
     ran = []
-    for task in ("omniglot", "text", "bandit"):
+    for task in OF_MODELS.get(model, ("omniglot", "text", "bandit")):
         try:
             run(*composed(f"task={task}", f"model={model}", *QUICK, *SMALL[task]), tmp_path / task)
             ran.append(task)
