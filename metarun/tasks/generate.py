@@ -6,7 +6,7 @@ Generation with Reptile", https://arxiv.org/abs/1901.02199) have the same tasks 
 here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,7 +167,6 @@ class Generate:
         channels: 1 for grey, 3 for RGB; null: 1 for characters, otherwise 3.
         device: where the tasks are put.
         data_dir: holds the data sets.
-        typed: the keys that the user set; ``train_design`` counts only for emoji unless it is among them. None: all.
 
     Raises:
         UserError: data are missing or broken.
@@ -194,7 +193,6 @@ class Generate:
         channels: int | None = None,
         device: str = "cpu",
         data_dir: str = "data",
-        typed: Collection[str] | None = None,
     ) -> None:
         for key, value, least in (
             *(("queries", queries, 2), ("train_queries", train_queries, 1), ("draws", draws, 1)),
@@ -207,12 +205,9 @@ class Generate:
             range_of("shots" if train_shots is None else "train_shots", train_shots or shots),
         )
         self.sizes = {False: TaskSizes(1, own, queries), True: TaskSizes(1, train, train_queries or queries)}
-        told = typed is None or "train_design" in typed
         smallest = max(sizes.examples for sizes in self.sizes.values())
         name, self.pools, self.channels = picture_pools(
-            Asked(
-                dataset, path, split, split_seed, class_of, train_design, image_size, channels, smallest, data_dir, told
-            )
+            Asked(dataset, path, split, split_seed, class_of, train_design, image_size, channels, smallest, data_dir)
         )
         for part, pool in self.pools.items():
             sizes = self.sizes[part == "train"]
