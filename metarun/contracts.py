@@ -75,7 +75,11 @@ class Rows(NamedTuple):
 
 
 class Target(Protocol):
-    """What a model has to predict: the width of an output, and how outputs are scored (see `metarun.targets`)."""
+    """What a model has to predict: the width of an output, and how outputs are scored (see `metarun.targets`).
+
+    A target whose model is given something other than a tensor ``[examples, ...]`` has ``nothing``, which maps that to
+    an output of zeros.
+    """
 
     @property
     def outputs(self) -> int:

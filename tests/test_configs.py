@@ -12,8 +12,7 @@ from metarun.command.presets import sections
 from metarun.config import register_schema
 from metarun.errors import UserError
 from metarun.run import run
-from metarun.tasks import entities as tagged
-from metarun.tasks import questions as passages
+from metarun.tasks import completion, entities, generate, questions
 from metarun.tasks import text as sentences
 
 CONF = files("metarun.conf")
@@ -32,9 +31,15 @@ FEW_ALGORITHMS = {
     **dict.fromkeys(("text_crosslingual", "halfcheetah_direction"), VARIANT),
     **dict.fromkeys(("authors", "generation"), ("adaptive", "maml", "protonet", "transfer")),
     "questions": ("maml", "metanas", "protonet", "reference", "shared_params", "transfer"),
+    "completion": ("cnp", "maml", "protonet", "reference"),
+    "generate": ("cnp", "maml", "reference", "transfer"),
 }
-"""Tasks that not every algorithm is tried on: variants of others, and those that tests/contract tries with all."""
+"""Tasks that not every algorithm is tried on: variants of others, and those that tests/contract tries with more."""
+PICTURES = ("task.dataset=procedural", "task.image_size=16")
+DRAWN = ("task.draws=1", "task.test_draws=1", "task.generated=2", "task.sampler_steps=1")
 SMALL = {
+    "completion": (*PICTURES, "task.shots=5", "task.queries=9", "task.train_shots=5", "task.train_queries=9"),
+    "generate": (*PICTURES, "task.shots=2", "task.queries=2", *DRAWN),
     "omniglot": ("task.dataset=procedural", "task.image_size=16", *FEW),
     "text": ("task.dataset=toy", "task.buckets=64", *FEW),
     "text_crosslingual": ("task.dataset=toy", "task.buckets=64", *FEW),
@@ -70,18 +75,22 @@ def remembering(make):
     return remembered
 
 
-SHARED = {name: remembering(getattr(sentences, name)) for name in ("text", "text_crosslingual")}
-QUESTIONS = remembering(passages.questions)
-TAGGED = remembering(tagged.entities)
+SLOW = {
+    "text": sentences,
+    "text_crosslingual": sentences,
+    "Completion": completion,
+    "Generate": generate,
+    "questions": questions,
+    "entities": entities,
+}
+SHARED = {name: remembering(getattr(module, name)) for name, module in SLOW.items()}
 
 
 @pytest.fixture(autouse=True)
-def families_of_sentences_are_shared(monkeypatch):
-    """Their words are counted once, not once for each of forty algorithms."""
+def slow_families_are_shared(monkeypatch):
+    """Words are counted and pictures measured once, not once for each of forty algorithms."""
     for name, make in SHARED.items():
-        monkeypatch.setattr(sentences, name, make)
-    monkeypatch.setattr(passages, "questions", QUESTIONS)
-    monkeypatch.setattr(tagged, "entities", TAGGED)
+        monkeypatch.setattr(SLOW[name], name, make)
 
 
 def names(group):
@@ -148,11 +157,15 @@ def test_runs_leave_pictures(algo, task, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+OF_MODELS = {"coordinate_mlp": ("completion", "omniglot"), "unet_small": ("generate", "omniglot")}
+"""Models that want neither characters nor sentences nor an environment, and what they are tried on."""
+
+
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("model", [name for name in names("model") if name != "adapter"])  # see test_embedding.py
 def test_every_model_runs_where_it_fits(model, tmp_path):
     ran = []
-    for task in ("omniglot", "text", "entities", "questions", "bandit", "authors"):
+    for task in OF_MODELS.get(model, ("omniglot", "text", "entities", "questions", "bandit", "authors")):
         own = [key for key in SMALL[task] if key not in WRITING or model.endswith("decoder")]
         try:
             run(*composed(f"task={task}", f"model={model}", *QUICK, *own), tmp_path / task)

@@ -51,7 +51,7 @@ class CoordinateMLP(nn.Module):
     def __init__(
         self,
         spec: Spec,
-        widths: Sequence[int] = (128, 128, 128),
+        widths: Sequence[int] = (64, 64, 64),
         highest: int = 6,
         activation: Literal["relu", "tanh", "gelu", "silu"] = "relu",
     ) -> None:

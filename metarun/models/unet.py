@@ -6,6 +6,7 @@ of 2 × 2 pixels as channels (Shi et al. 2016, https://arxiv.org/abs/1609.05158)
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
 from metarun.contracts import Numbers, Spec
 from metarun.errors import require
-from metarun.targets.flow import Flow, Noisy
+from metarun.targets.flow import Flow, noisy_of
 
 BLOCK = 2
 WAVES = 4
@@ -23,13 +24,31 @@ GROUP = 8
 class Stem(nn.Module):
     """Noisy pictures and their times → blocks of pixels, with sine and cosine of the time as further channels."""
 
-    def forward(self, noisy: Noisy) -> Tensor:
+    def forward(self, given: Any) -> Tensor:
         """``[rows, channels, height, width]`` → ``[rows, 4 channels + 2 waves, height / 2, width / 2]``."""
+        noisy = noisy_of(given)
         x = pixel_unshuffle(noisy.x, BLOCK)
         frequency = torch.arange(1, WAVES + 1, device=x.device).to(x) * (math.pi / 2)
         angle = noisy.t[:, None] * frequency
         waves = torch.cat([angle.sin(), angle.cos()], 1)[:, :, None, None]
         return torch.cat([x, waves.expand(-1, -1, *x.shape[2:])], 1)
+
+
+class Place(nn.Module):
+    """x plus a learned map, so that a task can be told where something is.
+
+    The map is the root of its area times its parameters: a step of gradient descent then changes it as much as it
+    changes a bias that all places share.
+    """
+
+    def __init__(self, width: int, height: int, across: int) -> None:
+        super().__init__()
+        self.map = nn.Parameter(torch.zeros(width, height, across))
+        self.scale = math.sqrt(height * across)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[rows, width, height, across]`` in the same shape."""
+        return x + self.scale * self.map
 
 
 class Residual(nn.Module):
@@ -91,6 +110,7 @@ class UNetSmall(nn.Module):
         self.trunk = nn.Sequential(
             Stem(),
             nn.Conv2d(own + 2 * WAVES, width, 3, padding=1),
+            Place(width, shape[1] // BLOCK, shape[2] // BLOCK),
             Residual(width),
             nn.Conv2d(width, width, 1),
             HalfSize(width, blocks),
@@ -101,6 +121,6 @@ class UNetSmall(nn.Module):
         )
         self.head = nn.Conv2d(width, own, 3, padding=1)
 
-    def forward(self, noisy: Noisy) -> Tensor:
-        """Return the velocity of every picture ``[rows, channels, height, width]``."""
-        return pixel_shuffle(self.head(self.trunk(noisy)), BLOCK)
+    def forward(self, given: Any) -> Tensor:
+        """Return the velocity of noisy pictures (`metarun.targets.flow.Noisy`): ``[rows, channels, height, width]``."""
+        return pixel_shuffle(self.head(self.trunk(given)), BLOCK)

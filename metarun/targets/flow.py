@@ -15,7 +15,7 @@ https://arxiv.org/abs/2107.00630, equations 11 and 17). With the signal-to-noise
 
     −log p(x) ≤ E_{t ≤ T} weight · |v − (x_1 − x_0)|² · t / (1 − t)  −  E log p(x | x_T),
 
-where x is 256 levels per number and p(x | x_T) is proportional to N(x_T; T x, (1 − T)²) over the levels (their equation
+where x has 16 levels per number and p(x | x_T) is proportional to N(x_T; T x, (1 − T)²) over the levels (their equation
 33). At t = 0 nothing is left of the example, so the prior costs no bits.
 
 Noise and times come from the task's seed, new ones whenever the loss is computed, so that each adaptation step sees
@@ -26,7 +26,7 @@ and test, whose losses before and after adaptation are thereby comparable.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,10 +39,14 @@ from metarun.targets.weights import mean_over
 
 FLOW_LOSS = Metric("flow-loss", higher_is_better=False)
 BITS = Metric("bits-per-number", higher_is_better=False)
-"""A bound of −log₂ p(x) per number of an example, which has 256 levels: 8 for one that knows nothing."""
-LEVELS = 256
-LAST = 1 - 1 / 1024
-"""T: the time from which levels are read off; their distance is then eight standard deviations of the noise."""
+"""A bound of −log₂ p(x) per number of an example, rounded to 16 levels: 4 for one that knows nothing."""
+LEVELS = 16
+"""Number of levels to which examples are rounded where bits are counted. Of 256, most bits would go into noise that no
+reader sees."""
+STEP = 2 / (LEVELS - 1)
+"""The distance between levels."""
+LAST = 1 / (1 + STEP / 8)
+"""T: the time at which levels are read off; their distance is then eight standard deviations of the noise."""
 
 
 class Noisy(NamedTuple):
@@ -52,6 +56,11 @@ class Noisy(NamedTuple):
     """x_t ``[rows, *example]``."""
     t: Tensor
     """``[rows]``, from 0 to 1."""
+
+
+def noisy_of(x: Any) -> Noisy:
+    """Return the input of a model of velocities; plain examples ``[rows, *example]`` are those of time 1."""
+    return x if isinstance(x, Noisy) else Noisy(x, x.new_ones(len(x)))
 
 
 class Mixed(NamedTuple):
@@ -107,6 +116,10 @@ class Flow:
         """The number of channels of a velocity."""
         return self.shape[0]
 
+    def nothing(self, given: Any) -> Tensor:
+        """Return velocities of zero for the input of a model."""
+        return torch.zeros_like(noisy_of(given).x)
+
     def errors(
         self, predict: Predict, data: Tree, time: Callable[[Tensor], Tensor], draws: int
     ) -> tuple[Tensor, Tensor]:
@@ -133,6 +146,7 @@ class Flow:
         Times have the density t / (1 − t) up to a factor, which is the weight of the error in the bound.
         """
         total = -math.log(1 - LAST) - LAST
+        data = {**data, "x": ((data["x"] + 1) / STEP).round() * STEP - 1}
         error, _ = self.errors(predict, data, lambda u: time_of(u * total), draws)
         nats = total * error.mean(1) + self._levels(data)
         return mean_over(nats, data) / math.log(2)
@@ -141,10 +155,10 @@ class Flow:
         """Return −log p(x | x_T) in nats per number ``[examples]``, with one draw of x_T."""
         x = data["x"]
         noise = normal(fold(seeds_of(data), 2), self.shape).to(x)
-        std, step = (1 - LAST) / LAST, 2 / (LEVELS - 1)
+        std = (1 - LAST) / LAST
         # Levels further away than two steps have no chance.
-        offset = torch.arange(-2, 3, device=x.device).to(x) * step
-        beyond = (x[..., None] + offset).abs() > 1 + step / 2
+        offset = torch.arange(-2, 3, device=x.device).to(x) * STEP
+        beyond = (x[..., None] + offset).abs() > 1 + STEP / 2
         fit = (-0.5 * ((std * noise[..., None] - offset) / std).square()).masked_fill(beyond, -torch.inf)
         return (0.5 * noise.square() + fit.logsumexp(-1)).flatten(1).mean(1)
 
@@ -179,8 +193,9 @@ class Mixture(NamedTuple):
     log_weights: Tensor
     """``[parts]``; −∞ for a part that does not count."""
 
-    def velocity(self, noisy: Noisy) -> Tensor:
+    def velocity(self, given: Any) -> Tensor:
         """Return E[x_1 − x_0 | x_t], the velocity with the least loss for this distribution, ``[rows, *example]``."""
+        noisy = noisy_of(given)
         t = noisy.t.view(-1, 1, *[1] * (self.means.ndim - 1))
         around = noisy.x[:, None] - t * self.means
         spread = (1 - t).square() + t.square() * self.variance

@@ -6,7 +6,7 @@ Garnelo et al. 2018 (https://arxiv.org/abs/1807.01613, §4.2) and Zintgraf et al
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,6 @@ class Completion:
         channels: 1 for grey, 3 for RGB; null: 1 for characters, otherwise 3.
         device: where the tasks are put.
         data_dir: holds the data sets.
-        typed: the keys that the user set; ``train_design`` counts only for emoji unless it is among them. None: all.
 
     Raises:
         UserError: data are missing or broken.
@@ -106,14 +105,10 @@ class Completion:
         channels: int | None = None,
         device: str = "cpu",
         data_dir: str = "data",
-        typed: Collection[str] | None = None,
     ) -> None:
         self.shots = range_of("shots", shots)
         self.train_shots = self.shots if train_shots is None else range_of("train_shots", train_shots)
-        told = typed is None or "train_design" in typed
-        asked = Asked(
-            *(dataset, path, split, split_seed, class_of, train_design, image_size, channels, 1, data_dir, told)
-        )
+        asked = Asked(*(dataset, path, split, split_seed, class_of, train_design, image_size, channels, 1, data_dir))
         pixels = image_size**2
         for name, most in {"shots": self.shots.most, "train_shots": self.train_shots.most}.items():
             require(most < pixels, f"{name} must be below {pixels}, the number of pixels, not {most}")

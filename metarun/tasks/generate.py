@@ -6,13 +6,14 @@ Generation with Reptile", https://arxiv.org/abs/1901.02199) have the same tasks 
 here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import grid_sample
 
 from metarun.contracts import Facts, Numbers, Pooled, Predict, Samples, Scores, Sizes, Spec, Split, Task, Tree
 from metarun.data.descriptors import described, kernel_distance
@@ -21,7 +22,7 @@ from metarun.errors import require
 from metarun.nn.ops import squared_distances
 from metarun.random import fold, normal
 from metarun.results.pictures import grid_of_pictures, mosaic
-from metarun.targets.flow import BITS, FLOW_LOSS, Flow, Mixture, Noisy
+from metarun.targets.flow import BITS, FLOW_LOSS, Flow, Mixture
 from metarun.targets.metric import Metric
 from metarun.tasks.few_shot import Cells, Shots, TaskSizes, classes_with, range_of
 from metarun.tasks.images import Pool
@@ -53,7 +54,7 @@ class KernelDensity:
 
     variance: float
 
-    def __call__(self, support: Tree, noisy: Noisy) -> Tensor:
+    def __call__(self, support: Tree, noisy: Any) -> Tensor:
         """Return velocities ``[rows, channels, size, size]``."""
         own = support["x"]
         return Mixture(own, own.new_tensor(self.variance), weight_of_examples(support).log()).velocity(noisy)
@@ -71,7 +72,7 @@ class OneNormal:
     share: float
     """Number of pictures that the mean of all counts as much as."""
 
-    def __call__(self, support: Tree, noisy: Noisy) -> Tensor:
+    def __call__(self, support: Tree, noisy: Any) -> Tensor:
         """Return velocities ``[rows, channels, size, size]``."""
         own, weight = support["x"], weight_of_examples(support)
         mean = torch.einsum("n,nchw->chw", weight, own) + self.share * self.mean.to(own)
@@ -133,7 +134,10 @@ def changed(x: Tensor, numbers: Tensor) -> Tensor:
     shift = CHANGES[3] * numbers[:, 3:5]
     rows = torch.stack([size * cos, size * (shear * cos - sin), shift[:, 0]], -1)
     columns = torch.stack([size * sin, size * (shear * sin + cos), shift[:, 1]], -1)
-    grid = affine_grid(torch.stack([rows, columns], 1), list(x.shape), align_corners=False)
+    axis = (torch.arange(x.shape[-1], device=x.device).to(x) + 0.5) * 2 / x.shape[-1] - 1
+    down, across = torch.meshgrid(axis, axis, indexing="ij")
+    places = torch.stack([across, down, torch.ones_like(down)], -1)
+    grid = torch.einsum("hwi,nji->nhwj", places, torch.stack([rows, columns], 1))
     return grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
@@ -163,7 +167,6 @@ class Generate:
         channels: 1 for grey, 3 for RGB; null: 1 for characters, otherwise 3.
         device: where the tasks are put.
         data_dir: holds the data sets.
-        typed: the keys that the user set; ``train_design`` counts only for emoji unless it is among them. None: all.
 
     Raises:
         UserError: data are missing or broken.
@@ -186,11 +189,10 @@ class Generate:
         split_seed: int = 0,
         class_of: str | None = None,
         train_design: str | None = None,
-        image_size: int = 28,
+        image_size: int = 20,
         channels: int | None = None,
         device: str = "cpu",
         data_dir: str = "data",
-        typed: Collection[str] | None = None,
     ) -> None:
         for key, value, least in (
             *(("queries", queries, 2), ("train_queries", train_queries, 1), ("draws", draws, 1)),
@@ -203,12 +205,9 @@ class Generate:
             range_of("shots" if train_shots is None else "train_shots", train_shots or shots),
         )
         self.sizes = {False: TaskSizes(1, own, queries), True: TaskSizes(1, train, train_queries or queries)}
-        told = typed is None or "train_design" in typed
         smallest = max(sizes.examples for sizes in self.sizes.values())
         name, self.pools, self.channels = picture_pools(
-            Asked(
-                dataset, path, split, split_seed, class_of, train_design, image_size, channels, smallest, data_dir, told
-            )
+            Asked(dataset, path, split, split_seed, class_of, train_design, image_size, channels, smallest, data_dir)
         )
         for part, pool in self.pools.items():
             sizes = self.sizes[part == "train"]

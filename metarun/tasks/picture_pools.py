@@ -36,8 +36,6 @@ class Asked(NamedTuple):
     smallest: int
     """Number of pictures of the smallest class that is of use."""
     data_dir: str
-    typed: bool = True
-    """Whether the user set ``train_design``."""
 
 
 class Pools(NamedTuple):
@@ -69,7 +67,7 @@ def picture_pools(asked: Asked) -> Pools:
             log.info("No Omniglot in %s/omniglot, so the pictures are procedural characters.", asked.data_dir)
     is_emoji = asked.path is None and dataset == "emoji"
     require(
-        is_emoji or asked.train_design is None or not asked.typed,
+        is_emoji or asked.train_design is None,
         "train_design is for dataset=emoji, which has several designs; leave it out",
     )
     if asked.path is not None:

@@ -39,6 +39,7 @@ def test_the_meta_gradient_of_maml_equals_a_plain_loop_in_float64(tiny, float64)
     algorithm = maml(model, inner_lr=0.2, inner_steps=2)
     theta = algorithm.init(generator())
     tasks = wide(sampled(tiny, "train", 2, generator(1)))
+    tasks = tasks._replace(support={"x": tasks.support["x"][:, :2]}, query={"x": tasks.query["x"][:, :1]})
     found = meta_gradient(algorithm, theta, tasks, loss_of(tiny))
 
     def loss(weights, x, seed, draw):
@@ -119,25 +120,25 @@ def test_queries_of_a_test_have_the_same_noise_at_every_step(tiny):
 def family_of_numbers(levels):
     """A flow of single numbers with the given levels, all equally likely, and the velocity with the least loss."""
     flow = Flow((1, 1, 1), draws=1)
-    levels = torch.tensor(levels) * 2 / 255 - 1
+    levels = torch.tensor(levels) * 2 / 15 - 1
     ideal = Mixture(levels.view(-1, 1, 1, 1), torch.tensor(0.0), torch.zeros(len(levels))).velocity
     return flow, levels, ideal
 
 
-@pytest.mark.parametrize(("levels", "bits"), [([0.0, 255.0], 1.0), ([10.0, 11.0, 200.0, 90.0], 2.0)])
+@pytest.mark.parametrize(("levels", "bits"), [([0.0, 15.0], 1.0), ([5.0, 6.0, 13.0, 1.0], 2.0)])
 def test_the_bound_in_bits_is_the_entropy_where_the_velocity_is_ideal(levels, bits, float64):
     flow, values, ideal = family_of_numbers(levels)
-    x = values[torch.arange(4000) % len(values)].view(-1, 1, 1, 1)
-    data = {"x": x, "seed": torch.randint(2**62, (4000,), generator=generator())}
-    found = flow.bits(ideal, data, draws=100)
+    x = values[torch.arange(2000) % len(values)].view(-1, 1, 1, 1)
+    data = {"x": x, "seed": torch.randint(2**62, (2000,), generator=generator())}
+    found = flow.bits(ideal, data, draws=64)
     assert found.item() == pytest.approx(bits, abs=0.03)
     # A velocity that knows nothing of the data pays for it.
-    poor = flow.bits(lambda noisy: -noisy.x, data, draws=100)
+    poor = flow.bits(lambda noisy: -noisy.x, data, draws=64)
     assert poor > found + 1
 
 
 def test_the_ideal_velocity_has_the_least_loss_of_its_distribution(float64):
-    flow, values, ideal = family_of_numbers([0.0, 100.0, 255.0])
+    flow, values, ideal = family_of_numbers([0.0, 6.0, 15.0])
     data = {"x": values[torch.arange(3000) % 3].view(-1, 1, 1, 1), "seed": torch.arange(3000)}
     best = flow.loss(ideal, data)[0]
     for factor, shift in ((0.95, 0.0), (1.05, 0.0), (1.0, 0.05), (1.0, -0.05)):
