@@ -36,7 +36,7 @@ class Logistic:
     https://doi.org/10.1007/BF00048682), half of ZᵀZ for each tag, and never raise it.
     """
 
-    strength: float = 0.03
+    strength: float = 0.003
     width: int = 1024
     steps: int = 40
 
