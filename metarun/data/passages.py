@@ -18,6 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,12 @@ ALIKE_FROM = 0.45
 """The cosine of n-grams from which two words count as forms of one."""
 DECAY, REACH = 0.7, 10
 """How fast an overlap fades with the distance in words."""
+
+
+@lru_cache(maxsize=2**18)
+def number_of(word: str) -> int:
+    """Return a number above 0 by which a word is compared, which does not depend on what other words there are."""
+    return 1 + int.from_bytes(blake2b(word.encode(), digest_size=7).digest(), "big")
 
 
 class Word(NamedTuple):
@@ -195,13 +202,12 @@ class Lexicon:
     def __init__(self, buckets: int) -> None:
         self.buckets = buckets
         self.known: dict[tuple[str, ...], int] = {("",): 0}
-        self.compared: dict[str, int] = {}
         self.vectors = np.zeros((1024, buckets), dtype=np.float32)
         self.matches = np.zeros((1024, MATCH_BUCKETS), dtype=np.float16)
 
     def tokens(self, text: str) -> list[int]:
         """Return the numbers of the words by which answers are compared."""
-        return [self.compared.setdefault(word, len(self.compared) + 1) for word in normalised(text)]
+        return [number_of(word) for word in normalised(text)]
 
     def token(self, word: str) -> int:
         """Return the number by which a word of a text is compared, 0 for one that does not count."""

@@ -288,6 +288,15 @@ def test_articles_and_languages_of_the_splits_differ():
     assert set(of_article.pools["train"].file) == set(of_article.pools["test"].file)
 
 
+def test_tasks_do_not_depend_on_what_was_drawn_before():
+    """Or else runs on the same test tasks would not be known as such."""
+    fresh, used = tiny(), tiny()
+    used.sample("train", 2, generator(5))
+    torch.testing.assert_close(
+        *(family.sample("test", 2, generator(1)).query for family in (fresh, used)), rtol=0, atol=0
+    )
+
+
 def test_targets_mark_the_answer_and_support_and_query_differ():
     family = tiny(queries=30)
     task = family.sample("test", 3, generator(1))
