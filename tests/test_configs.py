@@ -38,6 +38,14 @@ FEW_ALGORITHMS = {
 PICTURES = ("task.dataset=procedural", "task.image_size=16")
 DRAWN = ("task.draws=1", "task.test_draws=1", "task.generated=2", "task.sampler_steps=1")
 SMALL = {
+    "sprites": (
+        "task.sprites=shapes",
+        "task.backgrounds=noise",
+        "task.image_size=32",
+        "task.ways=2",
+        "task.shots=1",
+        "task.queries=1",
+    ),
     "completion": (*PICTURES, "task.shots=5", "task.queries=9", "task.train_shots=5", "task.train_queries=9"),
     "generate": (*PICTURES, "task.shots=2", "task.queries=2", *DRAWN),
     "omniglot": ("task.dataset=procedural", "task.image_size=16", *FEW),
@@ -157,7 +165,11 @@ def test_runs_leave_pictures(algo, task, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-OF_MODELS = {"coordinate_mlp": ("completion", "omniglot"), "unet_small": ("generate", "omniglot")}
+OF_MODELS = {
+    "coordinate_mlp": ("completion", "omniglot"),
+    "unet_small": ("generate", "omniglot"),
+    "resnet_fpn_small": ("sprites", "omniglot"),
+}
 """Models that want neither characters nor sentences nor an environment, and what they are tried on."""
 
 

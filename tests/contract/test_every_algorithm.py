@@ -26,8 +26,8 @@ from metarun.random import drawing
 from metarun.targets.scoring import loss_of
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.entities import entities
-from metarun.tasks.generation import Generation
 from metarun.tasks.generate import Generate
+from metarun.tasks.generation import Generation
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
 from metarun.tasks.questions import questions
