@@ -27,7 +27,7 @@ class Controlled(Sinusoid):
 
 def test_the_control_is_the_score_after_adapting_to_another_support_set():
     config, names = composed("algo=maml", "task=sinusoid", "eval.adapt_steps=2", "algo.inner_lr=0.05")
-    config.task = OmegaConf.create({"_target_": "test_control.Controlled"})
+    config.task = OmegaConf.create({"_target_": "test_other_support.Controlled"})
     experiment = assemble(config, names)
     replica, (theta,) = experiment.replicas[0], experiment.initial_thetas()
     tasks = next(episodes(experiment, "test", 5))

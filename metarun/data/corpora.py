@@ -239,7 +239,7 @@ def crossner(data_dir: str, test: Sequence[str]) -> Corpus:
     require(len(test) < len(DOMAINS), "task.test names all domains of CrossNER; leave some for training")
 
     def domain(name: str, part: str = "*") -> list[Sentence]:
-        return _files(data_dir, "crossner", f"{name}/{part}.txt")
+        return _files(data_dir, "crossner", f"{name}/{part}.txt", "iob1")
 
     return {
         "train": {name: Source(domain(name)) for name in DOMAINS if name not in test},

@@ -105,7 +105,8 @@ def sentences_of(content: bytes, place: str, column: int | None = None, scheme: 
         while block and is_comment(block[0][1]):
             head.append(block.pop(0)[1])
         rows = [(number, cells_of(line)) for number, line in block]
-        rows = [(number, cells) for number, cells in rows if not MULTIWORD.fullmatch(cells[0])]
+        # In two columns the first one holds words, such as 1937-1938, and no numbers of words.
+        rows = [(number, cells) for number, cells in rows if len(cells) == 2 or not MULTIWORD.fullmatch(cells[0])]
         if not rows or rows[0][1][0] == "-DOCSTART-":
             continue
         width = width or len(rows[0][1])
