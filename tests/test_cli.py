@@ -83,7 +83,7 @@ BAD_INPUT = [
         ["algo=rl2", "task=bandit", "model=policy"],
         ["needs a policy with a memory", "model=fast_weights_policy"],
     ),
-    (["algo=transfer", "task=navigation"], ["algo=transfer needs examples with known targets", "maml"]),
+    (["algo=transfer", "task=navigation"], ["algo=transfer needs a loss over examples", "maml"]),
     (["resume=nowhere"], ["nothing to resume in nowhere"]),
     (["hydra.run.dir=a_file/run"], ["cannot be written", "hydra.run.dir"]),
     (["train.steps=[1"], ["train.steps"]),
