@@ -10,7 +10,7 @@ from metarun.data.lines import Author
 
 SEED = 160
 LETTERS = ("bdfgklmnprstvz", "aeiou")
-WORDS, AUTHORS, WORKS, LINES = 200, 6, 8, 60
+WORDS, AUTHORS, WORKS, LINES = 200, 6, 8, 110
 """Words of the language, authors of a work, works, and lines of an author."""
 FAVOURITES = 12
 """Words that an author prefers, and, a third as often, all authors of a work."""

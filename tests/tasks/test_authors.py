@@ -30,9 +30,9 @@ def author_of(family, split):
 
 def test_a_task_has_different_lines_of_one_author_and_the_control_those_of_another():
     family = toy(shots=[2, 4])
-    tasks, authors = sampled(family, "test", 8, generator()), author_of(family, "test")
+    tasks, authors = sampled(family, "test", 16, generator()), author_of(family, "test")
     counts = set()
-    for i in range(8):
+    for i in range(16):
         shown = texts(family, tasks.support["y"][i][tasks.support["weight"][i] > 0])
         asked, other = texts(family, tasks.query["y"][i]), texts(family, tasks.query["control"]["y"][i])
         counts.add(len(shown))
@@ -151,3 +151,8 @@ def test_sizes_out_of_range_are_refused():
     for keys in ({"queries": 0}, {"length": 3}, {"merges": -1}, {"temperature": 0.0}, {"path": "x"}):
         with pytest.raises(ValueError, match=next(iter(keys))):
             toy(**keys)
+
+
+def test_toy_authors_have_lines_enough_for_the_defaults():
+    """So that the command runs where there are no files."""
+    assert sampled(Authors(dataset="toy"), "test", 1, generator()).query["y"].shape[1] == 50
