@@ -248,6 +248,17 @@ def crossner(data_dir: str, test: Sequence[str]) -> Corpus:
     }
 
 
+WITHOUT_WORD = re.compile(r"(?m)^(\d+\t)\s*(?=\t)")
+"""The beginning of a line whose word is missing or a space, as in eight lines of xSID."""
+
+
+def _utterances(data_dir: str, name: str) -> list[Sentence]:
+    """Return the tagged utterances of a file of xSID, with ``_`` for words that are missing."""
+    path = Path(data_dir) / FOLDERS["xsid"] / name
+    content = WITHOUT_WORD.sub(r"\1_", path.read_text(encoding="utf-8"))
+    return sentences_of(content.encode(), str(path))
+
+
 def xsid(data_dir: str) -> Corpus:
     """Return the slots of xSID (van der Goot et al. 2021, https://aclanthology.org/2021.naacl-main.197) by language.
 
@@ -255,7 +266,7 @@ def xsid(data_dir: str) -> Corpus:
     """
     sentences = intents.xsid(data_dir)
     files = dict.fromkeys((part, s.language) for part in ("valid", "test") for s in sentences)
-    tagged = [one for part, language in files for one in _files(data_dir, "xsid", f"{language}.{part}.conll")]
+    tagged = [one for part, language in files for one in _utterances(data_dir, f"{language}.{part}.conll")]
     require(len(tagged) == len(sentences), f"{data_dir}/xsid has utterances without words; fetch its files again")
     languages = dealt({s.language for s in sentences}, SPLIT_SEED, SHARES)
     meanings = dealt({s.meaning for s in sentences}, SPLIT_SEED, SHARES)

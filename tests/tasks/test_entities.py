@@ -316,3 +316,13 @@ def test_universal_ner_shares_no_meaning_between_training_and_test():
     ids = {s.name for name in ("English-PUD", "Swedish-PUD") for s in corpus["train"][name].support}
     for name in ("German", "Russian"):
         assert not ids & {s.name for s in corpus["test"][name].sentences()}
+
+
+def test_xsid_is_read_whole_and_shares_no_language():
+    """Although words are missing in eight of its lines."""
+    corpus = corpora.xsid(real("xsid"))
+    languages = [set(own) for own in corpus.values()]
+    assert all(languages)
+    assert len(set().union(*languages)) == sum(map(len, languages))
+    kinds = {tag.partition("/")[0] for one in corpus["train"].values() for s in one.support for tag in s.tags}
+    assert {"O", "B-weather"} <= kinds
