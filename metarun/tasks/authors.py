@@ -25,7 +25,7 @@ from metarun.errors import require
 from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
 from metarun.targets.text import BITS, Text
-from metarun.tasks.few_shot import Cells, Dealt, Shots, TaskSizes, cells_of, range_of
+from metarun.tasks.few_shot import Cells, Dealt, Shots, cells_of, sizes_without_classes
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +92,10 @@ class Authors:
         data_dir: str = "data",
     ) -> None:
         self.device, self.temperature, self.length = device, temperature, length
-        others = TaskSizes(1, range_of("shots", shots), queries)
-        train_range = others.shots if train_shots is None else range_of("train_shots", train_shots)
-        training = TaskSizes(1, train_range, queries if train_queries is None else train_queries)
-        for name, sizes in {"queries": others, "train_queries": training}.items():
-            require(sizes.queries >= 1, f"{name} must be at least 1, not {sizes.queries}")
+        self.sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
         require(merges >= 0, f"merges must be at least 0, not {merges}")
         require(length >= 8, f"length must be at least 8, not {length}")
         require(temperature > 0, f"temperature must be above 0, not {temperature}")
-        self.sizes = {True: training, False: others}
         parts, name = corpus(dataset, path, length - 1, data_dir)
         for part, authors in parts.items():
             train = part == "train"
@@ -117,12 +112,12 @@ class Authors:
         self.known: dict[int, list[NDArray[np.float64]]] = {}
         """The n-gram model's nats of tasks that have been drawn, since test tasks are drawn again and again."""
         cut = [f"merges={merges}"] if merges else []
-        self.dataset = ":".join([name, *others.text(), f"length={length}", *cut, content])
+        self.dataset = ":".join([name, *self.sizes[False].text(), f"length={length}", *cut, content])
         target = Text(tokenizer.ids, tokenizer.lengths())
         self.spec = Spec(
             Sequences(0, length, tokenizer.ids),
             target,
-            Sizes(others.shots.most, queries),
+            Sizes(self.sizes[False].shots.most, queries),
             metrics=(BITS, *((NGRAM, NGRAM_ADAPTED) if self.ngrams else ())),
         )
         self.target = target

@@ -20,7 +20,7 @@ from metarun.errors import require
 from metarun.nn.padding import weighing
 from metarun.results.pictures import grid_of_pictures
 from metarun.targets.real import MSE, Real
-from metarun.tasks.few_shot import Shots, draw, range_of, with_padding
+from metarun.tasks.few_shot import Shots, draw, shot_ranges, with_padding
 from metarun.tasks.images import Pool
 from metarun.tasks.picture_pools import Asked, Dataset, picture_pools, pixels_of
 
@@ -106,8 +106,7 @@ class Completion:
         device: str = "cpu",
         data_dir: str = "data",
     ) -> None:
-        self.shots = range_of("shots", shots)
-        self.train_shots = self.shots if train_shots is None else range_of("train_shots", train_shots)
+        self.shots, self.train_shots = shot_ranges(shots, train_shots)
         asked = Asked(*(dataset, path, split, split_seed, class_of, train_design, image_size, channels, 1, data_dir))
         pixels = image_size**2
         for name, most in {"shots": self.shots.most, "train_shots": self.train_shots.most}.items():

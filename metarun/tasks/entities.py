@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from metarun.data.toy_entities import toy_entities
 from metarun.errors import require
 from metarun.targets.metric import Metric
 from metarun.targets.tags import Decoder, Tags, begins_at, counted, f1, kind_of, spans
-from metarun.tasks.few_shot import Range, Shots, draw, range_of
+from metarun.tasks.few_shot import Shots, TaskSizes, draw, sizes_without_classes
 from metarun.tasks.tag_references import Logistic, gazetteer
 
 log = logging.getLogger(__name__)
@@ -101,13 +101,6 @@ class Pool:
         return (place < self.supports, place >= self.supports) if self.apart else (place >= 0, place >= 0)
 
 
-class Asked(NamedTuple):
-    """Numbers of support sentences and of query sentences of a task; with new types, of each of its types."""
-
-    shots: Range
-    queries: int
-
-
 @dataclass(frozen=True)
 class How:
     """What tasks are made of sentences.
@@ -158,7 +151,7 @@ class Entities:
         self,
         corpus: Corpus,
         dataset: str,
-        sizes: Mapping[bool, Asked],
+        sizes: Mapping[bool, TaskSizes],
         how: How,
         device: str = "cpu",
         converter: TaggedWords | None = None,
@@ -228,7 +221,7 @@ class Entities:
                     f"{where} has {have} sentences, and {numbers} need {needs}; lower them, or leave the source out",
                 )
 
-    def _check_types(self, where: str, pool: Pool, asked: Asked, prefix: str) -> None:
+    def _check_types(self, where: str, pool: Pool, asked: TaskSizes, prefix: str) -> None:
         """Leave out the types of a source that are too rare for a task of new types; require enough of them.
 
         A sentence that holds several types is drawn for one of them, so each needs as many as all types of a task.
@@ -343,7 +336,7 @@ class Entities:
             place[begins_at(0) + 2 * kinds + offset] = begins_at(0) + 2 * columns + offset
         return kinds, place
 
-    def _drawn(self, pool: Pool, asked: Asked, kinds: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _drawn(self, pool: Pool, asked: TaskSizes, kinds: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the support and query sentences of a task, in random order."""
         for_support, for_query = pool.allowed()
         if not self.new:
@@ -499,11 +492,7 @@ def entities(
         UserError: data are missing or damaged; the sentence names the file and the line.
     """
     require(column is None or column >= 2, f"column must be at least 2, since words come first, not {column}")
-    for name, value in {"queries": queries, "train_queries": train_queries}.items():
-        require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
-    others = Asked(range_of("shots", shots), queries)
-    own_shots = others.shots if train_shots is None else range_of("train_shots", train_shots)
-    sizes = {False: others, True: Asked(own_shots, train_queries or queries)}
+    sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
     chosen = types if isinstance(types, str) else tuple(types)
     how = How(chosen, ways, longest, buckets, unfamiliar, decoder)
     if path is not None:

@@ -55,6 +55,16 @@ def range_of(name: str, value: Shots | Ways, smallest: int = 1) -> Range:
     return Range(least, most)
 
 
+def shot_ranges(shots: Shots, train_shots: Shots | None) -> tuple[Range, Range]:
+    """Return the numbers of support examples of other tasks, and those of training tasks, by default the same.
+
+    Raises:
+        ValueError: a number is below 1, or a range is not rising.
+    """
+    others = range_of("shots", shots)
+    return others, others if train_shots is None else range_of("train_shots", train_shots)
+
+
 def at_most(value: Shots | Ways, limit: int) -> Shots | Ways:
     """Return a number or a range without what is above ``limit``; a range becomes a number where nothing else is left.
 
@@ -104,6 +114,29 @@ class TaskSizes(NamedTuple):
         return [*ways, *self.shots.text("uneven_shots" if self.uneven else "shots")]
 
 
+def require_queries(queries: int, train_queries: int | None) -> None:
+    """Raise an error unless tasks have queries.
+
+    Raises:
+        ValueError: there are fewer than 1.
+    """
+    for name, value in {"queries": queries, "train_queries": train_queries}.items():
+        require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+
+
+def sizes_without_classes(
+    shots: Shots, queries: int, train_shots: Shots | None, train_queries: int | None
+) -> dict[bool, TaskSizes]:
+    """Return the sizes of training tasks (True) and of others (False), whose examples are of no classes.
+
+    Raises:
+        ValueError: a number is below 1, or a range is not rising.
+    """
+    require_queries(queries, train_queries)
+    others, train = shot_ranges(shots, train_shots)
+    return {False: TaskSizes(1, others, queries), True: TaskSizes(1, train, train_queries or queries)}
+
+
 class Dealt(NamedTuple):
     """The examples of one part of each task, in random order; all ``[tasks, examples]``."""
 
@@ -139,10 +172,8 @@ class Asked(NamedTuple):
         """
         other_ways = range_of("ways", self.ways, 2)
         own_ways = other_ways if self.train_ways is None else range_of("train_ways", self.train_ways, 2)
-        for name, value in {"queries": self.queries, "train_queries": self.train_queries}.items():
-            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
-        others = range_of("shots", self.shots)
-        train = others if self.train_shots is None else range_of("train_shots", self.train_shots)
+        require_queries(self.queries, self.train_queries)
+        others, train = shot_ranges(self.shots, self.train_shots)
         require(
             not (self.uneven and others.fixed and train.fixed),
             "uneven=true draws the shots of each class from a range; set shots or train_shots to one, such as [1, 5]",

@@ -24,7 +24,7 @@ from metarun.random import fold, normal
 from metarun.results.pictures import grid_of_pictures, mosaic
 from metarun.targets.flow import BITS, FLOW_LOSS, Flow, Mixture
 from metarun.targets.metric import Metric
-from metarun.tasks.few_shot import Cells, Shots, TaskSizes, classes_with, range_of
+from metarun.tasks.few_shot import Cells, Shots, classes_with, sizes_without_classes
 from metarun.tasks.images import Pool
 from metarun.tasks.picture_pools import Asked, Dataset, picture_pools, pixels_of
 
@@ -200,11 +200,7 @@ class Generate:
             ("ways", ways, 2),
         ):
             require(value is None or value >= least, f"{key} must be at least {least}, not {value}")
-        own, train = (
-            range_of("shots", shots),
-            range_of("shots" if train_shots is None else "train_shots", train_shots or shots),
-        )
-        self.sizes = {False: TaskSizes(1, own, queries), True: TaskSizes(1, train, train_queries or queries)}
+        self.sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
         smallest = max(sizes.examples for sizes in self.sizes.values())
         name, self.pools, self.channels = picture_pools(
             Asked(dataset, path, split, split_seed, class_of, train_design, image_size, channels, smallest, data_dir)
@@ -227,7 +223,7 @@ class Generate:
         self.spec = Spec(
             Numbers(shape),
             self.target,
-            Sizes(own.most, queries),
+            Sizes(self.sizes[False].shots.most, queries),
             metrics=(FLOW_LOSS, BITS),
             facts=Facts(references=references(self.pools["train"], pictures, label)),
         )

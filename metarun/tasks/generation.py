@@ -9,7 +9,7 @@ to answer without learning.
 import logging
 from collections.abc import Callable, Mapping
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from metarun.targets.bleu import COUNTS, bleu, bleu_counts
 from metarun.targets.decoding import each_once, written
 from metarun.targets.metric import Metric
 from metarun.targets.text import NATS, Text
-from metarun.tasks.few_shot import Range, Shots, range_of
+from metarun.tasks.few_shot import Shots, TaskSizes, sizes_without_classes
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,6 @@ METRICS = tuple(
 )
 SHOWN = 6
 """Number of query turns that samples show of a task."""
-
-
-class Size(NamedTuple):
-    """Number of support and query turns of a task."""
-
-    shots: Range
-    queries: int
 
 
 class Services:
@@ -74,7 +67,7 @@ class Services:
         self.prompts = [tokenizer.encoded(describe.of(turn))[: shape[0]] for turn in self.turns]
         self.texts = tokenizer.rows((turn.text for turn in self.turns), shape[1])
 
-    def draw(self, size: Size, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    def draw(self, size: TaskSizes, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Draw the support turns, as many as ``size`` has at most, and the query turns of one service.
 
         Half of its dialogues are for support, or as many more or fewer as the numbers of turns need.
@@ -136,18 +129,11 @@ class Generation:
         data_dir: str = "data",
     ) -> None:
         self.device, self.temperature = device, temperature
-        others = Size(range_of("shots", shots), queries)
-        training = Size(
-            others.shots if train_shots is None else range_of("train_shots", train_shots),
-            queries if train_queries is None else train_queries,
-        )
-        for name, size in {"queries": others, "train_queries": training}.items():
-            require(size.queries >= 1, f"{name} must be at least 1, not {size.queries}")
+        self.sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
         require(merges >= 0, f"merges must be at least 0, not {merges}")
         require(length >= 2, f"length must be at least 2, not {length}")
         require(prompt >= 1, f"prompt must be at least 1, not {prompt}")
         require(temperature > 0, f"temperature must be above 0, not {temperature}")
-        self.sizes = {True: training, False: others}
         turns, name = corpus(dataset, path, data_dir)
         parts = dialogues.by_service(turns, name)
         content = sha256(repr(sorted(parts.items())).encode()).hexdigest()[:6]
@@ -167,7 +153,7 @@ class Generation:
         self.dataset = ":".join(
             [
                 name,
-                *others.shots.text("shots"),
+                *self.sizes[False].text(),
                 f"merges={merges}",
                 f"length={length}",
                 f"draft={draft}",
@@ -178,7 +164,7 @@ class Generation:
         self.spec = Spec(
             Sequences(self.columns, length, self.tokenizer.ids),
             Text(self.tokenizer.ids),
-            Sizes(others.shots.most, queries),
+            Sizes(self.sizes[False].shots.most, queries),
             metrics=(NATS,),
         )
         self.pooled = Pooled(METRICS, self._counts, self._scores)

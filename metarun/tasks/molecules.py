@@ -13,7 +13,7 @@ from metarun.data.tables import Source
 from metarun.errors import require
 from metarun.targets.labels import Labels
 from metarun.tasks.cells import Cells, Draws
-from metarun.tasks.few_shot import Shots, range_of
+from metarun.tasks.few_shot import Shots, shot_ranges
 from metarun.tasks.table import TableTasks, content_of, require_sizes, say, usable
 from metarun.tasks.table_splits import SHARES, dealt, named_splits, split_file_of
 
@@ -62,8 +62,7 @@ def molecules(
     """
     require(0 <= new_molecules < 1, f"new_molecules must be from 0 to below 1, not {new_molecules}")
     require_sizes(queries, train_queries, smallest, shares)
-    of_shots = range_of("shots", shots)
-    of_training = of_shots if train_shots is None else range_of("train_shots", train_shots)
+    of_shots, of_training = shot_ranges(shots, train_shots)
     place = found(path, data_dir)
     data = read_molecules(place)
     unknown = [assay for assay in drop if assay not in data.tasks]

@@ -14,7 +14,7 @@ from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
 from metarun.data.portable import portable
 from metarun.errors import require
 from metarun.targets.real import MSE, Real
-from metarun.tasks.few_shot import Shots, range_of, with_padding
+from metarun.tasks.few_shot import Shots, shot_ranges, with_padding
 
 PAPER = {"amplitude": (0.1, 5.0), "phase": (0.0, math.pi), "inputs": (-5.0, 5.0)}
 
@@ -58,8 +58,7 @@ class Sinusoid:
         ranges = {"amplitude": tuple(amplitude), "phase": tuple(phase), "inputs": tuple(inputs)}
         for name, (low, high) in ranges.items():
             require(low < high, f"{name} must be a rising range, not [{low}, {high}]")
-        self.shots = range_of("shots", shots)
-        self.train_shots = self.shots if train_shots is None else range_of("train_shots", train_shots)
+        self.shots, self.train_shots = shot_ranges(shots, train_shots)
         self.train_queries = train_queries or self.train_shots.most
         self.amplitude, self.phase, self.inputs = amplitude, phase, inputs
         self.device = device

@@ -25,7 +25,7 @@ from metarun.targets.labels import Labels
 from metarun.targets.metric import Metric
 from metarun.targets.real import Measured
 from metarun.tasks.cells import Cells, Drawn, Draws
-from metarun.tasks.few_shot import Shots, range_of, with_padding
+from metarun.tasks.few_shot import Shots, shot_ranges, with_padding
 from metarun.tasks.table_splits import SHARES, Parts, dealt, left_out, named_splits, of_tasks, split_file_of
 
 log = logging.getLogger(__name__)
@@ -346,8 +346,7 @@ def table(
             "predicted: set task.path, task.by and task.target"
         )
     require_sizes(queries, train_queries, smallest, shares)
-    of_shots = range_of("shots", shots)
-    of_training = of_shots if train_shots is None else range_of("train_shots", train_shots)
+    of_shots, of_training = shot_ranges(shots, train_shots)
     given = [key for key in (split, split_file, leave_out) if key is not None]
     require(len(given) <= 1, "only one of split, split_file and leave_out can say which tasks are tested on")
     require(

@@ -11,8 +11,8 @@ from metarun.data import corpora, tokens
 from metarun.data.corpora import Source
 from metarun.data.tagged import Sentence, sentences_of
 from metarun.errors import UserError
-from metarun.tasks.entities import Asked, Entities, How, entities, pieces
-from metarun.tasks.few_shot import Range
+from metarun.tasks.entities import Entities, How, entities, pieces
+from metarun.tasks.few_shot import Range, TaskSizes
 from metarun.tasks.tag_references import Logistic, gazetteer
 
 IOB2 = (
@@ -213,7 +213,7 @@ def source(*types):
 
 def made(types):
     corpus = {"train": {"a": source("X", "Y"), "b": source("X")}, "val": {}, "test": {"c": source("X", "Z", "W")}}
-    size = Asked(Range(4, 4), 4)
+    size = TaskSizes(1, Range(4, 4), 4)
     return Entities(corpus, "made", {False: size, True: size}, How(types, 2, 4, 32, unfamiliar=1.0))
 
 
