@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -16,7 +16,7 @@ from metarun.assemble import Experiment, Replica, sample_tasks
 from metarun.checks.family import check_tasks
 from metarun.checks.fingerprint import Fingerprint
 from metarun.checks.transduction import is_transductive
-from metarun.contracts import Algorithm, Family, Loss, Pooled, Report, Scores, Split, Task, Tree
+from metarun.contracts import Algorithm, Family, Loss, Pooled, Predict, Report, Scores, Split, Task, Tree
 from metarun.engine import batch
 from metarun.engine.recording import release_gpu_memory
 from metarun.errors import UserError
@@ -107,6 +107,14 @@ def in_parts(blocks: Iterable[Task], most: int) -> Iterator[Task]:
             yield block if count <= most else tree_map(lambda leaf, i=first: leaf[i : i + most], block)
 
 
+def in_fitting_parts(algorithm: Algorithm, theta: Tree, tasks: Iterable[Task]) -> tuple[int, Iterator[Task]]:
+    """Return about how many numbers a task takes, and the blocks of tasks in parts of which each fits into memory."""
+    blocks = iter(tasks)
+    first = next(blocks)
+    of_task = numbers_per_task(algorithm, theta, first)
+    return of_task, in_parts(chain([first], blocks), max(MOST_NUMBERS // of_task, 1))
+
+
 def evaluate(
     experiment: Experiment,
     replica: Replica,
@@ -123,11 +131,8 @@ def evaluate(
     control: Metric | None = getattr(family, "control", None)
     if testing:
         algorithm = in_test(algorithm, family)
-    blocks = iter(tasks)
-    first = next(blocks)
-    of_task = numbers_per_task(algorithm, theta, first)
-    numbers, rest = EPISODE_BLOCK * of_task, in_parts(chain([first], blocks), max(MOST_NUMBERS // of_task, 1))
-    at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // numbers, 1)
+    of_task, rest = in_fitting_parts(algorithm, theta, tasks)
+    at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // (EPISODE_BLOCK * of_task), 1)
     if family.spec.offers("policy"):
         # An episode is many steps long, so a single block is already large.
         at_once = 1
@@ -176,6 +181,19 @@ def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[
     return chosen, loss, score
 
 
+def once_adapted(
+    algorithm: Algorithm, measure: Callable[[Predict, Task], Tensor]
+) -> Callable[[Tree, Task, Loss, int], Tensor]:
+    """Return (theta, task, loss, adaptation steps) → what ``measure`` finds of the adapted learner."""
+
+    def of_task(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
+        state = batch.adapted(algorithm, theta, task.support, loss, steps)
+        with weighing(task.query.get("weight")):
+            return measure(partial(algorithm.predict, theta, state), task)
+
+    return of_task
+
+
 def reports_of(experiment: Experiment, index: int) -> list[Report]:
     """Return the reports of the ``index``-th replica's algorithm and of the family.
 
@@ -185,14 +203,7 @@ def reports_of(experiment: Experiment, index: int) -> list[Report]:
     found = [] if algorithm.report is None else [algorithm.report]
     own: Report | None = getattr(family, "report", None)
     if own is not None:
-        measure = own.measure
-
-        def of_family(theta: Tree, task: Task, loss: Loss, steps: int) -> Tensor:
-            state = batch.adapted(algorithm, theta, task.support, loss, steps)
-            with weighing(task.query.get("weight")):
-                return measure(partial(algorithm.predict, theta, state), task)
-
-        found.append(own._replace(measure=of_family))
+        found.append(own._replace(measure=once_adapted(algorithm, own.measure)))
     return found
 
 
@@ -231,18 +242,14 @@ def pooled_scores(experiment: Experiment, replica: Replica, theta: Tree) -> dict
     own: Pooled | None = getattr(experiment.family, "pooled", None)
     if own is None:
         return {}
-    algorithm, config, counts = replica.algorithm, experiment.config.eval, own.counts
+    algorithm, config, count = replica.algorithm, experiment.config.eval, once_adapted(replica.algorithm, own.counts)
 
     def of_task(task: Task) -> Tensor:
-        state = batch.adapted(algorithm, theta, task.support, experiment.loss, config.adapt_steps)
-        with weighing(task.query.get("weight")):
-            return counts(partial(algorithm.predict, theta, state), task)
+        return count(theta, task, experiment.loss, config.adapt_steps)
 
-    blocks = episodes(experiment, "test", config.episodes)
-    most = max(MOST_NUMBERS // numbers_per_task(algorithm, theta, first_tasks(next(blocks), 1)), 1)
+    _, parts = in_fitting_parts(algorithm, theta, episodes(experiment, "test", config.episodes))
     with torch.no_grad():
-        blocks = in_parts(episodes(experiment, "test", config.episodes), most)
-        found = torch.cat([over_tasks(of_task, block, training=False).cpu() for block in blocks])
+        found = torch.cat([over_tasks(of_task, part, training=False).cpu() for part in parts])
     generator = stream(config.seed, "resampling")
     drawn = torch.randint(len(found), (RESAMPLINGS, len(found)), generator=generator)
     spread = [own.scores(found[rows]) for rows in drawn]
