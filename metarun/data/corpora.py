@@ -23,7 +23,7 @@ FOLDERS = {"universal_ner": "universal_ner", "crossner": "crossner/ner_data", "x
 DOMAINS = ("ai", "literature", "music", "politics", "science")
 SPLIT_SEED = 19
 VALIDATION = 0.15
-"""Share of the sentences of each training source that validation has where it has no sources of its own."""
+"""Share of the sentences of each training source that is held out where no source is for validation."""
 
 
 class Source(NamedTuple):
@@ -141,7 +141,7 @@ def of_path(
 
 
 def with_validation(corpus: Corpus, fewest: int) -> Corpus:
-    """Return the corpus with validation on the last sentences of each training source, if it has none of its own.
+    """Return the corpus with validation on the last sentences of each training source, if no source is for validation.
 
     They are ``VALIDATION`` of the sentences, and at least ``fewest``.
     """

@@ -49,7 +49,7 @@ ACTS = ("CONFIRM", "GOODBYE", "INFORM", "REQUEST")
 
 
 def toy_turns() -> list[Turn]:
-    """Return turns of services, each with slots of its own and a word of its own that begins what it says of an act.
+    """Return turns of services, each with other slots, and with another word that begins what it says of an act.
 
     A sentence has that word, the words of the language for the act, the slot, and the value if the act has one.
     """

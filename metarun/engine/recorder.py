@@ -168,7 +168,7 @@ def written_into(graph: Graph) -> set[Node]:
 
 
 def copied(graph: Graph) -> Graph:
-    """Return a copy with nodes of its own."""
+    """Return a copy with separate nodes."""
     copy = Graph()
     copy.output(copy.graph_copy(graph, {}))
     return copy

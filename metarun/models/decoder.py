@@ -56,7 +56,7 @@ def follows(prompt: Tensor, text: Tensor) -> Tensor:
 
 
 class NgramEmbedding(nn.Module):
-    """Vectors of the last two, three, … tokens, each kind in a table of its own where n-grams share rows by a hash.
+    """Vectors of the last two, three, … tokens, each kind in a separate table where n-grams share rows by a hash.
 
     Roy et al. 2022, "N-Grammer", https://arxiv.org/abs/2207.06366, without their clustering. The vectors start at zero.
     """

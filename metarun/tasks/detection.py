@@ -30,7 +30,7 @@ MEASURED = 1000
 WINDOWS = (0.5, 1.6)
 """Edges of the smallest and the largest window that ``augment`` shows of training pictures, in edges of a picture."""
 NUMBERS = 16
-"""Bytes behind the pixels of a stored picture that hold its width and height."""
+"""Bytes after the pixels of a stored picture that hold its width and height."""
 
 
 class Pool(NamedTuple):

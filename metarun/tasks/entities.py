@@ -252,7 +252,7 @@ class Entities:
         pool.types = common
 
     def _columns(self) -> tuple[tuple[str, ...], int]:
-        """Return the names of the types with places of their own, and the number of further places.
+        """Return the names of the types with separate places, and the number of further places.
 
         Types that training lacks take one of the further places, as do those of training where it is made unfamiliar.
         """

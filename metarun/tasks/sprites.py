@@ -56,7 +56,7 @@ class SpriteDetection(BoxFamily):
         sprites: ``emoji`` (``data_dir/emoji``), ``shapes`` (drawn by metarun), or ``auto``: emoji if they are there.
         backgrounds: a folder of photos here or in ``data_dir``, whose split is by folder; ``noise``; or ``auto``: the
             photos of ``data_dir/grocery_store_84`` if they are there, else noise.
-        designs: ``apart`` (the sprites of test tasks have a design of their own) or ``same``.
+        designs: ``apart`` (the sprites of test tasks have another design) or ``same``.
         image_size: edge of a picture in pixels, a multiple of 16 from 32 to 256.
         sprite_size: least and largest edge of a sprite, as shares of the picture's edge.
         turn: largest angle by which sprites are turned, in degrees from 0 to 180.
