@@ -1,4 +1,4 @@
-"""Tiny frozen models for task.embed."""
+"""Tiny networks for task.embed and model.source."""
 
 import torch
 from torch import nn
@@ -40,3 +40,33 @@ def flat():
 
 def failing():
     raise ConnectionError("no network")
+
+
+class Network(nn.Module):
+    """Batch normalisation with statistics of its own, sums and ReLU in place, as torchvision's networks have."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.layer1 = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
+        self.last = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5))
+        numbers = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+                if tensor.is_floating_point():
+                    drawn = torch.rand(tensor.shape, generator=numbers, dtype=tensor.dtype)
+                    tensor.copy_(drawn + 0.5 if "running_var" in name else drawn - 0.5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        after = self.layer1(x)
+        after += x
+        return self.last(after).mean((2, 3))
+
+
+def network():
+    return Network()
+
+
+def maps():
+    return nn.Conv2d(3, 4, 3)

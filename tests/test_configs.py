@@ -174,8 +174,9 @@ OF_MODELS = {
 """Models that want neither characters nor sentences nor an environment, and what they are tried on."""
 
 
+# tests/test_embedding.py tries the two that need a network from elsewhere.
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("model", [name for name in names("model") if name != "adapter"])  # see test_embedding.py
+@pytest.mark.parametrize("model", [name for name in names("model") if name not in ("adapter", "pretrained")])
 def test_every_model_runs_where_it_fits(model, tmp_path):
     ran = []
     for task in OF_MODELS.get(model, ("omniglot", "text", "entities", "questions", "bandit", "authors")):

@@ -9,14 +9,18 @@ import pytest
 import torch
 from conftest import composed
 from PIL import Image
-from scenarios import generator
+from scenarios import class_spec, generator
 from torch import nn
 
 from metarun import load
+from metarun.assemble import assemble
 from metarun.command.trust import distrusted
 from metarun.data import embedding
 from metarun.data.portable import plain, rebuilt
 from metarun.errors import UserError
+from metarun.loop import meta_train
+from metarun.models.pretrained import Pretrained
+from metarun.nn.functional import forward_of, parameters_of
 from metarun.run import run
 from metarun.tasks.images import Images
 from metarun.tasks.text import text
@@ -152,7 +156,81 @@ def test_augmentation_gives_way_only_if_the_user_did_not_type_it(pictures):
     Images(str(pictures), **SMALL, augment=["flip"], typed=["embed"])
 
 
+PICTURES = class_spec((1, 20, 20), 3, 1, 2)
+
+
+@pytest.mark.parametrize("size", [None, 30])
+def test_a_pretrained_network_answers_as_it_does_alone(size):
+    """Grey pictures as three equal channels, and with the statistics of pre-training although tasks are small."""
+    model = Pretrained(PICTURES, "embedders:network", size=size)
+    x = torch.randn(7, 1, 20, 20, generator=generator())
+    shown = x.repeat(1, 3, 1, 1)
+    if size:
+        shown = nn.functional.interpolate(shown, size=(size, size), mode="bilinear")
+    expected = embedders.Network().eval()(shown)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(forward_of(model.trunk)({}, x), expected)
+    torch.testing.assert_close(model(x), model.head(expected))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "learned"),
+    [
+        ("all", {"stem.0", "stem.1", "layer1.0", "layer1.1"}),
+        ("none", set()),
+        (["layer1"], {"layer1.0", "layer1.1"}),
+        (["layer1.1", "stem.0.weight"], {"layer1.1", "stem.0"}),
+    ],
+)
+def test_the_layers_that_are_named_can_learn(trainable, learned):
+    model = Pretrained(PICTURES, "embedders:network", trainable)
+    names = {f"trunk.network.{name}" for name in learned} | {"head"}
+    assert {name.rpartition(".")[0] for name in parameters_of(model)} == names
+
+
+def test_the_layers_that_are_named_learn_and_the_others_are_constants(tmp_path):
+    """Trained as a run is, which compares the first meta-gradient with that of plain autograd."""
+    experiment = assemble(
+        *composed(
+            *("algo=maml", "task=omniglot", "task.dataset=procedural", "task.image_size=16", "task.queries=2"),
+            *("model=pretrained", "model.source=embedders:network", "model.trainable=[layer1]", "engine=eager"),
+            *("train.steps=2", "train.meta_batch=2", "train.eval_every=2", "train.val_episodes=2", "device=cpu"),
+        )
+    )
+    network = dict(experiment.model.trunk.network.named_parameters())
+    before = {name: p.detach().clone() for name, p in network.items()}
+    best = meta_train(experiment, tmp_path, resume=False).best[0].theta["weights"]
+    after = {name.rpartition("network.")[2]: leaf for name, leaf in best.items() if "head" not in name}
+    assert {name.partition(".")[0] for name in after} == {"layer1"}
+    assert not any(torch.equal(leaf, before[name]) for name, leaf in after.items())
+    torch.testing.assert_close(network, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"source": None}, "needs the name of a network: model.source=torchvision:resnet18"),
+        ({"source": "resnet18"}, "model.source must be LIBRARY:NAME"),
+        ({"source": "minilm"}, "model.source=minilm embeds sentences"),
+        ({"source": "timm:resnet18"}, r"model.source=timm:resnet18 cannot be imported .*pip install timm\."),
+        ({"source": "embedders:flat"}, "must give a torch.nn.Module, not function"),
+        ({"source": "embedders:maps"}, r"must return features \[pictures, d\]"),
+        ({"source": "embedders:network", "trainable": ["layer4"]}, "there is no layer4; .* are stem, layer1"),
+        ({"source": "embedders:network", "trainable": "last"}, "all, none, or names of layers, and there is no last"),
+        ({"source": "embedders:network", "size": 8}, "size must be at least 16"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_in_a_sentence(keys, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises((UserError, ValueError), match=words):
+        Pretrained(PICTURES, **keys)
+    with pytest.raises(ValueError, match="needs pictures of one or three channels"):
+        Pretrained(class_spec((4,), 3, 1, 2), "embedders:network")
+
+
 def test_checkpoints_and_directories_may_name_models_but_no_code():
+    assert distrusted("model.source=timm:resnet18") is None
+    assert distrusted("model.source=evil:run")
     for source in ("timm:resnet18", "efficientnet-lite0", "null"):
         assert distrusted(f"task.embed={source}") is None
     assert distrusted("task.embed=evil:run")

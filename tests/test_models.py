@@ -1,15 +1,19 @@
 """Models against torch's own layers, or against each other."""
 
+from functools import partial
+
 import pytest
 import torch
-from scenarios import IMAGE_SPEC, generator
+from scenarios import IMAGE_SPEC, class_spec, generator
 from torch import nn
 
 from metarun.contracts import Seen, Sizes, Spec, Tokens
 from metarun.models.conv4 import Conv4
 from metarun.models.policy import GRUPolicy, happened
+from metarun.models.resnet12 import ResNet12
 from metarun.models.supernet import MixedConvolution, SupernetConv
 from metarun.models.text import TextCNN, TextTransformer
+from metarun.models.vit import ViTSmall
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.bandit import Bandit
 
@@ -137,3 +141,30 @@ def test_from_a_head_of_zeros_the_first_gradient_is_a_sum_of_features_and_leaves
         own = features[labels == row].sum(0)
         torch.testing.assert_close(gradient, features.sum(0) / IMAGE_SPEC.target.outputs - own)
     assert all((weight.grad == 0).all() for weight in model.trunk.parameters())
+
+
+def test_the_residual_network_is_that_of_the_literature():
+    """12.4 million weights without the head (Lee et al. 2019), and activations in their places."""
+    model = ResNet12(class_spec((3, 84, 84), 5, 1, 1), widths=(64, 160, 320, 640))
+    assert sum(p.numel() for p in model.trunk.parameters()) == 12_424_320
+    model = shaken(ResNet12(class_spec((3, 20, 28), 5, 1, 1), widths=(2, 3, 4, 5), norm="none"))
+    images = x = torch.randn(2, 3, 20, 28, generator=generator())
+    leaky = partial(nn.functional.leaky_relu, negative_slope=0.1)
+    for block in model.trunk[:4]:
+        first, second, third = (layer for layer in block.layers if isinstance(layer, nn.Conv2d))
+        x = nn.functional.max_pool2d(leaky(third(leaky(second(leaky(first(x))))) + block.around[0](x)), 2)
+    torch.testing.assert_close(model(images), model.head(x.mean((2, 3))))
+
+
+def test_a_vision_transformer_sees_each_patch_at_its_place():
+    """The embedding of each patch is a linear map of its pixels, zero where a picture ends; order matters."""
+    model = shaken(ViTSmall(class_spec((2, 5, 6), 3, 1, 1), patch=4, width=8, layers=1, heads=2))
+    x = torch.randn(1, 2, 5, 6, generator=generator())
+    padded = torch.zeros(1, 2, 8, 8)
+    padded[..., :5, :6] = x
+    embed = model.trunk[0]
+    weight, bias = embed.map.weight.flatten(1), embed.map.bias
+    corners = [(0, 0), (0, 4), (4, 0), (4, 4)]
+    rows = [padded[0, :, i : i + 4, j : j + 4].flatten() @ weight.T + bias for i, j in corners]
+    torch.testing.assert_close(embed(x)[0], torch.stack(rows) + embed.positions)
+    assert not torch.allclose(model(x), model(x.flip(2)))

@@ -1,15 +1,22 @@
 """Real pretrained weights, which come with their packages (.ci/extras installs them)."""
 
+import contextlib
 import importlib.util
 
 import pytest
 import torch
 from conftest import DATA_DIR
-from scenarios import generator
+from scenarios import class_spec, classification_loss, generator
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
+from metarun.algos.agnostic.maml import maml
 from metarun.algos.baselines.centroid import centroid
+from metarun.contracts import Task
 from metarun.data import embedding
-from metarun.engine.batch import evaluate
+from metarun.engine.batch import evaluate, meta_gradient
+from metarun.models.pretrained import Pretrained
 from metarun.targets.scoring import loss_of
 from metarun.tasks.images import Images
 
@@ -62,3 +69,66 @@ def test_frozen_features_of_pictures_tell_cells_apart(tmp_path, monkeypatch):
     tasks = tasks._replace(seed=torch.arange(100))
     _, _, scores, *_ = evaluate(algorithm, algorithm.init(generator()), tasks, loss_of(family), 1)
     assert scores["accuracy"].mean() > 0.7
+
+
+@pytest.fixture
+def torchvision_without_cuda():
+    """Wheels of torchvision for CUDA cannot load their operators next to a torch for CPUs, but ask for two of them."""
+    if importlib.util.find_spec("torchvision") is None:
+        yield
+        return
+    with torch.library._scoped_library("torchvision", "FRAGMENT") as operators:
+        for name in ("nms", "qnms"):
+            with contextlib.suppress(RuntimeError):  # it is there
+                operators.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+        yield
+
+
+SOURCES = [
+    *(
+        pytest.param(f"torchvision:{name}", 32, marks=needs("torchvision"))
+        for name in ("resnet18", "mobilenet_v3_small")
+    ),
+    *(pytest.param(f"timm:{name}", 32, marks=needs("timm")) for name in ("resnet10t", "efficientnet_lite0")),
+    pytest.param("timm:vit_tiny_patch16_224", 224, marks=needs("timm")),
+    pytest.param("efficientnet-lite0", 32, marks=needs("efficientnet_lite_pytorch")),
+]
+
+
+@pytest.mark.usefixtures("float64", "torchvision_without_cuda")
+@pytest.mark.parametrize(("source", "size"), SOURCES)
+def test_networks_of_libraries_have_the_meta_gradient_of_plain_autograd(source, size, monkeypatch):
+    """With random weights, since theirs would have to be fetched; as they are, with sums and ReLU in place."""
+    spec = class_spec((3, 32, 32), 3, 1, 2)
+    torch.manual_seed(0)
+    model = Pretrained(spec, source, weights=False, size=size)
+    algorithm = maml(model, inner_lr=0.01)
+    x = torch.randn(2, 9, 3, 32, 32, generator=generator())
+    y = torch.eye(3).repeat(2, 3, 1)
+    tasks = Task({"x": x[:, :3], "y": y[:, :3]}, {"x": x[:, 3:], "y": y[:, 3:]}, torch.arange(2))
+    found = meta_gradient(algorithm, algorithm.init(generator()), tasks, classification_loss).grads["weights"]
+    # Torch's own has no second derivative, nor have its fast kernels of attention.
+    monkeypatch.setattr(torch.nn.Hardsigmoid, "forward", lambda self, x: (x / 6 + 0.5).clamp(0, 1))
+    weights = dict(model.named_parameters())
+    total = 0.0
+    for i in range(2):
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = cross_entropy(model(x[i, :3]), y[i, :3])
+            slope = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            fast = {name: w - 0.01 * g for (name, w), g in zip(weights.items(), slope, strict=True)}
+            total = total + cross_entropy(functional_call(model, fast, x[i, 3:]), y[i, 3:]) / 2
+    expected = dict(zip(weights, torch.autograd.grad(total, list(weights.values())), strict=True))
+    scale = max(float(leaf.abs().max()) for leaf in expected.values())
+    for name, leaf in expected.items():
+        assert float((found[name] - leaf).abs().max()) < 1e-9 * scale, name
+
+
+@needs("efficientnet_lite_pytorch")
+def test_a_pretrained_network_has_its_weights():
+    spec = class_spec((3, 64, 64), 3, 1, 2)
+    x = torch.rand(4, 3, 64, 64, generator=generator())
+    mean, std = (torch.tensor(values)[:, None, None] for values in embedding.IMAGENET)
+    torch.testing.assert_close(
+        Pretrained(spec, "efficientnet-lite0").trunk((x - mean) / std),
+        embedding.features("efficientnet-lite0", "pictures", x),
+    )

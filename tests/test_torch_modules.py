@@ -38,6 +38,19 @@ class Call(nn.Module):
         return self.function(x, self.weight, self.bias)
 
 
+class Applied(nn.Module):
+    """A function without parameters as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def both_distances(x, w, b):
+    """The Euclidean distance to one set of rows, plus the sum of differences to another."""
+    return (x - w).square().sum(-1).sqrt() + (x - b).abs().sum(-1)
+
+
 class First(nn.Module):
     """The first of the results of a module, fed with ``copies`` of its input."""
 
@@ -208,6 +221,13 @@ MODULES = {
     "AdaptiveAvgPool2d": (IMAGE, lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(2))),
     "ConvTranspose2d": (IMAGE, lambda: nn.ConvTranspose2d(2, 3, 2)),
     "PReLU": (FLAT, lambda: nn.PReLU(6)),
+    "Hardsigmoid": (FLAT, lambda: nn.Hardsigmoid(inplace=True), lambda: Applied(lambda x: (x / 6 + 0.5).clamp(0, 1))),
+    "Hardswish": (IMAGE, lambda: nn.Hardswish()),
+    "cdist": (
+        SEQUENCE,
+        lambda: Call(lambda x, w, b: torch.cdist(x, w) + torch.cdist(x, b, p=1), 3, 6),
+        lambda: Call(lambda x, w, b: both_distances(x[:, :, None], w, b), 3, 6),
+    ),
     "Softmax and GELU": (FLAT, lambda: nn.Sequential(nn.GELU(), nn.Linear(6, 6), nn.Softmax(-1))),
 }
 

@@ -33,13 +33,13 @@ GROUPS = ("task", "model", "algo", "engine", "eval", "experiment", "preset")
 TAKE_MORE = ("task", "model", "algo")
 """Groups whose target may take arguments that its YAML does not list, given as ``+algo.name=value``."""
 MEMBER = re.compile(r"null|[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-IMPORTING = ("task.environment", "task.embed")
+IMPORTING = ("task.environment", "task.embed", "model.source")
 """Keys in whose values a colon names a Python module to be imported (gymnasium's ``module:Name-v0``)."""
 
 
 def imports(key: str, value: object) -> bool:
     """Whether the value of a key names a Python module to be imported."""
-    if key == "task.embed":
+    if key in ("task.embed", "model.source"):
         return names_code(str(value))
     return key in IMPORTING and ":" in str(value)
 

