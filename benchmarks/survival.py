@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,8 +259,56 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
     return draw.choice(kinds)()
 
 
+def forked(program: str, arguments: list[str], cwd: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run an entry point of metarun in a fork of this process, which has imported what it needs.
+
+    Raises:
+        subprocess.TimeoutExpired: it takes longer than ``seconds``.
+    """
+    import metarun.__main__
+
+    output = cwd / "output.txt"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.chdir(cwd)
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.argv = ["metarun", *arguments]
+            getattr(metarun.__main__, program)()
+            code = 0
+        except SystemExit as end:
+            # As the interpreter ends: a text is printed.
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    until = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            said = output.read_text(errors="replace")
+            return subprocess.CompletedProcess([program], os.waitstatus_to_exitcode(status), said, "")
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise subprocess.TimeoutExpired(program, seconds)
+        time.sleep(0.02)
+
+
 def damage_files(count: int, draw: random.Random, folder: Path) -> list[str]:
     """Return the cases of damage that led to a traceback, to a hang, or to other numbers."""
+    import matplotlib.pyplot  # noqa: F401
+    import pandas  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
     arguments = words(f"{PAIRS[0]} {SMALL} hydra.run.dir=whole")
     metarun(arguments, folder)
     expected = numbers(folder / "whole")
@@ -276,17 +325,12 @@ def damage_files(count: int, draw: random.Random, folder: Path) -> list[str]:
         kept.write_bytes(data)
         problems = []
         for program in ("compare", "status", "main"):
-            code = f"from metarun.__main__ import {program}; {program}()"
-            given = ["resume=run"] if program == "main" else ["run"]
             try:
-                done = subprocess.run(
-                    [sys.executable, "-c", code, *given],
-                    cwd=folder, capture_output=True, text=True, check=False, timeout=120, env=environment(),
-                )  # fmt: skip
+                done = forked(program, ["resume=run"] if program == "main" else ["run"], folder, 120)
             except subprocess.TimeoutExpired:
                 problems.append(f"{program} hangs")
                 continue
-            said = done.stdout + done.stderr
+            said = done.stdout
             if "Traceback" in said or done.returncode not in (0, 1) or (done.returncode == 1 and "metarun" not in said):
                 problems.append(f"{program}: {done.returncode} {said[-600:]}")
             if program == "main" and done.returncode == 0 and numbers(run) != renamed(expected, "run"):
