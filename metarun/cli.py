@@ -24,6 +24,7 @@ import metarun
 from metarun import launch
 from metarun.command import sweep
 from metarun.command.help import help_text
+from metarun.command.once import composing_once
 from metarun.command.presets import typed_keys
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.command.sentences import sentence_of
@@ -34,6 +35,7 @@ from metarun.results import trackers
 from metarun.results.status import mark, rows_of
 from metarun.system import lock
 from metarun.system.files import has_checkpoint, remove_leftovers
+from metarun.system.importing import importing
 from metarun.system.signals import handled_by, install, stop
 from metarun.system.terminal import PrintableRecord, printable
 from metarun.system.torchrun import following
@@ -110,7 +112,8 @@ def owned_job(config: DictConfig, directory: Path) -> float:
         if of_a_sweep and (score := finished(config, directory)) is not None:
             log.info("%s has completed already.", directory)
             return score
-        from metarun.run import run
+        with importing():
+            from metarun.run import run
 
         watchers = launch.watchers(config, state)
         resume = config.resume is not None or (of_a_sweep and has_checkpoint(directory))
@@ -213,7 +216,8 @@ def main() -> Any:
             register_schema(*map(Path, config_dirs(options)))
             launch.register()
             entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
-            entry(job)()
+            with composing_once(multirun=bool({"-m", "--multirun"} & set(options))):
+                entry(job)()
     except KeyboardInterrupt as error:
         sys.exit(error.exit_code if isinstance(error, Stopped) else 130)
     except (HydraException, OmegaConfBaseException, UserError) as error:
