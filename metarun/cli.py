@@ -31,18 +31,21 @@ from metarun.command.sentences import sentence_of
 from metarun.command.sweep import closing_words, finished
 from metarun.config import check_ranges, config_hash, register_schema
 from metarun.errors import Pruned, Stopped, UserError
-from metarun.results import trackers
+from metarun.results import drawer, trackers
 from metarun.results.status import mark, rows_of
 from metarun.system import lock
 from metarun.system.files import has_checkpoint, remove_leftovers
 from metarun.system.importing import importing
 from metarun.system.signals import handled_by, install, stop
 from metarun.system.terminal import PrintableRecord, printable
-from metarun.system.torchrun import following
+from metarun.system.torchrun import following, rank
 
 log = logging.getLogger(__name__)
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+draws_elsewhere = False
+"""Whether this process is the command, which has another process draw its pictures."""
 
 failures: list[str] = []
 """Sentences of the jobs of this process that failed; a sweep continues after a failure."""
@@ -112,6 +115,8 @@ def owned_job(config: DictConfig, directory: Path) -> float:
         if of_a_sweep and (score := finished(config, directory)) is not None:
             log.info("%s has completed already.", directory)
             return score
+        if draws_elsewhere and not rank():
+            drawer.start()
         with importing():
             from metarun.run import run
 
@@ -192,6 +197,8 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 def main() -> Any:
     """Run ``metarun``; exit with 1 after an error, and with 128 + the signal's number after a signal."""
+    global draws_elsewhere
+    draws_elsewhere = True
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         try:
