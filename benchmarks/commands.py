@@ -12,7 +12,8 @@ The scripts are in ``benchmarks/peers``; they do the same work with the same siz
 interpreter that has their libraries; what is missing is named and left out. ``--also NAME=PYTHON`` lets the metarun of
 another environment take part, such as an older version. Contestants take turns. Every command is a process (or several)
 in an empty directory; the CPU seconds are its own and those of the processes that it has started. Writes
-``commands.csv``, one row per command and round, and ``commands.md``, with medians, into ``--out``.
+``commands.csv``, one row per command and round, and ``commands.md``, with medians, into ``--out``, and the tables into
+``--page``; cases that are not measured again stay as they are.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.meta_step import versions
-from metarun.system.files import write_csv, write_text
+from benchmarks.pages import put, with_others
+from metarun.system.files import write_text
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"JAX script": "jax", "learn2learn script": "learn2learn", "plain torch script": "torch"}
@@ -151,7 +153,7 @@ def sinusoid_short(own: dict[str, str], peer: str) -> Iterator[Contestant]:
 
 SWEEP = (
     *("-m", "algo=maml,reptile,protonet,shared_params", "seed=0,1,2,3", "task=omniglot", "task.dataset=procedural"),
-    *("task.image_size=14", "task.queries=5", "task.train_ways=null", "model.filters=8", "train.steps=60"),
+    *("task.image_size=16", "task.queries=5", "task.train_ways=null", "model.filters=8", "train.steps=60"),
     *("train.meta_batch=4", "train.val_episodes=50", "eval.episodes=100", "eval.adapt_steps=3"),
 )
 
@@ -214,7 +216,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     first: dict[str, float] = {}
     for (name, caches), own in groups.items():
-        done = [row for row in own if "note" not in row]
+        done = [row for row in own if row.get("note") is None]
         cells = [name, *([caches] if cached else [])]
         if not done:
             lines.append("| " + " | ".join([*cells, "–", "–", "–", own[-1]["note"]]) + " |")
@@ -226,9 +228,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def described(case: str) -> str:
-    """Return what a case measures, in one line."""
-    return (CASES[case].__doc__ or "").strip()
+def page(rows: Sequence[Row]) -> str:
+    """Return the tables of all cases that have been measured."""
+    texts = []
+    for case, function in CASES.items():
+        if own := [row for row in rows if row["case"] == case]:
+            texts.append(f"**{case.replace('_', ' ')}**: {(function.__doc__ or '').strip()}\n\n{table(own)}")
+    return "\n\n".join(texts)
 
 
 def main() -> None:
@@ -240,15 +246,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter with jax, learn2learn and torch")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=PYTHON", help="another metarun")
+    parser.add_argument("--page", type=Path, help="page with a place for the tables (docs/performance.md)")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/commands"))
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(CASES):
         parser.error(f"there is no case {unknown.pop()}; choose among {', '.join(CASES)}")
     own = {"metarun": sys.executable, **dict(one.split("=", 1) for one in arguments.also)}
     missing = {name: absent(arguments.peer_python, library) for name, library in SCRIPTS.items()}
-    rows: list[Row] = []
-    texts = [f"{versions()}, {os.cpu_count()} cores", ""]
-    print(texts[0], flush=True)
+    print(f"{versions()}, {os.cpu_count()} cores", flush=True)
     for name, why in missing.items():
         if why is not None:
             print(f"{name} is left out: {why}", flush=True)
@@ -257,12 +262,12 @@ def main() -> None:
         contestants = [one for one in CASES[case](own, arguments.peer_python) if missing.get(one.name) is None]
         with tempfile.TemporaryDirectory() as caches:
             found = rounds_of(case, contestants, arguments.rounds, Path(caches))
-        rows += found
-        texts += [f"**{case.replace('_', ' ')}**: {described(case)}", "", table(found), ""]
-        print("\n" + texts[-2], flush=True)
-        # After each case, so that an interrupted benchmark has left what it has measured.
-        write_csv(arguments.out / "commands.csv", COLUMNS, rows)
-        write_text(arguments.out / "commands.md", "\n".join(texts))
+        print("\n" + table(found), flush=True)
+        # After each case, so that cases can be measured at different times.
+        rows = with_others(arguments.out / "commands.csv", COLUMNS, [case], found)
+        write_text(arguments.out / "commands.md", page(rows) + "\n")
+    if arguments.page is not None:
+        put(arguments.page, {"commands": page(rows)})
     print(f"\nfiles: {arguments.out}/commands.csv, commands.md")
 
 

@@ -9,9 +9,11 @@ import torch
 
 from benchmarks.commands import Contestant, measured, table
 from benchmarks.own import Own
+from benchmarks.pages import put, with_others
 from benchmarks.peers import Work
 from benchmarks.peers.torch_sinusoid import drawn, score
 from benchmarks.problems import PROBLEMS
+from benchmarks.scaling import exponent
 from benchmarks.torch_peers import plain_torch
 from metarun.contracts import Task
 from metarun.engine.batch import evaluate
@@ -66,3 +68,23 @@ def test_the_cost_of_a_command_is_that_of_all_its_processes(tmp_path):
     assert found["cpu_seconds"] >= 0.4
     with pytest.raises(RuntimeError, match="it went wrong"):
         measured(Contestant("bad", [[sys.executable, "-c", "import sys; sys.exit('it went wrong')"]]), tmp_path)
+
+
+def test_a_page_has_what_was_measured_in_parts(tmp_path):
+    path, page, columns = tmp_path / "a.csv", tmp_path / "page.md", ("case", "size", "milliseconds", "note")
+    page.write_text("before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n")
+    with_others(path, columns, ["x"], [{"case": "x", "size": 1, "milliseconds": 2.5}])
+    with_others(path, columns, ["y"], [{"case": "y", "size": 2, "milliseconds": 1.0, "note": "slow"}])
+    rows = with_others(path, columns, ["x"], [{"case": "x", "size": 3, "milliseconds": 0.5}])
+    assert [(row["case"], row["size"], row["milliseconds"]) for row in rows] == [("y", 2, 1.0), ("x", 3, 0.5)]
+    for text in ("new", "newer"):
+        put(page, {"a": text})
+    assert page.read_text() == "before\n<!-- a -->\nnewer\n<!-- end of a -->\nafter\n"
+    with pytest.raises(ValueError, match="no place for b"):
+        put(page, {"b": "text"})
+
+
+def test_the_exponent_is_that_of_a_power():
+    assert exponent([(1, 50.0), (10, 50.0), *((size, 3e-3 * size**1.7) for size in (100, 300, 1000))]) == pytest.approx(
+        1.7
+    )

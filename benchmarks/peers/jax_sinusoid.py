@@ -33,13 +33,11 @@ def main() -> None:
     work = work_of_arguments()
     training = work.training
 
-    @jax.jit
     def step(state: Any, number: Any) -> Any:
         weights, moments, count = state
         tasks = drawn(training, jax.random.fold_in(jax.random.key(0), number))
         return adam(weights, moments, count, jax.grad(lambda w: meta_loss(training, w, tasks))(weights))
 
-    @jax.jit
     def scores(weights: Any, batch: Any) -> Any:
         def one(sx: Any, sy: Any, qx: Any, qy: Any) -> Any:
             def further(fast: Any, _: None) -> tuple[Any, Any]:
@@ -51,17 +49,18 @@ def main() -> None:
 
         return jax.vmap(one)(batch["sx"], batch["sy"], batch["qx"], batch["qy"]).mean(0)
 
+    jitted_step, jitted_scores = jax.jit(step), jax.jit(scores)
     validation = drawn(work.testing(work.val_episodes), jax.random.key(1000))
     test = drawn(work.testing(work.episodes), jax.random.key(1001))
     weights = [jnp.asarray(w) for w in training.weights()]
     zeros = [jnp.zeros_like(w) for w in weights]
     state, best = (weights, (zeros, zeros), jnp.zeros(())), (float("inf"), weights)
     for number in range(work.steps):
-        state = step(state, number)
+        state = jitted_step(state, number)
         if (number + 1) % work.eval_every == 0 or number + 1 == work.steps:
-            score = float(scores(state[0], validation)[-1])
+            score = float(jitted_scores(state[0], validation)[-1])
             best = min(best, (score, state[0]), key=lambda pair: pair[0])
-    print(f"score {float(scores(best[1], test)[-1]):.4f}")
+    print(f"score {float(jitted_scores(best[1], test)[-1]):.4f}")
 
 
 if __name__ == "__main__":
