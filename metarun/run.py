@@ -83,7 +83,10 @@ def run(
                     row["status"] = "failed"
                 else:
                     trained.append((row, best))
-            write_training(experiment, training, trained, directory)
+            if trained:
+                # Before the test, so that they are drawn while it goes on.
+                write_training(experiment, training, trained, directory)
+                write_examples(experiment, trained[0][0]["replica"], trained[0][1].theta, directory)
             for row, best in trained:
                 replica = experiment.replicas[row["replica"]]
                 tested = meta_test(experiment, replica, best.theta)
@@ -100,9 +103,7 @@ def run(
         write_adaptation(experiment, finished, directory)
         for row, tested in finished:
             say(experiment, row, tested)
-        thetas = [(row["replica"], best.theta) for row, _ in finished if (best := training.best[row["replica"]])]
-        write_reports(experiment, thetas, directory)
-        write_examples(experiment, *thetas[0], directory)
+        write_reports(experiment, [(row["replica"], best.theta) for row, best in trained], directory)
         drawer.finish()
         write_results(directory, rows, (*metrics_of(experiment), *pooled_metrics(experiment)))
         tracker.tested(rows, training.step)

@@ -170,7 +170,7 @@ def samples(experiment: Experiment, algorithm: Algorithm, theta: Tree, title: st
         found = over_tasks(made, tasks, training=False)
     shown = own.show(tree_map(torch.Tensor.cpu, found), tree_map(torch.Tensor.cpu, tasks))
     if not isinstance(shown, str):
-        shown.suptitle(f"{title}: {TASKS} test tasks", fontsize=10)
+        shown.suptitle(f"{title}: {TASKS} test tasks", fontsize=10, parse_math=False)
     return shown
 
 

@@ -171,7 +171,7 @@ def write_training(
     experiment: Experiment, training: Training, trained: list[tuple[dict[str, Any], Best]], directory: Path
 ) -> None:
     """Write ``training.png``, with one line per replica that has something to test."""
-    if training.step and trained:
+    if training.step:
         curves = [(row["varied"], training.rows[row["replica"]], best.step) for row, best in trained]
         title, metric = title_of([row for row, _ in trained]), experiment.family.spec.metrics[0]
         drawer.draw("training", plot_training, directory / "training.png", title, metric, curves)
