@@ -166,7 +166,10 @@ def sweep(own: dict[str, str], peer: str) -> Iterator[Contestant]:
             yield Contestant(f"{name} -m hydra/launcher=joblib", [of_metarun(python, *SWEEP, "hydra/launcher=joblib")])
 
 
-NAVIGATION = ("algo=maml", "task=navigation", "train.steps=20", "train.eval_every=20")
+NAVIGATION = (
+    *("algo=maml", "task=navigation", "train.steps=20", "train.eval_every=20", "train.val_episodes=20"),
+    *("eval.episodes=40", "eval.adapt_steps=2"),
+)
 
 
 def navigation(own: dict[str, str], peer: str) -> Iterator[Contestant]:
