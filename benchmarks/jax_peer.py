@@ -57,6 +57,26 @@ def task_loss(problem: Problem, weights: Any, x: Any, y: Any) -> Any:
     return ((out - y) ** 2).mean() if problem.model == "mlp" else -(y * jax.nn.log_softmax(out)).sum(1).mean()
 
 
+def adapted(problem: Problem, weights: Any, x: Any, y: Any, steps: int) -> Any:
+    """Return the weights after ``steps`` steps of gradient descent on a support set."""
+    for _ in range(steps):
+        grads = jax.grad(lambda w: task_loss(problem, w, x, y))(weights)
+        if problem.method == "fomaml":
+            grads = jax.lax.stop_gradient(grads)
+        weights = [w - problem.inner_lr * g for w, g in zip(weights, grads, strict=True)]
+    return weights
+
+
+def adam(weights: Any, moments: Any, count: Any, grads: Any) -> tuple[Any, Any, Any]:
+    """Return weights, moments and the number of steps after a step of Adam with a learning rate of 0.001."""
+    count = count + 1
+    mean = [0.9 * m + 0.1 * g for m, g in zip(moments[0], grads, strict=True)]
+    square = [0.999 * v + 0.001 * g * g for v, g in zip(moments[1], grads, strict=True)]
+    size, root = 1e-3 / (1 - 0.9**count), jnp.sqrt(1 - 0.999**count)
+    new = [w - size * m / (jnp.sqrt(v) / root + 1e-8) for w, m, v in zip(weights, mean, square, strict=True)]
+    return new, (mean, square), count
+
+
 def meta_loss(problem: Problem, weights: Any, batch: Any) -> Any:
     """Return the mean query loss after adaptation."""
 
@@ -66,13 +86,7 @@ def meta_loss(problem: Problem, weights: Any, batch: Any) -> Any:
             centres = (sy.T @ z[: len(sx)]) / problem.shots
             distance = ((z[len(sx) :, None] - centres[None]) ** 2).sum(-1)
             return -(qy * jax.nn.log_softmax(-distance)).sum(1).mean()
-        fast = weights
-        for _ in range(problem.inner_steps):
-            grads = jax.grad(lambda w: task_loss(problem, w, sx, sy))(fast)
-            if problem.method == "fomaml":
-                grads = jax.lax.stop_gradient(grads)
-            fast = [w - problem.inner_lr * g for w, g in zip(fast, grads, strict=True)]
-        return task_loss(problem, fast, qx, qy)
+        return task_loss(problem, adapted(problem, weights, sx, sy, problem.inner_steps), qx, qy)
 
     if problem.method == "protonet":
         return one(*(batch[name][0] for name in ("sx", "sy", "qx", "qy")))
@@ -92,12 +106,7 @@ class JaxContestant:
         self.grad = jax.grad(lambda weights, batch: meta_loss(problem, weights, batch))
 
         def step(weights: Any, moments: Any, count: Any, batch: Any) -> Any:
-            grads, count = self.grad(weights, batch), count + 1
-            mean = [0.9 * m + 0.1 * g for m, g in zip(moments[0], grads, strict=True)]
-            square = [0.999 * v + 0.001 * g * g for v, g in zip(moments[1], grads, strict=True)]
-            size, root = 1e-3 / (1 - 0.9**count), jnp.sqrt(1 - 0.999**count)
-            new = [w - size * m / (jnp.sqrt(v) / root + 1e-8) for w, m, v in zip(weights, mean, square, strict=True)]
-            return new, (mean, square), count
+            return adam(weights, moments, count, self.grad(weights, batch))
 
         self.jitted = jax.jit(step, donate_argnums=(0, 1))
 

@@ -1,30 +1,36 @@
 """How the time of a meta-step scales: ``python -m benchmarks.scaling [CASE ...]``.
 
-- ``replicas``: 1 to 64 seeds in one process, against one, sinusoid;
 - ``meta_batch``: 1 to 1,024 tasks, sinusoid;
+- ``replicas``: 1 to 64 seeds in one process, sinusoid;
+- ``inner_steps``: 1 to 32, second order, sinusoid;
+- ``ways``: 5 to 100 classes, prototypical networks on images of 16×16;
+- ``widths``: 40 to 640 units per layer, sinusoid;
+- ``examples``: data sets of 1,000 to 1,000,000 vectors: reading one, and drawing tasks from it;
 - ``navigation``: policy gradients through rollouts;
-- ``adaptation``: ten steps on 600 test tasks at once, next to a loop over tasks;
-- ``start_up``: seconds of commands started from the shell, and of a whole run of one step.
+- ``adaptation``: ten steps on 600 test tasks at once, next to a loop over tasks.
 
-Times are medians over rounds in which all sizes take turns. Writes a CSV and a figure into ``--out``.
+Times are medians over rounds in which all sizes take turns. An exponent is the slope of log time over log size at the
+three largest sizes. Writes a CSV, a table and a figure into ``--out``, and the last two into a page of the
+documentation if asked; cases that are not measured again stay as they are.
 """
 
 import argparse
-import csv
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.func import functional_call
 
-from benchmarks.meta_step import versions
+from benchmarks.meta_step import readable, versions
 from benchmarks.own import experiment_of
+from benchmarks.pages import put, with_others
 from metarun.engine.batch import evaluate
 from metarun.engine.choose import Counted
 from metarun.engine.meta_step import MetaStep
@@ -33,10 +39,12 @@ from metarun.engine.recording import Recording
 from metarun.evaluation import episodes
 from metarun.loop import rates_of, training_tasks
 from metarun.nn.functional import parameters_of
-from metarun.system.files import atomic_write
+from metarun.system.files import write_text
+from metarun.tasks.features import Features
 from metarun.tree import tree_map
 
 Row = dict[str, Any]
+COLUMNS = ("case", "size", "engine", "milliseconds", "gigaflops")
 
 
 def steps_of(engines: list[str], *overrides: str) -> tuple[dict[str, Callable[[], object]], float]:
@@ -76,40 +84,93 @@ def timed(cases: dict[tuple[str, int], Callable[[], object]], rounds: int) -> di
     return {key: statistics.median(values) for key, values in taken.items()}
 
 
-def growing(case: str, key: str, sizes: list[int], engines: list[str], rounds: int, *overrides: str) -> list[Row]:
-    """Return the rows of a case in which one key grows."""
+@dataclass(frozen=True)
+class Growth:
+    """A size that grows while all else stays."""
+
+    title: str
+    keys: tuple[str, ...]
+    """The keys that are set to each size."""
+    sizes: tuple[int, ...]
+    engines: tuple[str, ...]
+    others: tuple[str, ...]
+    """Further overrides."""
+
+
+ONE_STEP = ("algo=maml", "task=sinusoid", "algo.inner_steps=1")
+IMAGES = ("task=omniglot", "task.dataset=procedural", "task.image_size=16", "model.filters=16", "train.meta_batch=1")
+GROWTHS = {
+    "meta_batch": Growth(
+        "tasks per meta-step",
+        ("train.meta_batch",),
+        (1, 4, 16, 64, 256, 1024),
+        ("eager", "replay", "compile"),
+        ONE_STEP,
+    ),
+    "replicas": Growth("replicas", ("replicas.count",), (1, 4, 16, 64), ("eager", "replay", "compile"), ONE_STEP),
+    "inner_steps": Growth(
+        "inner steps", ("algo.inner_steps",), (1, 2, 4, 8, 16, 32), ("eager", "replay"), ("algo=maml", "task=sinusoid")
+    ),
+    "ways": Growth(
+        "classes per task",
+        ("task.ways", "task.train_ways"),
+        (5, 10, 20, 50, 100),
+        ("eager", "replay"),
+        ("algo=protonet", *IMAGES),
+    ),
+    "widths": Growth(
+        "units per layer", ("model.widths",), (40, 80, 160, 320, 640), ("eager", "replay", "compile"), ONE_STEP
+    ),
+}
+"""MAML with one inner step on the sinusoid and, for classes, prototypical networks on images of 16×16."""
+
+
+def grown(name: str, rounds: int) -> list[Row]:
+    """Measure meta-steps of growing size."""
+    growth = GROWTHS[name]
     cases: dict[tuple[str, int], Callable[[], object]] = {}
     work: dict[int, float] = {}
-    for size in sizes:
-        found, work[size] = steps_of(engines, *overrides, f"{key}={size}")
-        cases |= {(name, size): run for name, run in found.items()}
+    for size in growth.sizes:
+        value = f"[{size},{size}]" if name == "widths" else str(size)
+        found, work[size] = steps_of([*growth.engines], *growth.others, *(f"{key}={value}" for key in growth.keys))
+        cases |= {(engine, size): run for engine, run in found.items()}
     return [
-        {
-            "case": case,
-            "size": size,
-            "engine": name,
-            "milliseconds": ms,
-            "gigaflops": work[size] / ms / 1e6,
-        }
-        for (name, size), ms in timed(cases, rounds).items()
+        {"case": name, "size": size, "engine": engine, "milliseconds": ms, "gigaflops": work[size] / ms / 1e6}
+        for (engine, size), ms in timed(cases, rounds).items()
     ]
 
 
-def replicas(rounds: int) -> list[Row]:
-    """Measure seeds that are trained together."""
-    sizes, engines = [1, 4, 16, 64], ["eager", "replay", "compile"]
-    return growing("replicas", "replicas.count", sizes, engines, rounds, "algo.inner_steps=1")
-
-
-def meta_batch(rounds: int) -> list[Row]:
-    """Measure a growing number of tasks per meta-step."""
-    sizes, engines = [1, 4, 16, 64, 256, 1024], ["eager", "replay", "compile"]
-    return growing("meta_batch", "train.meta_batch", sizes, engines, rounds, "algo.inner_steps=1")
+def examples(rounds: int) -> list[Row]:
+    """Measure a data set of vectors that grows: reading it, and drawing a batch of tasks from it."""
+    sizes, cases, rows = (1_000, 10_000, 100_000, 1_000_000), dict[tuple[str, int], Callable[[], object]](), list[Row]()
+    for size in sizes:
+        rng = np.random.default_rng(0)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "vectors.npz"
+            label = np.arange(size) % 100
+            np.savez(path, x=rng.standard_normal((size, 16), dtype=np.float32) + label[:, None] % 7, y=label)
+            taken = []
+            for _ in range(min(rounds, 3)):
+                began = time.perf_counter()
+                family = Features(str(path), queries=5)
+                taken.append(1000 * (time.perf_counter() - began))
+        rows.append({"case": "examples", "size": size, "engine": "reading", "milliseconds": statistics.median(taken)})
+        cases["drawing 25 tasks", size] = partial(family.sample, "train", 25, torch.Generator().manual_seed(0))
+    timings = timed(cases, rounds)
+    return rows + [
+        {"case": "examples", "size": size, "engine": name, "milliseconds": ms} for (name, size), ms in timings.items()
+    ]
 
 
 def navigation(rounds: int) -> list[Row]:
     """Measure second-order policy gradients: 20 episodes of 100 steps before and after each of two steps."""
-    return growing("navigation", "train.meta_batch", [5, 20], ["eager"], min(rounds, 5), "task=navigation")
+    runs: dict[tuple[str, int], Callable[[], object]] = {}
+    for size in (5, 20):
+        runs["eager", size] = steps_of(["eager"], "task=navigation", f"train.meta_batch={size}")[0]["eager"]
+    return [
+        {"case": "navigation", "size": size, "engine": name, "milliseconds": ms}
+        for (name, size), ms in timed(runs, min(rounds, 5)).items()
+    ]
 
 
 def adaptation(rounds: int) -> list[Row]:
@@ -146,44 +207,67 @@ def adaptation(rounds: int) -> list[Row]:
     ]
 
 
-def start_up(rounds: int) -> list[Row]:
-    """Whole commands."""
-    commands = {
-        "help": ["--help"],
-        "config error": ["train.stepz=3"],
-        "one step": ["algo=maml", "task=sinusoid", "train.steps=1"],
-    }
-    rows = []
-    for name, arguments in commands.items():
-        taken = []
-        for _ in range(min(rounds, 5)):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "metarun", *arguments], check=False, capture_output=True)
-            taken.append(1000 * (time.perf_counter() - began))
-        rows.append({"case": "start_up", "size": 1, "engine": name, "milliseconds": statistics.median(taken)})
-    return rows
+CASES: dict[str, Callable[[int], list[Row]]] = {
+    **{name: partial(grown, name) for name in GROWTHS},
+    **{f.__name__: f for f in (examples, navigation, adaptation)},
+}
+TITLES = {**{name: growth.title for name, growth in GROWTHS.items()}, "examples": "examples in the data set"}
+"""What grows in the cases that have a line in the table and a panel in the picture."""
 
 
-CASES = {f.__name__: f for f in (replicas, meta_batch, navigation, adaptation, start_up)}
+def lines_of(rows: Sequence[Row], case: str) -> dict[str, list[tuple[int, float]]]:
+    """Return the sizes and milliseconds of each engine."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["case"] == case:
+            found.setdefault(row["engine"], []).append((row["size"], row["milliseconds"]))
+    return {engine: sorted(points) for engine, points in found.items()}
 
 
-def picture(path: Path, rows: list[Row]) -> None:
-    """Plot time against size, with one line per engine, for the cases that grow."""
-    from matplotlib.figure import Figure
+def exponent(points: Sequence[tuple[int, float]]) -> float:
+    """Return b of the line of least squares through ``log milliseconds = a + b log size``, at the last three sizes."""
+    x, y = np.log(np.array(points[-3:], dtype=float)).T
+    return float(np.polyfit(x, y, 1)[0])
 
-    cases = [case for case in ("replicas", "meta_batch") if any(row["case"] == case for row in rows)]
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the table of all that grows: milliseconds at each size, and the exponent at the large end."""
+    texts = []
+    for case, title in TITLES.items():
+        lines = lines_of(rows, case)
+        if not lines:
+            continue
+        sizes = [size for size, _ in next(iter(lines.values()))]
+        texts += [f"| {title} | " + " | ".join(f"{size:,}" for size in sizes) + " | exponent |"]
+        texts += ["|---" * (len(sizes) + 2) + "|"]
+        for engine, points in lines.items():
+            cells = [readable(ms) for _, ms in points]
+            texts.append(f"| {engine} | " + " | ".join(cells) + f" | {exponent(points):.2f} |")
+        texts.append("")
+    return "\n".join(texts).strip()
+
+
+def picture(path: Path, rows: Sequence[Row]) -> None:
+    """Plot time against size, a panel for each case that grows, with a line per engine."""
+    from metarun.results.plots import blank_figure, save_figure
+
+    cases = [case for case in TITLES if lines_of(rows, case)]
     if not cases:
         return
-    figure = Figure(figsize=(4.6 * len(cases), 3.6), layout="constrained")
-    for axis, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
-        for name, colour in {"eager": "#999999", "replay": "#0072B2", "compile": "#D55E00"}.items():
-            points = [(r["size"], r["milliseconds"]) for r in rows if r["case"] == case and r["engine"] == name]
-            axis.plot(*zip(*points, strict=True), label=name, color=colour, marker="o", markersize=4)
-        axis.set(xscale="log", yscale="log", xlabel=case.replace("_", " "), ylabel="milliseconds per meta-step")
+    columns = min(len(cases), 3)
+    figure = blank_figure(3.6 * columns, 3.2 * -(-len(cases) // columns))
+    axes = figure.subplots(-(-len(cases) // columns), columns, squeeze=False).flatten()
+    colours = {"eager": "#999999", "replay": "#0072B2", "compile": "#D55E00", "reading": "#009E73"}
+    for axis, case in zip(axes, cases, strict=False):
+        for engine, points in lines_of(rows, case).items():
+            label, colour = f"{engine} ({exponent(points):.2f})", colours.get(engine, "#CC79A7")
+            axis.plot(*zip(*points, strict=True), label=label, color=colour, marker="o", markersize=4)
+        axis.set(xscale="log", yscale="log", xlabel=TITLES[case], ylabel="milliseconds")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        axis.legend(frameon=False, fontsize=8)
+    for axis in axes[len(cases) :]:
+        axis.set_axis_off()
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -193,16 +277,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/scaling"))
+    parser.add_argument("--page", type=Path, help="page with a place for the table (docs/performance.md)")
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(CASES):
         parser.error(f"there is no case {unknown.pop()}; choose among {', '.join(CASES)}")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     print(f"{versions()}, {arguments.threads} threads\n", flush=True)
-    rows = []
     for name in arguments.cases or list(CASES):
         found = CASES[name](arguments.rounds)
-        rows += found
+        # After each case, so that cases can be measured at different times.
+        rows = with_others(arguments.out / "scaling.csv", COLUMNS, [name], found)
+        write_text(arguments.out / "scaling.md", table(rows) + "\n")
+        picture(arguments.out / "scaling.png", rows)
         print(f"{name}")
         for row in found:
             first = next(r["milliseconds"] for r in found if r["engine"] == row["engine"])
@@ -212,13 +299,10 @@ def main() -> None:
                 f"{row['milliseconds'] / first:6.2f} × the smallest {rate}",
                 flush=True,
             )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "scaling.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("case", "size", "engine", "milliseconds", "gigaflops"), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    picture(arguments.out / "scaling.png", rows)
-    print(f"\nfiles: {arguments.out}")
+    if arguments.page is not None:
+        put(arguments.page, {"scaling": table(rows)})
+        picture(arguments.page.parent / "scaling.png", rows)
+    print(f"\nfiles: {arguments.out}/scaling.csv, scaling.md, scaling.png")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ an interrupted import would print a traceback.
 
 import os
 import signal
+from importlib import import_module
 from types import FrameType
 
 
@@ -19,46 +20,43 @@ for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, _name), _leave)
 
 
+def _run(module: str) -> None:
+    """Run the command of a module."""
+    from metarun.system.importing import importing
+
+    with importing():
+        command = import_module(module).main
+    command()
+
+
 def main() -> None:
     """Entry point of ``metarun``."""
-    from metarun.cli import main as command
-
-    command()
+    _run("metarun.cli")
 
 
 def compare() -> None:
     """Entry point of ``metarun-compare``."""
-    from metarun.results.compare import main as command
-
-    command()
+    _run("metarun.results.compare")
 
 
 def report() -> None:
     """Entry point of ``metarun-report``."""
-    from metarun.results.report import main as command
-
-    command()
+    _run("metarun.results.report")
 
 
 def status() -> None:
     """Entry point of ``metarun-status``."""
-    from metarun.results.status import main as command
-
-    command()
+    _run("metarun.results.status")
 
 
 def test() -> None:
     """Entry point of ``metarun-test``."""
-    from metarun.after.later_test import main as command
-
-    command()
+    _run("metarun.after.later_test")
 
 
 def predict() -> None:
     """Entry point of ``metarun-predict``."""
-    from metarun.after.predict import main as command
-
-    command()
+    _run("metarun.after.predict")
 
 
 if __name__ == "__main__":

@@ -24,23 +24,28 @@ import metarun
 from metarun import launch
 from metarun.command import sweep
 from metarun.command.help import help_text
+from metarun.command.once import composing_once
 from metarun.command.presets import typed_keys
 from metarun.command.resume import arguments_of_resumed, config_dirs, options_first
 from metarun.command.sentences import sentence_of
 from metarun.command.sweep import closing_words, finished
 from metarun.config import check_ranges, config_hash, register_schema
 from metarun.errors import Pruned, Stopped, UserError
-from metarun.results import trackers
+from metarun.results import drawer, trackers
 from metarun.results.status import mark, rows_of
 from metarun.system import lock
 from metarun.system.files import has_checkpoint, remove_leftovers
+from metarun.system.importing import importing
 from metarun.system.signals import handled_by, install, stop
 from metarun.system.terminal import PrintableRecord, printable
-from metarun.system.torchrun import following
+from metarun.system.torchrun import following, rank
 
 log = logging.getLogger(__name__)
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+draws_elsewhere = False
+"""Whether this process is the command, which has another process draw its pictures."""
 
 failures: list[str] = []
 """Sentences of the jobs of this process that failed; a sweep continues after a failure."""
@@ -110,7 +115,10 @@ def owned_job(config: DictConfig, directory: Path) -> float:
         if of_a_sweep and (score := finished(config, directory)) is not None:
             log.info("%s has completed already.", directory)
             return score
-        from metarun.run import run
+        if draws_elsewhere and not rank():
+            drawer.start()
+        with importing():
+            from metarun.run import run
 
         watchers = launch.watchers(config, state)
         resume = config.resume is not None or (of_a_sweep and has_checkpoint(directory))
@@ -189,6 +197,8 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 def main() -> Any:
     """Run ``metarun``; exit with 1 after an error, and with 128 + the signal's number after a signal."""
+    global draws_elsewhere
+    draws_elsewhere = True
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         try:
@@ -213,7 +223,8 @@ def main() -> Any:
             register_schema(*map(Path, config_dirs(options)))
             launch.register()
             entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")
-            entry(job)()
+            with composing_once(multirun=bool({"-m", "--multirun"} & set(options))):
+                entry(job)()
     except KeyboardInterrupt as error:
         sys.exit(error.exit_code if isinstance(error, Stopped) else 130)
     except (HydraException, OmegaConfBaseException, UserError) as error:

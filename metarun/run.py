@@ -16,11 +16,20 @@ from metarun.engine.processes import connected
 from metarun.errors import UserError
 from metarun.evaluation import Tested, meta_test, metrics_of, pooled_metrics
 from metarun.loop import meta_train
+from metarun.results import drawer
 from metarun.results.examples import write_examples
-from metarun.results.of_run import identity_columns, measured_columns, say, write_pictures, write_reports
+from metarun.results.of_run import (
+    identity_columns,
+    measured_columns,
+    say,
+    write_adaptation,
+    write_reports,
+    write_training,
+)
 from metarun.results.status import mark
 from metarun.results.tables import Watcher, write_episodes, write_results
 from metarun.results.trackers import Trackers
+from metarun.state import Best
 from metarun.system.torchrun import rank
 
 log = logging.getLogger(__name__)
@@ -59,6 +68,7 @@ def run(
         rows = [identity_columns(experiment, i, directory.name) for i in range(len(experiment.replicas))]
         mark(directory, rows, "running")
         tracker = stack.enter_context(Trackers(config, directory))
+        stack.callback(drawer.forget)
         finished: list[tuple[dict[str, Any], Tested]] = []
         try:
             again = config.resume is not None if resume is None else resume
@@ -66,11 +76,19 @@ def run(
             if rank() != 0:
                 # Process 0 tests, and writes what there is to keep.
                 return math.nan
-            for row, replica, best in zip(rows, experiment.replicas, training.best, strict=True):
+            trained: list[tuple[dict[str, Any], Best]] = []
+            for row, best in zip(rows, training.best, strict=True):
                 diverged = not bool(training.train_state["weights"][row["replica"]].isfinite().all())
                 if best is None or diverged or not math.isfinite(best.val_score):
                     row["status"] = "failed"
-                    continue
+                else:
+                    trained.append((row, best))
+            if trained:
+                # Before the test, so that they are drawn while it goes on.
+                write_training(experiment, training, trained, directory)
+                write_examples(experiment, trained[0][0]["replica"], trained[0][1].theta, directory)
+            for row, best in trained:
+                replica = experiment.replicas[row["replica"]]
                 tested = meta_test(experiment, replica, best.theta)
                 row |= measured_columns(experiment, replica, training, best, tested)
                 finished.append((row, tested))
@@ -82,12 +100,11 @@ def run(
             raise
         scored = [(row["replica"], tested.scored) for row, tested in finished]
         write_episodes(directory, scored, metrics_of(experiment))
-        write_pictures(experiment, training, finished, directory)
+        write_adaptation(experiment, finished, directory)
         for row, tested in finished:
             say(experiment, row, tested)
-        thetas = [(row["replica"], best.theta) for row, _ in finished if (best := training.best[row["replica"]])]
-        write_reports(experiment, thetas, directory)
-        write_examples(experiment, *thetas[0], directory)
+        write_reports(experiment, [(row["replica"], best.theta) for row, best in trained], directory)
+        drawer.finish()
         write_results(directory, rows, (*metrics_of(experiment), *pooled_metrics(experiment)))
         tracker.tested(rows, training.step)
         for row in rows:

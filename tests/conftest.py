@@ -60,7 +60,7 @@ def finished(tmp_path_factory):
 
 
 def leave_pictures_out(patch):
-    for name in ("write_pictures", "write_examples"):
+    for name in ("write_training", "write_adaptation", "write_examples"):
         patch.setattr(f"metarun.run.{name}", lambda *arguments: None)
 
 

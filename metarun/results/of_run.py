@@ -15,6 +15,7 @@ from metarun.engine.batch import adapted_parameters
 from metarun.engine.process import peak_memory_mb
 from metarun.engine.replicas import label
 from metarun.evaluation import Tested, measured, metrics_of, pooled_metrics, reports_of
+from metarun.results import drawer
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.reports import described, plot_measured, write_measured
 from metarun.results.tables import SEPARATOR
@@ -166,22 +167,21 @@ def say(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
         )
 
 
-def write_pictures(
-    experiment: Experiment, training: Training, finished: list[tuple[dict[str, Any], Tested]], directory: Path
+def write_training(
+    experiment: Experiment, training: Training, trained: list[tuple[dict[str, Any], Best]], directory: Path
 ) -> None:
-    """Write ``training.png`` and ``adaptation.png``, with one line per replica that finished."""
+    """Write ``training.png``, with one line per replica that has something to test."""
     if training.step:
-        curves = [(row["varied"], training.rows[row["replica"]], row["selected_step"]) for row, _ in finished]
-        metric = experiment.family.spec.metrics[0]
-        plot_training(directory / "training.png", title_of(finished), metric, curves)
-    write_adaptation(experiment, finished, directory)
+        curves = [(row["varied"], training.rows[row["replica"]], best.step) for row, best in trained]
+        title, metric = title_of([row for row, _ in trained]), experiment.family.spec.metrics[0]
+        drawer.draw("training", plot_training, directory / "training.png", title, metric, curves)
 
 
-def title_of(finished: list[tuple[dict[str, Any], Tested]]) -> str:
+def title_of(rows: list[dict[str, Any]]) -> str:
     """Return the title of a run's pictures."""
-    first = finished[0][0]
+    first = rows[0]
     title = f"{first['algo']} on {first['task']}"
-    return title if len(finished) > 1 else f"{title}, {first['varied'] or 'seed ' + str(first['seed'])}"
+    return title if len(rows) > 1 else f"{title}, {first['varied'] or 'seed ' + str(first['seed'])}"
 
 
 def write_adaptation(experiment: Experiment, finished: list[tuple[dict[str, Any], Tested]], directory: Path) -> None:
@@ -190,8 +190,8 @@ def write_adaptation(experiment: Experiment, finished: list[tuple[dict[str, Any]
     for shown in metrics_of(experiment):
         scores = [(row["varied"], tested.scored.scores[shown.name]) for row, tested in finished]
         panels.append((shown, [(name, s.mean(0).tolist(), confidence(s).tolist()) for name, s in scores]))
-    steps = finished[0][1].scored.adapt_steps
-    plot_adaptation(directory / "adaptation.png", title_of(finished), steps, panels)
+    title, steps = title_of([row for row, _ in finished]), finished[0][1].scored.adapt_steps
+    drawer.draw("adaptation", plot_adaptation, directory / "adaptation.png", title, steps, panels)
 
 
 def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:
@@ -206,6 +206,6 @@ def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], direct
     for reports in zip(*of_replicas, strict=True):
         (name, first), numbers = reports[0], [numbers for _, numbers in reports]
         write_measured(directory / f"{name}.csv", numbers)
-        plot_measured(directory / f"{name}.png", title, first)
+        drawer.draw(name, plot_measured, directory / f"{name}.png", title, first)
         for line in described(first):
             log.info("  %s", line)

@@ -1,10 +1,15 @@
 """Grids of pictures: what is known, what a learner makes of it, and what is true."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
+
+from metarun.results.plots import blank_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNKNOWN = (0.80, 0.87, 0.95)
 """The colour of pixels that are NaN."""
@@ -20,7 +25,7 @@ def in_colour(picture: Tensor, ink: bool) -> np.ndarray[tuple[int, int, int], np
     return np.where(unknown[..., None], UNKNOWN, found)
 
 
-def grid_of_pictures(columns: Mapping[str, Sequence[Tensor]], ink: bool = False) -> Figure:
+def grid_of_pictures(columns: Mapping[str, Sequence[Tensor]], ink: bool = False) -> "Figure":
     """Draw a column of pictures under each name; pictures are ``[height, width, 1 or 3]`` with values from 0 to 1.
 
     A picture may be a mosaic of several. Those of a column have the same width, and those of a row the same height.
@@ -36,7 +41,7 @@ def grid_of_pictures(columns: Mapping[str, Sequence[Tensor]], ink: bool = False)
         for row, picture in enumerate(pictures):
             top = sum(heights[:row]) + gap * row
             canvas[top : top + heights[row], left : left + widths[column]] = picture
-    figure = Figure(figsize=(7.2, 0.9 + 6.8 * canvas.shape[0] / canvas.shape[1]), layout="constrained")
+    figure = blank_figure(7.2, 0.9 + 6.8 * canvas.shape[0] / canvas.shape[1])
     axis = figure.subplots()
     axis.imshow(canvas, interpolation="nearest")
     centres = [sum(widths[:column]) + gap * column + widths[column] / 2 for column in range(len(widths))]

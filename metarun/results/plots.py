@@ -1,23 +1,33 @@
-"""The figures of a run, and what all figures share."""
+"""The figures of a run, and what all figures share.
+
+matplotlib takes half a second to import, so the functions that draw import it: a run leaves drawing to another process
+(`metarun.results.drawer`).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib import colormaps, rcParams
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from typing import TYPE_CHECKING, Any
 
 from metarun.system.files import atomic_write
 from metarun.targets.metric import Metric
 
-# Names come from data, so a dollar sign in a name does not begin a formula.
-rcParams["text.parse_math"] = False
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AGNOSTIC, DEPENDENT, BASELINE = "#0072B2", "#D55E00", "#777777"
 FAMILY_COLOURS = {"agnostic": AGNOSTIC, "dependent": DEPENDENT, "baseline": BASELINE}
 """Colours that colour-blind readers can distinguish (Okabe and Ito 2008)."""
+
+
+def blank_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure, in inches."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    # Names come from data, so a dollar sign in a name does not begin a formula.
+    rcParams["text.parse_math"] = False
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plain_axis(axis: Any) -> None:
@@ -27,15 +37,15 @@ def plain_axis(axis: Any) -> None:
     axis.set_axisbelow(True)
 
 
-def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Any]:
+def new_figure(width: float = 6.4, height: float = 4.0) -> "tuple[Figure, Any]":
     """A figure with one axis."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = blank_figure(width, height)
     axis = figure.add_subplot()
     plain_axis(axis)
     return figure, axis
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG atomically."""
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
@@ -48,6 +58,8 @@ def plain(value: float, position: int | None = None) -> str:
 
 def readable_log(axis: Any, low: float, high: float) -> None:
     """Make an x or y axis that shows numbers from ``low`` to ``high`` logarithmic, and label it with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     decades = math.log10(high / low) if low > 0 else math.inf
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=12))
@@ -61,6 +73,8 @@ Curve = tuple[str, Sequence[Mapping[str, float | int]], int]
 
 def plot_training(path: Path, title: str, metric: Metric, curves: Sequence[Curve]) -> None:
     """Plot scores over meta-training and the tested step; for several replicas only the validation scores."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     figure, axis = new_figure()
     scale = metric.scale
     one = len(curves) == 1
@@ -89,6 +103,8 @@ def plot_training(path: Path, title: str, metric: Metric, curves: Sequence[Curve
 
 def replica_colour(number: int, count: int) -> Any:
     """Return the colour of one of several lines, or the usual colour for a single line."""
+    from matplotlib import colormaps
+
     return AGNOSTIC if count == 1 else colormaps["viridis"](number / count)
 
 
@@ -105,7 +121,7 @@ def plot_adaptation(path: Path, title: str, adapt_steps: Sequence[int], panels: 
         adapt_steps: adaptation steps that were scored.
         panels: each metric with its lines.
     """
-    figure = Figure(figsize=(6.4 * len(panels), 4.0), layout="constrained")
+    figure = blank_figure(6.4 * len(panels), 4.0)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (metric, lines) in zip(axes, panels, strict=True):
         plain_axis(axis)

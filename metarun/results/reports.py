@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from metarun.results.plots import AGNOSTIC, new_figure, save_figure
+from metarun.results.plots import AGNOSTIC, blank_figure, new_figure, save_figure
 from metarun.system.files import write_csv
 from metarun.targets.metric import Metric
 
@@ -136,7 +135,7 @@ def plot_measured(path: Path, title: str, measured: Measured) -> None:
         return
     (row_axis, rows), (column_axis, columns) = measured.axes.items()
     found = winners(measured)
-    figure = Figure(figsize=(1.2 + 2.4 * max(len(rows), 2), 3.6), layout="constrained")
+    figure = blank_figure(1.2 + 2.4 * max(len(rows), 2), 3.6)
     panels = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
     for panel, row in zip(panels, rows, strict=True):
         labels = [group or "all tasks" for group in found[row]]
@@ -163,7 +162,7 @@ def plot_matrix(path: Path, title: str, measured: Measured) -> None:
     (row_axis, rows), (column_axis, columns) = measured.axes.items()
     _, share = shares(measured)
     side = 1.8 + 0.45 * max(len(rows), len(columns), 4)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = blank_figure(side + 1, side)
     axis = figure.subplots()
     image = axis.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")

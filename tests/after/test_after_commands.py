@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     """A run that was trained from Python."""
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("write_pictures", "write_examples"):
+        for name in ("write_training", "write_adaptation", "write_examples"):
             patch.setattr(f"metarun.run.{name}", lambda *arguments: None)
         patch.chdir(root)
         return metarun.train("algo=maml", "task=sinusoid", "task.shots=5", *QUICK, directory=root / "run")

@@ -8,7 +8,7 @@ import torch
 from conftest import experiment_of
 
 from metarun.evaluation import episodes, evaluate
-from metarun.results import examples
+from metarun.results import drawings, examples
 
 IMAGES = ("task=omniglot", "task.dataset=procedural", "task.image_size=16", "task.queries=4", "model.filters=4")
 
@@ -19,7 +19,7 @@ def drawn(monkeypatch, tmp_path):
 
     def draw(*overrides):
         experiment, figures = experiment_of(*overrides), {}
-        monkeypatch.setattr(examples, "save_figure", lambda figure, path: figures.update({path.name: figure}))
+        monkeypatch.setattr(drawings, "save_figure", lambda figure, path: figures.update({path.name: figure}))
         replica = experiment.replicas[0]
         theta = replica.algorithm.init(torch.Generator().manual_seed(0))
         examples.write_examples(experiment, 0, theta, tmp_path)

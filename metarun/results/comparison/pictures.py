@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from metarun.results.comparison.summary import Ranking, name_of
-from metarun.results.plots import AGNOSTIC, FAMILY_COLOURS, readable_log, save_figure
+from metarun.results.plots import AGNOSTIC, FAMILY_COLOURS, blank_figure, readable_log, save_figure
 from metarun.targets.metric import Metric
 
 Panel = tuple[str, Metric, pd.DataFrame]
@@ -44,7 +44,7 @@ def plot_comparison(path: Path, panels: Sequence[Panel]) -> None:
     """
     tables = [shown_rows(table) for _, _, table in panels]
     heights = [1.1 + 0.32 * len(table) for table in tables]
-    figure = Figure(figsize=(7.5, sum(heights) + 0.4), layout="constrained")
+    figure = blank_figure(7.5, sum(heights) + 0.4)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (title, metric, whole), table in zip(axes, panels, tables, strict=True):
         draw_comparison(axis, metric, table)
@@ -90,7 +90,7 @@ def draw_comparison(axis: Any, metric: Metric, table: pd.DataFrame) -> None:
 
 def plot_costs(path: Path, panels: Sequence[Panel]) -> None:
     """Plot scores against training time and against the time of adaptation; a line joins what is worth its cost."""
-    figure = Figure(figsize=(10, 3.6 * len(panels)), layout="constrained")
+    figure = blank_figure(10, 3.6 * len(panels))
     grid = figure.subplots(len(panels), 2, squeeze=False)
     costs = (
         ("train_seconds", "training of one model (s)", "pareto_training"),
@@ -166,7 +166,7 @@ def rank_figure(ranking: Ranking) -> Figure:
     spans = groups_without_difference(ranks, ranking.critical_difference)
     half = (count + 1) // 2
     height = 1.3 + 0.25 * len(spans) + 0.28 * half
-    figure = Figure(figsize=(7, height), layout="constrained")
+    figure = blank_figure(7, height)
     axis = figure.add_subplot()
     bars = 0.35 * len(spans)
     for place, (algo, rank) in enumerate(zip(ranking.algos, ranks, strict=True)):

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from metarun.results.plots import new_figure, plain, readable_log
+from metarun.results.plots import blank_figure, new_figure, plain, readable_log
 from metarun.targets.metric import Metric
 
 Array = NDArray[np.float64]
@@ -74,7 +74,7 @@ def legend(figure: Figure, axis: Any) -> None:
 
 def histograms(methods: Mapping[str, Array], colours: Mapping[str, str], metric: Metric) -> bytes:
     """Draw how the finite scores of test episodes are distributed, one row per method on a common axis."""
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.75 * len(methods)), layout="constrained")
+    figure = blank_figure(WIDTH, 0.8 + 0.75 * len(methods))
     axes = figure.subplots(len(methods), 1, sharex=True, squeeze=False)[:, 0]
     every = np.concatenate(list(methods.values())) * metric.scale
     low, high = float(every.min()), float(every.max())

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from metarun.results.compare import Compared, Comparison
@@ -19,6 +18,7 @@ from metarun.results.comparison.pictures import draw_comparison, draw_costs, ran
 from metarun.results.comparison.summary import best_first, cached_scores, name_of
 from metarun.results.page import html, pictures
 from metarun.results.page.html import Cell
+from metarun.results.plots import blank_figure
 from metarun.results.status import loaded
 from metarun.system.terminal import printable
 
@@ -142,7 +142,7 @@ def runs_of(one: Compared, row: pd.Series) -> pd.DataFrame:
 def overview(one: Compared) -> list[str]:
     """Return the two pictures of a comparison that a setting has."""
     metric, table = one.metric, shown_rows(one.drawable)
-    figure = Figure(figsize=(pictures.WIDTH, 1.3 + 0.3 * len(table)), layout="constrained")
+    figure = blank_figure(pictures.WIDTH, 1.3 + 0.3 * len(table))
     draw_comparison(figure.subplots(), metric, table)
     scores = {name_of(row): float(row["score"]) for _, row in table.head(20).iterrows()}
     first = html.figure(
@@ -150,7 +150,7 @@ def overview(one: Compared) -> list[str]:
         f"Test {metric.name} of every method with its interval: {pictures.summary_of(scores, metric)}.",
         f"Test {metric.label} with 95 % intervals.",
     )
-    figure = Figure(figsize=(pictures.WIDTH, pictures.HEIGHT), layout="constrained")
+    figure = blank_figure(pictures.WIDTH, pictures.HEIGHT)
     axis = figure.subplots()
     draw_costs(axis, metric, one.drawable, "train_seconds", "pareto_training")
     axis.set(xlabel="training of one model (s)", ylabel=f"test {metric.label}")

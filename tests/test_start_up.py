@@ -1,0 +1,89 @@
+"""What a command does before its first step: each thing once, and not more than is needed."""
+
+import gc
+import sys
+
+import hydra
+import pytest
+from commands import put_back
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from metarun.command.once import composing_once
+from metarun.config import register_schema
+from metarun.system.importing import importing
+
+RUN = ("algo=maml", "task=sinusoid", "train.steps=1", "hydra.run.dir=run", "hydra.sweep.dir=sweep")
+
+
+@pytest.fixture
+def composed(monkeypatch, tmp_path):
+    """Return a function that gives all that the jobs of a command see, and how often Hydra has composed for it."""
+    times = []
+    real = ConfigLoaderImpl._load_configuration_impl
+
+    def counted(*arguments, **further):
+        times.append(1)
+        return real(*arguments, **further)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", counted)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def compose(*arguments, once):
+        seen = []
+
+        def job(config):
+            seen.append([OmegaConf.to_yaml(config), OmegaConf.to_yaml(HydraConfig.instance().cfg)])
+
+        times.clear()
+        monkeypatch.setattr(sys, "argv", ["metarun", *arguments])
+        with put_back():
+            register_schema()
+            entry = hydra.main(version_base="1.3", config_path="pkg://metarun.conf", config_name="config")(job)
+            if not once:
+                entry()
+            else:
+                with composing_once(multirun="-m" in arguments):
+                    entry()
+        return seen, len(times)
+
+    return compose
+
+
+@pytest.mark.parametrize(
+    ("arguments", "jobs", "fewer"),
+    [
+        (RUN, 1, 1),
+        (("-m", *RUN, "seed=0,1"), 2, 1),
+        # The mode is another than the command's, so what was composed for it cannot be used.
+        ((*RUN, "hydra.mode=MULTIRUN", "seed=0,1"), 2, 0),
+    ],
+)
+def test_composing_once_gives_what_hydra_composes_twice(composed, arguments, jobs, fewer):
+    expected, times = composed(*arguments, once=False)
+    found, fewer_times = composed(*arguments, once=True)
+    assert len(found) == jobs
+    assert found == expected
+    assert times - fewer_times == fewer
+
+
+def test_sweeps_without_m_are_refused_as_ever(composed):
+    with pytest.raises(HydraException, match="add --multirun"):
+        composed(*RUN, "seed=0,1", once=True)
+
+
+def test_collection_of_garbage_goes_on_after_imports():
+    assert gc.isenabled()
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
