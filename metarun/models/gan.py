@@ -1,10 +1,11 @@
 """A small generator of pictures and its critic.
 
-The networks of Clouâtre and Demers 2019 (https://arxiv.org/abs/1901.02199, §3.3, "DCGAN" in their code) at a size for a
-CPU: convolutions and changes of size by a factor of two, each normalised over the channels, height and width of one
-picture, since a critic with a gradient penalty must judge each picture by itself.
+After the networks of Clouâtre and Demers 2019 (https://arxiv.org/abs/1901.02199, §3.3, "DCGAN" in their code), at a
+size for a CPU. The generator normalises over the channels, height and width of each picture, as theirs does. The
+critic has no normalisation, whose second derivatives would cost most of the time.
 """
 
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,12 +14,18 @@ from metarun.contracts import Numbers, Spec
 from metarun.errors import require
 from metarun.targets.adversarial import Adversarial, Latent
 
-HALVINGS = 2
+HALVINGS, SLOPE = 2, 0.2
 
 
-def step(inputs: int, outputs: int, resize: nn.Module) -> nn.Sequential:
-    """Return a convolution, normalised over each picture, and a change of its size."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(1, outputs), nn.LeakyReLU(0.2), resize)
+def doubled(inputs: int, outputs: int) -> list[nn.Module]:
+    """Return layers that double the size of pictures."""
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+    return [nn.Upsample(scale_factor=2), convolution, nn.GroupNorm(1, outputs), nn.LeakyReLU(SLOPE)]
+
+
+def halved(inputs: int, outputs: int) -> list[nn.Module]:
+    """Return layers that halve the size of pictures."""
+    return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
 
 
 class GANSmall(nn.Module):
@@ -48,15 +55,15 @@ class GANSmall(nn.Module):
             nn.Linear(target.latents, most * low[0] * low[1]),
             nn.Unflatten(1, (most, *low)),
             nn.GroupNorm(1, most),
-            nn.LeakyReLU(0.2),
-            *(step(most >> i, most >> (i + 1), nn.Upsample(scale_factor=2)) for i in range(HALVINGS)),
+            nn.LeakyReLU(SLOPE),
+            *chain.from_iterable(doubled(most >> i, most >> (i + 1)) for i in range(HALVINGS)),
             nn.Conv2d(width, channels, 3, padding=1),
             nn.Tanh(),
         )
         self.critic = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            *(step(width << i, width << (i + 1), nn.AvgPool2d(2)) for i in range(HALVINGS)),
+            nn.LeakyReLU(SLOPE),
+            *chain.from_iterable(halved(width << i, width << (i + 1)) for i in range(HALVINGS)),
             nn.Flatten(),
             nn.Linear(most * low[0] * low[1], 1),
         )
