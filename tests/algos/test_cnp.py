@@ -135,6 +135,26 @@ def test_attention_equals_torchs_own():
         torch.testing.assert_close(attention(queries, keys, values, weight), expected[0])
 
 
+def test_attention_to_nothing_is_attention_to_a_further_point_of_value_zero():
+    attention = Attention(16, 4, places=6)
+    places, values = torch.randn(5, 6, generator=generator()), torch.randn(5, 16, generator=generator(1))
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    with torch.no_grad():
+        attention.nothing.copy_(torch.tensor([3.0, -1.0, 0.0, 20.0]))
+        found = attention(places, places, values, weight)
+        q, k, v = (
+            part(x).view(5, 4, 4)
+            for part, x in zip((attention.query, attention.key, attention.value), (places, places, values), strict=True)
+        )
+        expected = torch.zeros(5, 4, 4)
+        for head in range(4):
+            for i in range(5):
+                sizes = [math.exp(float(q[i, head] @ k[j, head]) / 2) * weight[j] for j in range(5)]
+                total = sum(sizes) + math.exp(attention.nothing[head])
+                expected[i, head] = sum(size / total * v[j, head] for j, size in enumerate(sizes))
+        torch.testing.assert_close(found, attention.mix(expected.flatten(1)))
+
+
 @pytest.mark.parametrize("path", ["attention", "mean", "none"])
 def test_points_that_are_not_in_the_context_change_nothing(path):
     process = AttentiveProcess(2, 1, 16, 4, 6, path, 1)

@@ -12,9 +12,11 @@ Layers are those of the authors' code for one dimension (https://github.com/goog
 self-attention unless asked for, one embedding of inputs for keys and queries, then projections that are separate for
 queries, keys and values; σ of z is 0.1 + 0.9 sigmoid(·), σ of y is 0.1 + 0.9 softplus(·).
 
-With ``waves`` inputs are places that the networks see as in ``cnp``. Keys and queries are then linear in the waves, and
-their projections start alike and large: attention is to nearby context points from the first step on, where projections
-that are drawn apart from each other begin with an equal share for every point, and stay near it for long.
+With ``waves`` inputs are places that the networks see as in ``cnp``, and the attention differs from the authors' in two
+ways. Keys and queries are linear in the waves, and their projections start alike and large: attention is to nearby
+context points from the first step on, where projections that are drawn apart from each other begin with an equal share
+for every point, and stay near it for long. And a query may attend to nothing, a further value of zeros with a learned
+logit: r(x) then also says whether any context point is near.
 
 In training z is one sample from q(z | s_T), and the context is drawn as in ``cnp``. In validation and test the whole
 support set is the context, ``samples`` latents are drawn from q(z | s_C), and
@@ -84,7 +86,8 @@ class Attention(nn.Module):
     Args:
         width: of values and of what is read, a multiple of ``heads``.
         heads: number of heads.
-        places: None, or the width of queries and keys that are waves of places: their projections then start alike.
+        places: None, or the width of queries and keys that are waves of places: their projections then start alike, and
+            nothing can be attended to.
     """
 
     def __init__(self, width: int, heads: int, places: int | None = None) -> None:
@@ -94,14 +97,18 @@ class Attention(nn.Module):
         self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(2))
         for projection in (self.query, self.key, self.value, self.mix):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.nothing = None
         if places:
             with torch.no_grad():
                 self.query.weight *= NEARNESS
                 self.key.weight.copy_(self.query.weight)
+            # Half of what a place's product with itself is at the start.
+            self.nothing = nn.Parameter(torch.full((heads,), NEARNESS**2 / 4 * (width // heads) ** 0.5))
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
         """Attend to ``values [points, width]`` from ``queries [queries, width]``; points of weight 0 are ignored."""
-        read = multi_head(self.query(queries), self.key(keys), self.value(values), self.heads, weight)
+        projected = self.query(queries), self.key(keys), self.value(values)
+        read = multi_head(*projected, self.heads, weight, self.nothing)
         mixed: Tensor = self.mix(read)
         return mixed
 
