@@ -65,7 +65,8 @@ class GANSmall(nn.Module):
             nn.LeakyReLU(SLOPE),
             *chain.from_iterable(halved(width << i, width << (i + 1)) for i in range(HALVINGS)),
             nn.Flatten(),
-            nn.Linear(most * low[0] * low[1], 1),
+            # Without a bias, which would be the same for real and made pictures.
+            nn.Linear(most * low[0] * low[1], 1, bias=False),
         )
 
     def forward(self, given: Any) -> Tensor:

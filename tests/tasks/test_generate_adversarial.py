@@ -71,8 +71,7 @@ def test_one_loss_has_the_slopes_of_both_players(tiny, float64):
 
     found = torch.func.grad(loss)(theta)
     expected = slopes(model, theta, x, SEED)
-    # The last bias of the critic is the same for real and made pictures.
-    assert [name for name, slope in expected.items() if slope.abs().max() < 1e-6] == ["critic.7.bias"]
+    assert min(slope.abs().max() for slope in expected.values()) > 1e-6
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
