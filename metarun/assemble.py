@@ -159,6 +159,7 @@ def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algo
 
 
 NEEDS: dict[Need, str] = {
+    "slope": "a gradient to follow",
     "loss": "a differentiable loss",
     "examples": "a loss over examples that stay the same",
     "rows": "examples with known targets",

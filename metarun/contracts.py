@@ -22,9 +22,11 @@ Weights: TypeAlias = dict[str, Tensor]
 Scores: TypeAlias = dict[str, Tensor]
 """Scalars by the names of the metrics, in their order; the first metric is used for selection."""
 
-Need = Literal["loss", "examples", "rows", "numbers", "classes", "targets", "labels", "policy"]
+Need = Literal["slope", "loss", "examples", "rows", "numbers", "classes", "targets", "labels", "policy"]
 """What an algorithm needs of a target, and what a target offers:
 
+- ``slope``: a gradient to follow in first order, which need not be that of one loss, such as the steps of two players;
+  every ``loss`` has it;
 - ``loss``: any differentiable loss;
 - ``examples``: a loss over examples, which stays the same from one adaptation step to the next;
 - ``rows``: inputs whose targets are known, row by row; ``numbers`` if these are numbers, ``classes`` if they are
@@ -297,7 +299,7 @@ class Spec:
 
     def offers(self, need: Need) -> bool:
         """Whether the target has what an algorithm needs."""
-        return need in self.target.offers
+        return need in self.target.offers or (need == "slope" and "loss" in self.target.offers)
 
 
 class Examples(NamedTuple):

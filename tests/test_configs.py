@@ -12,7 +12,7 @@ from metarun.command.presets import sections
 from metarun.config import register_schema
 from metarun.errors import UserError
 from metarun.run import run
-from metarun.tasks import completion, entities, generate, questions
+from metarun.tasks import completion, entities, generate, generate_adversarial, questions
 from metarun.tasks import text as sentences
 
 CONF = files("metarun.conf")
@@ -24,6 +24,8 @@ FEW = ("task.queries=3", "task.train_queries=1")
 WRITING = ("model.width=8", "model.buckets=16")
 CONTROL = ("task.shots=2", "task.queries=2")
 SERVE_ALL = ("maml", "fomaml", "mamlpp", "reptile", "metasgd", "anil", "boil", "scratch")
+GRADIENT = {"generate_adversarial": "fomaml"}
+"""Tasks that MAML cannot serve, and what adapts by gradients there."""
 TWENTY = ("sinusoid",)
 """Tasks on which every algorithm that fits takes twenty meta-steps; on others two."""
 VARIANT = ("maml", "protonet", "rl2", "transfer")
@@ -34,6 +36,7 @@ FEW_ALGORITHMS = {
     "questions": ("maml", "metanas", "protonet", "reference", "shared_params", "transfer"),
     "completion": ("cnp", "maml", "protonet", "reference"),
     "generate": ("cnp", "maml", "reference", "transfer"),
+    "generate_adversarial": ("cnp", "fomaml", "reference", "reptile"),
 }
 """Tasks that not every algorithm is tried on: variants of others, and those that tests/contract tries with more."""
 PICTURES = ("task.dataset=procedural", "task.image_size=16")
@@ -49,6 +52,7 @@ SMALL = {
     ),
     "completion": (*PICTURES, "task.shots=5", "task.queries=9", "task.train_shots=5", "task.train_queries=9"),
     "generate": (*PICTURES, "task.shots=2", "task.queries=2", *DRAWN),
+    "generate_adversarial": (*PICTURES, "task.shots=2", "task.queries=2", "task.train_queries=2", "task.generated=2"),
     "omniglot": ("task.dataset=procedural", "task.image_size=16", *FEW),
     "text": ("task.dataset=toy", "task.buckets=64", *FEW),
     "text_crosslingual": ("task.dataset=toy", "task.buckets=64", *FEW),
@@ -89,6 +93,7 @@ SLOW = {
     "text_crosslingual": sentences,
     "Completion": completion,
     "Generate": generate,
+    "GenerateAdversarially": generate_adversarial,
     "questions": questions,
     "entities": entities,
 }
@@ -166,7 +171,7 @@ def test_every_pair_runs_or_is_refused_with_what_fits(algo, task, tmp_path):
 @pytest.mark.parametrize(
     ("algo", "task"),
     [
-        *(("maml", task) for task in WITHOUT_FILES if task not in ALIKE),
+        *((GRADIENT.get(task, "maml"), task) for task in WITHOUT_FILES if task not in ALIKE),
         *(("cnp", "sinusoid"), ("shared_model", "omniglot"), ("rl2", "bandit")),
     ],
 )
@@ -180,6 +185,7 @@ def test_runs_leave_pictures(algo, task, tmp_path):
 OF_MODELS = {
     "coordinate_mlp": ("completion", "omniglot"),
     "unet_small": ("generate", "omniglot"),
+    "gan_small": ("generate_adversarial", "omniglot"),
     "resnet_fpn_small": ("sprites", "omniglot"),
 }
 """Models that want neither characters nor sentences nor an environment, and what they are tried on."""
@@ -193,7 +199,10 @@ def test_every_model_runs_where_it_fits(model, tmp_path):
     for task in OF_MODELS.get(model, ("omniglot", "text", "entities", "questions", "bandit", "authors")):
         own = [key for key in SMALL[task] if key not in WRITING or model.endswith("decoder")]
         try:
-            run(*composed(f"task={task}", f"model={model}", *QUICK, *own), tmp_path / task)
+            run(
+                *composed(f"algo={GRADIENT.get(task, 'maml')}", f"task={task}", f"model={model}", *QUICK, *own),
+                tmp_path / task,
+            )
             ran.append(task)
         except UserError as refused:
             assert "choose " in str(refused)  # noqa: PT017

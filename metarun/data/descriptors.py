@@ -34,18 +34,21 @@ def described(x: Tensor) -> Tensor:
     return torch.cat([unit_rows(histograms), unit_rows(coarse)], 1)
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> Tensor:
+def kernel_distance(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the squared kernel distance of samples ``a [n, d]`` and ``b [m, d]``; without bias, so it can be negative.
 
     The squared maximum mean discrepancy with the kernel (x·y / d + 1)³ of Bińkowski et al. 2018
-    (https://arxiv.org/abs/1801.01401, §4), here of our features instead of a network's.
+    (https://arxiv.org/abs/1801.01401, §4), here of our features instead of a network's. Of samples of equal size, those
+    of ``weight [n]`` 0 can be left out. Samples of a single row have no distance from each other.
     """
+    of_a, of_b = (x.new_ones(len(x)) if weight is None else weight for x in (a, b))
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def within(x: Tensor) -> Tensor:
+    def within(x: Tensor, w: Tensor) -> Tensor:
         k = kernel(x, x)
-        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
+        return (w @ k @ w - w @ k.diagonal()) / (w.sum() * (w.sum() - 1)).clamp(min=1)
 
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
+    across = of_a @ kernel(a, b) @ of_b / (of_a.sum() * of_b.sum())
+    return within(a, of_a) + within(b, of_b) - 2 * across

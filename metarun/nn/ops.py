@@ -57,19 +57,29 @@ def class_means(z: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     return (y.T @ z) / (counts if weight is None else counts.clamp(min=1))
 
 
-def multi_head(queries: Tensor, keys: Tensor, values: Tensor, heads: int, weight: Tensor | None = None) -> Tensor:
+def multi_head(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    weight: Tensor | None = None,
+    nothing: Tensor | None = None,
+) -> Tensor:
     """Multi-head scaled dot-product attention of ``queries [m, width]`` to ``keys`` and ``values [n, width]``.
 
     Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, §3.2. The result ``[m, width]`` concatenates the heads,
-    without the output projection. Values whose ``weight [n]`` is 0 are ignored.
+    without the output projection. Values whose ``weight [n]`` is 0 are ignored. With ``nothing [heads]``, a query may
+    also attend to a value of zeros, whose logit that is.
     """
 
     def by_head(z: Tensor) -> Tensor:
         return z.view(len(z), heads, -1).movedim(1, 0)
 
     q, k, v = map(by_head, (queries, keys, values))
-    weights = seen(q @ k.transpose(1, 2) / math.sqrt(k.shape[-1]), weight).softmax(-1)
-    return torch.cat((weights @ v).unbind(0), -1)
+    logits = seen(q @ k.transpose(1, 2) / math.sqrt(k.shape[-1]), weight)
+    if nothing is not None:
+        logits = torch.cat([logits, nothing[:, None, None].expand(-1, len(queries), 1)], -1)
+    return torch.cat((logits.softmax(-1)[..., : len(keys)] @ v).unbind(0), -1)
 
 
 @contextmanager

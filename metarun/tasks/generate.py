@@ -1,9 +1,8 @@
 """Few-shot generation: pictures of a new class from a few of its pictures.
 
 A task is one class. Its support set is K pictures, to which a model of velocities (`metarun.targets.flow`) is adapted,
-and its queries are other pictures of the class. Test classes are new. Clouâtre and Demers 2019 ("FIGR: Few-shot Image
-Generation with Reptile", https://arxiv.org/abs/1901.02199) have the same tasks with an adversarial model, which is not
-here.
+and its queries are other pictures of the class. Test classes are new. `metarun.tasks.generate_adversarial` has the same
+tasks with an adversarial model.
 """
 
 from collections.abc import Mapping

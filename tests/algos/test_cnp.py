@@ -135,6 +135,26 @@ def test_attention_equals_torchs_own():
         torch.testing.assert_close(attention(queries, keys, values, weight), expected[0])
 
 
+def test_attention_to_nothing_is_attention_to_a_further_point_of_value_zero():
+    attention = Attention(16, 4, places=6)
+    places, values = torch.randn(5, 6, generator=generator()), torch.randn(5, 16, generator=generator(1))
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    with torch.no_grad():
+        attention.nothing.copy_(torch.tensor([3.0, -1.0, 0.0, 20.0]))
+        found = attention(places, places, values, weight)
+        q, k, v = (
+            part(x).view(5, 4, 4)
+            for part, x in zip((attention.query, attention.key, attention.value), (places, places, values), strict=True)
+        )
+        expected = torch.zeros(5, 4, 4)
+        for head in range(4):
+            for i in range(5):
+                sizes = [math.exp(float(q[i, head] @ k[j, head]) / 2) * weight[j] for j in range(5)]
+                total = sum(sizes) + math.exp(attention.nothing[head])
+                expected[i, head] = sum(size / total * v[j, head] for j, size in enumerate(sizes))
+        torch.testing.assert_close(found, attention.mix(expected.flatten(1)))
+
+
 @pytest.mark.parametrize("path", ["attention", "mean", "none"])
 def test_points_that_are_not_in_the_context_change_nothing(path):
     process = AttentiveProcess(2, 1, 16, 4, 6, path, 1)
@@ -237,9 +257,67 @@ def test_self_attention_lets_points_of_the_context_see_each_other():
     assert seen.tolist() == [True, True, False, True, True]
 
 
+def lattice(size):
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    return torch.cartesian_prod(axis, axis)
+
+
+def test_waves_of_places_are_what_both_networks_of_a_conditional_process_see():
+    torch.manual_seed(0)
+    process = Process(2, 1, 16, waves=2)
+    given = Points(*torch.randn(2, 5, 2, generator=generator()))._replace(y=torch.randn(5, 1, generator=generator(1)))
+    asked = torch.rand(7, 2, generator=generator(2))
+
+    def seen(x):
+        kept = [k for k in ((a, b) for a in range(-2, 3) for b in range(-2, 3)) if k > (0, 0)]
+        angle = torch.stack([math.pi / 2 * (a * x[:, 0] + b * x[:, 1]) for a, b in kept], 1)
+        return torch.cat([x, angle.sin(), angle.cos()], 1)
+
+    r = process.encoder(torch.cat([seen(given.x), given.y], 1)).mean(0)
+    mean, spread = process.decoder(torch.cat([seen(asked), r.expand(7, -1)], 1)).chunk(2, 1)
+    found = process((given, torch.ones(5), asked))
+    torch.testing.assert_close(found, (mean, 0.1 + 0.9 * torch.nn.functional.softplus(spread)))
+
+
+@pytest.mark.parametrize("waves", [0, 5])
+def test_attention_on_waves_is_to_nearby_points_before_anything_is_learned(waves):
+    torch.manual_seed(0)
+    process, x = AttentiveProcess(2, 1, 64, 8, 0, "attention", 0, waves), lattice(6)
+    places = process.embed(process.place(x))
+    attention = process.cross_attention
+    keys, queries = (part(places).view(36, 8, 8).transpose(0, 1) for part in (attention.key, attention.query))
+    share = (queries @ keys.transpose(1, 2) / 8**0.5).softmax(-1).mean(0)
+    near = torch.cdist(x, x) < 0.5
+    to_near = (share * near).sum(1).mean() / (near.sum(1) / 36.0).mean()
+    assert (to_near > 3) == (waves > 0)
+    assert to_near < 1.2 or waves > 0
+
+
+@pytest.mark.parametrize("make", [Process, lambda *of: AttentiveProcess(2, 1, 32, 4, 0, "mean", 0, *of[3:])])
+def test_values_matter_as_much_as_waves_of_places_before_anything_is_learned(make):
+    torch.manual_seed(0)
+    network, x = make(2, 1, 32, 5), lattice(6)
+    encoder = network.encoder if make is Process else network.encoder.layers
+    r = [encoder(torch.cat([network.place(x), torch.full((36, 1), y)], 1)) for y in (0.0, 1.0)]
+    assert 0.3 < (r[1] - r[0]).norm() / r[0].norm() < 3
+
+
+def test_an_attentive_process_on_waves_keeps_to_its_context():
+    process = AttentiveProcess(2, 1, 16, 4, 6, "attention", 1, 2)
+    x, y, asked = (torch.randn(n, d, generator=generator(n + d)) for n, d in ((8, 2), (8, 1), (5, 2)))
+    noise, weight = torch.randn(3, 6, generator=generator()), torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 1])
+    inside = weight == 1
+    expected = process(Asked(Points(x[inside], y[inside]), torch.ones(5), asked, noise))
+    torch.testing.assert_close(process(Asked(Points(x, y), weight, asked, noise)), expected, rtol=0, atol=1e-12)
+    # In training, targets are places too.
+    targets, more = Points(x, y), torch.randn(6, generator=generator(1))
+    assert process(Asked(Points(x, y), weight, asked, noise, targets, more, torch.ones(8))).kl > 0
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
+        ({"waves": -1}, "the highest wave must not be negative"),
         ({"deterministic": "none", "latents": 0}, "without a deterministic path latents must be at least 1"),
         ({"width": 10, "heads": 4}, "width must be a positive multiple of heads=4, not 10"),
         ({"samples": 0}, "samples must be at least 1, not 0"),

@@ -51,6 +51,14 @@ def test_snail_equals_convolutions_and_attention_over_each_whole_sequence():
     assert sum(isinstance(block, Dense) for block in network.blocks) == 2 * math.ceil(math.log2(8))
 
 
+@pytest.mark.parametrize("algorithm_of", [snail, incontext])
+def test_many_queries_are_answered_in_parts(algorithm_of, monkeypatch):
+    algorithm, theta, support, query = task_of(algorithm_of)
+    together = algorithm.predict(theta, support, query["x"])
+    monkeypatch.setattr("metarun.algos.dependent.snail.AT_ONCE", 2)
+    torch.testing.assert_close(algorithm.predict(theta, support, query["x"]), together)
+
+
 @pytest.mark.parametrize("algorithm_of", [snail, incontext, mann])
 def test_a_query_is_answered_without_the_others(algorithm_of):
     algorithm, theta, support, query = task_of(algorithm_of)

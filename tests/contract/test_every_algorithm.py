@@ -15,6 +15,7 @@ from metarun.engine.batch import adapted, evaluate, meta_gradient
 from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.decoder import TransformerDecoder
+from metarun.models.gan import GANSmall
 from metarun.models.mlp import MLP
 from metarun.models.policy import FastWeightsPolicy, GRUPolicy, Policy
 from metarun.models.reader import Reader
@@ -27,6 +28,7 @@ from metarun.targets.scoring import loss_of
 from metarun.tasks.bandit import Bandit
 from metarun.tasks.entities import entities
 from metarun.tasks.generate import Generate
+from metarun.tasks.generate_adversarial import GenerateAdversarially
 from metarun.tasks.generation import Generation
 from metarun.tasks.mdp import MDP
 from metarun.tasks.navigation import Navigation
@@ -124,7 +126,16 @@ def velocities():
     return few_pictures(), UNetSmall(few_pictures().spec, width=8)
 
 
-TINY = (sinusoid, images, sentences, tags, passages, walks, pulls, tables, sprites, turns, velocities)
+@cache
+def judged_pictures():
+    return GenerateAdversarially("procedural", shots=2, queries=2, latents=3, generated=2, image_size=16)
+
+
+def players():
+    return judged_pictures(), GANSmall(judged_pictures().spec, width=2)
+
+
+TINY = (sinusoid, images, sentences, tags, passages, walks, pulls, tables, sprites, turns, velocities, players)
 
 
 @cache
@@ -142,7 +153,10 @@ def built(name, tiny):
     return (algorithm, family) if family.spec.offers(algorithm.needs) else None
 
 
-FEW = dict.fromkeys((velocities, turns), ("adaptive", "maml", "reference", "reptile", "transfer"))
+FEW = {
+    **dict.fromkeys((velocities, turns), ("adaptive", "maml", "reference", "reptile", "transfer")),
+    players: ("fomaml", "reptile", "transfer"),
+}
 """Families that are tried with a few algorithms, since the others do the same there and take long."""
 
 

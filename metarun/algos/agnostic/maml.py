@@ -68,7 +68,7 @@ def maml(
         adapt,
         predict,
         approach="agnostic",
-        needs="loss",
+        needs="slope" if first_order else "loss",
         paper="https://arxiv.org/abs/1703.03400",
         train_steps=inner_steps,
     )

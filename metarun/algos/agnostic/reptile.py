@@ -140,7 +140,7 @@ def reptile(
         adapt,
         predict,
         approach="agnostic",
-        needs="loss",
+        needs="slope",
         paper="https://arxiv.org/abs/1803.02999",
         train_steps=inner_steps,
         meta_grad=meta_grad,

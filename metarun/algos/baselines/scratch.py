@@ -57,7 +57,7 @@ def scratch(model: nn.Module, step_sizes: Sequence[float] = STEP_SIZES) -> Algor
         adapt,
         predict,
         approach="baseline",
-        needs="loss",
+        needs="slope",
         paper="",
         candidates=lambda theta: [with_step_size(theta, size) for size in step_sizes],
         meta_learns=False,

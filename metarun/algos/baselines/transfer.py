@@ -45,7 +45,7 @@ def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SI
         step_sizes: candidate step sizes for fine-tuning, each above 0.
     """
     fine_tuning = scratch(model, step_sizes)._replace(
-        needs="examples" if spec.offers("examples") or spec.offers("policy") else "loss",
+        needs="examples" if spec.offers("examples") or spec.offers("policy") else "slope",
         paper="https://arxiv.org/abs/1904.04232",
         meta_learns=True,
     )

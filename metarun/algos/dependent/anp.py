@@ -12,6 +12,12 @@ Layers are those of the authors' code for one dimension (https://github.com/goog
 self-attention unless asked for, one embedding of inputs for keys and queries, then projections that are separate for
 queries, keys and values; σ of z is 0.1 + 0.9 sigmoid(·), σ of y is 0.1 + 0.9 softplus(·).
 
+With ``waves`` inputs are places that the networks see as in ``cnp``, and the attention differs from the authors' in two
+ways. Keys and queries are linear in the waves, and their projections start alike and large: attention is to nearby
+context points from the first step on, where projections that are drawn apart from each other begin with an equal share
+for every point, and stay near it for long. And a query may attend to nothing, a further value of zeros with a learned
+logit: r(x) then also says whether any context point is near.
+
 In training z is one sample from q(z | s_T), and the context is drawn as in ``cnp``. In validation and test the whole
 support set is the context, ``samples`` latents are drawn from q(z | s_C), and
 
@@ -36,9 +42,11 @@ from metarun.algos.dependent.cnp import (
     LOG_LIKELIHOOD,
     Points,
     as_normal,
+    begin,
     drawn_context,
     layers,
     log_likelihood,
+    placed,
     points,
 )
 from metarun.contracts import Algorithm, Loss, MetaLoss, Scores, Spec, Task, Tree, flat
@@ -50,6 +58,9 @@ from metarun.random import fresh_seed, normal
 from metarun.targets.weights import count_of, mean_over, weight_of
 
 Path = Literal["attention", "mean", "none"]
+
+NEARNESS = 2.0
+"""How much larger the projections of waves are at the start than those of other queries and keys."""
 
 
 class Latent(NamedTuple):
@@ -70,18 +81,34 @@ def divergence(q: Latent, p: Latent) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate projections of queries, keys and values (Vaswani et al. 2017, §3.2.2)."""
+    """Multi-head attention with separate projections of queries, keys and values (Vaswani et al. 2017, §3.2.2).
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: of values and of what is read, a multiple of ``heads``.
+        heads: number of heads.
+        places: None, or the width of queries and keys that are waves of places: their projections then start alike, and
+            nothing can be attended to.
+    """
+
+    def __init__(self, width: int, heads: int, places: int | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.query, self.key = (nn.Linear(places or width, width, bias=False) for _ in range(2))
+        self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(2))
         for projection in (self.query, self.key, self.value, self.mix):
-            nn.init.normal_(projection.weight, std=width**-0.5)
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.nothing = None
+        if places:
+            with torch.no_grad():
+                self.query.weight *= NEARNESS
+                self.key.weight.copy_(self.query.weight)
+            # Half of what a place's product with itself is at the start.
+            self.nothing = nn.Parameter(torch.full((heads,), NEARNESS**2 / 4 * (width // heads) ** 0.5))
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
         """Attend to ``values [points, width]`` from ``queries [queries, width]``; points of weight 0 are ignored."""
-        read = multi_head(self.query(queries), self.key(keys), self.value(values), self.heads, weight)
+        projected = self.query(queries), self.key(keys), self.value(values)
+        read = multi_head(*projected, self.heads, weight, self.nothing)
         mixed: Tensor = self.mix(read)
         return mixed
 
@@ -150,17 +177,29 @@ class AttentiveProcess(nn.Module):
     """Both paths and the decoder."""
 
     def __init__(
-        self, inputs: int, outputs: int, width: int, heads: int, latents: int, path: Path, self_attention: int
+        self,
+        inputs: int,
+        outputs: int,
+        width: int,
+        heads: int,
+        latents: int,
+        path: Path,
+        self_attention: int,
+        waves: int = 0,
     ) -> None:
         super().__init__()
-        pair, self.path = inputs + outputs, path
+        (self.place, places), self.path = placed(inputs, waves), path
+        pair = places + outputs
         if path != "none":
             self.encoder = Encoder(pair, width, heads, self_attention)
         if path == "attention":
-            self.embed, self.cross_attention = layers(inputs, width, width), Attention(width, heads)
+            self.embed = nn.Identity() if waves else layers(inputs, width, width)
+            self.cross_attention = Attention(width, heads, places if waves else None)
         self.latent = LatentPath(pair, width, latents, heads, self_attention) if latents else None
         told = latents + (width if path != "none" else 0)
-        self.decoder = layers(inputs + told, width, width, 2 * outputs)
+        self.decoder = layers(places + told, width, width, 2 * outputs)
+        if waves:
+            begin(self, places, [part.layers for part in self.modules() if isinstance(part, Encoder)])
 
     def deterministic(self, asked: Asked) -> Tensor:
         """Return r for every target: ``[targets, width]``, or without this path ``[targets, 0]``."""
@@ -189,6 +228,9 @@ class AttentiveProcess(nn.Module):
 
     def forward(self, asked: Asked) -> Answer:
         """Return the distributions of the targets for every sample of z."""
+        context = asked.context._replace(x=self.place(asked.context.x))
+        targets = asked.targets and asked.targets._replace(x=self.place(asked.targets.x))
+        asked = asked._replace(context=context, x=self.place(asked.x), targets=targets)
         r, (z, kl) = self.deterministic(asked), self.latents(asked)
         known = torch.cat([asked.x, r], -1)
         # One sample after the other, since memory would grow with the number of samples computed at once.
@@ -206,6 +248,7 @@ def anp(
     width: int = 128,
     heads: int = 8,
     self_attention: int = 0,
+    waves: int = 0,
 ) -> Algorithm:
     """Attentive neural process.
 
@@ -220,6 +263,7 @@ def anp(
         width: width of every layer, at least 1, and a multiple of ``heads``.
         heads: number of attention heads, at least 1.
         self_attention: number of self-attention layers among the context points in the encoders of both paths.
+        waves: number of half periods of the fastest wave of the inputs; 0: the networks see the inputs alone.
     """
     require(latents >= 0, f"latents must not be negative, and it is {latents}")
     require(latents > 0 or deterministic != "none", "without a deterministic path latents must be at least 1")
@@ -230,7 +274,9 @@ def anp(
     require(self_attention >= 0, f"self_attention must not be negative, and it is {self_attention}")
     inputs = math.prod(spec.inputs.shape)
     forward, drawn = own_network(
-        lambda: AttentiveProcess(inputs, spec.target.outputs, width, heads, latents, deterministic, self_attention),
+        lambda: AttentiveProcess(
+            inputs, spec.target.outputs, width, heads, latents, deterministic, self_attention, waves
+        ),
         model,
     )
 

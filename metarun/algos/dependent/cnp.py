@@ -12,6 +12,13 @@ all support and query points. In training only some support points are the conte
 the points are chosen at random, for every task from its own seed. The authors draw one number per batch, since their
 tensors have no weights, and leave the largest out. Validation and test use the whole support set.
 
+With ``waves`` inputs are places, such as those of pixels, and both networks see them as waves (`metarun.nn.waves`),
+since layers on two numbers alone learn only what changes slowly. All layers then begin as in the authors' code, with
+biases of zero and weights by the rule of Glorot and Bengio 2010 (https://proceedings.mlr.press/v9/glorot10a.html,
+equation 16), which are larger than torch's own, and y of a context point weighs as much as all of its waves together.
+Otherwise the mean of the r_i hardly depends on any y, and for thousands of steps nothing but the mean of all tasks is
+learned.
+
 Predictions are μ, and the second metric is the log-likelihood. The method brings its own networks; the configured
 model is not used.
 """
@@ -29,6 +36,7 @@ from metarun.errors import require
 from metarun.inner import both, keep_support
 from metarun.nn.functional import own_network
 from metarun.nn.ops import mean_row
+from metarun.nn.waves import Waves
 from metarun.random import fresh_seed, uniform
 from metarun.targets.metric import Metric
 from metarun.targets.weights import count_of, mean_over, weight_of
@@ -62,6 +70,25 @@ def layers(*widths: int) -> nn.Sequential:
     for inputs, outputs in pairwise(widths):
         modules += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*modules[:-1])
+
+
+def placed(inputs: int, waves: int) -> tuple[nn.Module, int]:
+    """Return what turns inputs into what networks see of them, and the width of that."""
+    if not waves:
+        return nn.Identity(), inputs
+    module = Waves(inputs, waves)
+    return module, module.width
+
+
+def begin(network: nn.Module, places: int, encoders: list[nn.Sequential]) -> None:
+    """Draw weights by Glorot's rule; in encoders, y weighs as much as the ``places`` inputs before it."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for encoder in encoders:
+            next(encoder.parameters())[:, places:] *= math.sqrt(places)
 
 
 def drawn_context(support: Tree, least: int | None) -> Tensor:
@@ -101,19 +128,22 @@ def log_likelihood(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class Process(nn.Module):
     """Encoder, mean and decoder."""
 
-    def __init__(self, inputs: int, outputs: int, width: int) -> None:
+    def __init__(self, inputs: int, outputs: int, width: int, waves: int = 0) -> None:
         super().__init__()
-        self.encoder = layers(inputs + outputs, width, width, width, width)
-        self.decoder = layers(inputs + width, width, width, 2 * outputs)
+        self.place, places = placed(inputs, waves)
+        self.encoder = layers(places + outputs, width, width, width, width)
+        self.decoder = layers(places + width, width, width, 2 * outputs)
+        if waves:
+            begin(self, places, [self.encoder])
 
     def forward(self, given: tuple[Points, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Support points, their weights and targets ``x [targets, inputs]`` → μ and σ ``[targets, outputs]``."""
         support, weight, x = given
-        r = mean_row(self.encoder(support.pairs()), weight)
-        return as_normal(self.decoder(torch.cat([x, r.expand(len(x), -1)], -1)))
+        r = mean_row(self.encoder(Points(self.place(support.x), support.y).pairs()), weight)
+        return as_normal(self.decoder(torch.cat([self.place(x), r.expand(len(x), -1)], -1)))
 
 
-def cnp(model: nn.Module, spec: Spec, width: int = 128, least_context: int | None = 3) -> Algorithm:
+def cnp(model: nn.Module, spec: Spec, width: int = 128, least_context: int | None = 3, waves: int = 0) -> Algorithm:
     """Conditional neural process.
 
     Args:
@@ -121,10 +151,12 @@ def cnp(model: nn.Module, spec: Spec, width: int = 128, least_context: int | Non
         spec: that of a regression task.
         width: width of every layer, at least 1.
         least_context: smallest number of context points in training, at least 1; None: all support points always.
+        waves: number of half periods of the fastest wave of the inputs; 0: the networks see the inputs alone.
     """
     require(width >= 1, f"width must be at least 1, not {width}")
     require(least_context is None or least_context >= 1, f"least_context must be at least 1, not {least_context}")
-    forward, drawn = own_network(lambda: Process(math.prod(spec.inputs.shape), spec.target.outputs, width), model)
+    inputs = math.prod(spec.inputs.shape)
+    forward, drawn = own_network(lambda: Process(inputs, spec.target.outputs, width, waves), model)
 
     def init(generator: torch.Generator) -> Tree:
         return {"weights": drawn(generator)}

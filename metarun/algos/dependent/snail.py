@@ -27,6 +27,9 @@ from metarun.inner import by_row, keep_support, padding_first, rows_together
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
 from metarun.nn.ops import seen, without_padding
 
+AT_ONCE = 1024
+"""Largest number of queries that are answered at once."""
+
 
 class Sequences(NamedTuple):
     """Activations along the support set, and of each query at the position after it."""
@@ -159,8 +162,9 @@ def reader(model: nn.Module, spec: Spec, name: str, network: Any, paper: str) ->
         known = labelled(z, y)
 
         def answer(queries: Tensor) -> Tensor:
-            answers: Tensor = read(theta["reader"], Sequences(known, unlabelled(queries, y), weight))
-            return answers
+            # A picture has thousands of locations; all at once, and for many tasks, they would not fit into memory.
+            parts = (Sequences(known, unlabelled(part, y), weight) for part in torch.split(queries, AT_ONCE))
+            return torch.cat([read(theta["reader"], part) for part in parts])
 
         return by_row(answer, features)
 
