@@ -7,10 +7,12 @@ from scenarios import generator, sampled
 
 from metarun.data import lines
 from metarun.data.lines import Author
+from metarun.data.ngram_prior import found_at, prior_of
+from metarun.data.ngrams import Ngrams
 from metarun.errors import UserError
-from metarun.targets.scoring import scores_in_test
+from metarun.targets.scoring import loss_of, scores_in_test
 from metarun.targets.text import BITS
-from metarun.tasks.authors import NGRAM, NGRAM_ADAPTED, Authors
+from metarun.tasks.authors import NGRAM, NGRAM_ADAPTED, Authors, inputs_of
 
 
 def toy(**keys):
@@ -156,3 +158,39 @@ def test_sizes_out_of_range_are_refused():
 def test_toy_authors_have_lines_enough_for_the_defaults():
     """So that the command runs where there are no files."""
     assert sampled(Authors(dataset="toy"), "test", 1, generator()).query["y"].shape[1] == 50
+
+
+def test_values_are_found_among_codes():
+    codes = torch.tensor([2, 3, 7, 20])
+    assert found_at(codes, torch.tensor([[3, 20], [0, 21], [2, 8]])).tolist() == [[1, 3], [-1, -1], [0, -1]]
+    assert found_at(codes[:1], torch.tensor([2, 3])).tolist() == [0, -1]
+
+
+def test_the_table_has_the_probabilities_of_the_n_gram_model():
+    family = toy()
+    train, other = family.shelves["train"].ids[::7], family.shelves["test"].ids[:50]
+    counts = Ngrams(train.numpy(), 4, family.tokenizer.ids)
+    prior = prior_of(counts)
+    x = inputs_of(other)
+    p = prior.table[torch.vmap(prior.states)(x)]
+    nats = -p.gather(-1, other[..., None])[..., 0] * (other > 0)
+    torch.testing.assert_close(nats.double(), torch.from_numpy(counts.nats(other.numpy())), rtol=1e-5, atol=1e-5)
+
+
+def test_a_learner_that_returns_nothing_is_the_n_gram_model_without_the_work_of_a_training_line():
+    family = toy(shots=[2, 4], prior="ngram")
+
+    def silent(x):
+        return torch.zeros(*x.shape, family.tokenizer.ids)
+
+    data = {name: leaf[0] for name, leaf in sampled(family, "test", 1, generator()).query.items() if name != "control"}
+    _, scores = loss_of(family)(silent, data)
+    torch.testing.assert_close(scores[BITS.name], scores_in_test(family, silent, data)[NGRAM.name], rtol=1e-3, atol=0)
+    train = family.shelves["train"]
+    line = 5
+    kept = [i for i, work in enumerate(train.works) if work != train.works[line]]
+    nats = Ngrams(train.ids[kept].numpy(), 5, family.tokenizer.ids).nats(train.ids[line : line + 1].numpy())
+    found = -family.table[train.state[line]].gather(-1, train.ids[line][:, None])[:, 0] * (train.ids[line] > 0)
+    torch.testing.assert_close(found.double(), torch.from_numpy(nats[0]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="merges=5 makes word pieces"):
+        toy(prior="ngram", merges=5)
