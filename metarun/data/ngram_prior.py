@@ -1,7 +1,16 @@
 """What an n-gram model expects after each token, as a table that a learner starts from.
 
-The probabilities are those of `metarun.data.ngrams`. They depend on the longest end of the text so far, of at most
-order − 1 tokens, that occurs in the counted texts: each such history is a *state*, and has a row in a table.
+The model is interpolated modified Kneser-Ney (Chen and Goodman 1999, https://doi.org/10.1006/csla.1999.0128, §3):
+
+    p(w | h) = (max(c(h w) − D(c(h w)), 0) + Σ_v D(c(h v)) · p(w | h')) / Σ_v c(h v)
+
+c counts n-grams of the largest length; of a shorter one it is the number of different tokens that come before it,
+unless it begins where a text begins, before which there is nothing else. D(1), D(2) and D(3 or more) follow from how
+many n-grams of a length have c = 1, 2, 3 and 4. h' is h without its first token, and after a history that never occurs,
+p(w | h) = p(w | h'). The shortest history is interpolated with all ids alike, of which padding is none.
+
+Probabilities so depend on the longest end of the text so far that occurs in the counted texts: each such history is a
+*state*, and has a row in a table.
 """
 
 from collections.abc import Sequence
@@ -9,10 +18,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from metarun.data.ngrams import Ids, Ngrams
-from metarun.data.pieces import BOUNDARY, RESERVED
+from metarun.data.ngrams import Ids, Ngrams, counted
+from metarun.data.pieces import BOUNDARY, PADDING, RESERVED
+
+Numbers = NDArray[np.float64]
+
+LEAST = 1e-9
+"""The smallest probability of a token, so that its logarithm is finite."""
 
 
 def found_at(codes: Tensor, values: Tensor) -> Tensor:
@@ -55,21 +70,50 @@ class Prior:
         return state
 
 
+def discounts(counts: Numbers) -> Numbers:
+    """Return D(0), D(1), D(2) and D(3 or more) for the counts of the n-grams of one length.
+
+    Where no n-gram has one of the counts that these follow from, they are those of absolute discounting by a half.
+    """
+    n1, n2, n3, n4 = ((counts == k).sum() for k in range(1, 5))
+    if not n1 * n2 * n3 * n4:
+        return np.array([0.0, 0.5, 0.5, 0.5])
+    y = n1 / (n1 + 2 * n2)
+    found: Numbers = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+    return found.clip(0, [0, 1, 2, 3])
+
+
+def adjusted(counts: Ngrams, n: int) -> Numbers:
+    """Return the counts c of the n-grams of length ``n``, in the order of their codes."""
+    codes, ids = counts.orders[n - 1].pairs.codes, counts.ids
+    seen = counts.orders[n - 1].pairs.counts
+    if n == counts.order:
+        return seen.astype(float)
+    before = counted(counts.orders[n].pairs.codes % ids**n).of(codes)
+    begins = (codes // ids ** (n - 1) == BOUNDARY) & (n > 1)
+    return np.where(begins, seen, before).astype(float)
+
+
 def prior_of(counts: Ngrams, device: str = "cpu") -> Prior:
-    """Return the table of an n-gram model."""
-    lower = np.full((1, counts.ids), 1 / (counts.ids - RESERVED + 2))
-    tables, histories = list[np.ndarray](), list[Ids]()
-    for n, (pairs, _, types) in enumerate(counts.orders):
-        codes = types.codes
-        own = np.zeros((len(codes), counts.ids))
-        own[np.searchsorted(codes, pairs.codes // counts.ids), pairs.codes % counts.ids] = pairs.counts
-        follow = types.counts[:, None]
-        before = lower[np.searchsorted(histories[-1], codes % counts.ids ** (n - 1))] if n else lower
-        lower = (own + follow * before) / (own.sum(1, keepdims=True) + follow)
-        tables.append(np.log(lower))
+    """Return the table of the n-gram model with these counts."""
+    ids = counts.ids
+    # The end of a text and unknown characters occur too.
+    lower = np.full((1, ids), 1 / (ids - RESERVED + 2))
+    lower[:, PADDING] = 0
+    tables, histories = list[Numbers](), list[Ids]()
+    for n, (pairs, _, types) in enumerate(counts.orders, 1):
+        codes, c = types.codes, adjusted(counts, n)
+        off = discounts(c)[c.clip(max=3).astype(int)]
+        row = np.searchsorted(codes, pairs.codes // ids)
+        own = np.zeros((len(codes), ids))
+        own[row, pairs.codes % ids] = c - off
+        total, left = (np.bincount(row, numbers, len(codes))[:, None] for numbers in (c, off))
+        before = lower[np.searchsorted(histories[-1], codes % ids ** (n - 2))] if n > 1 else lower
+        lower = (own + left * before) / total
+        tables.append(np.log(lower.clip(min=LEAST)))
         histories.append(codes)
     return Prior(
-        counts.ids,
+        ids,
         [torch.from_numpy(codes).to(device) for codes in histories],
         torch.from_numpy(np.concatenate(tables)).to(device, torch.get_default_dtype()),
     )
