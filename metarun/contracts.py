@@ -192,11 +192,14 @@ class Words:
     """Number of ids of a word; the first one is that of the word itself."""
     ids: int
     """Number of ids."""
+    vector: int = 0
+    """Number of numbers that follow the ids of a word, such as those of a frozen model; if there are any, all are
+    floating-point numbers, and zero in padding."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one input."""
-        return (self.words, self.columns)
+        return (self.words, self.columns + self.vector)
 
 
 class Seen(NamedTuple):

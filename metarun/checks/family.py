@@ -161,8 +161,13 @@ def _check_examples(name: str, data: Tree, spec: Spec, ways: int, per_class: int
     )
     integer = x.dtype in (torch.int32, torch.int64)
     if isinstance(spec.inputs, Tokens | Sequences | Words):
-        _check(integer, f"{x_name} holds token ids, so it must be of torch.int64, not {x.dtype}")
-        low, high = int(x.min()), int(x.max())
+        ids = x
+        if isinstance(spec.inputs, Words) and spec.inputs.vector:
+            ids = x[..., : spec.inputs.columns]
+            _check(bool((ids == ids.round()).all()), f"{x_name} must hold whole numbers where it holds token ids")
+        else:
+            _check(integer, f"{x_name} holds token ids, so it must be of torch.int64, not {x.dtype}")
+        low, high = int(ids.min()), int(ids.max())
         inside = low >= 0 and high < spec.inputs.ids
         _check(inside, f"{x_name} must hold token ids from 0 to {spec.inputs.ids - 1}, not {low} to {high}")
     _check(

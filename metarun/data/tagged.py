@@ -13,6 +13,7 @@ from torch import Tensor
 from metarun.contracts import Examples
 from metarun.data.portable import portable
 from metarun.data.tokens import WordFeatures
+from metarun.data.word_vectors import WordVectors
 from metarun.errors import UserError, require
 
 SUFFIXES = (".conll", ".conllu", ".iob2", ".iob", ".bio", ".txt", ".tsv")
@@ -176,9 +177,16 @@ class TaggedWords:
     """The names of the types with tags of their own."""
     places: int
     """Number of places for other types, which come after these."""
+    vectors: WordVectors | None = None
+    """Numbers of a frozen model that follow what words look like."""
+
+    @property
+    def embed(self) -> str | None:
+        """What embeds words; None: nothing does."""
+        return None if self.vectors is None else self.vectors.embed
 
     def inputs(self, x: Any) -> Tensor:
-        """Return what words look like ``[sentences, words, columns]``.
+        """Return what words look like, and numbers of a frozen model if there is one: ``[sentences, words, columns]``.
 
         Raises:
             ValueError: there is something that is no list of words, or a sentence has too many of them.
@@ -192,7 +200,11 @@ class TaggedWords:
                 f"a sentence has {len(row)} words, and the learner reads at most {self.features.longest}; cut it, or "
                 "train with a larger task.longest",
             )
-        return self.features(rows).long()
+        looks = self.features(rows).long()
+        if self.vectors is None:
+            return looks
+        numbers = self.vectors.of(rows, self.features.longest)
+        return torch.cat([looks.to(numbers), numbers], -1)
 
     def targets(self, y: Any) -> Tensor:
         """Return one-hot tags ``[sentences, words, tags]`` of lists of tags, 0 where a sentence has ended.

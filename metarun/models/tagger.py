@@ -13,17 +13,22 @@ from metarun.models.text import Attention
 
 
 class WordVectors(nn.Module):
-    """A word as the sum of the vectors of its ids."""
+    """A word as the sum of the vectors of its ids, and of a linear map of its numbers where it has any."""
 
     def __init__(self, words: Words, width: int) -> None:
         super().__init__()
         # Padding has no row: its vector is zero. Vectors are short, so that what is learned of a rare id soon outweighs
         # what was drawn.
         self.table = nn.Parameter(0.1 * torch.randn(words.ids - 1, width))
+        self.columns = words.columns
+        # Without a bias, so that padding stays zero.
+        self.numbers = nn.Linear(words.vector, width, bias=False) if words.vector else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[sentences, words, columns]`` → ``[sentences, words, width]``."""
-        return embedding(x, pad(self.table, (0, 0, 1, 0))).sum(2)
+        """``[sentences, words, columns + numbers]`` → ``[sentences, words, width]``."""
+        ids = x[..., : self.columns].long()
+        vectors: Tensor = embedding(ids, pad(self.table, (0, 0, 1, 0))).sum(2)
+        return vectors if self.numbers is None else vectors + self.numbers(x[..., self.columns :])
 
 
 class Neighbours(nn.Module):

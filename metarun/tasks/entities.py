@@ -23,9 +23,11 @@ from torch.nn.functional import one_hot
 from metarun.contracts import Facts, Pooled, Predict, Samples, Sizes, Spec, Split, Task, Tree, Words
 from metarun.data import corpora, tokens
 from metarun.data.corpora import Corpus, Source
+from metarun.data.sources import check_source
 from metarun.data.splits import SHARES, dealt, listed
 from metarun.data.tagged import Scheme, Sentence, TaggedWords
 from metarun.data.toy_entities import toy_entities
+from metarun.data.word_vectors import different, embedded, fit_vectors, places, table_of
 from metarun.errors import require
 from metarun.targets.metric import Metric
 from metarun.targets.tags import Decoder, Tags, begins_at, counted, f1, kind_of, spans
@@ -68,12 +70,14 @@ class Pool:
         tag: tags among the source's own types ``[sentences, words]``; −1 for padding.
         supports: number of sentences for support.
         apart: whether queries come from the other sentences; otherwise all are for both.
+        place: the row of each word in the family's table of vectors ``[sentences, words]``; 0 for padding.
         types: the names of the source's types.
         from_training: whether training has sentences of this source.
     """
 
     x: Tensor
     tag: Tensor
+    place: Tensor
 
     def __init__(self, source: Source, types: Sequence[str], longest: int, from_training: bool) -> None:
         support = [piece for sentence in source.support for piece in pieces(sentence, longest)]
@@ -120,11 +124,18 @@ class How:
     unfamiliar: float = 0.5
     """Share of the tasks of training sources that are made unfamiliar, from 0 to 1."""
     decoder: Decoder = "words"
+    embed: str | None = None
+    """A frozen model of sentences whose features each word has, too (see `metarun.data.sources`); None: none."""
+    components: int = 64
+    """Number of principal components of these features, at least 1."""
 
     def __post_init__(self) -> None:
         require(self.ways >= 1, f"ways must be at least 1, not {self.ways}")
         require(self.longest >= 2, f"longest must be at least 2, not {self.longest}")
         require(2 <= self.buckets <= MOST_BUCKETS, f"buckets must be from 2 to {MOST_BUCKETS}, not {self.buckets}")
+        require(self.components >= 1, f"components must be at least 1, not {self.components}")
+        if self.embed is not None:
+            check_source(self.embed, "sentences")
         require(0 <= self.unfamiliar <= 1, f"unfamiliar must be from 0 to 1, not {self.unfamiliar}")
         known = not isinstance(self.types, str) or self.types in ("shared", "new")
         require(known, f"types must be shared, new or a list of names, not {self.types}")
@@ -132,11 +143,13 @@ class How:
     def text(self) -> list[str]:
         """Return what makes scores incomparable."""
         kind = f"new:ways={self.ways}" if self.types == "new" else "shared"
-        return [kind, f"longest={self.longest}"]
+        return [kind, f"longest={self.longest}", *([] if self.embed is None else [self.embed])]
 
 
 class Entities:
     """Tasks of finding entities; ``x [sentences, words, columns]`` are ids, ``y [sentences, words, tags]`` is one-hot.
+
+    With a frozen model, its numbers of each word follow the ids in ``x``.
 
     Args:
         corpus: sources by split; without any for validation, the last sentences of training sources are held out.
@@ -168,21 +181,29 @@ class Entities:
             for split, sources in corpus.items()
         }
         self._check(dataset)
-        self.converter = converter or self._fitted()
+        words = different(
+            sentence.words for own in self.pools.values() for p in own.values() for sentence in p.sentences
+        )
+        found = None if how.embed is None else embedded(how.embed, words, device)
+        self.converter = converter or self._fitted(words, found)
         self.features, self.columns = self.converter.features, self.converter.types
         self.strange_columns = self.converter.places
         require(
             self.features.longest == how.longest,
             f"the learner was trained with task.longest={self.features.longest}; test it with the same",
         )
-        features = self.features
+        vectors, self.vectors = self.converter.vectors, None
+        if vectors is not None and found is not None:
+            self.vectors = table_of(vectors.projected(found)).to(device)
         for own in self.pools.values():
             for pool in own.values():
-                pool.encode(features, device)
+                pool.encode(self.features, device)
+                if self.vectors is not None:
+                    pool.place = places([s.words for s in pool.sentences], words, how.longest).to(device)
         self.names = tuple(dict.fromkeys(name for own in self.pools.values() for name in own))
         target = self._target(how.decoder)
         self.spec = Spec(
-            Words(how.longest, tokens.COLUMNS, features.ids),
+            Words(how.longest, tokens.COLUMNS, self.features.ids, 0 if vectors is None else vectors.size),
             target,
             Sizes(others.shots.most * each, others.queries * each),
             metrics=target.metrics,
@@ -264,10 +285,15 @@ class Entities:
         ]
         return tuple(known), max(lacking)
 
-    def _fitted(self) -> TaggedWords:
-        """Return what training sentences say of words and types."""
+    def _fitted(self, words: list[str], found: Tensor | None) -> TaggedWords:
+        """Return what training says of words and types; ``found`` are features of ``words``, if there are any."""
         training = [sentence.words for pool in self.pools["train"].values() for sentence in pool.sentences]
-        return TaggedWords(tokens.fit_words(training, self.how.buckets, self.how.longest), *self._columns())
+        vectors = None
+        if self.how.embed is not None and found is not None:
+            own = set(different(training))
+            seen = torch.tensor([word in own for word in words])
+            vectors = fit_vectors(self.how.embed, found[seen], self.how.components)
+        return TaggedWords(tokens.fit_words(training, self.how.buckets, self.how.longest), *self._columns(), vectors)
 
     def _target(self, decoder: Decoder) -> Tags:
         names = (*self.columns, *(f"new{i}" for i in range(self.strange_columns)))
@@ -303,7 +329,11 @@ class Entities:
             tag, outputs = pool.tag[rows], self.spec.target.outputs
             there = (tag >= 0) & (weight > 0)[:, None]
             y = one_hot(place.to(self.device)[tag.clamp(min=0)], outputs) * there[..., None]
-            x = self._unfamiliar(pool.x[rows].long(), share, salt) * there[..., None]
+            x = self._unfamiliar(pool.x[rows].long(), share, salt)
+            if self.vectors is not None:
+                numbers = self.vectors[pool.place[rows]]
+                x = torch.cat([x.to(numbers), numbers], -1)
+            x = x * there[..., None]
             found = {"x": x, "y": y.to(torch.get_default_dtype())}
             if not (self.sizes[False].shots.fixed and self.sizes[True].shots.fixed):
                 found["weight"] = weight.to(found["y"])
@@ -462,6 +492,8 @@ def entities(
     device: str = "cpu",
     data_dir: str = "data",
     converter: TaggedWords | None = None,
+    embed: str | None = None,
+    components: int = 64,
 ) -> Entities:
     """Tasks of finding entities in a language, a domain or a file.
 
@@ -487,6 +519,8 @@ def entities(
         device: where the sentences live.
         data_dir: holds the folders of the corpora.
         converter: what a run has learned of words and types, for a later test of it; None: fitted to training.
+        embed: a frozen model of sentences that embeds each word alone (see `metarun.data.sources`); null: none.
+        components: number of principal components of its features that words have, at least 1.
 
     Raises:
         UserError: data are missing or damaged; the sentence names the file and the line.
@@ -494,7 +528,7 @@ def entities(
     require(column is None or column >= 2, f"column must be at least 2, since words come first, not {column}")
     sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
     chosen = types if isinstance(types, str) else tuple(types)
-    how = How(chosen, ways, longest, buckets, unfamiliar, decoder)
+    how = How(chosen, ways, longest, buckets, unfamiliar, decoder, embed, components)
     if path is not None:
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         corpus = corpora.of_path(path, data_dir, column, scheme, val, test)

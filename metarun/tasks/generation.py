@@ -102,6 +102,8 @@ class Generation:
         prompt: most tokens of a prompt, at least 1; longer ones are cut off.
         draft: a way to answer without learning whose text follows the acts in a prompt, so that a learner may copy and
             edit it: ``nearest`` or ``template`` (see `metarun.data.responses`); ``none``: acts alone.
+        margin: what a learner writes is said if it is likelier than the draft by this many nats per token, and
+            otherwise the draft; null: it is always said. Without a draft there is nothing to choose.
         once: whether each value of a prompt is said once (see `metarun.targets.decoding.each_once`).
         temperature: that of the samples, above 0.
         device: where the turns live.
@@ -123,6 +125,7 @@ class Generation:
         length: int = 32,
         prompt: int = 24,
         draft: Literal["none", "nearest", "template"] = "template",
+        margin: float | None = None,
         once: bool = True,
         temperature: float = 0.7,
         device: str = "cpu",
@@ -143,6 +146,7 @@ class Generation:
         self.tokenizer = pieces.fit(texts, merges, describe.alphabet)
         self.draft, self.length = REFERENCES.get(draft), length
         self.columns = prompt + (length + 1 if self.draft else 0)
+        self.margin = margin if self.draft else None
         values = [[float(symbol(i) in text) for i in range(PLACES)] for text in self.tokenizer.strings]
         self.rule = each_once(torch.tensor(values, device=device)) if once else None
         self.splits = dict[str, Services]()
@@ -157,6 +161,7 @@ class Generation:
                 f"merges={merges}",
                 f"length={length}",
                 f"draft={draft}",
+                *([] if self.margin is None else [f"margin={margin}"]),
                 *["once"] * once,
                 content,
             ]
@@ -185,14 +190,18 @@ class Generation:
             self._part(own, query, None if real is None else query >= 0, shown),
         )
 
-    def _prompt(self, own: Services, row: int, support: list[int]) -> list[int]:
-        """Return the ids of the acts of a turn, and of a draft that is made from the other turns of ``support``."""
-        ids = own.prompts[row]
+    def _prompt(self, own: Services, row: int, support: list[int]) -> tuple[list[int], list[int]]:
+        """Return the ids of the acts of a turn and of a draft, and those of the draft alone with its end.
+
+        The draft is made from the other turns of ``support``.
+        """
+        ids, draft = own.prompts[row], list[int]()
         if self.draft is not None:
             others = [own.turns[other] for other in support if other not in (row, -1)]
-            draft = self.tokenizer.encoded(self.draft(own.turns[row], others))[: self.length - 1]
-            ids = [*ids, pieces.BOUNDARY, *draft, pieces.BOUNDARY]
-        return ids + [pieces.PADDING] * (self.columns - len(ids))
+            written_down = self.tokenizer.encoded(self.draft(own.turns[row], others))
+            draft = [*written_down[: self.length - 1], pieces.BOUNDARY]
+            ids = [*ids, pieces.BOUNDARY, *draft]
+        return ids + [pieces.PADDING] * (self.columns - len(ids)), draft + [pieces.PADDING] * (self.length - len(draft))
 
     def _part(self, own: Services, rows: Tensor, real: Tensor | None, support: Tensor) -> dict[str, Tensor]:
         """Return the leaves of one part of tasks, given its turns ``[tasks, turns]``; all zero where it is padding.
@@ -200,18 +209,41 @@ class Generation:
         ``support [tasks, turns]`` are the support turns from which drafts are made, −1 for padding.
         """
         pairs = zip(rows.tolist(), support.tolist(), strict=True)
-        prompts = torch.tensor([[self._prompt(own, row, shown) for row in task] for task, shown in pairs])
+        made = [[self._prompt(own, row, shown) for row in task] for task, shown in pairs]
+        prompts, drafts = (torch.tensor([[both[i] for both in task] for task in made]) for i in range(2))
         text = own.texts[rows]
         before = torch.cat([torch.full_like(text[..., :1], pieces.BOUNDARY), text[..., :-1]], -1)
         leaves = {"x": torch.cat([prompts, before], -1), "y": text, "turn": rows}
+        if self.margin is not None:
+            leaves["draft"] = drafts
         if real is not None:
             leaves = {name: leaf * real.view(*real.shape, *[1] * (leaf.ndim - 2)) for name, leaf in leaves.items()}
             leaves["weight"] = real.to(torch.get_default_dtype())
         return {name: leaf.to(self.device) for name, leaf in leaves.items()}
 
+    def _said(self, predict: Predict, data: Tree) -> Tensor:
+        """Return the texts that are said ``[turns, length]``: those that a learner writes, or drafts."""
+        prompt = data["x"][:, : self.columns]
+        own = written(predict, prompt, self.length, rule=self.rule)
+        if self.margin is None:
+            return own
+        ends = (own == pieces.BOUNDARY).long()
+        own = own.masked_fill(ends.cumsum(1) - ends > 0, pieces.PADDING)
+
+        def nats(text: Tensor) -> Tensor:
+            """Return the mean cross-entropy per token of each text ``[turns]``."""
+            before = torch.cat([torch.full_like(text[:, :1], pieces.BOUNDARY), text[:, :-1]], 1)
+            logits = predict(torch.cat([prompt, before], 1))
+            of_token = -logits.log_softmax(-1).gather(-1, text[..., None])[..., 0] * (text > 0)
+            mean: Tensor = of_token.sum(1) / (text > 0).sum(1).clamp(min=1)
+            return mean
+
+        likelier = nats(data["draft"]) - nats(own) >= self.margin
+        return torch.where(likelier[:, None], own, data["draft"])
+
     def _counts(self, predict: Predict, task: Task) -> Tensor:
         """Return the text of each query turn, its number, and the numbers of the support turns (−1: padding)."""
-        text = written(predict, task.query["x"][:, : self.columns], self.length, rule=self.rule)
+        text = self._said(predict, task.query)
         support = task.support["turn"]
         if "weight" in task.support:
             support = support.masked_fill(task.support["weight"] == 0, -1)
@@ -243,9 +275,12 @@ class Generation:
 
     def _write(self, predict: Predict, task: Task) -> Tree:
         """Return the most likely text and a sample for some query turns, each ``[SHOWN, length]``."""
-        prompt = task.query["x"][:SHOWN, : self.columns]
-        temperatures = {"likely": 0.0, "sample": self.temperature}
-        return {name: written(predict, prompt, self.length, t, self.rule) for name, t in temperatures.items()}
+        first = {name: leaf[:SHOWN] for name, leaf in task.query.items()}
+        prompt = first["x"][:, : self.columns]
+        return {
+            "likely": self._said(predict, first),
+            "sample": written(predict, prompt, self.length, self.temperature, self.rule),
+        }
 
     def _show(self, made: Mapping[str, Tree], tasks: Task) -> str:
         """Return what the learner says before and after adaptation next to what was really said."""

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from metarun.contracts import Tree
 from metarun.data.portable import portable
+from metarun.data.tokens import COLUMNS
 from metarun.nn.ops import unit_rows
 
 
@@ -18,7 +19,7 @@ def gazetteer(support: Tree, x: Any) -> Tensor:
 
     Half an occurrence outside of entities is added, so that words which the support set lacks are outside.
     """
-    words, known = x[..., 0].flatten(), support["x"][..., 0].flatten()
+    words, known = x[..., 0].flatten(), support["x"][..., 0].flatten()  # ids, which are whole numbers
     same = (words[:, None] == known).to(support["y"].dtype)
     times: Tensor = (same @ support["y"].flatten(0, 1)).view(*x.shape[:2], -1)
     outside: Tensor = pad(times.new_full((1,), 0.5), (0, times.shape[-1] - 1))
@@ -41,7 +42,8 @@ class Logistic:
     steps: int = 40
 
     def features(self, x: Tensor) -> Tensor:
-        """Return rows of words ``[sentences · words, width + 1]``."""
+        """Return rows of words ``[sentences · words, width + 1]``; numbers of a frozen model are not looked at."""
+        x = x[..., :COLUMNS].long()
         blank = torch.zeros_like(x[:, :1])
         around = torch.stack([torch.cat([blank, x[:, :-1]], 1), x, torch.cat([x[:, 1:], blank], 1)], 2)
         place = torch.arange(3, device=x.device)[:, None]

@@ -1,5 +1,7 @@
 """Authors: their lines, what is held out, the control, and broken folders."""
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import DATA_DIR
@@ -7,10 +9,12 @@ from scenarios import generator, sampled
 
 from metarun.data import lines
 from metarun.data.lines import Author
+from metarun.data.ngram_prior import found_at, prior_of
+from metarun.data.ngrams import Ngrams
 from metarun.errors import UserError
-from metarun.targets.scoring import scores_in_test
+from metarun.targets.scoring import loss_of, scores_in_test
 from metarun.targets.text import BITS
-from metarun.tasks.authors import NGRAM, NGRAM_ADAPTED, Authors
+from metarun.tasks.authors import NGRAM, NGRAM_ADAPTED, PRIOR, PRIOR_ORDER, Authors, inputs_of
 
 
 def toy(**keys):
@@ -156,3 +160,81 @@ def test_sizes_out_of_range_are_refused():
 def test_toy_authors_have_lines_enough_for_the_defaults():
     """So that the command runs where there are no files."""
     assert sampled(Authors(dataset="toy"), "test", 1, generator()).query["y"].shape[1] == 50
+
+
+def test_values_are_found_among_codes():
+    codes = torch.tensor([2, 3, 7, 20])
+    assert found_at(codes, torch.tensor([[3, 20], [0, 21], [2, 8]])).tolist() == [[1, 3], [-1, -1], [0, -1]]
+    assert found_at(codes[:1], torch.tensor([2, 3])).tolist() == [0, -1]
+
+
+def by_hand(texts, history, token, ids, order):
+    """Interpolated modified Kneser-Ney from its definition, for tuples of tokens."""
+    rows = [(1,) * (order - 1) + tuple(i for i in text if i) for text in texts]
+
+    def grams(n):
+        return [row[i - n + 1 : i + 1] for row in rows for i in range(order - 1, len(row))]
+
+    def count(n):
+        if n == order:
+            return Counter(grams(n))
+        plain, longer = Counter(grams(n)), Counter(gram[1:] for gram in set(grams(n + 1)))
+        return {gram: times if n > 1 and gram[0] == 1 else longer[gram] for gram, times in plain.items()}
+
+    def probability(history):
+        n = len(history) + 1
+        lower = 1 / (ids - 1) if n == 1 else probability(history[1:])
+        counts = count(n)
+        own = {gram: times for gram, times in counts.items() if gram[:-1] == history}
+        if not own:
+            return lower
+        k = Counter(counts.values())
+        off = [0, 0.5, 0.5, 0.5]
+        if all(k[i] for i in range(1, 5)):
+            y = k[1] / (k[1] + 2 * k[2])
+            off = [0] + [min(max(i - (i + 1) * y * k[i + 1] / k[i], 0), i) for i in (1, 2, 3)]
+        left = sum(off[min(times, 3)] for times in own.values())
+        times = own.get((*history, token), 0)
+        return (max(times - off[min(times, 3)], 0) + left * lower) / sum(own.values())
+
+    return probability(history)
+
+
+def test_the_table_has_the_probabilities_of_modified_kneser_ney():
+    texts = torch.randint(3, 7, (60, 8), generator=generator(5))
+    texts[:, 5:] = torch.tensor([1, 0, 0])
+    texts[30:, 3:] = torch.tensor([1, 0, 0, 0, 0])
+    prior = prior_of(Ngrams(texts[:50].numpy(), 3, 7))
+    p = prior.table[torch.vmap(prior.states)(inputs_of(texts[50:]))].exp()
+    real = texts[50:] > 0
+    torch.testing.assert_close(p.sum(-1)[real], torch.ones(int(real.sum())), rtol=1e-5, atol=0)
+    for line, text in enumerate(texts[50:].tolist()):
+        for place, token in enumerate(text[:4]):
+            history = ((1, 1, *text[:place]))[-2:]
+            expected = by_hand(texts[:50].tolist(), history, token, 7, 3)
+            assert float(p[line, place, token]) == pytest.approx(expected, rel=1e-4), (history, token)
+
+
+def test_a_learner_that_returns_nothing_is_the_n_gram_model_without_the_work_of_a_training_line():
+    family = toy(shots=[2, 4], prior="ngram")
+    train = family.shelves["train"]
+
+    def silent(x):
+        return torch.zeros(*x.shape, family.tokenizer.ids)
+
+    def expected(lines, counted):
+        prior = prior_of(Ngrams(counted.numpy(), PRIOR_ORDER, family.tokenizer.ids))
+        return prior.table[prior.states(inputs_of(lines))]
+
+    data = {name: leaf[0] for name, leaf in sampled(family, "test", 1, generator()).query.items() if name != "control"}
+    _, scores = loss_of(family)(silent, data)
+    torch.testing.assert_close(scores[BITS.name], scores_in_test(family, silent, data)[PRIOR.name])
+    other = family.target.scores(expected(data["y"], train.ids), data)
+    torch.testing.assert_close(scores[BITS.name], other[BITS.name], rtol=1e-5, atol=0)
+    line = 5
+    kept = [i for i, work in enumerate(train.works) if work != train.works[line]]
+    of_line = expected(train.ids[line : line + 1], train.ids[kept])[0]
+    real = train.ids[line] > 0
+    torch.testing.assert_close(family.table[train.state[line]][real], of_line[real])
+    with pytest.raises(ValueError, match="merges=5 makes word pieces"):
+        toy(prior="ngram", merges=5)

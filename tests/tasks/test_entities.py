@@ -7,10 +7,14 @@ import torch
 from conftest import DATA_DIR
 from scenarios import generator, sampled
 
-from metarun.data import corpora, tokens
+from metarun.checks.family import check_tasks
+from metarun.contracts import Words
+from metarun.data import corpora, embedding, tokens
 from metarun.data.corpora import Source
+from metarun.data.portable import plain, rebuilt
 from metarun.data.tagged import Sentence, sentences_of
 from metarun.errors import UserError
+from metarun.models.tagger import Tagger
 from metarun.tasks.entities import Entities, How, entities, pieces
 from metarun.tasks.few_shot import Range, TaskSizes
 from metarun.tasks.tag_references import Logistic, gazetteer
@@ -94,6 +98,8 @@ FEW = {"shots": 3, "queries": 4, "longest": 6, "buckets": 32}
         ({"longest": 1}, "longest must be at least 2"),
         ({"unfamiliar": 2.0}, "unfamiliar must be from 0 to 1"),
         ({"queries": 0}, "queries must be at least 1"),
+        ({"embed": "efficientnet-lite0"}, "embeds pictures, and this task has sentences"),
+        ({"components": 0}, "components must be at least 1"),
         ({"dataset": "xsid"}, "two data sets"),
     ],
 )
@@ -326,3 +332,54 @@ def test_xsid_is_read_whole_and_shares_no_language():
     assert len(set().union(*languages)) == sum(map(len, languages))
     kinds = {tag.partition("/")[0] for one in corpus["train"].values() for s in one.support for tag in s.tags}
     assert {"O", "B-weather"} <= kinds
+
+
+@pytest.fixture(scope="module")
+def with_vectors():
+    keys = {"shots": (2, 4), "queries": 5, "buckets": 256, "components": 2}
+    return entities(dataset="toy", embed="embedders:lengths", **keys)
+
+
+def test_words_have_the_principal_components_of_a_frozen_model(with_vectors):
+    family, vectors = with_vectors, with_vectors.converter.vectors
+    assert family.spec.inputs == Words(32, tokens.COLUMNS, family.features.ids, 2)
+    tasks = sampled(family, "train", 3, generator(3))
+    check_tasks(tasks, family.spec, "train", 3, "cpu")
+    names = [family.names[i] for i in tasks.support["group"][:, 0]]
+    for task, pool in enumerate(family.pools["train"][name] for name in names):
+        for place, row in enumerate(tasks.support["sentence"][task]):
+            words, x = pool.sentences[row].words, tasks.support["x"][task, place, :, tokens.COLUMNS :]
+            if tasks.support["weight"][task, place] == 0:
+                assert (x == 0).all()
+                continue
+            expected = vectors.projected(embedding.features("embedders:lengths", "sentences", list(words)))
+            torch.testing.assert_close(x[: len(words)], expected)
+            assert (x[len(words) :] == 0).all()
+    training = sorted({w for pool in family.pools["train"].values() for s in pool.sentences for w in s.words})
+    z = vectors.projected(embedding.features("embedders:lengths", "sentences", training)).double()
+    covariance = z.T @ z / len(z)
+    assert z.mean(0).abs().max() < 1e-4
+    torch.testing.assert_close(covariance.trace(), torch.tensor(2.0, dtype=torch.float64), rtol=1e-4, atol=0)
+    assert covariance[0, 1].abs() < 1e-4
+    assert covariance[0, 0] > covariance[1, 1]
+
+
+def test_a_learner_gives_words_the_same_numbers(with_vectors):
+    converter = rebuilt(plain(with_vectors.converter))
+    pool = with_vectors.pools["test"][with_vectors.names[with_vectors.tested[0]]]
+    found = converter.inputs([pool.sentences[0].words, ["never", "seen"]])
+    torch.testing.assert_close(found[0, :, : tokens.COLUMNS].int(), pool.x[0])
+    torch.testing.assert_close(found[0, :, tokens.COLUMNS :], with_vectors.vectors[pool.place[0]])
+    assert converter.embed == "embedders:lengths"
+
+
+def test_a_tagger_reads_numbers_of_words_and_padding_changes_nothing(with_vectors):
+    torch.manual_seed(0)
+    model = Tagger(with_vectors.spec)
+    x = sampled(with_vectors, "test", 1, generator(4)).query["x"][0]
+    real = x[..., :1] > 0
+    longer = torch.cat([x, torch.zeros_like(x)], 1)
+    torch.testing.assert_close(model(longer)[:, : x.shape[1]] * real, model(x) * real)
+    other = x.clone()
+    other[..., tokens.COLUMNS :] *= 2
+    assert not torch.allclose(model(other), model(x))

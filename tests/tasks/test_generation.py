@@ -1,6 +1,7 @@
 """Acts to utterances: placeholders, slot errors, halves of dialogues, scores of all texts, and broken files."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from metarun.data.dialogues import Action, Prompts, Turn, filled, slot_errors
 from metarun.data.pieces import symbol
 from metarun.errors import UserError
 from metarun.targets.bleu import bleu, bleu_counts
+from metarun.targets.decoding import written
 from metarun.tasks.generation import METRICS, Generation
 
 ONE, TWO, THREE = map(symbol, range(3))
@@ -209,3 +211,30 @@ def test_sizes_out_of_range_are_refused():
     for keys in ({"queries": 0}, {"length": 1}, {"prompt": 0}, {"merges": -1}, {"temperature": 0.0}, {"path": "x"}):
         with pytest.raises(ValueError, match=next(iter(keys))):
             toy(**keys)
+
+
+def test_what_is_written_is_said_if_it_is_likelier_than_the_draft():
+    family = toy(draft="template", margin=0.3)
+    query = {name: leaf[0] for name, leaf in sampled(family, "test", 1, generator(2)).query.items()}
+    table = 0.5 * torch.randn(family.tokenizer.ids, family.tokenizer.ids, generator=generator(3))
+    # Only the drafts of the first two turns are likely.
+    for token, following in ((t, f) for row in query["draft"][:2].tolist() for t, f in pairwise([1, *row]) if f):
+        table[token, following] += 3
+
+    def predict(x):
+        return table[x[:, family.columns :]]
+
+    own = written(predict, query["x"][:, : family.columns], family.length)
+    said = family._said(predict, query)
+    kept = []
+    for turn in range(len(said)):
+        nats = []
+        for text in (own[turn].tolist(), query["draft"][turn].tolist()):
+            text = text[: text.index(1) + 1] if 1 in text else text
+            steps = [-table[a].log_softmax(0)[b] for a, b in pairwise([1, *text])]
+            nats.append(sum(steps) / len(steps))
+        kept.append(bool(nats[1] - nats[0] >= 0.3))
+        text = (own if kept[-1] else query["draft"])[turn].tolist()
+        assert family.tokenizer.decoded(said[turn].tolist()) == family.tokenizer.decoded(text)
+    assert set(kept) == {True, False}
+    assert toy(draft="template").margin is None
