@@ -18,9 +18,11 @@ from torch import Tensor
 
 from metarun.contracts import Predict, Samples, Scores, Sequences, Sizes, Spec, Split, Task, Tree
 from metarun.data import lines, pieces
+from metarun.data.acts import before
 from metarun.data.lines import Author
 from metarun.data.ngrams import Ngrams
 from metarun.data.toy_writing import toy_authors
+from metarun.data.writing import Lines
 from metarun.errors import require
 from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
@@ -51,11 +53,6 @@ class Shelf:
         self.cells: Cells = cells_of(torch.tensor([[len(author.lines) for author in authors]]))
 
 
-def inputs_of(ids: Tensor) -> Tensor:
-    """Return what a model reads to predict ``ids [..., columns]``: a boundary, then all but the last of them."""
-    return torch.cat([torch.full_like(ids[..., :1], pieces.BOUNDARY), ids[..., :-1]], -1)
-
-
 class Authors:
     """Tasks of one author each: ``x [lines, columns]`` are token ids, ``y [lines, columns]`` the tokens that follow.
 
@@ -72,6 +69,7 @@ class Authors:
         temperature: that of the samples, above 0.
         device: where the lines live.
         data_dir: holds the folder ``public_domain_authors``.
+        converter: what a run has learned of characters and pieces, for a later test of it; None: fitted to training.
 
     Raises:
         UserError: data are missing or damaged.
@@ -90,6 +88,7 @@ class Authors:
         temperature: float = 0.7,
         device: str = "cpu",
         data_dir: str = "data",
+        converter: Lines | None = None,
     ) -> None:
         self.device, self.temperature, self.length = device, temperature, length
         self.sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
@@ -101,8 +100,11 @@ class Authors:
             train = part == "train"
             parts[part] = lines.of_size(authors, self.sizes[train].examples, f"{name} ({part})", train)
         content = sha256(repr(sorted(parts.items())).encode()).hexdigest()[:6]
-        tokenizer = pieces.fit((line for author in parts["train"] for line in author.lines), merges)
-        self.tokenizer = tokenizer
+        if converter is None:
+            tokenizer = pieces.fit((line for author in parts["train"] for line in author.lines), merges)
+        else:
+            tokenizer = converter.tokenizer
+        self.tokenizer, self.converter = tokenizer, Lines(tokenizer, length, temperature)
         self.shelves = {part: Shelf(authors, tokenizer, length, device) for part, authors in parts.items()}
         require(
             len(self.shelves["test"].names) >= 2,
@@ -128,10 +130,10 @@ class Authors:
         """Return the leaves of one part of tasks; all zero where there is padding."""
         ids = shelf.rows[dealt.example.to(self.device)]
         if dealt.real is None:
-            return {"x": inputs_of(ids), "y": ids}
+            return {"x": before(ids), "y": ids}
         real = dealt.real.to(self.device)
         there = real[..., None].to(ids.dtype)
-        return {"x": inputs_of(ids) * there, "y": ids * there, "weight": real.to(torch.get_default_dtype())}
+        return {"x": before(ids) * there, "y": ids * there, "weight": real.to(torch.get_default_dtype())}
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, lines, ...]``."""
