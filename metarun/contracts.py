@@ -78,7 +78,7 @@ class Target(Protocol):
     """What a model has to predict: the width of an output, and how outputs are scored (see `metarun.targets`).
 
     A target whose model is given something other than a tensor ``[examples, ...]`` has ``nothing``, which maps that to
-    an output of zeros.
+    an output of zeros, and ``task_loss``, a ``Loss`` in place of one on ``predict(data["x"])``.
     """
 
     @property
