@@ -181,6 +181,7 @@ class Entities:
                 pool.encode(features, device)
         self.names = tuple(dict.fromkeys(name for own in self.pools.values() for name in own))
         target = self._target(how.decoder)
+        self.converter = replace(self.converter, target=target)
         self.spec = Spec(
             Words(how.longest, tokens.COLUMNS, features.ids),
             target,
