@@ -429,14 +429,15 @@ class Samples(NamedTuple):
 class Family(Protocol):
     """A task family: samples tasks, and scores predictions.
 
-    A family may also have ``converter``, a ``Converter`` or ``TaskConverter`` of what users have; if that is fitted to
-    training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
+    A family may also have ``converter``, a ``Converter`` or ``TaskConverter`` of what users have; if that is fitted
+    to training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
     ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict,
-    data of one task) to those of ``spec.metrics`` that only tests need; ``pooled``, which is ``Pooled``; ``report``, a
-    ``Report``; ``samples``, which is ``Samples``; ``control``, a ``Metric``: the first metric on the queries of test
-    tasks after adapting to ``query["control"]``, the support set of another task; and ``paths``, which maps (predict,
-    data of one task) to the ``path`` of a policy in the plane ``[episodes, steps, 2]``, NaN where an episode is over,
-    and its ``goal [2]``.
+    data of one task) to those of ``spec.metrics`` that only tests need; ``pooled``, which is ``Pooled``;
+    ``report``, a ``Report``; ``class_names``, the names of test classes, of which queries then say ``identity
+    [examples]``, so that a run writes which classes are taken for which; ``samples``, which is ``Samples``;
+    ``control``, a ``Metric``: the first metric on the queries of test tasks after adapting to ``query["control"]``,
+    the support set of another task; and ``paths``, which maps (predict, data of one task) to the ``path`` of a
+    policy in the plane ``[episodes, steps, 2]``, NaN where an episode is over, and its ``goal [2]``.
     """
 
     spec: Spec

@@ -17,7 +17,14 @@ from metarun.errors import UserError
 from metarun.evaluation import Tested, meta_test, metrics_of, pooled_metrics
 from metarun.loop import meta_train
 from metarun.results.examples import write_examples
-from metarun.results.of_run import identity_columns, measured_columns, say, write_pictures, write_reports
+from metarun.results.of_run import (
+    identity_columns,
+    measured_columns,
+    say,
+    write_confusion,
+    write_pictures,
+    write_reports,
+)
 from metarun.results.status import mark
 from metarun.results.tables import Watcher, write_episodes, write_results
 from metarun.results.trackers import Trackers
@@ -86,6 +93,7 @@ def run(
         for row, tested in finished:
             say(experiment, row, tested)
         thetas = [(row["replica"], best.theta) for row, _ in finished if (best := training.best[row["replica"]])]
+        write_confusion(experiment, finished, directory)
         write_reports(experiment, thetas, directory)
         write_examples(experiment, *thetas[0], directory)
         write_results(directory, rows, (*metrics_of(experiment), *pooled_metrics(experiment)))

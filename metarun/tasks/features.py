@@ -167,6 +167,7 @@ class Features:
         parts = {part: ordered(by_label) for part, by_label in positions.items()}
         self.cells = {part: own.cells for part, own in parts.items()}
         self.classes = {part: own.classes for part, own in parts.items()}
+        self.class_names = tuple(self.classes["test"])
         training = x[parts["train"].order].double()
         mean, std = training.mean(0), training.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)

@@ -198,6 +198,7 @@ class Images:
         else:
             self.converter = self._embed(form, embed, device)
             inputs, facts = (len(self.converter.mean),), Facts()
+        self.class_names = tuple(self.classes["test"])
         if device != "cpu":
             held = {id(pool.rows): pool.rows.to(device) for pool in self.pools.values()}
             self.pools = {part: pool._replace(rows=held[id(pool.rows)]) for part, pool in self.pools.items()}

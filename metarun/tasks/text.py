@@ -121,6 +121,7 @@ class Text:
             for split, cells in corpus.items()
         }
         self.pools = {split: Pool(cells, labels[split]) for split, cells in corpus.items()}
+        self.class_names = tuple(labels["test"])
         counts = {split: pool.cells.size for split, pool in self.pools.items()}
         of_one_language = labels if all(len(size) == 1 for size in counts.values()) else None
         self.sizes = sizes_for(asked, counts, f"{dataset}:{sentences}", "sentences", typed, of_one_language)
