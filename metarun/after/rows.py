@@ -185,6 +185,9 @@ class Rows:
         truth = plain_list(y)
         if self.classes is None:
             return f"mean squared error on their own targets {np.square(answers - np.asarray(truth)).mean():.4g}"
+        if getattr(self.learned.spec.target, "names", ()):
+            # A cell may hold a number where the class is called by its text, or by a range.
+            truth = [self.classes[column] for column in self._classes(truth)[1]]
         right = np.mean([found == true for found, true in zip(answers.tolist(), truth, strict=True)])
         return f"accuracy on their own labels {100 * right:.2f} %"
 
