@@ -108,12 +108,12 @@ def predict(
             truth, numbers = asked.y, list(asked.names)
             answers = adapted.predict(asked.x)
             chances = adapted.predict_proba(asked.x) if adapted.classes_ is not None else None
+        compared = getattr(adapted.task, "compared", None)
+        agreement = "" if truth is None or compared is None else f"; {compared(answers, truth)}"
     except ValueError as error:
         raise UserError(f"{str(error).rstrip('.')}.") from error
-    write_text(out, table_of(numbers, rows_of(adapted, answers, chances, truth), out.with_suffix("")))
-    said = f"{len(numbers)} predictions from {len(shown.names)} examples: {out}"
-    compared = getattr(adapted.task, "compared", None)
-    return said if truth is None or compared is None else f"{said}; {compared(answers, truth)}"
+    write_text(out, table_of(numbers, rows_of(adapted, answers, chances, truth), out.with_name(f"{out.stem}_pictures")))
+    return f"{len(numbers)} predictions from {len(shown.names)} examples: {out}{agreement}"
 
 
 def main() -> None:

@@ -113,6 +113,7 @@ class Sayings:
 
     def draw(self, x: Any, temperature: float | None = None) -> Request:
         """Return the request for utterances that are drawn with a temperature of at least 0."""
+        require(not isinstance(x, int | str), "x must hold what each turn says, and not a number of turns")
         form, turns = self.form, [turn_of(one) for one in x]
         temperature = form.temperature if temperature is None else temperature
         require(len(turns) > 0, "x must hold at least one turn")

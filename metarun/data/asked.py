@@ -158,7 +158,9 @@ class OnPassages:
         self.answers = [answers_of(own, passage) for own, (passage, _) in zip(given, self.pairs, strict=True)]
 
     def _cut(self, passages: Iterable[str]) -> list[Text]:
-        return [self.texts.setdefault(one, self.lexicon.text(one)) for one in passages]
+        passages = list(passages)
+        self.texts |= {one: self.lexicon.text(one) for one in passages if one not in self.texts}
+        return [self.texts[one] for one in passages]
 
     def _placed(self, pairs: Sequence[tuple[str, str]], answers: Sequence[Answers]) -> tuple[list[Placed], Tree]:
         """Return questions joined with their passages, and what a learner sees of them.

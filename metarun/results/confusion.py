@@ -122,5 +122,5 @@ def plot_confused(path: Path, title: str, found: Confused) -> None:
 
 
 def shortened(name: str) -> str:
-    """Return a name that fits next to an axis."""
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    """Return a name that fits next to an axis; the middle of a long one is left out."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 3]}…{name[-(2 * LONGEST // 3 - 1) :]}"
