@@ -19,6 +19,8 @@ from metarun.data.pictures import Pictures
 from metarun.targets.boxes import Boxes
 from metarun.targets.flow import Flow
 from metarun.tasks.detection import Detection
+from metarun.tasks.features import Features, Vectors
+from metarun.tasks.images import Images
 
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "hen": (30, 30, 200)}
 BOXES = [[("cat", 4, 6, 20, 22)], [("dog", 30, 10, 50, 30), ("cat", 2, 20, 18, 44)], [("dog", 8, 8, 24, 40)]]
@@ -93,6 +95,22 @@ def test_a_rotated_picture_has_the_shape_in_which_it_is_seen(tmp_path):
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert shape_of(tmp_path / "turned.jpg") == (48, 64)
     assert shape_of(image) == (64, 48)
+
+
+def test_a_later_test_on_other_pictures_normalises_them_as_the_run_did(tmp_path):
+    for kind in range(6):
+        (tmp_path / "data" / f"{kind}").mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(picture([("cat", 4, 4, 20, 6 * kind + 8)], i)).save(tmp_path / f"data/{kind}/{i}.png")
+    known = Pictures(16, 3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    family = Images(str(tmp_path / "data"), ways=2, shots=1, queries=1, image_size=16, converter=known)
+    assert family.converter == known
+    np.savez(tmp_path / "own.npz", x=np.arange(48.0).reshape(12, 4), y=np.repeat(np.arange(6), 2))
+    measured = Vectors((1.0,) * 4, (2.0,) * 4)
+    vectors = Features(str(tmp_path / "own.npz"), ways=2, shots=1, queries=1, converter=measured)
+    assert vectors.converter == measured
+    # The rows are (x − 1) / 2 for rows x that begin with a multiple of 4.
+    assert ((2 * vectors.rows["test"][:, 0] + 1) % 4 == 0).all()
 
 
 @pytest.fixture(scope="module")

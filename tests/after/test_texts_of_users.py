@@ -9,14 +9,17 @@ from conftest import experiment_of
 from learners import leave_a_checkpoint
 
 import metarun
+from metarun.after.later_test import equal
 from metarun.after.predict import predict
 from metarun.data import pieces
 from metarun.data.acts import Acts
+from metarun.data.portable import plain, rebuilt
 from metarun.data.writing import Lines
 from metarun.tasks.authors import Authors
 from metarun.tasks.few_shot import Dealt
 from metarun.tasks.generation import Generation
 from metarun.tasks.questions import questions
+from metarun.tasks.text import text
 
 READER = ("task.dataset=toy", "task.shots=3", "task.queries=3", "task.question=8", "task.passage=24")
 READER += ("task.longest=4", "task.buckets=8", "model.width=8", "model.layers=1", "eval.adapt_steps=1")
@@ -219,6 +222,20 @@ def test_lines_begin_as_they_are_told_and_follow_their_seed(places, tmp_path):
         author.adapt(lines, lines)
     with pytest.raises(ValueError, match="at least one line"):
         author.adapt([" "])
+
+
+def test_a_later_test_on_other_sentences_keeps_the_words_of_the_run(tmp_path):
+    rows = [f"sentence number {i} of kind{kind},kind{kind}" for kind in range(9) for i in range(3)]
+    (tmp_path / "own.csv").write_text("\n".join(["text,label", *rows]))
+    sizes = {"shots": 1, "ways": 2, "queries": 1, "buckets": 64}
+    run = text(dataset="toy", **sizes)
+    converter = rebuilt(plain(run.converter))
+    other = text(path=str(tmp_path / "own.csv"), converter=converter, **sizes)
+    assert equal(plain(other.spec.inputs), plain(run.spec.inputs))
+    pool = other.pools["test"]
+    assert torch.equal(pool.rows.long(), run.converter.inputs(pool.texts))
+    fitted = text(path=str(tmp_path / "own.csv"), **sizes)
+    assert not equal(plain(fitted.spec.inputs), plain(run.spec.inputs))
 
 
 def test_a_later_test_keeps_the_pieces_of_the_run():
