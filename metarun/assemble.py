@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from metarun.config import build, check_ranges
-from metarun.contracts import Algorithm, Converter, Family, Loss, Need, Split, Task, Tree
+from metarun.contracts import Algorithm, Family, Loss, Need, Reader, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.nn.functional import seeded
@@ -91,7 +91,7 @@ def choose_device(device: str, number: int | None = None) -> str:
 
 
 def build_family(
-    config: DictConfig, device: str, typed: Collection[str] | None = None, converter: Converter | None = None
+    config: DictConfig, device: str, typed: Collection[str] | None = None, converter: Reader | None = None
 ) -> Family:
     """Build the task family.
 

@@ -80,7 +80,7 @@ class Target(Protocol):
     """What a model has to predict: the width of an output, and how outputs are scored (see `metarun.targets`).
 
     A target whose model is given something other than a tensor ``[examples, ...]`` has ``nothing``, which maps that to
-    an output of zeros.
+    an output of zeros, and ``task_loss``, a ``Loss`` in place of one on ``predict(data["x"])``.
     """
 
     @property
@@ -316,7 +316,52 @@ class Examples(NamedTuple):
     """What each example is called in a table of predictions: a file's name, or the number of a row."""
 
 
-class Converter(Protocol):
+class Request(NamedTuple):
+    """What a user asks an adapted learner."""
+
+    data: Tree
+    """Leaves ``[examples, ...]`` on the CPU, ``x`` among them. Where tasks that are asked together differ in their
+    numbers of examples, zeros follow the fewer ones, with ``weight`` 0."""
+    make: Callable[[Predict, Tree], Tensor]
+    """(predict, data) → what is found of each example ``[examples, ...]``; it works under `torch.func.vmap`, and is the
+    same for all tasks that are asked together."""
+    answers: Callable[[Tensor], Any]
+    """What is found, on the CPU → one answer per example, as the user wants it."""
+
+
+class UserTask(Protocol):
+    """The examples of one task that a user shows a learner, and the way from what it says to answers.
+
+    It may also have ``draw(count_or_beginnings, **options) -> Request`` for answers that are drawn with random numbers
+    (`metarun.random`); ``rows(answer, truth) -> list[dict]``, what a table of predictions has of an answer in one or
+    several rows by column, where a value may be a picture of Pillow, and the truth is None if it is not known; and
+    ``compared(answers, y) -> str``, in words how well answers agree with the true ones.
+    """
+
+    @property
+    def support(self) -> Tree:
+        """The support set, leaves ``[examples, ...]`` on the CPU, as the family samples it."""
+
+    def ask(self, x: Any) -> Request:
+        """Return the request for answers to further inputs.
+
+        Raises:
+            ValueError: ``x`` is nothing that the family can read; the sentence says what it takes.
+        """
+
+
+class Reader(Protocol):
+    """What a converter has in any case: it reads files."""
+
+    def read(self, path: Path) -> Examples:
+        """Read a file or a folder.
+
+        Raises:
+            ValueError: there is nothing that the family can read; the sentence says what it takes.
+        """
+
+
+class Converter(Reader, Protocol):
     """Turns what a user has into inputs of a family's models; the family holds it as ``converter``.
 
     A converter is a frozen dataclass marked with `metarun.data.portable.portable`: its fields are plain values and
@@ -333,11 +378,19 @@ class Converter(Protocol):
             ValueError: ``x`` is nothing that the family can read; the sentence says what it takes.
         """
 
-    def read(self, path: Path) -> Examples:
-        """Read a file or a folder.
+
+class TaskConverter(Reader, Protocol):
+    """A ``Converter`` of a family whose inputs, targets and answers depend on each other, such as texts or boxes."""
+
+    def task(self, x: Any, y: Any) -> UserTask:
+        """Return a user's task.
+
+        Args:
+            x: the examples' inputs.
+            y: their targets; None where the examples have none besides themselves.
 
         Raises:
-            ValueError: there is nothing that the family can read; the sentence says what it takes.
+            ValueError: they are nothing that the family can read; the sentence says what it takes.
         """
 
 
@@ -381,14 +434,15 @@ class Samples(NamedTuple):
 class Family(Protocol):
     """A task family: samples tasks, and scores predictions.
 
-    A family may also have ``converter``, a ``Converter`` of what users have into its inputs; if that is fitted to
-    training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
+    A family may also have ``converter``, a ``Converter`` or ``TaskConverter`` of what users have; if that is fitted
+    to training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
     ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict,
-    data of one task) to those of ``spec.metrics`` that only tests need; ``pooled``, which is ``Pooled``; ``report``, a
-    ``Report``; ``samples``, which is ``Samples``; ``control``, a ``Metric``: the first metric on the queries of test
-    tasks after adapting to ``query["control"]``, the support set of another task; and ``paths``, which maps (predict,
-    data of one task) to the ``path`` of a policy in the plane ``[episodes, steps, 2]``, NaN where an episode is over,
-    and its ``goal [2]``.
+    data of one task) to those of ``spec.metrics`` that only tests need; ``pooled``, which is ``Pooled``;
+    ``report``, a ``Report``; ``class_names``, the names of test classes, of which queries then say ``identity
+    [examples]``, so that a run writes which classes are taken for which; ``samples``, which is ``Samples``;
+    ``control``, a ``Metric``: the first metric on the queries of test tasks after adapting to ``query["control"]``,
+    the support set of another task; and ``paths``, which maps (predict, data of one task) to the ``path`` of a
+    policy in the plane ``[episodes, steps, 2]``, NaN where an episode is over, and its ``goal [2]``.
     """
 
     spec: Spec

@@ -24,6 +24,7 @@ from metarun.nn.padding import weighing
 from metarun.nn.transforms import over_tasks
 from metarun.random import stream
 from metarun.results.reports import Measured
+from metarun.targets.classes import chosen_classes
 from metarun.targets.metric import Metric
 from metarun.targets.scoring import scores_in_test
 from metarun.tree import first_tasks, leaves, size, tree_map
@@ -140,7 +141,8 @@ def evaluate(
     while held or (held := list(islice(rest, at_once))):
         try:
             together = tree_map(lambda *leaves: torch.cat(leaves), *held[:at_once])
-            result = batch.evaluate(algorithm, theta, together, experiment.loss, steps, testing)
+            keep = chosen_classes if testing and hasattr(family, "class_names") else None
+            result = batch.evaluate(algorithm, theta, together, experiment.loss, steps, testing, keep)
             if testing and control:
                 elsewhere = together._replace(support=together.query["control"])
                 other = batch.evaluate(replica.algorithm, theta, elsewhere, experiment.loss, steps)
@@ -159,6 +161,7 @@ def evaluate(
         results[0].adapt_steps,
         torch.cat([result.losses for result in results]).cpu(),
         {name: torch.cat([result.scores[name] for result in results]).cpu() for name in results[0].scores},
+        None if results[0].answers is None else torch.cat([one.answers for one in results if one.answers is not None]),
     )
 
 

@@ -23,6 +23,7 @@ from metarun.results.of_run import (
     measured_columns,
     say,
     write_adaptation,
+    write_confusion,
     write_reports,
     write_training,
 )
@@ -103,6 +104,7 @@ def run(
         write_adaptation(experiment, finished, directory)
         for row, tested in finished:
             say(experiment, row, tested)
+        write_confusion(experiment, finished, directory)
         write_reports(experiment, [(row["replica"], best.theta) for row, best in trained], directory)
         drawer.finish()
         write_results(directory, rows, (*metrics_of(experiment), *pooled_metrics(experiment)))

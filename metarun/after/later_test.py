@@ -23,7 +23,14 @@ from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.evaluation import meta_test, metrics_of, pooled_metrics
-from metarun.results.of_run import identity_columns, say, tested_columns, write_adaptation, write_reports
+from metarun.results.of_run import (
+    identity_columns,
+    say,
+    tested_columns,
+    write_adaptation,
+    write_confusion,
+    write_reports,
+)
 from metarun.results.status import TESTS, loaded, number, rows_of
 from metarun.results.tables import write_episodes, write_results
 from metarun.system.files import write_text
@@ -194,6 +201,7 @@ def test_and_write(experiment: Experiment, found: Sequence[Learned], path: Path,
     write_adaptation(experiment, finished, out)
     for row, tested in finished:
         say(experiment, row, tested)
+    write_confusion(experiment, finished, out)
     write_reports(experiment, [(index, one.theta) for index, one in enumerate(found)], out)
     write_results(out, [row for row, _ in finished], (*metrics, *pooled_metrics(experiment)))
 

@@ -1,7 +1,7 @@
 """A learner to be used: a few examples of something new in, predictions out."""
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,160 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
 from metarun.after.load import Learned, learned
-from metarun.contracts import Loss, Spec, Task, Tree
+from metarun.after.rows import Array, Rows, array_of, labels_of
+from metarun.contracts import Loss, Request, Spec, Task, Tree, UserTask
 from metarun.engine.batch import adapted
 from metarun.errors import UserError, require
 from metarun.nn.padding import weighing
 from metarun.nn.transforms import over_tasks
 from metarun.random import drawing, fold
-from metarun.targets.classes import own_classes
 from metarun.targets.scoring import loss_of
 
 if TYPE_CHECKING:
     from metarun.after.policy import AdaptedPolicy
-
-Array = NDArray[Any]
-
-
-def plain_list(y: Any) -> list[Any]:
-    """Return an array, a tensor, a column of a table or a sequence as a list of Python's own values."""
-    if isinstance(y, Tensor):
-        return list(y.detach().cpu().tolist())
-    return list(y.tolist() if hasattr(y, "tolist") else y)
-
-
-def labels_of(y: Any) -> list[Hashable]:
-    """Return one label per example.
-
-    Raises:
-        ValueError: there is no list of labels.
-    """
-    labels = plain_list(y)
-    if labels and all(isinstance(label, list) and len(label) == 1 for label in labels):
-        labels = [label[0] for label in labels]
-    require(len(labels) > 0, "y must hold a label for each example, and is empty")
-    require(
-        all(isinstance(label, Hashable) for label in labels),
-        "y must hold one label per example, of any hashable kind; name or number the classes instead of giving rows",
-    )
-    return labels
-
-
-def classes_of(labels: Sequence[Hashable]) -> list[Hashable]:
-    """Return the different labels, sorted where they can be, else in the order in which they appear."""
-    found = list(dict.fromkeys(labels))
-    try:
-        return sorted(found)  # type: ignore[type-var]
-    except TypeError:
-        return found
-
-
-def array_of(labels: Sequence[Hashable]) -> Array:
-    """Return labels as an array, of objects unless they are all texts or all numbers."""
-    for kinds in ((str,), (bool,), (int,), (int, float)):
-        if all(type(label) in kinds for label in labels):
-            return np.array(labels)
-    found = np.empty(len(labels), dtype=object)
-    found[:] = labels
-    return found
-
-
-class Targets:
-    """Targets of one task as an algorithm receives them, and outputs as the user wants them."""
-
-    def __init__(self, learned: Learned, y: Any, ways: int | None = None) -> None:
-        """``ways`` is the number of columns that classes get, for tasks that are adapted to together."""
-        spec, self.learned, self.classes, self.flat = learned.spec, learned, None, False
-        if spec.offers("labels"):
-            labels = labels_of(y)
-            self.classes, positions = self._classes(labels)
-            self.columns = self._columns(ways)
-            index = torch.tensor(positions)
-            self.y = one_hot(index, self.columns).to(torch.get_default_dtype())
-        else:
-            require(
-                spec.offers("numbers") or hasattr(learned.converter, "targets"),
-                f"task={learned.names['task']} has targets that are neither numbers nor classes, and no converter of "
-                "them; give the family a converter with targets and answers",
-            )
-            self.y = self._numbers(y)
-
-    def _classes(self, labels: Sequence[Hashable]) -> tuple[list[Hashable], list[int]]:
-        """Return the classes by column, and each label's column; what means the same in every task has a fixed one."""
-        names: tuple[str, ...] = getattr(self.learned.spec.target, "names", ())
-        if not names:
-            found = classes_of(labels)
-            position = {label: column for column, label in enumerate(found)}
-            return found, [position[label] for label in labels]
-        own = getattr(self.learned.converter, "class_of", None)
-        if own is not None:
-            return list(names), own(labels)
-        unknown = sorted({str(label) for label in labels} - set(names))
-        require(not unknown, f"the classes are {', '.join(names)}, and y has {', '.join(unknown)}")
-        given = {str(label): label for label in labels}
-        return [given.get(name, name) for name in names], [names.index(str(label)) for label in labels]
-
-    def _columns(self, ways: int | None) -> int:
-        spec, found = self.learned.spec, len(self.classes or ())
-        require(found >= 2, f"y must hold at least two classes, and has {found}; give examples of another")
-        if self.learned.algorithm.open_ways:
-            return max(ways or 0, found)
-        most = spec.target.outputs
-        require(
-            found <= most,
-            f"algo={self.learned.names['algo']} has a head for {most} classes, the number that it was trained with, "
-            f"and y has {found}; give at most {most}, train with task.ways={found}, or choose an algorithm that makes "
-            "its head from the examples, such as protonet",
-        )
-        return most
-
-    def _numbers(self, y: Any) -> Tensor:
-        own = getattr(self.learned.converter, "targets", None)
-        if own is not None:
-            found: Tensor = own(y)
-            return found
-        try:
-            found = torch.as_tensor(np.asarray(plain_list(y), dtype=np.float64)).to(torch.get_default_dtype())
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"y must hold numbers ({error})") from None
-        outputs = self.learned.spec.target.outputs
-        self.flat = found.ndim == 1
-        found = found[:, None] if found.ndim == 1 else found
-        require(found.shape[1:] == (outputs,), f"y must have shape [examples, {outputs}], not {list(found.shape)}")
-        require(bool(found.isfinite().all()), "y must hold finite numbers alone")
-        return found
-
-    @property
-    def ways(self) -> Tensor | None:
-        """1 for each column that is a class of the task ``[columns]``; None if all are.
-
-        A class that means the same in every task belongs to all of them, whether it has examples or not, unless the
-        head is made from the examples.
-        """
-        known = bool(getattr(self.learned.spec.target, "names", ())) and not self.learned.algorithm.open_ways
-        present = self.y.sum(0) > 0
-        return None if self.classes is None or known or bool(present.all()) else present.to(self.y.dtype)
-
-    def probabilities(self, output: Tensor) -> Array:
-        """Return probabilities ``[examples, classes]``."""
-        if self.classes is None:
-            raise UserError(f"task={self.learned.names['task']} has numbers as targets, so there are no probabilities.")
-        return np.asarray(output[:, : len(self.classes)].softmax(-1).cpu().numpy())
-
-    def answers(self, output: Tensor) -> Array:
-        """Return predicted labels ``[examples]``, or numbers in the shape in which they were given."""
-        if self.classes is not None:
-            best = output[:, : len(self.classes)].argmax(-1).cpu().numpy()
-            return np.asarray(array_of(self.classes)[best])
-        own = getattr(self.learned.converter, "answers", None)
-        if own is not None:
-            return np.asarray(own(output.cpu()))
-        return np.asarray((output[:, 0] if self.flat else output).cpu().numpy())
 
 
 @contextmanager
@@ -199,63 +60,125 @@ def support_curve(learned: Learned, support: Tree, seed: Tensor, loss: Loss, ste
     return state, values
 
 
+def user_task(learned: Learned, x: Any, y: Any, ways: int | None = None) -> UserTask:
+    """Return a user's examples of one task; ``ways`` is the number of columns of classes, None for that of ``y``.
+
+    Raises:
+        ValueError: the examples are not what the family takes.
+        UserError: the family has no converter.
+    """
+    own: Callable[[Any, Any], UserTask] | None = getattr(learned.converter, "task", None)
+    return Rows(learned, x, y, ways) if own is None else own(x, y)
+
+
+def probabilities(learned: Learned, task: UserTask, output: Tensor) -> Array:
+    """Return the probabilities of a task's classes ``[examples, classes]``.
+
+    Raises:
+        UserError: there are none.
+    """
+    own = getattr(task, "probabilities", None)
+    if own is None:
+        raise UserError(f"task={learned.names['task']} has no classes, so there are no probabilities.")
+    return np.asarray(own(output))
+
+
+def to_device(data: Tree, device: str) -> dict[str, Any]:
+    """Return data on a device."""
+    return {name: leaf.to(device) for name, leaf in data.items()}
+
+
 class Adapted:
     """A learner that has adapted to the examples of one task.
 
     Attributes:
-        classes_: the labels ``[classes]``, in the order of the columns of ``predict_proba``; None for numbers.
+        task: the examples, and the way from what the learner says to answers.
+        classes_: the labels ``[classes]``, in the order of the columns of ``predict_proba``; None where there are none.
         curve: the support loss before adaptation and after each step ``[steps + 1]``; NaN before adaptation where
             nothing can be predicted without examples.
     """
 
-    def __init__(self, learned: Learned, support: Tree, targets: Targets, steps: int, seed: Tensor) -> None:
-        self._learned, self._targets, self._seed = learned, targets, seed
+    def __init__(self, learned: Learned, task: UserTask, steps: int, seed: Tensor) -> None:
+        self._learned, self.task, self._seed = learned, task, seed
+        support = to_device(task.support, learned.device)
         self._state, values = support_curve(learned, support, seed, loss_of(learned.family), steps)
         self.curve: Array = torch.stack(values).cpu().numpy()
-        self.classes_: Array | None = None if targets.classes is None else array_of(targets.classes)
+        classes = getattr(task, "classes", None)
+        self.classes_: Array | None = None if classes is None else array_of(classes)
+
+    def _made(self, request: Request, seed: Tensor) -> Tensor:
+        learned, data = self._learned, to_device(request.data, self._learned.device)
+        with as_in_test(seed, {}):
+            return request.make(partial(learned.algorithm.predict, learned.theta, self._state), data).cpu()
 
     def outputs(self, x: Any) -> Tensor:
-        """Return the model's outputs ``[examples, outputs]`` for inputs as ``adapt`` takes them: logits, or numbers.
+        """Return what answers to inputs are made of: logits, or numbers ``[examples, outputs]``.
+
+        For texts, spans and boxes it is what the task's ``Request.make`` finds.
 
         Raises:
             ValueError: the inputs are not what the family takes.
         """
-        learned, given = self._learned, inputs_of(self._learned, x)
-        with as_in_test(self._seed, {}):
-            output = learned.algorithm.predict(learned.theta, self._state, given)
-        return own_classes(output, {} if self._targets.ways is None else {"ways": self._targets.ways.to(output)})
+        return self._made(self.task.ask(x), self._seed)
 
-    def predict(self, x: Any) -> Array:
-        """Return a label for each input ``[examples]``, or a number in the units and the shape of ``adapt``'s y.
+    def predict(self, x: Any) -> Any:
+        """Return an answer for each input: a label, a number in the units and the shape of ``adapt``'s y, a text, ….
 
         Some methods look at all inputs of a call together (column ``transductive`` of ``result.csv``).
+
+        Raises:
+            ValueError: the inputs are not what the family takes.
+            UserError: the learner answers nothing, but draws (see ``sample``).
         """
-        return self._targets.answers(self.outputs(x))
+        request = self.task.ask(x)
+        return request.answers(self._made(request, self._seed))
 
     def predict_proba(self, x: Any) -> Array:
         """Return the probability of each of ``classes_`` for each input ``[examples, classes]``.
 
         Raises:
-            UserError: the targets are numbers.
+            UserError: the targets are no classes.
         """
-        return self._targets.probabilities(self.outputs(x))
+        return probabilities(self._learned, self.task, self.outputs(x))
+
+    def sample(self, x: Any, seed: int = 0, **options: Any) -> Any:
+        """Return answers that are drawn at random: pictures, or texts.
+
+        Args:
+            x: how many; or the inputs or the beginnings of texts, one answer for each.
+            seed: of the random numbers.
+            options: ``temperature`` for texts, ``steps`` for pictures.
+
+        Raises:
+            ValueError: ``x`` or an option is nothing that the family takes.
+            UserError: the learner draws nothing, but answers (see ``predict``).
+        """
+        own = getattr(self.task, "draw", None)
+        if own is None:
+            raise UserError(f"task={self._learned.names['task']} has answers that are not drawn; call predict.")
+        request: Request = own(x, **options)
+        return request.answers(self._made(request, seed_of(seed, self._learned.device)))
 
 
-def inputs_of(learned: Learned, x: Any) -> Tensor:
-    """Return a user's inputs as a tensor on the learner's device.
+def stacked(parts: Sequence[Tree]) -> dict[str, Tensor]:
+    """Return data of several tasks together ``[tasks, examples, ...]``, with zeros and weights where sizes differ.
 
-    Raises:
-        ValueError: the inputs are not what the family takes.
-        UserError: the family has no converter.
+    A leaf that only some tasks have (``weight``, ``ways``) is 1 in the others.
     """
-    if learned.converter is None:
-        raise UserError(
-            f"task={learned.names['task']} says nothing of how its inputs are made; give the family a converter "
-            "(metarun.contracts.Converter), and train again."
+    sizes = [len(part["x"]) for part in parts]
+    named = {name: part[name] for part in parts for name in part}
+    if len(set(sizes)) > 1:
+        named.setdefault("weight", torch.ones(1))
+    together = {}
+    for name, like in named.items():
+        leaves = [
+            part[name] if name in part else like.new_ones(size, *like.shape[1:])
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+        together[name] = torch.stack(
+            [pad(leaf, (*[0, 0] * (leaf.ndim - 1), 0, max(sizes) - len(leaf))) for leaf in leaves]
         )
-    found = learned.converter.inputs(x)
-    require(len(found) > 0, "x must hold at least one example")
-    return found.to(learned.device)
+    return together
 
 
 class AdaptedTasks:
@@ -264,7 +187,8 @@ class AdaptedTasks:
     Each prediction adapts to all tasks again, in one batch together with its queries, and keeps nothing in between.
 
     Attributes:
-        classes_: the labels of each task, as in ``Adapted``; None for numbers.
+        tasks: the examples of each task.
+        classes_: the labels of each task, as in ``Adapted``; None where there are none.
     """
 
     def __init__(self, learned: Learned, xs: Sequence[Any], ys: Sequence[Any], steps: int, seeds: Tensor) -> None:
@@ -273,34 +197,10 @@ class AdaptedTasks:
         ways = None
         if learned.spec.offers("labels"):
             ways = max(len(set(labels_of(y))) for y in ys)
-        self._targets = [Targets(learned, y, ways) for y in ys]
-        support = [inputs_of(learned, x) for x in xs]
-        for x, targets in zip(support, self._targets, strict=True):
-            check_pairs(x, targets)
-        self._support = self._padded(support, [targets.y for targets in self._targets])
-        self.classes_ = None if ways is None else [array_of(one.classes or ()) for one in self._targets]
-
-    def _padded(self, xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
-        """Return examples of all tasks ``[tasks, examples, ...]``, with weights where their numbers differ."""
-        longest = max(map(len, xs))
-        together = {"x": self._stacked(xs, longest)}
-        if ys is not None:
-            together["y"] = self._stacked(ys, longest)
-        masks = [targets.ways for targets in self._targets]
-        if len({len(x) for x in xs}) > 1 or any(mask is not None for mask in masks):
-            together["weight"] = self._stacked(
-                [x.new_ones(len(x), dtype=torch.get_default_dtype()) for x in xs], longest
-            )
-        if any(mask is not None for mask in masks):
-            columns = self._targets[0].columns
-            rows = [torch.ones(columns) if mask is None else mask for mask in masks]
-            together["ways"] = self._stacked([row.expand(longest, -1) for row in rows], longest)
-        return together
-
-    def _stacked(self, parts: Sequence[Tensor], longest: int) -> Tensor:
-        filled = [pad(part, (*[0, 0] * (part.ndim - 1), 0, longest - len(part))) for part in parts]
-        together = torch.stack(filled).to(self._learned.device)
-        return together.to(torch.get_default_dtype()) if together.is_floating_point() else together
+        self.tasks = [user_task(learned, x, y, ways) for x, y in zip(xs, ys, strict=True)]
+        self._support = to_device(stacked([task.support for task in self.tasks]), learned.device)
+        found = [getattr(task, "classes", None) for task in self.tasks]
+        self.classes_ = [array_of(classes) for classes in found if classes is not None] or None
 
     @cached_property
     def curve(self) -> Array:
@@ -315,38 +215,41 @@ class AdaptedTasks:
             found: Tensor = over_tasks(of_task, Task(self._support, self._support, self._seeds), training=False)
         return np.asarray(found.cpu().numpy())
 
-    def outputs(self, xs: Sequence[Any]) -> list[Tensor]:
-        """Return the model's outputs ``[examples, outputs]`` for each task's inputs.
-
-        Raises:
-            ValueError: the inputs are not what the family takes, or not as many as there are tasks.
-        """
+    def _made(self, xs: Sequence[Any]) -> tuple[list[Request], list[Tensor]]:
         learned, loss = self._learned, loss_of(self._learned.family)
-        require(len(xs) == len(self._targets), f"there must be inputs for each of {len(self._targets)} tasks")
-        queries = [inputs_of(learned, x) for x in xs]
+        require(len(xs) == len(self.tasks), f"there must be inputs for each of {len(self.tasks)} tasks")
+        requests = [task.ask(x) for task, x in zip(self.tasks, xs, strict=True)]
 
         def of_task(task: Task) -> Tensor:
             state = adapted(learned.algorithm, learned.theta, task.support, loss, self._steps)
             with weighing(task.query.get("weight")):
-                output = learned.algorithm.predict(learned.theta, state, task.query["x"])
-            return own_classes(output, task.query)
+                return requests[0].make(partial(learned.algorithm.predict, learned.theta, state), task.query)
 
+        queries = to_device(stacked([request.data for request in requests]), learned.device)
         with torch.no_grad():
-            found = over_tasks(of_task, Task(self._support, self._padded(queries), self._seeds), training=False)
-        return [output[: len(x)] for output, x in zip(found, queries, strict=True)]
+            found = over_tasks(of_task, Task(self._support, queries, self._seeds), training=False).cpu()
+        sizes = [len(request.data["x"]) for request in requests]
+        return requests, [output[:size] for output, size in zip(found, sizes, strict=True)]
 
-    def predict(self, xs: Sequence[Any]) -> list[Array]:
+    def outputs(self, xs: Sequence[Any]) -> list[Tensor]:
+        """Return, for each task, what ``Adapted.outputs`` returns.
+
+        Raises:
+            ValueError: the inputs are not what the family takes, or not as many as there are tasks.
+        """
+        return self._made(xs)[1]
+
+    def predict(self, xs: Sequence[Any]) -> list[Any]:
         """Return, for each task, what ``Adapted.predict`` returns."""
-        return [targets.answers(one) for targets, one in zip(self._targets, self.outputs(xs), strict=True)]
+        return [request.answers(found) for request, found in zip(*self._made(xs), strict=True)]
 
     def predict_proba(self, xs: Sequence[Any]) -> list[Array]:
-        """Return, for each task, what ``Adapted.predict_proba`` returns."""
-        return [targets.probabilities(one) for targets, one in zip(self._targets, self.outputs(xs), strict=True)]
+        """Return, for each task, what ``Adapted.predict_proba`` returns.
 
-
-def check_pairs(x: Tensor, targets: Targets) -> None:
-    """Raise an error unless there is a target for each input."""
-    require(len(x) == len(targets.y), f"x has {len(x)} examples and y has {len(targets.y)}; give one y for each")
+        Raises:
+            UserError: the targets are no classes.
+        """
+        return [probabilities(self._learned, task, one) for task, one in zip(self.tasks, self.outputs(xs), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -382,13 +285,15 @@ class Learner:
         )
         return wanted
 
-    def adapt(self, x: Any, y: Any, steps: int | None = None, seed: int = 0) -> Adapted:
+    def adapt(self, x: Any, y: Any = None, steps: int | None = None, seed: int = 0) -> Adapted:
         """Adapt to the examples of one task.
 
         Args:
             x: inputs, as the family's converter takes them: arrays, tensors, tables or lists of numbers
-                ``[examples, *shape]``; for sentences a list of texts, for pictures a list of paths.
-            y: a label of any hashable kind for each example, or numbers ``[examples]`` or ``[examples, outputs]``.
+                ``[examples, *shape]``; for sentences a list of texts, for pictures a list of paths; docs/learner.md
+                has all kinds.
+            y: a label of any hashable kind for each example, or numbers ``[examples]`` or ``[examples, outputs]``, or
+                what docs/learner.md says of other kinds; None where examples have no target besides themselves.
             steps: number of adaptation steps; None: as in the run's tests.
             seed: for methods that draw random numbers while they adapt and predict.
 
@@ -398,15 +303,8 @@ class Learner:
         """
         if self.spec.offers("policy"):
             raise UserError(f"algo={self.learned.names['algo']} acts; adapt it with adapt_to(environment).")
-        targets, given = Targets(self.learned, y), inputs_of(self.learned, x)
-        check_pairs(given, targets)
-        support = {"x": given, "y": targets.y.to(given.device)}
-        if (ways := targets.ways) is not None:
-            support |= {
-                "weight": support["y"].new_ones(len(given)),
-                "ways": ways.to(given.device).expand(len(given), -1),
-            }
-        return Adapted(self.learned, support, targets, self._steps(steps), seed_of(seed, self.learned.device))
+        task = user_task(self.learned, x, y)
+        return Adapted(self.learned, task, self._steps(steps), seed_of(seed, self.learned.device))
 
     def adapt_tasks(
         self, xs: Sequence[Any], ys: Sequence[Any], steps: int | None = None, seed: int = 0

@@ -22,7 +22,7 @@ from metarun.assemble import build_family, build_model, choose_device
 from metarun.command.composing import CHOICES, composed
 from metarun.command.trust import MEMBER, imports
 from metarun.config import build, check_ranges
-from metarun.contracts import Algorithm, Converter, Family, Numbers, Spec, Split, Task, Tree
+from metarun.contracts import Algorithm, Converter, Family, Numbers, Spec, Split, Task, TaskConverter, Tree
 from metarun.data.converters import Arrays
 from metarun.data.portable import rebuilt
 from metarun.engine.replicas import replica_configs
@@ -35,7 +35,7 @@ from metarun.system.terminal import printable
 class Remembered:
     """A family as a checkpoint describes it: everything but its data."""
 
-    def __init__(self, spec: Spec, dataset: str, converter: Converter | None) -> None:
+    def __init__(self, spec: Spec, dataset: str, converter: Converter | TaskConverter | None) -> None:
         self.spec, self.dataset, self.converter = spec, dataset, converter
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
@@ -57,7 +57,7 @@ class Learned:
     """The parameters that validation selected."""
     family: Family
     """The family that the learner was trained on, without its data, or with its simulator."""
-    converter: Converter | None
+    converter: Converter | TaskConverter | None
     """What makes inputs of what users have; None where the family has no such thing."""
     config: DictConfig
     """The configuration of the run, or of the replica."""

@@ -4,19 +4,20 @@ import argparse
 import csv
 import io
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
-from metarun.after.learner import load
-from metarun.contracts import Converter, Examples
+from metarun.after.learner import Adapted, load
+from metarun.contracts import Examples, Reader
 from metarun.errors import UserError
 from metarun.system.files import write_text
 from metarun.system.terminal import printable
 
 
-def examples_in(converter: Converter, path: Path) -> Examples:
+def examples_in(converter: Reader, path: Path) -> Examples:
     """Read the examples in a file or a folder.
 
     Raises:
@@ -30,34 +31,58 @@ def examples_in(converter: Converter, path: Path) -> Examples:
         raise UserError(f"{str(error).rstrip('.')}.") from error
 
 
-def table_of(names: Any, answers: Any, chances: Any, classes: Any, truth: Any) -> str:
-    """Return predictions as CSV: name, prediction (one column per number), probabilities, and the truth if known."""
-    answers = np.asarray(answers)
-    several = answers.ndim > 1 and answers.shape[1] > 1
-    columns = answers.reshape(len(answers), -1)
-    header = ["example", *([f"prediction_{i + 1}" for i in range(columns.shape[1])] if several else ["prediction"])]
-    header += [f"p({label})" for label in classes] if classes is not None else []
-    header += ["target"] if truth is not None else []
+def table_of(names: Sequence[str], found: Sequence[Sequence[Mapping[str, Any]]], folder: Path) -> str:
+    """Return predictions as CSV.
+
+    Args:
+        names: of the examples.
+        found: the rows of each example, by column.
+        folder: where pictures among the values are written, each to a file of its own; it is made where it is needed.
+    """
+    rows = []
+    for name, of_example in zip(names, found, strict=True):
+        for number, row in enumerate(of_example, 1):
+            rows.append({"example": name, **row})
+            for column, value in row.items():
+                if isinstance(value, Image.Image):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    file = folder / (f"{name}.png" if len(of_example) == 1 else f"{name}_{number}.png")
+                    value.save(file)
+                    rows[-1][column] = str(file)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    header = sorted(columns, key=lambda column: column == "target") or ["example"]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for i, name in enumerate(names):
-        row = [name, *columns[i].tolist(), *(chances[i].tolist() if chances is not None else [])]
-        writer.writerow([*row, truth[i]] if truth is not None else row)
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def rows_of(adapted: Adapted, answers: Sequence[Any], chances: Any, truth: Sequence[Any] | None) -> list[Any]:
+    """Return the rows of each answer, the first one with probabilities where there are some."""
+    own = getattr(adapted.task, "rows", lambda answer, truth: [{"prediction": answer}])
+    found = [own(answer, None if truth is None else truth[i]) for i, answer in enumerate(answers)]
+    if chances is not None and adapted.classes_ is not None:
+        for i, rows in enumerate(found):
+            rows[0].update({f"p({label})": chances[i][k] for k, label in enumerate(adapted.classes_)})
+    return found
 
 
 def predict(
     run: Path,
     support: Path,
-    query: Path,
+    query: Path | None,
     out: Path,
     steps: int | None = None,
     device: str = "auto",
     trust: bool = False,
     config_dir: Path | None = None,
+    count: int | None = None,
+    seed: int = 0,
 ) -> str:
-    """Adapt to the examples in ``support``, write predictions for those in ``query`` to ``out``; return a sentence.
+    """Adapt to the examples in ``support``, and write predictions to ``out``; return a sentence.
+
+    Predictions are those for the examples in ``query``, or ``count`` answers drawn with ``seed``.
 
     Raises:
         UserError: anything that the user can fix.
@@ -68,24 +93,27 @@ def predict(
         raise UserError(
             f"algo={names['algo']} on task={names['task']} reads no files; adapt it in Python (docs/learner.md)."
         )
-    shown, asked = examples_in(converter, support), examples_in(converter, query)
-    if shown.y is None:
+    if (query is None) == (count is None):
+        raise UserError("Give either --query, what is to be predicted, or --count, how many answers are to be drawn.")
+    shown = examples_in(converter, support)
+    if shown.y is None and not hasattr(converter, "task"):
         raise UserError(f"{support} has no targets; give each example a label or a number to learn from.")
+    truth, chances, numbers = None, None, [str(i + 1) for i in range(count or 0)]
     try:
         adapted = learner.adapt(shown.x, shown.y, steps)
-        answers = adapted.predict(asked.x)
-        chances = adapted.predict_proba(asked.x) if adapted.classes_ is not None else None
+        if query is None:
+            answers = adapted.sample(count, seed)
+        else:
+            asked = examples_in(converter, query)
+            truth, numbers = asked.y, list(asked.names)
+            answers = adapted.predict(asked.x)
+            chances = adapted.predict_proba(asked.x) if adapted.classes_ is not None else None
+        compared = getattr(adapted.task, "compared", None)
+        agreement = "" if truth is None or compared is None else f"; {compared(answers, truth)}"
     except ValueError as error:
         raise UserError(f"{str(error).rstrip('.')}.") from error
-    write_text(out, table_of(asked.names, answers, chances, adapted.classes_, asked.y))
-    said = f"{len(asked.names)} predictions from {len(shown.names)} examples: {out}"
-    if asked.y is None:
-        return said
-    truth = np.asarray(asked.y)
-    if adapted.classes_ is not None:
-        right = float(np.mean([found == true for found, true in zip(answers.tolist(), truth.tolist(), strict=True)]))
-        return f"{said}; accuracy on their own labels {100 * right:.2f} %"
-    return f"{said}; mean squared error on their own targets {float(np.square(answers - truth).mean()):.4g}"
+    write_text(out, table_of(numbers, rows_of(adapted, answers, chances, truth), out.with_name(f"{out.stem}_pictures")))
+    return f"{len(numbers)} predictions from {len(shown.names)} examples: {out}{agreement}"
 
 
 def main() -> None:
@@ -96,7 +124,9 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, metavar="DIR", help="directory of a run, or a copy of its best.pt")
     parser.add_argument("--support", type=Path, required=True, metavar="PATH", help="file or folder to learn from")
-    parser.add_argument("--query", type=Path, required=True, metavar="PATH", help="file or folder to predict")
+    parser.add_argument("--query", type=Path, metavar="PATH", help="file or folder to predict")
+    parser.add_argument("--count", type=int, metavar="N", help="how many answers to draw where there is no query")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of answers that are drawn (0)")
     parser.add_argument("--out", type=Path, default=Path("predictions.csv"), metavar="FILE", help="(predictions.csv)")
     parser.add_argument("--steps", type=int, metavar="N", help="adaptation steps (as in the run's tests)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -110,7 +140,7 @@ def main() -> None:
             printable(
                 predict(
                     *(given.run, given.support, given.query, given.out, given.steps),
-                    *(given.device, given.trust, given.config_dir),
+                    *(given.device, given.trust, given.config_dir, given.count, given.seed),
                 )
             )
         )

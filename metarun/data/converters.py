@@ -5,7 +5,7 @@ See `metarun.contracts.Converter`.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,8 @@ class Sentences:
     tokenizer: Tokenizer
     columns: int
     """Number of ids of a row; those of longer sentences are cut off."""
+    weights: Tensor | None = field(default=None, compare=False, repr=False)
+    """How informative each id is ``[ids]`` (`metarun.contracts.Tokens`), for later tests on other sentences."""
 
     def inputs(self, x: Any) -> Tensor:
         """Return a list (or a column of a table) of sentences as rows of ids ``[sentences, columns]``.

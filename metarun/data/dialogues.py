@@ -122,7 +122,12 @@ def _expect(holds: bool, where: str, what: str) -> None:
         raise UserError(f"{where} {what}.")
 
 
-def _action(entry: Any, where: str) -> Action:
+def action_of(entry: Any, where: str) -> Action:
+    """Return an act of a system.
+
+    Raises:
+        UserError: it is none; the sentence says ``where``.
+    """
     kinds = isinstance(entry, dict) and isinstance(entry.get("act"), str) and isinstance(entry.get("slot", ""), str)
     values = entry.get("values", []) if kinds else None
     whole = isinstance(values, list) and all(isinstance(value, str) for value in values)
@@ -130,8 +135,13 @@ def _action(entry: Any, where: str) -> Action:
     return Action(entry["act"], entry.get("slot", ""), tuple(values or ()))
 
 
-def _turn(entry: Any, dialogue: str, where: str) -> Turn | None:
-    """Return the turn of a system; None for one of a user, one that concerns several services, or one of no words."""
+def _turn(entry: Any, dialogue: str, where: str, said: bool) -> Turn | None:
+    """Return the turn of a system; None for one of a user or one that concerns several services.
+
+    One of no words is None, too, unless turns need not have been ``said``.
+    """
+    if not said and isinstance(entry, dict):
+        entry = {"utterance": "", **entry}
     known = isinstance(entry, dict) and {"speaker", "utterance", "frames"} <= entry.keys()
     _expect(known and isinstance(entry["frames"], list), where, 'lacks "speaker", "utterance" or "frames"; add them')
     if entry["speaker"] != "SYSTEM" or len(entry["frames"]) != 1:
@@ -140,22 +150,22 @@ def _turn(entry: Any, dialogue: str, where: str) -> Turn | None:
     known = isinstance(frame, dict) and "service" in frame and isinstance(frame.get("actions"), list)
     _expect(known, where, 'has a frame without "service" and a list of "actions"; add them')
     _expect(isinstance(utterance, str), where, "has an utterance that is no text; write one")
-    if not utterance.strip():
+    if said and not utterance.strip():
         return None
-    actions = tuple(sorted(_action(action, where) for action in frame["actions"]))
+    actions = tuple(sorted(action_of(action, where) for action in frame["actions"]))
     _expect(len(actions) > 0, where, "has no action; add what it says")
     values = {value for action in actions for value in action.values}
-    for span in frame.get("slots", []):
+    for span in frame.get("slots", []) if utterance.strip() else ():
         ends = isinstance(span, dict) and (span.get("start"), span.get("exclusive_end"))
         _expect(bool(ends) and all(isinstance(end, int) for end in ends or ()), where, "has a slot without its ends")
-        said = utterance[span["start"] : span["exclusive_end"]]
-        what = f"marks {said!r} as a value, which no action of it has; correct its ends or the action"
-        _expect(said in values, where, what)
+        marked = utterance[span["start"] : span["exclusive_end"]]
+        what = f"marks {marked!r} as a value, which no action of it has; correct its ends or the action"
+        _expect(marked in values, where, what)
     return Turn(frame["service"], dialogue, actions, utterance)
 
 
-def turns_of(content: bytes, place: str) -> Iterator[Turn]:
-    """Yield the system's turns of a file.
+def system_turns(content: bytes, place: str, said: bool = True) -> Iterator[Turn]:
+    """Yield the system's turns of a file, or only those that have been ``said``.
 
     Raises:
         UserError: the file is not such a file; the sentence names the place in it.
@@ -174,7 +184,7 @@ def turns_of(content: bytes, place: str) -> Iterator[Turn]:
         _expect(known, f"{place}, dialogue {number} (counted from 0),", 'has no list of "turns"; add it')
         name = str(dialogue.get("dialogue_id", number))
         for index, entry in enumerate(dialogue["turns"]):
-            turn = _turn(entry, name, f"{place}, dialogue {name}, turn {index} (counted from 0),")
+            turn = _turn(entry, name, f"{place}, dialogue {name}, turn {index} (counted from 0),", said)
             if turn is not None:
                 yield turn
 
@@ -198,7 +208,7 @@ def read(path: str, data_dir: str) -> tuple[dict[str, list[Turn]] | list[Turn], 
         if not names:
             raise UserError(f"{place} has no JSON file of dialogues; put some there, or fetch them from {SOURCE}.")
         parts = {name: PARTS.get(name.partition("/")[0].lower()) for name in names}
-        by_file = {name: list(turns_of(files.read(name), str(place / name))) for name in names}
+        by_file = {name: list(system_turns(files.read(name), str(place / name))) for name in names}
     if None in parts.values():
         return [turn for turns in by_file.values() for turn in turns], place.name
     split: dict[str, list[Turn]] = {part: [] for part in SHARES}

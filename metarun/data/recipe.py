@@ -54,7 +54,13 @@ class History:
         """Return the rows that have a whole history, by series and time, with these columns added.
 
         The target is empty in the last rows of a series, and before a gap.
+
+        Raises:
+            UserError: a column is missing.
         """
+        for column in (self.by, self.order, self.value):
+            if column not in table:
+                raise UserError(f"The rows lack the column {column!r}, which a series needs; add it.")
         table = table.sort_values([self.by, self.order], kind="stable")
         series, time = pd.factorize(table[self.by])[0], table[self.order].to_numpy(dtype=float)
         value = table[self.value].to_numpy(dtype=float)

@@ -1,6 +1,6 @@
 """Answers without learning, to compare learners with: a support turn with the same acts and slots, or templates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from metarun.data.dialogues import Turn, words_of
 from metarun.data.pieces import symbol
@@ -70,3 +70,7 @@ def same_or_template(turn: Turn, support: Sequence[Turn]) -> str:
     """Return the text of a support turn with the same acts and slots, or else the template."""
     same = [other for other in support if _kinds(other) == _kinds(turn)]
     return _in_other_words(turn, same[0]) if same else template(turn)
+
+
+WAYS: dict[str, Callable[[Turn, list[Turn]], str]] = {"nearest": nearest, "template": same_or_template}
+"""Ways to answer without learning, by name: (turn, support turns) → text with placeholders."""

@@ -119,13 +119,15 @@ def _answer(record: Any, passage: str, place: str) -> tuple[int, str]:
     raise UserError(f"{place} is {text!r}, which is not at answer_start {start!r}; the first such place is {found}.")
 
 
-def _question(record: Any, passage: str, place: str) -> Question | None:
+def _question(record: Any, passage: str, place: str, answered: bool) -> Question | None:
     """Return a question; None for one that is marked as without an answer (SQuAD 2.0)."""
     identity = record.get("id") if isinstance(record, dict) else None
     place = f"{place} ({identity})" if identity else place
     text = _part(record, "question", str, place, "write its text as question")
     if record.get("is_impossible"):
         return None
+    if not answered and not record.get("answers"):
+        return Question(str(identity or place), text, ())
     answers = _part(record, "answers", list, place, "give a list of answers")
     if not answers:
         raise UserError(f"{place} has no answer; give one, or leave the question out.")
@@ -133,8 +135,13 @@ def _question(record: Any, passage: str, place: str) -> Question | None:
     return Question(str(identity or place), text, tuple(dict.fromkeys(found)))
 
 
-def read(path: Path) -> list[Article]:
-    """Return the articles of a file, with those questions that have an answer.
+def read(path: Path, answered: bool = True) -> list[Article]:
+    """Return the articles of a file.
+
+    Args:
+        path: the file.
+        answered: whether all questions must have an answer, but those that are marked as without one (SQuAD 2.0),
+            which are left out in any case.
 
     Raises:
         UserError: the file cannot be read or is broken; the sentence names the place.
@@ -157,7 +164,7 @@ def read(path: Path) -> list[Article]:
             place = f"{here}, paragraph {index}"
             text = _part(paragraph, "context", str, place, "write the passage as context")
             asked = _part(paragraph, "qas", list, place, "give a list of questions, perhaps an empty one")
-            found = [_question(one, text, f"{place}, question {i}") for i, one in enumerate(asked, 1)]
+            found = [_question(one, text, f"{place}, question {i}", answered) for i, one in enumerate(asked, 1)]
             left += found.count(None)
             passages.append(Passage(text, tuple(one for one in found if one is not None)))
         articles.append(Article(title, tuple(passages)))

@@ -3,18 +3,19 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from metarun.contracts import Examples
+from metarun.contracts import Examples, Predict, Request, Tree
 from metarun.data.portable import portable
 from metarun.data.tokens import WordFeatures
 from metarun.data.word_vectors import WordVectors
 from metarun.errors import UserError, require
+from metarun.targets.tags import Tags, f1, hits
 
 SUFFIXES = (".conll", ".conllu", ".iob2", ".iob", ".bio", ".txt", ".tsv")
 """Suffixes of files with tagged sentences."""
@@ -167,6 +168,67 @@ def _sentence(
     return Sentence(tuple(words), tuple(tags), name)
 
 
+def tags_found(target: Tags, predict: Predict, data: Tree) -> Tensor:
+    """Return the tag of each word ``[sentences, words]``."""
+    return target.decoded(predict(data["x"]).nan_to_num(), data)
+
+
+class OnSentences:
+    """Tagged sentences of one task, and tags of further ones (`metarun.contracts.UserTask`)."""
+
+    def __init__(self, form: "TaggedWords", x: Any, y: Any) -> None:
+        self.form, words = form, form.listed(x)
+        require(y is not None, "y must hold a list of tags for each sentence, and is None")
+        tags = [list(own) if not isinstance(own, str) else own for own in y]
+        require(
+            len(words) == len(tags), f"x has {len(words)} sentences and y has {len(tags)} lists of tags; give one each"
+        )
+        self.types = form.types_of(tags)
+        for row, own in zip(words, tags, strict=True):
+            require(len(row) == len(own), f"a sentence of {len(row)} words has {len(own)} tags; give one for each word")
+        self.x, self.y = form.inputs(words), form.targets(tags)
+
+    def _ways(self, sentences: int) -> dict[str, Tensor]:
+        """Return the leaf that says which tags the task has, unless it has all."""
+        used, outputs = 1 + 2 * len(self.types), self.y.shape[-1]
+        own = (torch.arange(outputs) < used).to(self.y)
+        return {} if used == outputs else {"ways": own.expand(sentences, -1)}
+
+    @cached_property
+    def support(self) -> Tree:
+        """The support set ``x``, ``y`` (`metarun.targets.tags.Tags`), and ``ways`` where places for types are free."""
+        return {"x": self.x, "y": self.y, **self._ways(len(self.x))}
+
+    def ask(self, x: Any) -> Request:
+        """Return the request for the tags of sentences, a list of tags for each."""
+        words, names = self.form.listed(x), ["O", *(f"{prefix}-{name}" for name in self.types for prefix in "BI")]
+        there = torch.zeros(len(words), *self.y.shape[1:])
+        for row, own in zip(there, words, strict=True):
+            row[: len(own), 0] = 1
+
+        def answers(tags: Tensor) -> list[list[str]]:
+            return [[names[tag] for tag in row[: len(own)]] for row, own in zip(tags.tolist(), words, strict=True)]
+
+        data = {"x": self.form.inputs(words), "y": there.to(self.y), **self._ways(len(words))}
+        return Request(data, partial(tags_found, self.form.decoding), answers)
+
+    def rows(self, answer: Sequence[str], truth: Sequence[str] | None) -> list[dict[str, Any]]:
+        """Return the tags of a sentence as a row of a table."""
+        return [{"prediction": " ".join(answer)} | ({} if truth is None else {"target": " ".join(truth)})]
+
+    def compared(self, answers: Sequence[Sequence[str]], y: Sequence[Sequence[str]]) -> str:
+        """Return the F1 of entities, exact in span and type."""
+        names = list(dict.fromkeys(tag[2:] for rows in (answers, y) for row in rows for tag in row if tag[2:]))
+        longest = max(map(len, y))
+
+        def numbered(rows: Sequence[Sequence[str]]) -> Tensor:
+            tags = [[1 + 2 * names.index(tag[2:]) + (tag[0] == "I") if tag[2:] else 0 for tag in row] for row in rows]
+            return torch.tensor([row + [0] * (longest - len(row)) for row in tags])
+
+        right, found, true, _ = hits(numbered(answers), numbered(y))
+        return f"entity F1 {100 * float(f1(right, found, true)):.2f} % with their own tags"
+
+
 @portable
 @dataclass(frozen=True)
 class TaggedWords:
@@ -179,19 +241,39 @@ class TaggedWords:
     """Number of places for other types, which come after these."""
     vectors: WordVectors | None = None
     """Numbers of a frozen model that follow what words look like."""
+    target: Tags | None = None
+    """How outputs become tags; None: word by word."""
 
     @property
     def embed(self) -> str | None:
         """What embeds words; None: nothing does."""
         return None if self.vectors is None else self.vectors.embed
 
-    def inputs(self, x: Any) -> Tensor:
-        """Return what words look like, and numbers of a frozen model if there is one: ``[sentences, words, columns]``.
+    @property
+    def decoding(self) -> Tags:
+        """How outputs become tags."""
+        return self.target or Tags((*self.types, *(f"new{i}" for i in range(self.places))))
+
+    def task(self, x: Any, y: Any) -> OnSentences:
+        """Return a user's task.
+
+        Args:
+            x: sentences as lists of words.
+            y: for each sentence a list of tags: ``O``, ``B-TYPE`` or ``I-TYPE``.
 
         Raises:
-            ValueError: there is something that is no list of words, or a sentence has too many of them.
+            ValueError: they are something else.
+        """
+        return OnSentences(self, x, y)
+
+    def listed(self, x: Any) -> list[Sequence[str]]:
+        """Return sentences as they are, once it is sure that they are lists of words.
+
+        Raises:
+            ValueError: there is something else, or a sentence has too many words.
         """
         rows = [x] if isinstance(x, str) else list(x)
+        require(len(rows) > 0, "x must hold at least one sentence")
         for row in rows:
             words = not isinstance(row, str) and all(isinstance(word, str) and word for word in row) and len(row) > 0
             require(words, f"these inputs are sentences as lists of words, and this is none: {row!r}")
@@ -200,25 +282,31 @@ class TaggedWords:
                 f"a sentence has {len(row)} words, and the learner reads at most {self.features.longest}; cut it, or "
                 "train with a larger task.longest",
             )
+        return rows
+
+    def inputs(self, x: Any) -> Tensor:
+        """Return what words look like, and numbers of a frozen model if there is one: ``[sentences, words, columns]``.
+
+        Raises:
+            ValueError: there is something that is no list of words, or a sentence has too many of them.
+        """
+        rows = self.listed(x)
         looks = self.features(rows).long()
         if self.vectors is None:
             return looks
         numbers = self.vectors.of(rows, self.features.longest)
         return torch.cat([looks.to(numbers), numbers], -1)
 
-    def targets(self, y: Any) -> Tensor:
-        """Return one-hot tags ``[sentences, words, tags]`` of lists of tags, 0 where a sentence has ended.
-
-        Types that training did not have get the places for new ones, in the order in which they appear.
+    def types_of(self, y: Sequence[Any]) -> list[str]:
+        """Return the known types, and then the others in tags, in the order in which they appear.
 
         Raises:
             ValueError: a tag is no IOB tag, or there are more new types than places.
         """
         names = list(self.types)
-        found = torch.zeros(len(y), self.features.longest, 1 + 2 * (len(names) + self.places))
-        for row, tags in enumerate(y):
+        for tags in y:
             require(not isinstance(tags, str), "y must hold a list of tags for each sentence, such as ['B-PER', 'O']")
-            for place, tag in enumerate(tags[: self.features.longest]):
+            for tag in tags:
                 matched = TAG.fullmatch(str(tag))
                 require(matched is not None, f"y holds the tag {tag!r}, which is none of O, B-TYPE and I-TYPE")
                 kind = matched[2] if matched else None
@@ -229,17 +317,23 @@ class TaggedWords:
                         f"y holds the type {kind}; the learner knows {', '.join(self.types) or 'none'}, and has "
                         f"{self.places} places for others",
                     )
-                found[row, place, 0 if kind is None else 1 + 2 * names.index(kind) + (tag[0] == "I")] = 1
-        return found.to(torch.get_default_dtype())
+        return names
 
-    def answers(self, output: Tensor) -> Any:
-        """Return tags ``[sentences, words]``, as many for each sentence; those after its end mean nothing.
+    def targets(self, y: Any) -> Tensor:
+        """Return one-hot tags ``[sentences, words, tags]`` of lists of tags, 0 where a sentence has ended.
 
-        The types at places for new ones are called new0, new1, … in the order in which ``targets`` saw them.
+        Types that training did not have get the places for new ones, in the order in which they appear.
+
+        Raises:
+            ValueError: a tag is no IOB tag, or there are more new types than places.
         """
-        names = [*self.types, *(f"new{i}" for i in range(self.places))]
-        tags = np.array(["O", *(f"{prefix}-{name}" for name in names for prefix in "BI")])
-        return tags[output.argmax(-1).numpy()]
+        names = self.types_of(y)
+        found = torch.zeros(len(y), self.features.longest, 1 + 2 * (len(self.types) + self.places))
+        for row, tags in enumerate(y):
+            for place, tag in enumerate(tags[: self.features.longest]):
+                kind = tag[2:]
+                found[row, place, 1 + 2 * names.index(kind) + (tag[0] == "I") if kind else 0] = 1
+        return found.to(torch.get_default_dtype())
 
     def read(self, path: Path) -> Examples:
         """Read a CoNLL or IOB2 file.

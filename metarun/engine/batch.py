@@ -3,6 +3,7 @@
 An algorithm is written for one task; this module maps it over the tasks of a batch and differentiates the mean.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metarun.contracts import Algorithm, Loss, MetaGradient, MetaLoss, Scores, Task, Tree
+from metarun.contracts import Algorithm, Loss, MetaGradient, MetaLoss, Predict, Scores, Task, Tree
 from metarun.nn.transforms import gradient, over_tasks
 from metarun.tree import learned, leaves, like, size, tree_map
 from metarun.tree import mean as mean_over_tasks
@@ -76,6 +77,21 @@ class Evaluated(NamedTuple):
     losses: Tensor
     scores: Scores
     """Scores by metric, in the order of the metrics."""
+    answers: Tensor | None = None
+    """What was kept of the last outputs ``[tasks, ...]``."""
+
+
+class Listening:
+    """A learner whose last output is kept."""
+
+    def __init__(self, predict: Predict) -> None:
+        self.predict = predict
+        self.output: Any = None
+
+    def __call__(self, x: Any) -> Any:
+        """Return what the learner says of ``x``."""
+        self.output = self.predict(x)
+        return self.output
 
 
 @torch.no_grad()
@@ -86,25 +102,32 @@ def evaluate(
     loss: Loss,
     steps: int,
     with_own_scores: bool = False,
+    keep: Callable[[Any, Tree], Tensor] | None = None,
 ) -> Evaluated:
-    """Return query losses and scores along ``steps`` adaptation steps; if asked, also scores of the algorithm alone."""
+    """Return query losses and scores along ``steps`` adaptation steps; if asked, also scores of the algorithm alone.
+
+    ``keep`` says what is kept of the output for the queries after the last step, of which the loss has been computed.
+    """
     reached: list[int] = []
 
-    def one_task(task: Task) -> tuple[Tensor, Scores]:
+    def one_task(task: Task) -> tuple[Tensor, Scores, Scores]:
         reached.clear()
-        losses, scores = list[Tensor](), list[Scores]()
+        losses, scores, kept = list[Tensor](), list[Scores](), Scores()
         for step, state in enumerate(islice(algorithm.adapt(theta, task.support, loss), max(steps, 1) + 1)):
             if state is not None and (step <= steps or not reached):
                 reached.append(step)
-                predict = partial(algorithm.predict, theta, state)
+                predict = Listening(partial(algorithm.predict, theta, state))
                 value, found = loss(predict, task.query)
+                kept = {} if keep is None else {"answers": keep(predict.output, task.query)}
                 if with_own_scores and algorithm.scores is not None:
                     found = {**found, **algorithm.scores(theta, state, task.query)}
                 losses.append(value)
                 scores.append(found)
-        return torch.stack(losses), {name: torch.stack([found[name] for found in scores]) for name in scores[0]}
+        together = {name: torch.stack([found[name] for found in scores]) for name in scores[0]}
+        return torch.stack(losses), together, kept
 
-    return Evaluated(reached, *over_tasks(one_task, tasks, training=False))
+    losses, scores, kept = over_tasks(one_task, tasks, training=False)
+    return Evaluated(reached, losses, scores, kept.get("answers"))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The results of a finished run: rows, tables, figures and lines on the screen."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from metarun.engine.process import peak_memory_mb
 from metarun.engine.replicas import label
 from metarun.evaluation import Tested, measured, metrics_of, pooled_metrics, reports_of
 from metarun.results import drawer
+from metarun.results.confusion import confused, described_confusion, plot_confused, write_confused
 from metarun.results.plots import plot_adaptation, plot_training
 from metarun.results.reports import described, plot_measured, write_measured
 from metarun.results.tables import SEPARATOR
@@ -192,6 +194,23 @@ def write_adaptation(experiment: Experiment, finished: list[tuple[dict[str, Any]
         panels.append((shown, [(name, s.mean(0).tolist(), confidence(s).tolist()) for name, s in scores]))
     title, steps = title_of([row for row, _ in finished]), finished[0][1].scored.adapt_steps
     drawer.draw("adaptation", plot_adaptation, directory / "adaptation.png", title, steps, panels)
+
+
+def write_confusion(experiment: Experiment, finished: list[tuple[dict[str, Any], Tested]], directory: Path) -> None:
+    """Write which test classes are taken for which, if they have names: a table of all replicas, a picture of one."""
+    names: Sequence[str] = getattr(experiment.family, "class_names", ())
+    found = [
+        (row["replica"], confused(tested.scored.answers.cpu().numpy(), names))
+        for row, tested in finished
+        if tested.scored.answers is not None
+    ]
+    if not found:
+        return
+    write_confused(directory / "confusion.csv", found)
+    title = title_of([row for row, _ in finished])
+    drawer.draw("confusion", plot_confused, directory / "confusion.png", title, found[0][1])
+    for line in described_confusion(found[0][1]):
+        log.info("  %s", line)
 
 
 def write_reports(experiment: Experiment, thetas: list[tuple[int, Tree]], directory: Path) -> None:

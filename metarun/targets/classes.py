@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -20,6 +21,19 @@ def own_classes(output: Tensor, data: Tree) -> Tensor:
     Tasks with fewer classes than the largest one say in ``ways [examples, ways]`` which they have.
     """
     return output.masked_fill(data["ways"] == 0, NO_CHANCE) if "ways" in data else output
+
+
+def chosen_classes(output: Tensor, data: Tree) -> Tensor:
+    """Return which class each example is of, and which was chosen for it ``[examples, 2]``; −1 for padding.
+
+    Classes are numbered as in ``identity [examples]``, whatever their columns in this task are. The data hold an
+    example of each class of the task.
+    """
+    y, identity = data["y"], data["identity"]
+    of_column = torch.where(y > 0, identity[:, None], -1).amax(0)
+    chosen = of_column[own_classes(output, data).nan_to_num().argmax(-1)]
+    both = torch.stack([identity, chosen], -1)
+    return both if "weight" not in data else torch.where(data["weight"][:, None] > 0, both, -1)
 
 
 ACCURACY = Metric("accuracy", higher_is_better=True, percent=True)

@@ -7,14 +7,19 @@ from torch import Tensor
 
 from metarun import random
 from metarun.contracts import Predict
-from metarun.data.pieces import BOUNDARY
+from metarun.data.pieces import BOUNDARY, PADDING, UNKNOWN
 
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(prompt, text so far, logits ``[examples, ids]``) → logits, −∞ for tokens that must not follow."""
 
 
 def written(
-    predict: Predict, prompt: Tensor, length: int, temperature: float = 0.0, rule: Rule | None = None
+    predict: Predict,
+    prompt: Tensor,
+    length: int,
+    temperature: float = 0.0,
+    rule: Rule | None = None,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """Return texts ``[examples, length]`` of ids, each token chosen after those before it.
 
@@ -27,6 +32,7 @@ def written(
         length: number of tokens to write.
         temperature: at least 0.
         rule: what a text has to obey; None: nothing.
+        begins: tokens with which texts begin ``[examples, length]``, followed by 0; None: none.
     """
     place = torch.arange(length, device=prompt.device)
     text = prompt.new_zeros(len(prompt), length)
@@ -41,9 +47,22 @@ def written(
         if rule is not None:
             logits = rule(prompt, text, logits)
         chosen = logits.argmax(-1, keepdim=True)
+        if begins is not None:
+            chosen = torch.where(begins[:, step, None] > 0, begins[:, step, None], chosen)
         text = torch.where(place == step, chosen, text)
         inputs = torch.where(place == step + 1, chosen, inputs)
     return text
+
+
+def readable(further: Rule | None = None) -> Rule:
+    """Return the rule that texts hold neither padding nor unknown characters, followed by a further rule."""
+
+    def rule(prompt: Tensor, text: Tensor, logits: Tensor) -> Tensor:
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        logits = logits.masked_fill((ids == PADDING) | (ids == UNKNOWN), -torch.inf)
+        return logits if further is None else further(prompt, text, logits)
+
+    return rule
 
 
 def each_once(holds: Tensor) -> Rule:
@@ -57,10 +76,11 @@ def each_once(holds: Tensor) -> Rule:
     """
 
     def rule(prompt: Tensor, text: Tensor, logits: Tensor) -> Tensor:
-        there, said = (holds[ids].sum(1) > 0 for ids in (prompt, text))
-        wrong = (holds[None] > 0) & (said | ~there)[:, None]
+        own = holds.to(logits.device)
+        there, said = (own[ids].sum(1) > 0 for ids in (prompt, text))
+        wrong = (own[None] > 0) & (said | ~there)[:, None]
         logits = logits.masked_fill(wrong.any(-1), -torch.inf)
-        left = ((holds[None] > 0) & (there & ~said)[:, None]).any(-1)
+        left = ((own[None] > 0) & (there & ~said)[:, None]).any(-1)
         ends = (logits.argmax(-1) == BOUNDARY) & left.any(-1)
         return logits.masked_fill(ends[:, None] & ~left, -torch.inf)
 

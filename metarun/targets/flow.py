@@ -134,8 +134,8 @@ class Flow:
         error = (predict(found.noisy) - found.velocity).square().flatten(1).mean(1)
         return error.view(-1, draws), t
 
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
-        """Return the mean squared error of velocities; the loss of a family (`metarun.contracts.Loss`)."""
+    def task_loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
+        """Return the mean squared error of velocities, also as a score (`metarun.contracts.Loss`)."""
         error, _ = self.errors(predict, data, lambda u: u, self.draws)
         loss = mean_over(error.mean(1), data)
         return loss, {FLOW_LOSS.name: loss.detach()}

@@ -9,8 +9,11 @@ from metarun.nn.padding import weighing
 
 
 def loss_of(family: Family) -> Loss:
-    """Return the family's own loss, or its target's on ``predict(data["x"])``; models leave padding out in both."""
-    own: Loss | None = getattr(family, "loss", None)
+    """Return the family's own loss, or its target's, by default on ``predict(data["x"])``.
+
+    Models leave padding out in all of them.
+    """
+    own: Loss | None = getattr(family, "loss", None) or getattr(family.spec.target, "task_loss", None)
 
     def of_target(predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
         target, output = cast(RowTarget, family.spec.target), predict(data["x"])

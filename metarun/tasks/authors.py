@@ -23,10 +23,12 @@ from torch import Tensor
 
 from metarun.contracts import Predict, Samples, Scores, Sequences, Sizes, Spec, Split, Task, Tree
 from metarun.data import lines, pieces
+from metarun.data.acts import before
 from metarun.data.lines import Author
 from metarun.data.ngram_prior import Prior, prior_of
 from metarun.data.ngrams import Ngrams
 from metarun.data.toy_writing import toy_authors
+from metarun.data.writing import Lines
 from metarun.errors import require
 from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
@@ -69,11 +71,6 @@ class Shelf:
         self.cells: Cells = cells_of(torch.tensor([[len(author.lines) for author in authors]]))
 
 
-def inputs_of(ids: Tensor) -> Tensor:
-    """Return what a model reads to predict ``ids [..., columns]``: a boundary, then all but the last of them."""
-    return torch.cat([torch.full_like(ids[..., :1], pieces.BOUNDARY), ids[..., :-1]], -1)
-
-
 class Authors:
     """Tasks of one author each: ``x [lines, columns]`` are token ids, ``y [lines, columns]`` the tokens that follow.
 
@@ -91,6 +88,7 @@ class Authors:
         temperature: that of the samples, above 0.
         device: where the lines live.
         data_dir: holds the folder ``public_domain_authors``.
+        converter: what a run has learned of characters and pieces, for a later test of it; None: fitted to training.
 
     Raises:
         UserError: data are missing or damaged.
@@ -110,6 +108,7 @@ class Authors:
         temperature: float = 0.7,
         device: str = "cpu",
         data_dir: str = "data",
+        converter: Lines | None = None,
     ) -> None:
         self.device, self.temperature, self.length = device, temperature, length
         self.sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
@@ -125,7 +124,10 @@ class Authors:
             train = part == "train"
             parts[part] = lines.of_size(authors, self.sizes[train].examples, f"{name} ({part})", train)
         content = sha256(repr(sorted(parts.items())).encode()).hexdigest()[:6]
-        tokenizer = pieces.fit((line for author in parts["train"] for line in author.lines), merges)
+        if converter is None:
+            tokenizer = pieces.fit((line for author in parts["train"] for line in author.lines), merges)
+        else:
+            tokenizer = converter.tokenizer
         self.tokenizer = tokenizer
         self.shelves = {part: Shelf(authors, tokenizer, length, device) for part, authors in parts.items()}
         require(
@@ -135,8 +137,9 @@ class Authors:
         self.ngrams = Ngrams(self.shelves["train"].ids.numpy(), ORDER, tokenizer.ids) if not merges else None
         self.prior: Prior | None = None
         if prior == "ngram":
-            self._count(name)
+            self._count(name, None if converter is None else converter.prior)
             self.loss = self._loss_with_prior
+        self.converter = Lines(tokenizer, length, temperature, self.prior)
         self.known: dict[int, list[NDArray[np.float64]]] = {}
         """The n-gram model's nats of tasks that have been drawn, since test tasks are drawn again and again."""
         cut = [f"merges={merges}"] if merges else []
@@ -152,8 +155,10 @@ class Authors:
         self.control = CONTROL
         self.samples = Samples(self._write, self._show)
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, known: Prior | None) -> None:
         """Count the training lines; the table for a training line leaves out its work and some others.
+
+        ``known`` is the n-gram model of another run, which is taken in place of that of the training lines.
 
         Raises:
             ValueError: the training lines are all of one work.
@@ -165,18 +170,19 @@ class Authors:
             f"{name} has a single work to train on, and prior=ngram leaves out the work of a line; add some, or "
             "set task.prior=none",
         )
-        self.prior = prior_of(Ngrams(train.ids.numpy(), PRIOR_ORDER, ids), self.device)
+        counted = prior_of(Ngrams(train.ids.numpy(), PRIOR_ORDER, ids), self.device)
+        self.prior = counted if known is None else known
         tables = [self.prior.table]
         for split, shelf in self.shelves.items():
             if split != "train":
-                shelf.state = self.prior.states(inputs_of(shelf.rows))
+                shelf.state = self.prior.states(before(shelf.rows))
         train.state = torch.zeros_like(train.rows)
         folds = torch.tensor([works.index(work) % FOLDS for work in train.works])
         for fold in range(min(FOLDS, len(works))):
             own = folds == fold
             others = prior_of(Ngrams(train.ids[~own].numpy(), PRIOR_ORDER, ids), self.device)
             rows = own.to(self.device)
-            used, place = torch.unique(others.states(inputs_of(train.rows[rows])), return_inverse=True)
+            used, place = torch.unique(others.states(before(train.rows[rows])), return_inverse=True)
             train.state[rows] = place + sum(len(table) for table in tables)
             tables.append(others.table[used])
         self.table = torch.cat(tables)
@@ -190,7 +196,7 @@ class Authors:
         """Return the leaves of one part of tasks; all zero where there is padding."""
         rows = dealt.example.to(self.device)
         ids = shelf.rows[rows]
-        leaves = {"x": inputs_of(ids), "y": ids, **({} if shelf.state is None else {"state": shelf.state[rows]})}
+        leaves = {"x": before(ids), "y": ids, **({} if shelf.state is None else {"state": shelf.state[rows]})}
         if dealt.real is None:
             return leaves
         real = dealt.real.to(self.device)
@@ -253,13 +259,11 @@ class Authors:
     def _write(self, predict: Predict, task: Task) -> Tree:
         """Return lines that the learner writes: ``[SHOWN, columns]``."""
 
-        def expected(x: Tensor) -> Tensor:
-            assert self.prior is not None
-            found: Tensor = predict(x) + self.prior.table[self.prior.states(x)]
-            return found
-
-        writer = predict if self.prior is None else expected
-        return {"lines": written(writer, task.query["x"][:SHOWN, :0], self.length, self.temperature)}
+        return {
+            "lines": written(
+                self.converter.expecting(predict), task.query["x"][:SHOWN, :0], self.length, self.temperature
+            )
+        }
 
     def _show(self, made: Mapping[str, Tree], tasks: Task) -> str:
         """Return lines of the author, and those that the learner wrote before and after adaptation."""

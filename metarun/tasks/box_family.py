@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from metarun.contracts import Facts, Numbers, Pooled, Predict, Samples, Scores, Sizes, Spec, Task, Tree
+from metarun.data.objects import Objects
 from metarun.data.pictures import Pictures
 from metarun.targets.boxes import Boxes
 from metarun.targets.detections import THRESHOLDS, pooled_metrics, pooled_scores
@@ -28,12 +29,12 @@ class BoxFamily:
     Args:
         target: the target of a validation or test task.
         sizes: sizes of the tasks.
-        converter: how pictures become inputs.
+        pictures: how pictures become inputs.
     """
 
-    def __init__(self, target: Boxes, sizes: Sizes, converter: Pictures) -> None:
-        self.target, self.converter = target, converter
-        inputs = Numbers((converter.channels, converter.size, converter.size))
+    def __init__(self, target: Boxes, sizes: Sizes, pictures: Pictures) -> None:
+        self.target, self.pictures, self.converter = target, pictures, Objects(pictures, target)
+        inputs = Numbers((pictures.channels, pictures.size, pictures.size))
         facts = Facts(references={"template": TemplateMatching(target)})
         self.spec = Spec(inputs, target, sizes, target.metrics, facts)
         self.pooled = Pooled(pooled_metrics(), self._counts, pooled_scores)
@@ -65,7 +66,7 @@ class BoxFamily:
         return figure
 
     def _draw_picture(self, axis: Axes, query: Tree, found: Tree, row: int, place: int) -> None:
-        pixels = self.converter.shares(query["x"][row, place]).clamp(0, 1)
+        pixels = self.pictures.shares(query["x"][row, place]).clamp(0, 1)
         axis.imshow(pixels.movedim(0, -1).float().numpy(), cmap="gray", interpolation="nearest", extent=self._extent())
         axis.set_xticks([])
         axis.set_yticks([])

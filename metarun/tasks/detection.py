@@ -15,6 +15,7 @@ from torch.nn.functional import grid_sample
 from metarun.contracts import Sizes, Split, Task
 from metarun.data.boxes import Annotated, annotated, within
 from metarun.data.files import Files, found
+from metarun.data.objects import Objects
 from metarun.data.pictures import Pictures, opened
 from metarun.data.splits import SHARES, dealt, listed
 from metarun.data.store import Bytes, stored
@@ -68,6 +69,7 @@ class Detection(BoxFamily):
         without_area: whether a box without an area is an ``error``, or is left out (``drop``).
         device: where tasks live.
         data_dir: where paths are looked up that do not exist here.
+        converter: what a run has learned of pictures, for a later test of it; None: measured on training pictures.
 
     Raises:
         UserError: data are missing or broken, or a class has too few pictures.
@@ -89,6 +91,7 @@ class Detection(BoxFamily):
         without_area: Literal["error", "drop"] = "error",
         device: str = "cpu",
         data_dir: str = "data",
+        converter: Objects | None = None,
     ) -> None:
         counted = {"ways": ways, "shots": shots, "queries": queries, "train_queries": train_queries}
         for name, value in {**counted, "most_found": most_found}.items():
@@ -118,7 +121,8 @@ class Detection(BoxFamily):
         of_split, class_name = self._split_of_classes(test_classes, split_seed, source)
         self.pools = {name: self._pool(name, of_split[name], part == name, source) for name in SHARES}
         self.dataset = ":".join([source.stem, part_name, class_name, f"{image_size}px", self._digest(part)])
-        mean, std = _measured(self.pixels[part == "train"])
+        known = None if converter is None else converter.pictures
+        mean, std = (known.mean, known.std) if known else _measured(self.pixels[part == "train"])
         target = Boxes(ways, image_size, most=most, most_found=most_found)
         super().__init__(target, Sizes(shots, queries, ways), Pictures(image_size, 3, mean=mean, std=std))
 
@@ -218,7 +222,7 @@ class Detection(BoxFamily):
 
         Training tasks have ``zoom [tasks, 1]``, the edge of the window of each picture that is shown.
         """
-        x, boxes = self.converter.normalised(self.pixels[rows]), self.boxes[rows]
+        x, boxes = self.pictures.normalised(self.pixels[rows]), self.boxes[rows]
         label = (self.label[rows][..., None] == classes[:, None, None]).to(torch.get_default_dtype())
         if zoom is not None:
             x, boxes, label = augmented(x, boxes, label, zoom, generator)

@@ -202,6 +202,7 @@ class Entities:
                     pool.place = places([s.words for s in pool.sentences], words, how.longest).to(device)
         self.names = tuple(dict.fromkeys(name for own in self.pools.values() for name in own))
         target = self._target(how.decoder)
+        self.converter = replace(self.converter, target=target)
         self.spec = Spec(
             Words(how.longest, tokens.COLUMNS, self.features.ids, 0 if vectors is None else vectors.size),
             target,

@@ -129,6 +129,7 @@ class Features:
         device: where the vectors live.
         data_dir: where the path is looked up if it does not exist here.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
+        converter: what a run has measured of its vectors, for a later test of it; None: measured here.
 
     Raises:
         UserError: the file is missing or broken, or a class is in two splits.
@@ -150,6 +151,7 @@ class Features:
         device: str = "cpu",
         data_dir: str = "data",
         typed: Collection[str] | None = None,
+        converter: Vectors | None = None,
     ) -> None:
         asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
         asked.sizes()
@@ -167,12 +169,13 @@ class Features:
         parts = {part: ordered(by_label) for part, by_label in positions.items()}
         self.cells = {part: own.cells for part, own in parts.items()}
         self.classes = {part: own.classes for part, own in parts.items()}
+        self.class_names = tuple(self.classes["test"])
         training = x[parts["train"].order].double()
         mean, std = training.mean(0), training.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)
         if not standardise:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
-        self.converter = Vectors(tuple(mean.tolist()), tuple(std.tolist()))
+        self.converter = converter or Vectors(tuple(mean.tolist()), tuple(std.tolist()))
         self.rows = {part: self.converter.inputs(x[own.order]).to(device) for part, own in parts.items()}
         self.device = device
         counts = {part: cells.size for part, cells in self.cells.items()}

@@ -414,6 +414,9 @@ def draw_tasks(
 ) -> Task:
     """Draw tasks from labelled rows.
 
+    Queries of tasks that are not for training carry ``identity [tasks, examples]``, the number of each one's class, by
+    which the answers of a test are pooled.
+
     Args:
         cells: where the rows of each class are.
         sizes: sizes of the tasks.
@@ -422,7 +425,8 @@ def draw_tasks(
         inputs: rows ``[tasks, examples]`` → inputs ``[tasks, examples, *input]``; called for support, then query.
         training: whether parts tell the identity of each example's class.
     """
-    support, query = (
-        part_of(part, inputs(part.example), sizes.ways, training) for part in cells.draw(sizes, count, generator)
-    )
+    drawn = cells.draw(sizes, count, generator)
+    support, query = (part_of(part, inputs(part.example), sizes.ways, training) for part in drawn)
+    if not training:
+        query["identity"] = drawn[1].identity.to(query["x"].device)
     return Task(support, query)

@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from metarun.contracts import Facts, Numbers, Pooled, Predict, Samples, Scores, Sizes, Spec, Split, Task, Tree
+from metarun.data.converters import Drawings
 from metarun.data.descriptors import described, kernel_distance
+from metarun.data.generated import Drawn
+from metarun.data.pictures import Pictures
 from metarun.data.portable import portable
 from metarun.errors import require
 from metarun.nn.ops import squared_distances
@@ -219,6 +222,8 @@ class Generate:
         self.target = Flow(shape, draws)
         pictures, label = self._some(self.pools["train"])
         self.space = space_of(pictures)
+        form = Drawings(image_size) if self.ink else Pictures(image_size, self.channels)
+        self.converter = Drawn(form, self.target, sampler_steps)
         self.spec = Spec(
             Numbers(shape),
             self.target,
@@ -265,10 +270,6 @@ class Generate:
     def _cell_of(cells: Cells, places: Tensor) -> Tensor:
         """Return the number of the cell, counted over groups and classes, in which each place lies."""
         return torch.searchsorted(cells.first.flatten().contiguous(), places.contiguous(), right=True) - 1
-
-    def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
-        """Return the flow-matching loss, and it as a score."""
-        return self.target.loss(predict, data)
 
     def scores(self, predict: Predict, data: Tree) -> Scores:
         """Return the bound in bits per number, which only tests need."""

@@ -7,7 +7,7 @@ to answer without learning.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Literal
 
@@ -17,25 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarun.contracts import Pooled, Predict, Samples, Sequences, Sizes, Spec, Split, Task, Tree
-from metarun.data import dialogues, pieces, responses
-from metarun.data.dialogues import PLACES, Prompts, Turn, filled, slot_errors
-from metarun.data.pieces import symbol
+from metarun.data import dialogues, pieces
+from metarun.data.acts import Acts, before, draft_of, padded, prompt_of, said
+from metarun.data.dialogues import Prompts, Turn, filled, slot_errors
+from metarun.data.responses import WAYS
 from metarun.data.toy_writing import toy_turns
 from metarun.errors import require
 from metarun.targets.bleu import COUNTS, bleu, bleu_counts
-from metarun.targets.decoding import each_once, written
+from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
 from metarun.targets.text import NATS, Text
 from metarun.tasks.few_shot import Shots, TaskSizes, sizes_without_classes
 
 log = logging.getLogger(__name__)
 
-REFERENCES: dict[str, Callable[[Turn, list[Turn]], str]] = {
-    "nearest": responses.nearest,
-    "template": responses.same_or_template,
-}
-"""Ways to answer without learning."""
-WRITERS = ("", *(f"{name}-" for name in REFERENCES))
+WRITERS = ("", *(f"{name}-" for name in WAYS))
 METRICS = tuple(
     metric
     for writer in WRITERS
@@ -108,6 +104,7 @@ class Generation:
         temperature: that of the samples, above 0.
         device: where the turns live.
         data_dir: holds the folder ``sgd_subset``.
+        converter: what a run has learned of words and acts, for a later test of it; None: fitted to training.
 
     Raises:
         UserError: data are missing or damaged.
@@ -130,6 +127,7 @@ class Generation:
         temperature: float = 0.7,
         device: str = "cpu",
         data_dir: str = "data",
+        converter: Acts | None = None,
     ) -> None:
         self.device, self.temperature = device, temperature
         self.sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
@@ -141,14 +139,17 @@ class Generation:
         parts = dialogues.by_service(turns, name)
         content = sha256(repr(sorted(parts.items())).encode()).hexdigest()[:6]
         train = [turn for own in parts["train"].values() for turn in own]
-        describe = Prompts(dialogues.acts_of(train))
-        texts = [text for turn in train for text in (turn.text, describe.of(turn))]
-        self.tokenizer = pieces.fit(texts, merges, describe.alphabet)
-        self.draft, self.length = REFERENCES.get(draft), length
-        self.columns = prompt + (length + 1 if self.draft else 0)
+        describe = Prompts(dialogues.acts_of(train) if converter is None else converter.acts)
+        if converter is None:
+            texts = [text for turn in train for text in (turn.text, describe.of(turn))]
+            tokenizer = pieces.fit(texts, merges, describe.alphabet)
+        else:
+            tokenizer = converter.tokenizer
+        self.tokenizer, self.length, self.draft = tokenizer, length, WAYS.get(draft)
         self.margin = margin if self.draft else None
-        values = [[float(symbol(i) in text) for i in range(PLACES)] for text in self.tokenizer.strings]
-        self.rule = each_once(torch.tensor(values, device=device)) if once else None
+        self.converter = Acts(tokenizer, tuple(describe.acts), prompt, length, draft, once, temperature, self.margin)
+        self.columns = self.converter.columns
+        self.rule = self.converter.rule if once else None
         self.splits = dict[str, Services]()
         for part, services in parts.items():
             size = self.sizes[part == "train"]
@@ -190,32 +191,30 @@ class Generation:
             self._part(own, query, None if real is None else query >= 0, shown),
         )
 
-    def _prompt(self, own: Services, row: int, support: list[int]) -> tuple[list[int], list[int]]:
-        """Return the ids of the acts of a turn and of a draft, and those of the draft alone with its end.
-
-        The draft is made from the other turns of ``support``.
-        """
-        ids, draft = own.prompts[row], list[int]()
-        if self.draft is not None:
-            others = [own.turns[other] for other in support if other not in (row, -1)]
-            written_down = self.tokenizer.encoded(self.draft(own.turns[row], others))
-            draft = [*written_down[: self.length - 1], pieces.BOUNDARY]
-            ids = [*ids, pieces.BOUNDARY, *draft]
-        return ids + [pieces.PADDING] * (self.columns - len(ids)), draft + [pieces.PADDING] * (self.length - len(draft))
+    def _draft(self, own: Services, row: int, support: list[int]) -> list[int] | None:
+        """Return the ids of the draft for a turn, made from the other turns of ``support``; None: there are no drafts."""
+        if self.draft is None:
+            return None
+        others = [own.turns[other] for other in support if other not in (row, -1)]
+        return draft_of(self.draft(own.turns[row], others), self.tokenizer, self.length)
 
     def _part(self, own: Services, rows: Tensor, real: Tensor | None, support: Tensor) -> dict[str, Tensor]:
         """Return the leaves of one part of tasks, given its turns ``[tasks, turns]``; all zero where it is padding.
 
         ``support [tasks, turns]`` are the support turns from which drafts are made, −1 for padding.
         """
-        pairs = zip(rows.tolist(), support.tolist(), strict=True)
-        made = [[self._prompt(own, row, shown) for row in task] for task, shown in pairs]
-        prompts, drafts = (torch.tensor([[both[i] for both in task] for task in made]) for i in range(2))
+        pairs = list(zip(rows.tolist(), support.tolist(), strict=True))
+        drafts = [[self._draft(own, row, shown) for row in task] for task, shown in pairs]
+        prompts = torch.tensor(
+            [
+                [prompt_of(own.prompts[row], draft, self.columns) for row, draft in zip(task, ready, strict=True)]
+                for (task, _), ready in zip(pairs, drafts, strict=True)
+            ]
+        )
         text = own.texts[rows]
-        before = torch.cat([torch.full_like(text[..., :1], pieces.BOUNDARY), text[..., :-1]], -1)
-        leaves = {"x": torch.cat([prompts, before], -1), "y": text, "turn": rows}
+        leaves = {"x": torch.cat([prompts, before(text)], -1), "y": text, "turn": rows}
         if self.margin is not None:
-            leaves["draft"] = drafts
+            leaves["draft"] = torch.tensor([[padded(draft or [], self.length) for draft in task] for task in drafts])
         if real is not None:
             leaves = {name: leaf * real.view(*real.shape, *[1] * (leaf.ndim - 2)) for name, leaf in leaves.items()}
             leaves["weight"] = real.to(torch.get_default_dtype())
@@ -224,22 +223,9 @@ class Generation:
     def _said(self, predict: Predict, data: Tree) -> Tensor:
         """Return the texts that are said ``[turns, length]``: those that a learner writes, or drafts."""
         prompt = data["x"][:, : self.columns]
-        own = written(predict, prompt, self.length, rule=self.rule)
         if self.margin is None:
-            return own
-        ends = (own == pieces.BOUNDARY).long()
-        own = own.masked_fill(ends.cumsum(1) - ends > 0, pieces.PADDING)
-
-        def nats(text: Tensor) -> Tensor:
-            """Return the mean cross-entropy per token of each text ``[turns]``."""
-            before = torch.cat([torch.full_like(text[:, :1], pieces.BOUNDARY), text[:, :-1]], 1)
-            logits = predict(torch.cat([prompt, before], 1))
-            of_token = -logits.log_softmax(-1).gather(-1, text[..., None])[..., 0] * (text > 0)
-            mean: Tensor = of_token.sum(1) / (text > 0).sum(1).clamp(min=1)
-            return mean
-
-        likelier = nats(data["draft"]) - nats(own) >= self.margin
-        return torch.where(likelier[:, None], own, data["draft"])
+            return written(predict, prompt, self.length, rule=self.rule)
+        return said(predict, prompt, data["draft"], self.length, self.rule, self.margin)
 
     def _counts(self, predict: Predict, task: Task) -> Tensor:
         """Return the text of each query turn, its number, and the numbers of the support turns (−1: padding)."""
@@ -268,7 +254,7 @@ class Generation:
             support = [turns[i] for i in shown if i >= 0]
             found = np.zeros((len(WRITERS), COUNTS + 2))
             for i, own in zip(asked, ids.reshape(-1, self.length), strict=True):
-                texts = [self.tokenizer.decoded(own), *(answer(turns[i], support) for answer in REFERENCES.values())]
+                texts = [self.tokenizer.decoded(own), *(answer(turns[i], support) for answer in WAYS.values())]
                 found += [of_text(text, turns[i]) for text in texts]
             self._known[key] = found
         return self._known[key]

@@ -124,6 +124,7 @@ class Images:
         device: where the pictures live.
         data_dir: where paths are looked up that do not exist here.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
+        converter: what a run has measured of its pictures, for a later test of it; None: measured on training pictures.
 
     Raises:
         UserError: data are missing or broken, or a class is in two splits.
@@ -152,6 +153,7 @@ class Images:
         device: str = "cpu",
         data_dir: str = "data",
         typed: Collection[str] | None = None,
+        converter: Pictures | Embedded | None = None,
     ) -> None:
         asked = Asked(ways, shots, queries, train_ways, train_shots, train_queries, uneven)
         asked.sizes()
@@ -191,13 +193,15 @@ class Images:
         self.dataset = ":".join([*name, *others.text()])
         self.converter: Pictures | Embedded
         if embed is None:
-            mean, std = measured(self.pools["train"])
+            known = converter if isinstance(converter, Pictures) else None
+            mean, std = (known.mean, known.std) if known else measured(self.pools["train"])
             self.converter = Pictures(image_size, channels, form.crop, mean, std)
             inputs: tuple[int, ...] = (channels, image_size, image_size)
             facts = Facts(features=Colours(self.converter)) if channels == 3 else Facts()
         else:
-            self.converter = self._embed(form, embed, device)
+            self.converter = self._embed(form, embed, device, converter)
             inputs, facts = (len(self.converter.mean),), Facts()
+        self.class_names = tuple(self.classes["test"])
         if device != "cpu":
             held = {id(pool.rows): pool.rows.to(device) for pool in self.pools.values()}
             self.pools = {part: pool._replace(rows=held[id(pool.rows)]) for part, pool in self.pools.items()}
@@ -209,15 +213,19 @@ class Images:
             facts=facts,
         )
 
-    def _embed(self, form: Pictures, embed: str, device: str) -> Embedded:
-        """Replace the pixels of all pools by standardised features, and return the converter of what users have."""
+    def _embed(self, form: Pictures, embed: str, device: str, known: Pictures | Embedded | None) -> Embedded:
+        """Replace the pixels of all pools by standardised features, and return the converter of what users have.
+
+        It is the one that is ``known``, or fitted to training pictures.
+        """
         stores = {id(pool.rows): pool for pool in self.pools.values()}
         found = {
             key: cached_features(embed, "pictures", pool.rows, f"{form} {pool.content}", device)
             for key, pool in stores.items()
         }
         train = self.pools["train"]
-        converter = fitted(form, embed, found[id(train.rows)][train.order])
+        own = known if isinstance(known, Embedded) else None
+        converter = own or fitted(form, embed, found[id(train.rows)][train.order])
         ready = {key: converter.standardised(z) for key, z in found.items()}
         self.pools = {part: pool._replace(rows=ready[id(pool.rows)]) for part, pool in self.pools.items()}
         return converter

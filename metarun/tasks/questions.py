@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metarun.contracts import Facts, Joined, Pooled, Predict, Samples, Sizes, Spec, Split, Task, Tree
 from metarun.data import squad
+from metarun.data.asked import Passages, ends_of, inputs_of, placed
 from metarun.data.files import found
 from metarun.data.passages import (
     AFTER,
@@ -35,7 +36,6 @@ from metarun.data.passages import (
     Lexicon,
     Rarity,
     Text,
-    joined,
 )
 from metarun.data.portable import portable
 from metarun.data.splits import SHARES, dealt, listed
@@ -222,6 +222,7 @@ class Questions:
             facts=Facts(references={"overlap": ByOverlap(room[0])}),
         )
         self.target = target
+        self.converter = Passages(*room, longest, buckets)
         self.pooled = Pooled(POOLED, self._counts, self._pooled)
         self.samples = Samples(self._spans, self._shown)
 
@@ -234,22 +235,15 @@ class Questions:
     def _make(self, pool: Pool, number: int, keep: bool) -> Leaves:
         item = pool.items[number]
         text, question = pool.texts[item.passage], self.lexicon.text(item.question.text)
-        spans = []
-        for start, answer in item.question.answers:
-            inside = [i for i, w in enumerate(text.words) if w.start < start + len(answer) and w.end > start]
-            spans.append((inside[0], inside[-1]))
-        kept = sorted({int(text.sentence[i]) for first, last in spans for i in (first, last)}) if keep else ()
-        pair = joined(question, text, self.lexicon, pool.rarity[pool.file[item.passage]], self.room, kept)
+        ends = ends_of(item.question.answers, text)
+        rarity = pool.rarity[pool.file[item.passage]]
+        own = placed(question, text, ends, self.lexicon, rarity, self.room, keep)
         found = self._blank()
-        found.numbers[:], found.gram[:], found.word[:] = pair
-        there = pair.word >= 0
-        found.token[there], found.sentence[there] = text.token[pair.word[there]], text.sentence[pair.word[there]]
-        place = {word: position for position, word in enumerate(pair.word.tolist()) if word >= 0}
-        whole = [(place[first], place[last]) for first, last in spans if first in place and last in place]
-        for first, last in whole:
-            found.y[first, 0] += 1 / len(whole)
-            found.y[last, 1] += 1 / len(whole)
-        for i, ((_, answer), (first, _)) in enumerate(zip(item.question.answers, spans, strict=True)):
+        for name, leaf in own._asdict().items():
+            getattr(found, name)[:] = leaf
+        there = own.word >= 0
+        found.token[there] = text.token[own.word[there]]
+        for i, ((_, answer), (first, _)) in enumerate(zip(item.question.answers, ends, strict=True)):
             tokens = self.lexicon.tokens(answer)
             found.gold[i, : len(tokens)] = tokens
             found.right[i] = text.sentence[first]
@@ -278,11 +272,8 @@ class Questions:
             for name in Leaves._fields
         }
         number = torch.tensor([[*own, *[-1] * (most - len(own))] for own in chosen])
-        numbers, vectors = leaf["numbers"].to(dtype), torch.from_numpy(self.lexicon.vectors)[leaf["gram"]].to(dtype)
-        # What a word looks like helps where it is common, as words that ask are; rare words would only be memorised.
-        common = (1 - numbers[..., RARITY, None]).square()
         found = {
-            "x": torch.cat([numbers, common * vectors], -1),
+            "x": inputs_of(leaf["numbers"], leaf["gram"], self.lexicon),
             "y": leaf["y"].to(dtype),
             **{name: leaf[name] for name in ("token", "gold", "sentence", "right")},
             "number": number,

@@ -172,7 +172,7 @@ class SpriteDetection(BoxFamily):
         full[:, :, :objects] = boxes[:, :, :objects] * there[..., None]
         kinds = torch.zeros(tasks, pictures, most, ways)
         kinds[:, :, :objects] = marks.to(kinds.dtype)
-        return leaves(self.target, self.converter.normalised(255 * x), full, kinds, self.device)
+        return leaves(self.target, self.pictures.normalised(255 * x), full, kinds, self.device)
 
     def _others(self, own: Tensor, shape: torch.Size, classes: int, generator: torch.Generator) -> Tensor:
         """Draw positions of classes ``shape [tasks, ...]`` that are not among the ways of each task."""

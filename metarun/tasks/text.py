@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from metarun.contracts import Converter, Facts, Numbers, Sizes, Spec, Split, Task, Tokens
 from metarun.data import converters, intents, splits, tokens
-from metarun.data.embedding import Texts, cached_features, fitted
+from metarun.data.embedding import Embedded, Texts, cached_features, fitted
 from metarun.data.files import found, read_file, split_in, table
 from metarun.data.portable import portable
 from metarun.data.sources import check_source
@@ -91,6 +91,7 @@ class Text:
         device: where the sentences live.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
         embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; None: none.
+        converter: what a run has learned of words, for a later test of it; None: fitted to training.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Text:
         device: str,
         typed: Collection[str] | None = None,
         embed: str | None = None,
+        converter: Converter | None = None,
     ) -> None:
         if embed is not None:
             check_source(embed, "sentences")
@@ -121,12 +123,18 @@ class Text:
             for split, cells in corpus.items()
         }
         self.pools = {split: Pool(cells, labels[split]) for split, cells in corpus.items()}
+        self.class_names = tuple(labels["test"])
         counts = {split: pool.cells.size for split, pool in self.pools.items()}
         of_one_language = labels if all(len(size) == 1 for size in counts.values()) else None
         self.sizes = sizes_for(asked, counts, f"{dataset}:{sentences}", "sentences", typed, of_one_language)
         others = self.sizes[False]
         self.dataset = ":".join([dataset, *others.text(), sentences, *([] if embed is None else [embed])])
-        self.converter, inputs, facts = self._tokenised(grams, buckets) if embed is None else self._embedded(embed)
+        self.converter: Converter
+        inputs: Numbers | Tokens
+        if embed is not None:
+            self.converter, inputs, facts = self._embedded(embed, converter)
+        else:
+            self.converter, inputs, facts = self._tokenised(grams, buckets, converter)
         for pool in self.pools.values():
             pool.rows = pool.rows.to(device)
         self.spec = Spec(
@@ -137,10 +145,12 @@ class Text:
             facts=facts,
         )
 
-    def _tokenised(self, grams: tuple[int, int], buckets: int) -> tuple[Converter, Tokens, Facts]:
-        """Make rows of token ids by a tokenizer that is fitted to the training sentences."""
-        train = self.pools["train"]
-        tokenizer = tokens.fit(train.texts, buckets, (grams[0], grams[1]))
+    def _tokenised(
+        self, grams: tuple[int, int], buckets: int, known: Converter | None
+    ) -> tuple[Converter, Tokens, Facts]:
+        """Make rows of token ids by a tokenizer that is ``known``, or fitted to the training sentences."""
+        train, own = self.pools["train"], known if isinstance(known, converters.Sentences) else None
+        tokenizer = own.tokenizer if own else tokens.fit(train.texts, buckets, (grams[0], grams[1]))
         for pool in self.pools.values():
             pool.rows = tokenizer(pool.texts)
         by_sentence = tokens.inverse_document_frequency(train.rows, tokenizer.ids)
@@ -154,22 +164,24 @@ class Text:
         by_class[: tokenizer.first_bucket] *= WORD_WEIGHT
         grams_only = by_sentence.clone()
         grams_only[: tokenizer.first_bucket] = 0
-        columns = max(pool.rows.shape[1] for pool in self.pools.values())
+        if own and own.weights is not None:
+            by_class = own.weights
+        columns = own.columns if own else max(pool.rows.shape[1] for pool in self.pools.values())
         for pool in self.pools.values():
-            pool.rows = pad(pool.rows, (0, columns - pool.rows.shape[1]))
+            pool.rows = pad(pool.rows[:, :columns], (0, max(columns - pool.rows.shape[1], 0)))
         return (
-            converters.Sentences(tokenizer, columns),
+            converters.Sentences(tokenizer, columns, by_class),
             Tokens(columns, tokenizer.ids, tokenizer.first_bucket, tokens.MAX_WORDS, by_class),
             Facts(features=TermFrequencies(grams_only.to(self.device))),
         )
 
-    def _embedded(self, embed: str) -> tuple[Converter, Numbers, Facts]:
-        """Make rows of features of a frozen model, standardised by the training sentences."""
+    def _embedded(self, embed: str, known: Converter | None) -> tuple[Converter, Numbers, Facts]:
+        """Make rows of features of a frozen model, standardised as is ``known``, or by the training sentences."""
         found = {}
         for split, pool in self.pools.items():
             content = sha256(json.dumps(pool.texts).encode()).hexdigest()
             found[split] = cached_features(embed, "sentences", pool.texts, content, self.device)
-        converter = fitted(Texts(), embed, found["train"])
+        converter = known if isinstance(known, Embedded) else fitted(Texts(), embed, found["train"])
         for split, pool in self.pools.items():
             pool.rows = converter.standardised(found[split])
         return converter, Numbers((len(converter.mean),)), Facts()
@@ -240,6 +252,7 @@ def text(
     data_dir: str = "data",
     typed: Collection[str] | None = None,
     embed: str | None = None,
+    converter: Converter | None = None,
 ) -> Text:
     """Tasks whose classes training has not seen.
 
@@ -263,6 +276,7 @@ def text(
         data_dir: holds the folders ``clinc150`` and ``banking77``.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
         embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; null: none.
+        converter: what a run has learned of words, for a later test of it; None: fitted to training.
 
     Raises:
         UserError: data are missing or damaged, or the model cannot be loaded.
@@ -273,7 +287,7 @@ def text(
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         smallest, fewest = range_of("shots", shots).most + 1, range_of("ways", ways).least
         corpus, name = of_table(path, data_dir, split, smallest, fewest)
-        return Text(corpus, name, asked, grams, buckets, device, typed, embed)
+        return Text(corpus, name, asked, grams, buckets, device, typed, embed, converter)
     require(split != "given", "split=given is for a table of your own; set path too, or choose another split")
     if dataset == "auto":
         dataset = "clinc150" if intents.is_there(data_dir, "clinc150") else "toy"
@@ -293,6 +307,7 @@ def text(
             device,
             typed,
             embed,
+            converter,
         )
     by_label = intents.clinc150(data_dir) if dataset == "clinc150" else intents.banking77(data_dir)
     if split == "auto":
@@ -309,7 +324,7 @@ def text(
     else:
         labels = intents.label_split(data_dir, dataset, split, by_label)
     chosen = {part: {"": {label: by_label[label] for label in names}} for part, names in labels.items()}
-    return Text(chosen, f"{dataset}:{split}", asked, grams, buckets, device, typed, embed)
+    return Text(chosen, f"{dataset}:{split}", asked, grams, buckets, device, typed, embed, converter)
 
 
 def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -343,6 +358,7 @@ def text_crosslingual(
     data_dir: str = "data",
     typed: Collection[str] | None = None,
     embed: str | None = None,
+    converter: Converter | None = None,
 ) -> Text:
     """Tasks within one language, with new languages in test; no test sentence has a translation in training.
 
@@ -363,6 +379,7 @@ def text_crosslingual(
         data_dir: holds the folders ``xsid`` and ``nusax_senti``.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
         embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; null: none.
+        converter: what a run has learned of words, for a later test of it; None: fitted to training.
 
     Raises:
         UserError: data are missing or damaged, or the model cannot be loaded.
@@ -377,4 +394,6 @@ def text_crosslingual(
         sentences = toy_languages()
     else:
         sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
-    return Text(_parallel_splits(sentences), f"{dataset}:languages", asked, grams, buckets, device, typed, embed)
+    return Text(
+        _parallel_splits(sentences), f"{dataset}:languages", asked, grams, buckets, device, typed, embed, converter
+    )

@@ -10,6 +10,7 @@ from test_after_commands import command
 
 import metarun
 from metarun.after import later_test, predict
+from metarun.data.recipe import History
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 SMALL = ("task.ways=3", "task.shots=2", *QUICK)
@@ -122,6 +123,14 @@ def test_classes_of_a_table_keep_their_meaning(tmp_path):
     torch.testing.assert_close(same, adapted.outputs(shown))
     with pytest.raises(ValueError, match="the classes are 0, 1, and y holds 2"):
         learner.adapt(shown, [1, 2])
+    # The file's numbers are classes, which are called by texts.
+    assert adapted.task.compared(adapted.predict(shown), [1, 0]) == "accuracy on their own labels 100.00 %"
+
+
+def test_a_series_without_its_columns_is_refused():
+    history = History("who", "day", "level", 2, 1, None)
+    with pytest.raises(metarun.UserError, match="lack the column 'day'"):
+        history.of(pd.DataFrame({"who": ["a"], "level": [1.0]}))
 
 
 def test_a_learner_of_vectors_reads_arrays_and_tables(tmp_path):

@@ -101,7 +101,7 @@ def test_boxes_lie_where_the_objects_are(tmp_path, mirrored):
     for split in ("train", "test"):
         tasks = own.sample(split, 20, generator(2))
         check_tasks(tasks, own.spec, split, 20, "cpu")
-        x = own.converter.shares(tasks.query["x"])
+        x = own.pictures.shares(tasks.query["x"])
         counted = looked = 0
         for task, picture in np.ndindex(*x.shape[:2]):
             for box, label in zip(

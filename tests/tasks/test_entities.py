@@ -284,8 +284,14 @@ def test_sentences_of_ones_own_become_the_tensors_that_the_family_samples(toy):
     sentences = [pool.sentences[i] for i in task["sentence"][0]]
     assert torch.equal(toy.converter.inputs([list(s.words) for s in sentences]), task["x"][0])
     assert torch.equal(toy.converter.targets([list(s.tags) for s in sentences]), task["y"][0])
-    tags = toy.converter.answers(task["y"][0])
-    assert all(tuple(row[: len(s.tags)]) == s.tags for row, s in zip(tags, sentences, strict=True))
+    own = toy.converter.task([s.words for s in sentences], [s.tags for s in sentences])
+    request = own.ask([s.words for s in sentences])
+    tags = request.answers(request.make(lambda x: task["y"][0], request.data))
+    assert all(tuple(row) == s.tags for row, s in zip(tags, sentences, strict=True))
+    assert own.compared(tags, [s.tags for s in sentences]) == "entity F1 100.00 % with their own tags"
+    assert own.rows(["B-PER", "O"], None) == [{"prediction": "B-PER O"}]
+    with pytest.raises(ValueError, match="2 words has 1 tags"):
+        toy.converter.task([["Ada", "sleeps"]], [["O"]])
     for wrong, words in ((["Ada"], "lists of words"), ([["Ada"] * 40], "has 40 words")):
         with pytest.raises(ValueError, match=words):
             toy.converter.inputs(wrong)
