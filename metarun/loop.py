@@ -232,6 +232,9 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
             write_metrics(directory, training.rows)
             if stopped:
                 raise Interrupted(stopped[0])
+        if training.step:
+            # The run may have been killed after its checkpoint and before this table.
+            write_metrics(directory, training.rows)
         while training.step < steps:
             tasks = training_tasks(experiment, seeds, meta_batch, training.step)
             out = stepper({"train_state": training.train_state, "tasks": tasks, "rates": rates[training.step]})

@@ -12,6 +12,7 @@ from conftest import experiment_of
 from metarun import evaluation, loop
 from metarun.errors import UserError
 from metarun.random import stream
+from metarun.results.tables import write_metrics
 from metarun.tree import leaves, tree_map
 
 TINY = ("train.steps=40", "train.eval_every=10", "train.log_every=4", "train.val_episodes=8", "eval.episodes=60")
@@ -80,6 +81,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     kept = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     assert kept["step"] == 20
     assert all(leaf.isfinite().all() for leaf in leaves(kept["train_state"]))
+
+
+def test_a_run_that_is_killed_between_its_last_checkpoint_and_its_table_writes_the_table(tmp_path):
+    experiment = experiment_of(*TINY, "train.meta_batch=2")
+
+    def killed(directory, rows):
+        if rows[0][-1]["step"] == experiment.config.train.steps:
+            raise KeyboardInterrupt
+        write_metrics(directory, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_metrics", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loop.meta_train(experiment, tmp_path, resume=False)
+    assert int(rows(tmp_path / "metrics.csv")[-1]["step"]) < experiment.config.train.steps
+    loop.meta_train(experiment, tmp_path, resume=True)
+    assert int(rows(tmp_path / "metrics.csv")[-1]["step"]) == experiment.config.train.steps
 
 
 def test_the_best_by_validation_is_what_is_kept(tmp_path):

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from metarun.results.plots import save_figure
+from metarun.results.plots import blank_figure, save_figure
 from metarun.results.reports import MOST_WRITTEN
 from metarun.system.files import write_csv
 
@@ -106,7 +105,7 @@ def plot_confused(path: Path, title: str, found: Confused) -> None:
             share[place[true], place[chosen]] = 100 * value
     names = [shortened(found.names[own]) for own in classes]
     side = 2.4 + 0.45 * max(len(classes), 4)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = blank_figure(side + 1, side)
     axis = figure.subplots()
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right")

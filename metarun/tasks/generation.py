@@ -192,7 +192,7 @@ class Generation:
         )
 
     def _draft(self, own: Services, row: int, support: list[int]) -> list[int] | None:
-        """Return the ids of the draft for a turn, made from the other turns of ``support``; None: there are no drafts."""
+        """Return the ids of the draft for a turn, made from the other turns of ``support``, or None."""
         if self.draft is None:
             return None
         others = [own.turns[other] for other in support if other not in (row, -1)]

@@ -8,13 +8,14 @@ from conftest import DATA_DIR
 from scenarios import generator, sampled
 
 from metarun.data import lines
+from metarun.data.acts import before
 from metarun.data.lines import Author
 from metarun.data.ngram_prior import found_at, prior_of
 from metarun.data.ngrams import Ngrams
 from metarun.errors import UserError
 from metarun.targets.scoring import loss_of, scores_in_test
 from metarun.targets.text import BITS
-from metarun.tasks.authors import NGRAM, NGRAM_ADAPTED, PRIOR, PRIOR_ORDER, Authors, inputs_of
+from metarun.tasks.authors import NGRAM, NGRAM_ADAPTED, PRIOR, PRIOR_ORDER, Authors
 
 
 def toy(**keys):
@@ -205,7 +206,7 @@ def test_the_table_has_the_probabilities_of_modified_kneser_ney():
     texts[:, 5:] = torch.tensor([1, 0, 0])
     texts[30:, 3:] = torch.tensor([1, 0, 0, 0, 0])
     prior = prior_of(Ngrams(texts[:50].numpy(), 3, 7))
-    p = prior.table[torch.vmap(prior.states)(inputs_of(texts[50:]))].exp()
+    p = prior.table[torch.vmap(prior.states)(before(texts[50:]))].exp()
     real = texts[50:] > 0
     torch.testing.assert_close(p.sum(-1)[real], torch.ones(int(real.sum())), rtol=1e-5, atol=0)
     for line, text in enumerate(texts[50:].tolist()):
@@ -224,7 +225,7 @@ def test_a_learner_that_returns_nothing_is_the_n_gram_model_without_the_work_of_
 
     def expected(lines, counted):
         prior = prior_of(Ngrams(counted.numpy(), PRIOR_ORDER, family.tokenizer.ids))
-        return prior.table[prior.states(inputs_of(lines))]
+        return prior.table[prior.states(before(lines))]
 
     data = {name: leaf[0] for name, leaf in sampled(family, "test", 1, generator()).query.items() if name != "control"}
     _, scores = loss_of(family)(silent, data)
