@@ -206,6 +206,7 @@ def try_configurations(count: int, draw: random.Random, folder: Path) -> list[st
     from metarun.engine.choose import Stepper
     from metarun.engine.meta_step import MetaStep
     from metarun.errors import UserError
+    from metarun.results.trackers import chosen as chosen_trackers
 
     register_schema()
 
@@ -230,6 +231,7 @@ def try_configurations(count: int, draw: random.Random, folder: Path) -> list[st
             with within(10):
                 config, names = composed(*chosen, override)
                 check_ranges(config)
+                chosen_trackers(config)
                 experiment = assemble(config, names)
                 Stepper(experiment, MetaStep(experiment))
             said = "accepted"

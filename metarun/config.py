@@ -68,7 +68,8 @@ class EngineConfig:
     mode: Mode = MISSING
     task_map: TaskMap = MISSING
     threads: int | None = MISSING
-    keep_memory: bool = MISSING
+    keep_memory: Any = MISSING
+    """A bool; OmegaConf would take every number for one, so ``check_ranges`` looks."""
 
 
 @dataclass
@@ -168,6 +169,8 @@ def check_ranges(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and value > bound:
             raise UserError(f"{key} must be at most {bound}, not {value}.")
+    if type(config.engine.keep_memory) is not bool:
+        raise UserError(f"engine.keep_memory must be true or false, not {config.engine.keep_memory}.")
     for key in AT_MOST_ONE:
         if not OmegaConf.select(config, key) <= 1:
             raise UserError(f"{key} must be at most 1, not {OmegaConf.select(config, key)}.")

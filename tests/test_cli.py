@@ -37,6 +37,7 @@ BAD_INPUT = [
     (["train.meta_batch=0"], ["train.meta_batch must be at least 1, not 0"]),
     (["train.lr=-1"], ["train.lr", "above 0"]),
     (["seed=-1"], ["seed must be at least 0"]),
+    (["engine.keep_memory=2"], ["engine.keep_memory must be true or false, not 2"]),
     (["algo.inner_lr=0"], ["inner_lr must be above 0"]),
     (["algo.inner_lr=fast"], ["algo.inner_lr must be a number, not 'fast'"]),
     (["algo.first_order=2"], ["algo.first_order must be true or false"]),
