@@ -238,7 +238,8 @@ def test_a_checkpoint_of_somebody_else_runs_no_code(waves, tmp_path, monkeypatch
 
 
 def test_with_trust_a_checkpoint_may_name_code(waves, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    # A name of its own, since the module stays imported.
+    (tmp_path / "trusted.py").write_text(
         "from metarun.algos.agnostic.maml import maml\n"
         "def slower(model, inner_lr: float):\n"
         "    return maml(model, inner_lr / 1000)\n"
@@ -246,10 +247,10 @@ def test_with_trust_a_checkpoint_may_name_code(waves, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def change(content, config):
-        config["algo"] = {"_target_": "mine.slower", "inner_lr": 0.1}
+        config["algo"] = {"_target_": "trusted.slower", "inner_lr": 0.1}
 
     file = tampered(waves[0] / "maml", tmp_path, change)
-    with pytest.raises(metarun.UserError, match=r"algo\._target_=mine\.slower.*trust=true"):
+    with pytest.raises(metarun.UserError, match=r"algo\._target_=trusted\.slower.*trust=true"):
         metarun.load(file)
     before, after = metarun.load(file, trust=True).adapt([0, 1], [1, 0], steps=1).curve
     assert after == pytest.approx(before, rel=0.01)
