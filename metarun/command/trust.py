@@ -37,6 +37,13 @@ IMPORTING = ("task.environment", "task.embed", "model.source")
 """Keys in whose values a colon names a Python module to be imported (gymnasium's ``module:Name-v0``)."""
 
 
+NAMED = (
+    *("hydra.sweeper.sampler", "hydra.sweeper.pruner", "hydra.launcher.cluster"),
+    *(f"hydra.launcher.slurm.{key}" for key in ("partition", "account", "qos", "constraint")),
+)
+"""Keys of launchers and sweepers whose values are names."""
+
+
 def imports(key: str, value: object) -> bool:
     """Whether the value of a key names a Python module to be imported."""
     if key in ("task.embed", "model.source"):
@@ -54,7 +61,7 @@ def distrusted_of_hydra(key: str, override: Override) -> str | None:
     """Return why an override of Hydra itself is refused: only names and numbers of a launcher or sweeper are taken."""
     if key in ("hydra/launcher", "hydra/sweeper"):
         return None if MEMBER.fullmatch(override.get_value_element_as_str()) else "which names no member of the group"
-    if key in ("hydra.sweeper.sampler", "hydra.sweeper.pruner"):
+    if key in NAMED and not override.is_add():
         return None if MEMBER.fullmatch(override.get_value_element_as_str()) else "which names no member of the group"
     numbers = isinstance(override.value(), int | float | None)
     if key.startswith(("hydra.launcher.", "hydra.sweeper.")) and numbers and not override.is_add():
