@@ -16,12 +16,13 @@ from metarun.data.pictures import Pictures, read_pictures
 from metarun.data.portable import portable
 from metarun.errors import UserError, require
 from metarun.random import fold, fresh_seed, normal
+from metarun.targets.adversarial import Adversarial
 from metarun.targets.flow import Flow
 
 
-def drawn(target: Flow, steps: int, predict: Predict, data: Tree) -> Tensor:
+def drawn(target: Flow | Adversarial, steps: int, predict: Predict, data: Tree) -> Tensor:
     """Return pictures ``[pictures, *shape]`` with values from −1 to 1, one for each of ``data``."""
-    noise = normal(fold(fresh_seed(), 0), tuple(data["x"].shape)).to(data["x"])
+    noise = normal(fold(fresh_seed(), 0), (len(data["x"]), *target.noise)).to(data["x"])
     return target.sampled(predict, noise, steps).clamp(-1, 1)
 
 
@@ -48,7 +49,7 @@ class OfClass:
     def draw(self, x: Any, steps: int | None = None) -> Request:
         """Return the request for ``x`` pictures, as arrays of bytes ``[size, size]`` or ``[size, size, 3]``.
 
-        ``steps`` is the number of steps from noise to a picture.
+        ``steps`` is the number of steps of a flow from noise to a picture.
         """
         form, steps = self.form, self.form.steps if steps is None else steps
         require(isinstance(x, int) and x >= 1, f"x must be a number of pictures, at least 1, not {x!r}")
@@ -74,9 +75,9 @@ class Drawn:
 
     pictures: Pictures | Drawings
     """What makes inputs of pictures, with values from 0 to 1."""
-    target: Flow
+    target: Flow | Adversarial
     steps: int
-    """Number of steps from noise to a picture."""
+    """Number of steps of a flow from noise to a picture."""
 
     def task(self, x: Any, y: Any) -> OfClass:
         """Return a user's task.

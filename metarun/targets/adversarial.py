@@ -76,6 +76,16 @@ class Adversarial:
         """The number of channels of a made example."""
         return self.shape[0]
 
+    @property
+    def noise(self) -> tuple[int, ...]:
+        """Shape of the noise from which one example is made."""
+        return (self.latents,)
+
+    def sampled(self, predict: Predict, noise: Tensor, steps: int) -> Tensor:
+        """Return what the generator makes of noise ``[examples, latents]``, in one step whatever ``steps`` is."""
+        made: Tensor = predict(Latent(noise))
+        return made
+
     def nothing(self, given: Any) -> Tensor:
         """Return examples of zeros, or judgements of zero ``[rows]``."""
         if isinstance(given, Latent):

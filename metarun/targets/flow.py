@@ -116,6 +116,11 @@ class Flow:
         """The number of channels of a velocity."""
         return self.shape[0]
 
+    @property
+    def noise(self) -> tuple[int, ...]:
+        """Shape of the noise from which one example is made."""
+        return self.shape
+
     def nothing(self, given: Any) -> Tensor:
         """Return velocities of zero for the input of a model."""
         return torch.zeros_like(noisy_of(given).x)

@@ -278,8 +278,9 @@ class Generate:
     def made(self, predict: Predict, task: Task, count: int) -> Tensor:
         """Return ``count`` generated pictures, whose noise depends on the task alone."""
         assert task.seed is not None
-        noise = normal(fold(task.seed, 1000), (count, *self.target.shape)).to(task.query["x"])
-        return self.target.sampled(predict, noise, self.steps).clamp(-1, 1)
+        maker = self.converter.target
+        noise = normal(fold(task.seed, 1000), (count, *maker.noise)).to(task.query["x"])
+        return maker.sampled(predict, noise, self.steps).clamp(-1, 1)
 
     def augmented(self, task: Task, count: int) -> Tensor:
         """Return ``count`` support pictures, changed a little at random."""

@@ -12,11 +12,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from metarun.contracts import Facts, Predict, Scores, Task, Tree
+from metarun.contracts import Facts, Predict, Scores, Tree
 from metarun.data.descriptors import kernel_distance
 from metarun.errors import require
-from metarun.random import fold, normal
-from metarun.targets.adversarial import SAMPLE_DISTANCE, Adversarial, Latent
+from metarun.targets.adversarial import SAMPLE_DISTANCE, Adversarial
 from metarun.tasks.few_shot import Shots
 from metarun.tasks.generate import Generate
 from metarun.tasks.picture_pools import Dataset
@@ -78,6 +77,7 @@ class GenerateAdversarially(Generate):
         )
         self.players = Adversarial(self.target.shape, latents, penalty)
         self.dataset = self.dataset.replace("generate:", "generate_adversarial:").rpartition(":")[0]
+        self.converter = replace(self.converter, target=self.players)
         self.spec = replace(self.spec, target=self.players, metrics=(SAMPLE_DISTANCE,), facts=Facts())
 
     def loss(self, predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
@@ -89,9 +89,3 @@ class GenerateAdversarially(Generate):
     def scores(self, predict: Predict, data: Tree) -> Scores:
         """Return no further scores of single tasks; the others are of all test tasks together."""
         return {}
-
-    def made(self, predict: Predict, task: Task, count: int) -> Tensor:
-        """Return ``count`` generated pictures, whose noise depends on the task alone."""
-        assert task.seed is not None
-        made: Tensor = predict(Latent(normal(fold(task.seed, 1000), (count, self.players.latents)).to(task.query["x"])))
-        return made

@@ -13,7 +13,7 @@ from metarun.data.descriptors import kernel_distance
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.models.gan import GANSmall
 from metarun.nn.functional import forward_of, parameters_of
-from metarun.random import drawing, fold, normal, uniform
+from metarun.random import drawing, fold, fresh_seed, normal, uniform
 from metarun.targets.adversarial import Latent
 from metarun.targets.scoring import loss_of
 from metarun.tasks.generate import Generate
@@ -122,6 +122,18 @@ def test_episodes_and_pooled_metrics_are_those_of_generation_by_a_flow(tiny):
     assert made.shape == (6, 1, 16, 16)
     assert made.abs().max() <= 1
     torch.testing.assert_close(tiny.made(model, task, 6), made, rtol=0, atol=0)
+
+
+def test_a_learner_draws_what_its_generator_makes_of_noise(tiny):
+    """Its converter is inherited from generation by a flow, whose sampler would judge pictures instead."""
+    model = GANSmall(tiny.spec, width=2)
+    request = tiny.converter.task(torch.zeros(2, 1, 16, 16), None).draw(3)
+    with torch.no_grad(), drawing(torch.tensor(5), training=False):
+        made = request.make(model, request.data)
+    with torch.no_grad(), drawing(torch.tensor(5), training=False):
+        noise = normal(fold(fresh_seed(), 0), (3, tiny.players.latents))
+        torch.testing.assert_close(made, model.generator(noise), rtol=0, atol=0)
+    assert [picture.shape for picture in request.answers(made)] == [(16, 16)] * 3
 
 
 def test_rows_of_weight_zero_have_no_part_in_the_kernel_distance():
