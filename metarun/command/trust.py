@@ -59,9 +59,7 @@ def values_of(override: Override) -> list[object]:
 
 def distrusted_of_hydra(key: str, override: Override) -> str | None:
     """Return why an override of Hydra itself is refused: only names and numbers of a launcher or sweeper are taken."""
-    if key in ("hydra/launcher", "hydra/sweeper"):
-        return None if MEMBER.fullmatch(override.get_value_element_as_str()) else "which names no member of the group"
-    if key in NAMED and not override.is_add():
+    if key in ("hydra/launcher", "hydra/sweeper") or (key in NAMED and not override.is_add()):
         return None if MEMBER.fullmatch(override.get_value_element_as_str()) else "which names no member of the group"
     numbers = isinstance(override.value(), int | float | None)
     if key.startswith(("hydra.launcher.", "hydra.sweeper.")) and numbers and not override.is_add():

@@ -21,6 +21,15 @@ def norm_of(kind: str, channels: int) -> nn.Module:
     return nn.Identity()
 
 
+def head_of(features: int, outputs: int, zero: bool) -> nn.Linear:
+    """Return a linear head, with zeros as weights if ``zero``."""
+    head = nn.Linear(features, outputs)
+    if zero:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    return head
+
+
 class Conv4(nn.Module):
     """Four blocks of 3×3 convolution, normalisation and ReLU, then a linear head.
 
@@ -79,10 +88,8 @@ class Conv4(nn.Module):
         if readout == "mean":
             layers.append(nn.AdaptiveAvgPool2d(1))
         self.trunk = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(filters if readout == "mean" else last.numel(), spec.target.outputs)
-        if zero_head:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        features = filters if readout == "mean" else last.numel()
+        self.head = head_of(features, spec.target.outputs, zero_head)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, channels, height, width]`` → ``[examples, outputs]``."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from metarun.contracts import Numbers, Spec
 from metarun.errors import require
-from metarun.models.conv4 import norm_of
+from metarun.models.conv4 import head_of, norm_of
 
 
 class Block(nn.Module):
@@ -64,14 +64,11 @@ class ResNet12(nn.Module):
         channels = (shape[0], *widths[:3])
         blocks = [Block(inputs, width, norm, dropout) for inputs, width in zip(channels, widths, strict=True)]
         self.trunk = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(widths[-1], spec.target.outputs)
+        self.head = head_of(widths[-1], spec.target.outputs, zero_head)
         with torch.no_grad():
             for module in self.trunk.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out")
-            if zero_head:
-                nn.init.zeros_(self.head.weight)
-                nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, channels, height, width]`` → ``[examples, outputs]``."""

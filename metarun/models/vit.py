@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from metarun.contracts import Numbers, Spec
 from metarun.errors import require
+from metarun.models.conv4 import head_of
 
 
 class Patches(nn.Module):
@@ -83,10 +84,7 @@ class ViTSmall(nn.Module):
             for _ in range(layers)
         ]
         self.trunk = nn.Sequential(Patches(shape, patch, width), *body, MeanOfRows(width))
-        self.head = nn.Linear(width, spec.target.outputs)
-        if zero_head:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        self.head = head_of(width, spec.target.outputs, zero_head)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, channels, height, width]`` → ``[examples, outputs]``."""

@@ -93,7 +93,6 @@ FORMULAS: dict[Any, Formula] = {
     torch.bilinear: bilinear,
     F.hardsigmoid: hardsigmoid,
     torch.cdist: cdist,
-    F.pdist: pdist,
     torch.pdist: pdist,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
@@ -181,7 +180,7 @@ BY_TORCH: dict[Any, Formula] = {
     # Torch's own second derivatives are wrong (torch.autograd.gradgradcheck fails), or missing.
     torch._weight_norm: weight_norm,
     F.hardsigmoid: hardsigmoid,
-    **dict.fromkeys((F.pdist, torch.pdist), pdist),
+    torch.pdist: pdist,
     torch.cdist: cdist,
     F.embedding_bag: embedding_bag,
 }
