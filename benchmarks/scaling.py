@@ -62,7 +62,8 @@ def steps_of(engines: list[str], *overrides: str) -> tuple[dict[str, Callable[[]
         if name == "eager" or recording is None:
             found[name] = partial(meta_step.whole, given)
         else:
-            found[name] = partial(recording if name == "replay" else recording.compiled(given), given)
+            made = recording.replayed(given) if name == "replay" else recording.compiled(given)
+            found[name] = partial(made, given)
     return found, counted.work
 
 

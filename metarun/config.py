@@ -23,7 +23,7 @@ from metarun.errors import UserError
 Optimizer = Enum("Optimizer", ["adam", "adamw", "sgd", "trpo"])
 Schedule = Enum("Schedule", ["constant", "linear", "cosine", "step"])
 Precision = Enum("Precision", ["float32", "tf32", "bfloat16"])
-Mode = Enum("Mode", ["auto", "eager", "replay", "compile", "cudagraph"])
+Mode = Enum("Mode", ["auto", "eager", "replay", "compile", "xla", "cudagraph"])
 TaskMap = Enum("TaskMap", ["auto", "vmap", "threads"])
 
 

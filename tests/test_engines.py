@@ -17,6 +17,7 @@ from torch import nn
 from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
 from metarun.config import build
+from metarun.engine import xla
 from metarun.engine.batch import meta_gradient
 from metarun.engine.choose import Stepper, agrees
 from metarun.engine.meta_step import MetaStep, accumulated, parts_of
@@ -89,8 +90,9 @@ def test_a_recording_and_chunks_of_tasks_give_what_the_step_gives(name):
     second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
     kept = tree_map(torch.clone, second)
     expected = meta_step.whole(second)
-    torch.testing.assert_close(recording(second), expected, rtol=0, atol=0)
-    torch.testing.assert_close(second, kept, rtol=0, atol=0)
+    for replayed in (recording, recording.replayed(first)):
+        torch.testing.assert_close(replayed(second), expected, rtol=0, atol=0)
+        torch.testing.assert_close(second, kept, rtol=0, atol=0)
     in_chunks = accumulated(meta_step.gradient, meta_step.update, 2)
     torch.testing.assert_close(in_chunks(second), expected, rtol=1e-9, atol=1e-12)
 
@@ -105,7 +107,7 @@ def test_the_recording_of_one_task_run_in_threads_gives_what_the_step_gives(name
     experiment = setting(name)
     meta_step = MetaStep(experiment)
     first = given(experiment, meta_step, 0)
-    task = Recording(meta_step.gradient, parts_of(first, 1)[0])
+    task = Recording(meta_step.gradient, parts_of(first, 1)[0]).replayed(parts_of(first, 1)[0])
     expected = meta_step.whole(first)
     second = given(experiment, meta_step, 1, expected["train_state"])
     with ThreadPoolExecutor(2) as pool:
@@ -249,6 +251,7 @@ def test_auto_takes_what_pays_whatever_the_clock_says(steps, compiler, engine, m
         return self
 
     monkeypatch.setattr(Recording, "compiled", compiled)
+    monkeypatch.setattr(xla, "installed", lambda: False)
     experiment = experiment_of(*TINY, f"train.steps={steps}")
     with caplog.at_level(logging.INFO):
         stepper, _ = steps_of(experiment)
@@ -388,13 +391,15 @@ def test_precision_is_named_in_the_row_and_changes_little(tmp_path):
     ("overrides", "words"),
     [
         (("engine=cudagraph", "device=cpu"), "needs a CUDA device"),
+        (("engine=xla",), r"pip install 'metarun\[xla\]'"),
         (("engine=eager", "engine.task_map=threads"), "runs recordings"),
         (("engine.task_map=threads", "replicas.count=2"), "one replica"),
         (("train.precision=bfloat16", "task=bandit"), "too coarse"),
         (("train.task_chunk=2", "train.meta_batch=3"), "must divide train.meta_batch=3"),
     ],
 )
-def test_engines_that_cannot_be_are_refused(overrides, words):
+def test_engines_that_cannot_be_are_refused(overrides, words, monkeypatch):
+    monkeypatch.setattr(xla, "installed", lambda: False)
     experiment = experiment_of(*overrides)
     with pytest.raises(UserError, match=words):
         Stepper(experiment, MetaStep(experiment))

@@ -58,7 +58,8 @@ def test_a_task_draws_the_same_alone_in_a_batch_and_recorded():
     assert len(together.flatten().unique()) == together.numel()
     with drawing(batch.seed[3], True):
         torch.testing.assert_close(drawn(None), together[3], rtol=0, atol=0)
-    recording = Recording(step, {"seed": batch.seed.flip(0)})
+    other = {"seed": batch.seed.flip(0)}
+    recording = Recording(step, other).replayed(other)
     torch.testing.assert_close(recording({"seed": batch.seed})["z"], together, rtol=0, atol=0)
 
 

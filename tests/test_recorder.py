@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from metarun.engine.recorder import DIRECT, CannotRecord
+from metarun.engine.recorder import CannotRecord
 from metarun.engine.recording import Recording
 
 NUMBER = torch.tensor(2.5)
@@ -106,41 +106,3 @@ def test_a_number_that_is_no_float_stays_one():
 def test_what_depends_on_values_is_refused(function):
     with pytest.raises(CannotRecord, match=r"depends on values|generator"):
         recorded(function, torch.randn(3, 4))
-
-
-def test_direct_calls_are_the_same_operations():
-    """The functions of torch take the arguments of the operations, and give their bits."""
-    x, y = torch.rand(3, 4) + 0.5, torch.rand(3, 4) + 0.5
-    images, filters = torch.rand(2, 3, 5, 5), torch.rand(4, 3, 3, 3)
-    arguments = {
-        "rsub.Scalar": (x, 2.0, 3),
-        "pow.Tensor_Scalar": (x, 3),
-        "mm.default": (x, y.t()),
-        "bmm.default": (x[None], y.t()[None]),
-        "sum.dim_IntList": (x, [0], True),
-        "mean.dim": (x, [1]),
-        "transpose.int": (x, 0, 1),
-        "permute.default": (x, [1, 0]),
-        "unsqueeze.default": (x, 1),
-        "squeeze.dim": (x, 1),
-        "select.int": (x, 1, 2),
-        "where.self": (x > 1, x, y),
-        "cat.default": ([x, y], 1),
-        "stack.default": ([x, y],),
-        "bitwise_and.Scalar": (x.long(), 1),
-        "bitwise_xor.Tensor": (x.long(), y.long()),
-        "masked_fill.Scalar": (x, x > 1, -1e9),
-        "convolution.default": (images, filters, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
-        "view.default": (x, [2, 6]),
-        "expand.default": (x[:, :1], [3, 4]),
-    }
-    for operation, (kind, target) in DIRECT.items():
-        name = str(operation).removeprefix("aten.")
-        if name in arguments:
-            given = arguments[name]
-        else:
-            given = {"Tensor": (x, y), "Scalar": (x, 2.0), "default": (x,)}[name.partition(".")[2]]
-        direct = getattr(given[0], target)(*given[1:]) if kind == "call_method" else target(*given)
-        expected = operation(*given)
-        assert torch.equal(direct, expected), name
-        assert direct.stride() == expected.stride(), name

@@ -345,7 +345,7 @@ def found(engine, algorithm, theta, tasks):
         return tree_map(lambda leaf: leaf[1], vmap(replica)(twice))
     other = {**given, "tasks": tree_map(lambda leaf: leaf.flip(0), given["tasks"])}
     recording = Recording(step, other)
-    return (recording.compiled(other) if engine == "compile" else recording)(given)["grads"]
+    return (recording.compiled(other) if engine == "compile" else recording.replayed(other))(given)["grads"]
 
 
 REPLAYED = ("BatchNorm2d", "LSTM", "MultiheadAttention", "EmbeddingBag, mean", "weight_norm")

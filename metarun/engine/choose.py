@@ -4,6 +4,7 @@
 - ``replay``: the operations of one step, recorded once (`metarun.engine.recording`), are run again without being
   derived again.
 - ``compile``: the recording as one compiled graph.
+- ``xla``: the recording translated to JAX and compiled by XLA, on a CPU and where JAX is installed.
 - ``cudagraph``: the recording as one launch on a GPU.
 
 Tasks are mapped by ``vmap``, or by ``threads``: as many Python threads as torch has been given run a recording of one
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from metarun.assemble import Experiment
 from metarun.checks.gradient import check_gradient
 from metarun.contracts import Tree
+from metarun.engine import xla
 from metarun.engine.meta_step import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
 from metarun.engine.processes import averaged, own_part, share, with_own_part
 from metarun.engine.recorder import CannotRecord
@@ -52,13 +54,17 @@ ONE_THREAD_WORK = 1e8
 EAGER_OPERATION, ARITHMETIC = 1e-5, 2e10
 """Seconds that an operation of an eager step takes by itself, and floating-point operations per second and thread:
 docs/performance.md. They decide which engine pays off, and no result depends on their being exact."""
-RECORDING, COMPILING, COMPILING_ANYTHING = 0.0003, 0.012, 12.0
-"""Seconds to record an operation, to compile one, and to compile at all."""
+RECORDING = 0.0003
+"""Seconds to record an operation."""
+COMPILING = {"compile": (12.0, 0.012), "xla": (1.0, 0.003)}
+"""Seconds to compile at all, and to compile an operation."""
 SHARES = {
     # engine: (of small work, of other work)
     "eager": (1.0, 1.0),
-    "replay": (0.5, 0.9),
+    "replay": (0.33, 0.9),
     "compile": (0.15, 0.7),
+    # XLA takes several times as long as torch for convolutions whose weights differ between tasks.
+    "xla": (0.17, 4.0),
     "compile threads": (1.0, 0.6),
     "replay threads": (1.0, 0.8),
     "cudagraph": (0.2, 0.7),
@@ -137,11 +143,15 @@ class Stepper:
         self.mode, self.wanted_map = settings.mode.name, settings.task_map.name
         if self.mode == "cudagraph" and experiment.device == "cpu":
             raise UserError("engine=cudagraph needs a CUDA device, and this run is on the CPU; choose engine=auto.")
+        if self.mode == "xla" and experiment.device != "cpu":
+            raise UserError("engine=xla runs on the CPU, and this run is on a GPU; choose engine=auto or device=cpu.")
+        if self.mode == "xla" and not xla.installed():
+            raise UserError("engine=xla needs JAX: pip install 'metarun[xla]', or choose engine=auto.")
         if self.wanted_map == "threads" and (experiment.device != "cpu" or meta_step.count > 1):
             raise UserError(
                 "engine.task_map=threads is for one replica on the CPU; choose engine.task_map=auto or vmap."
             )
-        if self.wanted_map == "threads" and self.mode in ("eager", "cudagraph"):
+        if self.wanted_map == "threads" and self.mode in ("eager", "xla", "cudagraph"):
             raise UserError("engine.task_map=threads runs recordings; choose engine=auto, replay or compile with it.")
         if experiment.config.train.precision.name == "bfloat16" and experiment.family.spec.offers("policy"):
             raise UserError(
@@ -230,10 +240,13 @@ class Stepper:
         cuda, asked = self.experiment.device != "cpu", self.mode
 
         def replayed(example: Tree) -> Step:
-            return self.over_processes(self.recorded_part(example), self.share)
+            return self.over_processes(self.recorded_part(example).replayed(own_part(example)), self.share)
 
         def compiled(example: Tree) -> Step:
             return self.over_processes(self.recorded_part(example).compiled(own_part(example)), self.share)
+
+        def translated(example: Tree) -> Step:
+            return self.over_processes(self.recorded_part(example).by_xla(), self.share)
 
         def captured(example: Tree) -> Step:
             return self.over_processes(Captured(self.recorded_part(example), own_part(example)), self.share)
@@ -242,6 +255,8 @@ class Stepper:
             yield "replay", replayed
         if asked == "compile" or (asked == "auto" and not cuda):
             yield "compile", compiled
+        if asked == "xla" or (asked == "auto" and not cuda and xla.installed()):
+            yield "xla", translated
         if asked == "cudagraph" or (asked == "auto" and cuda):
             yield "cudagraph", captured
 
@@ -306,8 +321,8 @@ class Stepper:
         count = self.meta_step.count
         step = EAGER_OPERATION * self.operations + self.work * count / (ARITHMETIC * self.workers)
         making = 0.0 if name == "eager" else RECORDING * self.operations
-        if name.startswith("compile"):
-            making += COMPILING_ANYTHING + COMPILING * self.operations
+        anything, operation = COMPILING.get(name.partition(" ")[0], (0.0, 0.0))
+        making += anything + operation * self.operations
         steps: int = self.experiment.config.train.steps
         return 1.3 * making + SHARES[name][0 if small else 1] * step * steps
 
@@ -322,15 +337,17 @@ class Stepper:
         cuda, asked = self.experiment.device != "cpu", self.mode
         if self.wanted_map == "threads" or (self.threads_possible() and self.wanted_map == "auto"):
             if asked == "replay" or (asked == "auto" and self.wanted_map == "threads"):
-                yield "replay threads", lambda example: self.threaded(self.recorded_task(example))
+                yield "replay threads", lambda example: self.threaded(self.replayed_task(example))
             if asked in ("auto", "compile"):
                 yield "compile threads", lambda example: self.threaded(self.compiled_task(example))
             if self.wanted_map == "threads":
                 return
         if asked == "replay" or (asked == "auto" and not cuda):
-            yield "replay", self.recorded_step
+            yield "replay", lambda example: self.recorded_step(example).replayed(example)
         if asked == "compile" or (asked == "auto" and not cuda):
             yield "compile", lambda example: self.recorded_step(example).compiled(example)
+        if asked == "xla" or (asked == "auto" and not cuda and xla.installed()):
+            yield "xla", lambda example: self.recorded_step(example).by_xla()
         if asked == "cudagraph" or (asked == "auto" and cuda):
             yield "cudagraph", lambda example: Captured(self.recorded_step(example), example)
 
@@ -356,6 +373,10 @@ class Stepper:
         if "task" not in self.recordings:
             self.recordings["task"] = Recording(self.meta_step.gradient, parts_of(example, 1)[0])
         return self.recordings["task"]
+
+    def replayed_task(self, example: Tree) -> Recording:
+        """Record the gradient of a single task, to be run in C++."""
+        return self.recorded_task(example).replayed(parts_of(example, 1)[0])
 
     def compiled_task(self, example: Tree) -> Recording:
         """Compile the gradient of a single task into one graph whose kernels use one thread."""

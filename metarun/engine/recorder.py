@@ -48,7 +48,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 class Recorder(TorchDispatchMode):
     """Inside, every operation that reaches the kernels is kept, in order, in a graph of torch.fx.
 
-    Nodes have their shape in ``meta["shape"]``.
+    Nodes have their shape in ``meta["shape"]`` and their dtype in ``meta["dtype"]``.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -83,7 +83,7 @@ class Recorder(TorchDispatchMode):
         """Remember which node has made the tensors of ``out``."""
         if isinstance(out, Tensor):
             self.nodes[out] = node
-            node.meta["shape"] = tuple(out.shape)
+            node.meta["shape"], node.meta["dtype"] = tuple(out.shape), out.dtype
         elif isinstance(out, tuple | list):
             for index, part in enumerate(out):
                 if isinstance(part, Tensor | tuple | list):
@@ -141,6 +141,22 @@ def simplified(graph: Graph) -> Graph:
 
 def written_into(graph: Graph) -> set[Node]:
     """Return every node that shares memory with one that an operation writes into."""
+    written = [node for node in graph.nodes if writes(node)]
+    if not written:
+        return set()
+    memory = memory_of(graph)
+    touched = {memory[node] for node in written}
+    return {node for node in graph.nodes if memory[node] in touched}
+
+
+def writes(node: Node) -> bool:
+    """Whether an operation writes into one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def memory_of(graph: Graph) -> dict[Node, Node]:
+    """Return for each node the same one of all nodes with which it shares memory."""
     representative: dict[Node, Node] = {}
 
     def of(node: Node) -> Node:
@@ -148,7 +164,6 @@ def written_into(graph: Graph) -> set[Node]:
             node = representative[node]
         return node
 
-    written = list[Node]()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None:
@@ -158,13 +173,11 @@ def written_into(graph: Graph) -> set[Node]:
             named = zip(schema.arguments, node.args, strict=False)
             sharing = [value for argument, value in named if argument.alias_info is not None]
             sharing += [node.kwargs[a.name] for a in schema.arguments if a.alias_info and a.name in node.kwargs]
-            written += [node] if schema.is_mutable else []
         for value in sharing:
             for other in value if isinstance(value, tuple | list) else [value]:
                 if isinstance(other, Node) and of(other) is not of(node):
                     representative[of(other)] = of(node)
-    touched = {of(node) for node in written}
-    return {node for node in graph.nodes if of(node) in touched} if touched else set()
+    return {node: of(node) for node in graph.nodes}
 
 
 def copied(graph: Graph) -> Graph:
@@ -172,37 +185,3 @@ def copied(graph: Graph) -> Graph:
     copy = Graph()
     copy.output(copy.graph_copy(graph, {}))
     return copy
-
-
-FUNCTIONS = (
-    *("add.Tensor", "sub.Tensor", "mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "neg.default"),
-    *("rsub.Scalar", "pow.Tensor_Scalar", "sqrt.default", "rsqrt.default", "exp.default", "log.default"),
-    *("reciprocal.default", "relu.default", "sigmoid.default", "tanh.default", "sin.default", "cos.default"),
-    *("mm.default", "bmm.default", "sum.dim_IntList", "sum.default", "mean.dim", "mean.default", "cat.default"),
-    *("t.default", "transpose.int", "permute.default", "unsqueeze.default", "squeeze.dim", "select.int"),
-    *("where.self", "gt.Scalar", "lt.Scalar", "ge.Scalar", "le.Scalar", "eq.Scalar", "eq.Tensor", "clone.default"),
-    *("bitwise_and.Scalar", "bitwise_xor.Tensor", "stack.default", "convolution.default", "masked_fill.Scalar"),
-)
-METHODS = ("view.default", "expand.default")
-
-
-def overload(name: str) -> Any:
-    """Return the operation of a name such as ``sum.dim_IntList``."""
-    packet, _, which = name.partition(".")
-    return getattr(getattr(aten, packet), which)
-
-
-DIRECT: dict[Any, tuple[str, Any]] = {
-    **{overload(name): ("call_function", getattr(torch, name.partition(".")[0])) for name in FUNCTIONS},
-    **{overload(name): ("call_method", name.partition(".")[0]) for name in METHODS},
-}
-"""The function of torch, or method of tensors, that runs the same kernel and reads its arguments in half the time."""
-
-
-def with_direct_calls(graph: Graph) -> Graph:
-    """Return a copy in which frequent operations are called without a look at their schema."""
-    direct = copied(graph)
-    for node in direct.nodes:
-        if node.op == "call_function" and node.target in DIRECT:
-            node.op, node.target = DIRECT[node.target]
-    return direct

@@ -12,6 +12,7 @@ back. Callers therefore first compare a recording with the function on other inp
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from torch.fx import Graph, GraphModule
 
 from metarun.contracts import Tree
 from metarun.data.cache import cache_dir
-from metarun.engine.recorder import CannotRecord, Recorder, copied, simplified, with_direct_calls
+from metarun.engine import xla
+from metarun.engine.recorder import CannotRecord, Recorder, copied, simplified
 from metarun.errors import first_line
 from metarun.tree import leaves, like, tree_map
 
@@ -54,12 +56,51 @@ class Recording:
         self.graph, self.constants = simplified(recorder.graph), recorder.constants
         self.outputs = tree_map(lambda leaf: None, out)
         self.operations = sum(node.op == "call_function" for node in self.graph.nodes)
-        self.run: Callable[..., list[Tensor]] = GraphModule(self.constants, with_direct_calls(self.graph))
+        self.run: Callable[..., list[Tensor]] = GraphModule(self.constants, self.graph)
 
     def __call__(self, given: Tree) -> Tree:
         """Return what the function returns for ``given``, a tree of the shapes that it was recorded with."""
         with torch.no_grad():
             return like(self.outputs, iter(self.run(*leaves(given))))
+
+    def other(self, run: Callable[..., list[Tensor]]) -> "Recording":
+        """Return a recording of the same function whose operations are run by ``run``."""
+        other: Recording = object.__new__(Recording)
+        other.__dict__.update({**self.__dict__, "run": run})
+        return other
+
+    def replayed(self, given: Tree) -> "Recording":
+        """Return the operations as a loop in C++, which takes half of the time of one in Python.
+
+        This is TorchScript's interpreter without its optimizations, so that every kernel is the one that was recorded
+        and results are the same to the bit. What it cannot run, and what is on a GPU, is run in Python.
+        """
+        values = [leaf.detach() for leaf in leaves(given)]
+        if not values or values[0].is_cuda:
+            return self
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                # Torch advises to export models instead.
+                warnings.simplefilter("ignore")
+                script = torch.jit.trace(self.run, tuple(values), check_trace=False)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            log.debug("TorchScript refuses the recording: %s", first_line(error))
+            return self
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+                results: list[Tensor] = script(*inputs)
+            return results
+
+        return self.other(run)
+
+    def by_xla(self) -> "Recording":
+        """Translate the operations to JAX, whose compiler XLA compiles them at the first call.
+
+        Raises:
+            CannotRecord: JAX is not installed, or an operation has no translation.
+        """
+        return self.other(xla.compiled(self.graph, self.constants))
 
     def compiled(self, given: Tree) -> "Recording":
         """Compile the same operations into one graph, which is first run on ``given``.
@@ -72,8 +113,6 @@ class Recording:
         # surroundings have not changed, which costs as much as half of a small step.
         import torch._inductor
 
-        other: Recording = object.__new__(Recording)
-        other.__dict__.update(self.__dict__)
         # The compiler assumes the memory layout of its inputs, and batches of tasks may differ in their layout.
         values: list[Any] = [leaf.contiguous() for leaf in leaves(given)]
         more = WITH_RANDOM_NUMBERS if draws_numbers(self.graph) else {}
@@ -82,14 +121,14 @@ class Recording:
                 with torch.no_grad():
                     graph = with_wide_products(self.graph, self.constants)
                     compiled = torch._inductor.compile(graph, values, options=options | more)
-                    other.run = on_contiguous(compiled)
+                    other = self.other(on_contiguous(compiled))
                     other(given)
-                break
+                return other
             except Exception as error:
                 if not options or isinstance(error, MemoryError):
                     raise CannotRecord(first_line(error)) from error
                 log.debug("The compiler refused %s: %s", options, first_line(error))
-        return other
+        raise AssertionError("the last attempt returns or raises")
 
 
 def on_contiguous(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:

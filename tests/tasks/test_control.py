@@ -204,7 +204,8 @@ def test_every_step_of_adaptation_plays_new_episodes_and_the_same_ones_when_play
         return {"reward": torch.func.vmap(lambda data: actions(fresh, at_step(data, 1)).reward)(given)}
 
     torch.testing.assert_close(step_one(support)["reward"][1], rolled[1].reward)
-    recording = Recording(step_one, {name: leaf.flip(0) for name, leaf in support.items()})
+    other = {name: leaf.flip(0) for name, leaf in support.items()}
+    recording = Recording(step_one, other).replayed(other)
     torch.testing.assert_close(recording(support)["reward"], step_one(support)["reward"], rtol=0, atol=0)
     shared = family(shots=3, queries=2, fresh_tapes=False)
     assert shared.dataset == fresh.dataset + ":one_tape"
