@@ -35,6 +35,7 @@ ON_GPU = ("metarun cudagraph",)
 ONLY_FOR = {"metarun replay, threads": IMAGE_MAML, "metarun compile, threads": IMAGE_MAML}
 NOT_FOR = {
     "metarun compile": IMAGE_MAML,
+    "metarun xla": (*IMAGE_MAML, "protonet"),
     "learn2learn": ("protonet",),
     "higher": ("protonet", "omniglot_fomaml"),
     "TorchOpt": ("protonet", "omniglot_fomaml"),

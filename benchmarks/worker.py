@@ -13,6 +13,7 @@ CONTESTANTS = {
     "metarun eager": ("own", "Own", ("eager",)),
     "metarun replay": ("own", "Own", ("replay",)),
     "metarun compile": ("own", "Own", ("compile",)),
+    "metarun xla": ("own", "Own", ("xla",)),
     "metarun cudagraph": ("own", "Own", ("cudagraph",)),
     "metarun replay, threads": ("own", "Own", ("replay", "threads")),
     "metarun compile, threads": ("own", "Own", ("compile", "threads")),

@@ -255,7 +255,7 @@ class Stepper:
             yield "replay", replayed
         if asked == "compile" or (asked == "auto" and not cuda):
             yield "compile", compiled
-        if asked == "xla" or (asked == "auto" and not cuda and xla.installed()):
+        if asked == "xla" or (asked == "auto" and not cuda and (xla.installed() or self.kept is not None)):
             yield "xla", translated
         if asked == "cudagraph" or (asked == "auto" and cuda):
             yield "cudagraph", captured
@@ -346,7 +346,7 @@ class Stepper:
             yield "replay", lambda example: self.recorded_step(example).replayed(example)
         if asked == "compile" or (asked == "auto" and not cuda):
             yield "compile", lambda example: self.recorded_step(example).compiled(example)
-        if asked == "xla" or (asked == "auto" and not cuda and xla.installed()):
+        if asked == "xla" or (asked == "auto" and not cuda and (xla.installed() or self.kept is not None)):
             yield "xla", lambda example: self.recorded_step(example).by_xla()
         if asked == "cudagraph" or (asked == "auto" and cuda):
             yield "cudagraph", lambda example: Captured(self.recorded_step(example), example)
