@@ -73,10 +73,11 @@ class Recording:
         """Return the operations as a loop in C++, which takes half of the time of one in Python.
 
         This is TorchScript's interpreter without its optimizations, so that every kernel is the one that was recorded
-        and results are the same to the bit. What it cannot run, and what is on a GPU, is run in Python.
+        and results are the same to the bit. What it cannot run, what is on a GPU, and what has too many operations is
+        run in Python.
         """
         values = [leaf.detach() for leaf in leaves(given)]
-        if not values or values[0].is_cuda:
+        if not values or values[0].is_cuda or self.operations > LARGEST_SCRIPT:
             return self
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -136,6 +137,9 @@ def on_contiguous(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor
     return lambda *inputs: run(*(x.contiguous() for x in inputs))
 
 
+LARGEST_SCRIPT = 5000
+"""Operations above which TorchScript is not used: it takes a time to prepare that grows with their square, 0.2 s for a
+thousand and 25 s for fifteen thousand."""
 ON_CPU = {"cpp_wrapper": True, "layout_optimization": False}
 """Calls between kernels are made in C++, which leaves Python's lock to other threads, and images keep their layout.
 With both, tasks in threads take half of the time (docs/performance.md)."""
