@@ -108,6 +108,8 @@ def metarun(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> Do
         patch.setattr(cli, "failures", [])
         patch.setattr(sweep, "begun", [])
         patch.setattr(cli, "install", lambda handler: {})
+        # A sweep runs in this process, too.
+        patch.setattr("metarun.launch.processes.cores", lambda: 1)
         patch.setattr(cli, "handled_by", lambda handler: contextlib.nullcontext())
         with put_back(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

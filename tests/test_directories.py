@@ -103,7 +103,7 @@ def test_a_second_run_and_a_resume_of_a_live_run_get_a_sentence_and_lose_nothing
 
 
 def test_a_second_sweep_and_a_resume_of_a_job_get_a_sentence(tmp_path):
-    process = started("-m", *LONG, "seed=0,1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    process = started("-m", *LONG, "seed=0,1", "hydra.sweep.dir=sweep", "hydra.launcher.n_jobs=1", cwd=tmp_path)
     try:
         second = metarun("-m", *LONG, "seed=0,1", "hydra.sweep.dir=sweep", cwd=tmp_path)
         of_a_job = metarun("resume=sweep/0_maml_sinusoid", cwd=tmp_path)

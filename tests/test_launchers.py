@@ -4,6 +4,7 @@ Those marked slow need the extras joblib, submitit, ray and optuna. ``python -m 
 """
 
 import json
+import math
 import os
 import platform
 import signal
@@ -13,13 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import QUICK, environment, metarun, process, rows
+from commands import LONG, QUICK, environment, metarun, process, rows, started
 
 from benchmarks.launchers import table_of
 from benchmarks.survival import numbers
 from metarun import launch
 from metarun.assemble import choose_device
 from metarun.errors import UserError
+from metarun.launch import processes
 from metarun.results.status import jobs_of_sweep
 from metarun.system import lock
 
@@ -96,11 +98,75 @@ def by_basic(tmp_path_factory):
     return metarun(*FAILING, cwd=root), numbers(root / "sweep")
 
 
+def children(process):
+    """The processes of a sweep that run jobs."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+LONG_SWEEP = ("-m", *LONG, "seed=0,1,2", "hydra.sweep.dir=sweep", "hydra.launcher.n_jobs=2")
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
+def test_jobs_in_processes_stop_with_the_sweep_and_a_dead_one_is_replaced(tmp_path):
+    """A process that is killed loses its own job alone; Ctrl-C stops the others, which save and say so."""
+    process = started(*LONG_SWEEP, cwd=tmp_path)
+    folders = [tmp_path / "sweep" / f"{number}_maml_sinusoid" for number in range(3)]
+    wait_for((folders[1] / "checkpoints" / "last.pt").exists)
+    owner = json.loads((folders[0] / lock.FILE).read_text())["pid"]
+    assert owner in children(process)
+    os.kill(owner, signal.SIGKILL)
+    wait_for((folders[2] / "checkpoints" / "last.pt").exists)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert [job.state for job in jobs_of_sweep(tmp_path / "sweep")] == ["cut off", "interrupted", "interrupted"]
+    assert "A job's process has died: its exit code is -9" in said
+    assert "metarun -m resume='sweep'" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the parent of a process is known under POSIX alone")
+def test_jobs_in_processes_end_when_the_sweep_is_killed(tmp_path):
+    process = started(*LONG_SWEEP, cwd=tmp_path)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not list((tmp_path / "sweep").glob(f"*/{lock.FILE}")))
+    states = {job.state for job in jobs_of_sweep(tmp_path / "sweep")}
+    assert states <= {"interrupted", "cut off", "not begun"}
+    assert "interrupted" in states
+
+
+def test_the_number_of_jobs_at_a_time_follows_from_the_machine_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "cores", lambda: 8)
+    monkeypatch.setattr(processes, "GPUS", (str(tmp_path / "gpu"),))
+    for gigabytes, number in ((math.inf, 8), (13, 4), (1, 1)):
+        monkeypatch.setattr(processes, "memory", lambda size=gigabytes: size * 2**30)
+        assert processes.jobs_at_a_time("auto") == number
+    monkeypatch.setattr(processes, "memory", lambda: math.inf)
+    (tmp_path / "gpu").touch()
+    assert (processes.jobs_at_a_time("auto"), processes.jobs_at_a_time("cpu")) == (1, 8)
+
+
+def test_processes_give_the_table_the_exit_code_and_the_numbers_of_a_sweep(tmp_path, by_basic):
+    check_launcher("processes", ["hydra.launcher.n_jobs=2"], tmp_path, by_basic)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_launcher_gives_the_table_and_the_exit_code_of_a_sweep(tmp_path, by_basic, name):
     pytest.importorskip(name)
-    done = process(*FAILING, f"hydra/launcher={name}", *LAUNCHERS[name], cwd=tmp_path)
+    check_launcher(name, LAUNCHERS[name], tmp_path, by_basic)
+
+
+def check_launcher(name, settings, tmp_path, by_basic):
+    done = process(*FAILING, f"hydra/launcher={name}", *settings, cwd=tmp_path)
     expected, of_jobs = by_basic
     assert done.returncode == expected.returncode == 1, done.stderr
     assert table_of(done.stdout) == table_of(expected.stdout)

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from metarun import launch
 from metarun.command.once import composing_once
 from metarun.config import register_schema
 from metarun.system.importing import importing
@@ -30,6 +31,9 @@ def composed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", counted)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    # The jobs are seen in this process alone.
+    monkeypatch.setattr("metarun.launch.processes.cores", lambda: 1)
+    launch.register()
     monkeypatch.chdir(tmp_path)
 
     def compose(*arguments, once):

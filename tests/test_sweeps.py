@@ -30,6 +30,7 @@ JOBS = (
     "engine=eager",
     "hydra.sweep.dir=sweep",
 )
+ONE_BY_ONE = "hydra.launcher.n_jobs=1"
 STATES = {"0.01": "completed", "0": "failed", "0.02": "completed", "0.03": "completed"}
 
 
@@ -67,7 +68,7 @@ def test_a_sweep_ends_with_a_table_and_an_exit_code(undisturbed):
 def killed(tmp_path_factory):
     """A sweep that was killed in its third job."""
     root = tmp_path_factory.mktemp("killed")
-    process = started("-m", *JOBS, cwd=root)
+    process = started("-m", *JOBS, ONE_BY_ONE, cwd=root)
     deadline = time.monotonic() + 120
     while not (root / "sweep" / "2_maml_sinusoid" / "checkpoints" / "last.pt").exists():
         assert process.poll() is None
@@ -95,7 +96,7 @@ def test_a_killed_sweep_goes_on_where_it_was(undisturbed, killed, tmp_path, agai
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(tmp_path):
-    process = started("-m", *JOBS, "train.steps=100000", cwd=tmp_path)
+    process = started("-m", *JOBS, "train.steps=100000", ONE_BY_ONE, cwd=tmp_path)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said

@@ -16,6 +16,13 @@ from metarun.errors import UserError
 from metarun.results.tables import Watcher
 
 
+def processes_launcher(**keys: Any) -> Launcher:
+    """Return the launcher of ``hydra/launcher=processes``."""
+    from metarun.launch.processes import ProcessesLauncher
+
+    return ProcessesLauncher(**keys)
+
+
 def joblib_launcher(**keys: Any) -> Launcher:
     """Return the launcher of ``hydra/launcher=joblib``."""
     from metarun.launch.joblib import JoblibLauncher
@@ -47,7 +54,7 @@ def optuna_sweeper(**keys: Any) -> Sweeper:
 PREFIX = "hydra_plugins.metarun."
 MEMBERS = {
     f"{PREFIX}{function.__name__}": function
-    for function in (joblib_launcher, submitit_launcher, ray_launcher, optuna_sweeper)
+    for function in (processes_launcher, joblib_launcher, submitit_launcher, ray_launcher, optuna_sweeper)
 }
 """What the members of ``hydra/launcher`` and ``hydra/sweeper`` name as their target."""
 
@@ -67,7 +74,7 @@ def check_installed(config: DictConfig) -> None:
     for key in ("launcher", "sweeper"):
         target = str(config.hydra[key]._target_)
         name = target.rpartition(".")[2].partition("_")[0]
-        if target in MEMBERS and find_spec(name) is None:
+        if target in MEMBERS and name != "processes" and find_spec(name) is None:
             raise UserError(
                 f"hydra/{key}={name} needs the package {name}, which is missing: pip install 'metarun[{name}]'."
             )

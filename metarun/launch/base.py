@@ -7,13 +7,18 @@ job, and a job whose process has died returns NaN.
 import logging
 import math
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+from hydra import version
+from hydra._internal.callbacks import Callbacks
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.singleton import Singleton
 from hydra.core.utils import (
     JobReturn,
     JobStatus,
@@ -32,11 +37,10 @@ log = logging.getLogger(__name__)
 
 
 class Call:
-    """One job, to be called in another process."""
+    """One job, to be called in another process; made of what ``pickle`` can send there."""
 
-    def __init__(self, task: TaskFunction, config: DictConfig, context: HydraContext) -> None:
-        self.task, self.config, self.context = task, config, context
-        self.state, self.folder = Singleton.get_state(), str(Path.cwd())
+    def __init__(self, task: TaskFunction, config: DictConfig) -> None:
+        self.task, self.config, self.folder = task, config, str(Path.cwd())
 
     def __call__(self) -> float:
         """Run the job as Hydra does; return its validation score, or NaN."""
@@ -44,9 +48,11 @@ class Call:
         if self.folder not in sys.path:
             # As for a single run, _target_ can name modules in the folder of the command.
             sys.path.append(self.folder)
+        version.setbase("1.3")
         setup_globals()
-        Singleton.set_state(self.state)
-        done = run_job(self.task, self.config, "hydra.sweep.dir", "hydra.sweep.subdir", self.context)
+        # A job is composed already, so nothing loads configurations any more.
+        context = HydraContext(config_loader=cast(ConfigLoader, None), callbacks=Callbacks(self.config))
+        done = run_job(self.task, self.config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
         return float(done.return_value)
 
 
@@ -80,7 +86,7 @@ class InOtherProcesses(Launcher):
         for index, overrides in enumerate(job_overrides):
             log.info("\t#%d : %s", initial_job_idx + index, " ".join(filter_overrides(overrides)))
         configs = [self.of_job(own, initial_job_idx + index) for index, own in enumerate(job_overrides)]
-        values = self.results([Call(self.task, config, self.context) for config in configs])
+        values = self.results([Call(self.task, config) for config in configs])
         HydraConfig.instance().set_config(self.composed)
         configure_log(self.composed.hydra.hydra_logging, self.composed.hydra.verbose)
         return [
@@ -89,9 +95,21 @@ class InOtherProcesses(Launcher):
         ]
 
 
-def lost(error: BaseException) -> float:
+def end_with(parent: int) -> None:
+    """Stop this process, as Ctrl-C would, once it is no longer a child of ``parent``; return at once."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if not any(thread.name == "parent" for thread in threading.enumerate()):
+        threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def lost(reason: str) -> float:
     """Report that the process of a job has died; return the result of that job."""
-    log.error("A job's process has died: %s", first_line(error))
+    log.error("A job's process has died: %s", reason)
     return math.nan
 
 
@@ -102,5 +120,5 @@ def collected(waiting: Sequence[Any]) -> list[float]:
         try:
             values.append(float(wait()))
         except Exception as error:
-            values.append(lost(error))
+            values.append(lost(first_line(error)))
     return values

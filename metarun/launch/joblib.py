@@ -2,24 +2,10 @@
 
 import math
 import os
-import signal
-import threading
-import time
 from collections.abc import Sequence
 
-from metarun.launch.base import Call, InOtherProcesses, lost
-
-
-def end_with(parent: int) -> None:
-    """Stop this process, as Ctrl-C would, once it is no longer a child of ``parent``; return at once."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if not any(thread.name == "parent" for thread in threading.enumerate()):
-        threading.Thread(target=watch, name="parent", daemon=True).start()
+from metarun.errors import first_line
+from metarun.launch.base import Call, InOtherProcesses, end_with, lost
 
 
 def guarded(call: Call, parent: int) -> float:
@@ -49,5 +35,5 @@ class JoblibLauncher(InOtherProcesses):
         try:
             values.extend(run(delayed(guarded)(call, os.getpid()) for call in calls))
         except Exception as error:
-            values += [lost(error)] * (len(calls) - len(values))
+            values += [lost(first_line(error))] * (len(calls) - len(values))
         return values

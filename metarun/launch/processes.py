@@ -1,0 +1,185 @@
+"""``hydra/launcher=processes``, the default: the jobs of a sweep in several processes of this machine.
+
+A process runs one job after the other, and another takes its place if it dies. On a machine with a GPU, and where only
+one job runs at a time, the jobs run in the process of the command, as Hydra's own launcher runs them.
+"""
+
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import cast
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.utils import JobReturn
+
+from metarun.launch.base import Call, InOtherProcesses, end_with, lost
+from metarun.system.signals import handled_by, stop
+
+MEMORY_OF_A_JOB = 3 * 2**30
+"""Bytes of memory that a job is allowed, when the number of jobs at a time is chosen."""
+LAST_WORDS = 60.0
+"""Seconds that jobs have to save a checkpoint when the sweep is stopped."""
+GPUS = ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+"""Files that say that there is a GPU, without importing torch."""
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> float:
+    """Return the bytes of memory that this process may use, whoever uses some of them now."""
+    found = [math.inf]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+        found.append(int(text))
+    return min(found)
+
+
+def jobs_at_a_time(device: str) -> int:
+    """Return how many jobs run at a time: one per core, fewer if memory is short, one where there is a GPU.
+
+    Nothing here depends on what else runs, because a job's number of threads, and with it rounding, follows from it.
+    """
+    if device != "cpu" and any(Path(file).exists() for file in GPUS):
+        return 1
+    return max(1, int(min(cores(), memory() / MEMORY_OF_A_JOB)))
+
+
+def work(connection: Connection, parent: int) -> None:
+    """Run the calls that come through ``connection``, and send back what each returns, until there are no more."""
+    if os.name == "posix":
+        end_with(parent)
+    # Where a job was stopped, it has said so in its folder.
+    with suppress(KeyboardInterrupt, EOFError):
+        while (call := connection.recv()) is not None:
+            connection.send(call())
+
+
+class Worker:
+    """A process that runs jobs. Ctrl-C reaches it by way of the process that began the sweep."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=work, args=(theirs, os.getpid()))
+        with ignored(signal.SIGINT):
+            self.process.start()
+        theirs.close()
+        self.job: int | None = None
+
+    def give(self, job: int, call: Call) -> None:
+        """Begin a job."""
+        self.job = job
+        self.connection.send(call)
+
+    def result(self) -> float:
+        """Return what the job has returned, NaN if the process has died."""
+        try:
+            value: float = self.connection.recv()
+            return value
+        except (EOFError, OSError):
+            self.process.join()
+            return lost(f"its exit code is {self.process.exitcode}")
+
+    def dismiss(self) -> None:
+        """Let the process end, and wait for it."""
+        with suppress(OSError):
+            self.connection.send(None)
+        self.process.join()
+
+
+@contextmanager
+def ignored(number: int) -> Iterator[None]:
+    """Inside, a signal is ignored, by processes that are started for as long as they live."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Inside, processes that are started have these variables in their environment."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def run_all(calls: Sequence[Call], count: int) -> list[float]:
+    """Run the calls in ``count`` processes; return what each returned, NaN for a job whose process has died."""
+    values, waiting = [math.nan] * len(calls), deque(range(len(calls)))
+    workers = [Worker() for _ in range(count)]
+    try:
+        for worker in workers:
+            worker.give(job := waiting.popleft(), calls[job])
+        while busy := {worker.connection: worker for worker in workers if worker.job is not None}:
+            for connection in wait(list(busy)):
+                worker = busy[cast(Connection, connection)]
+                values[cast(int, worker.job)] = worker.result()
+                worker.job = None
+                if waiting and not worker.process.is_alive():
+                    workers.remove(worker)
+                    workers.append(worker := Worker())
+                if waiting:
+                    worker.give(job := waiting.popleft(), calls[job])
+        for worker in workers:
+            worker.dismiss()
+    except BaseException:
+        stop_all(workers)
+        raise
+    return values
+
+
+def stop_all(workers: Sequence[Worker]) -> None:
+    """Stop the jobs, which save a checkpoint; end those that take too long."""
+    for worker in workers:
+        worker.process.terminate()
+    until = time.monotonic() + LAST_WORDS
+    for worker in workers:
+        worker.process.join(max(until - time.monotonic(), 0.0))
+        worker.process.kill()
+
+
+class ProcessesLauncher(InOtherProcesses):
+    """Runs ``n_jobs`` jobs at a time; None means as many as ``jobs_at_a_time`` says."""
+
+    name = "processes"
+
+    def __init__(self, n_jobs: int | None) -> None:
+        self.n_jobs = n_jobs
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; return one result per job, in order."""
+        chosen = self.n_jobs or jobs_at_a_time(str(self.composed.device))
+        self.count = min(chosen, len(job_overrides))
+        if self.count > 1:
+            return super().launch(job_overrides, initial_job_idx)
+        own = BasicLauncher()
+        own.setup(hydra_context=self.context, task_function=self.task, config=self.composed)
+        return own.launch(job_overrides, initial_job_idx)
+
+    def results(self, calls: Sequence[Call]) -> list[float]:
+        """Run the calls, each with its part of the cores; progress bars would overwrite each other."""
+        threads = str(max(cores() // self.count, 1))
+        with handled_by(stop), environment(OMP_NUM_THREADS=threads, TQDM_DISABLE="1"):
+            return run_all(calls, self.count)
