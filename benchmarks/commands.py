@@ -5,7 +5,7 @@
   that are empty (cold) or as the same command has left them (warm);
 - ``sinusoid_short``: the same with 300 meta-steps, also next to scripts that loop over tasks, with learn2learn and
   without;
-- ``sweep``: four algorithms with four seeds each on small images, and the same by the joblib launcher;
+- ``sweep``: four algorithms with four seeds each on small images, and the same one after the other;
 - ``navigation``: one, two and four runs at once.
 
 The scripts are in ``benchmarks/peers``; they do the same work with the same sizes. ``--peer-python`` names the
@@ -159,11 +159,10 @@ SWEEP = (
 
 
 def sweep(own: dict[str, str], peer: str) -> Iterator[Contestant]:
-    """Sixteen small runs one after the other, and by a launcher that fills the cores."""
+    """Sixteen small runs in several processes, and one after the other."""
     for name, python in own.items():
         yield Contestant(f"{name} -m", [of_metarun(python, *SWEEP)])
-        if absent(python, "joblib") is None:
-            yield Contestant(f"{name} -m hydra/launcher=joblib", [of_metarun(python, *SWEEP, "hydra/launcher=joblib")])
+        yield Contestant(f"{name} -m hydra/launcher=basic", [of_metarun(python, *SWEEP, "hydra/launcher=basic")])
 
 
 NAVIGATION = (

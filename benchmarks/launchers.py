@@ -29,7 +29,8 @@ SWEEP = [
     ),
 ]
 LAUNCHERS = {
-    "basic": [],
+    "basic": ["hydra/launcher=basic"],
+    "processes": ["hydra.launcher.n_jobs=2"],
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit": ["hydra/launcher=submitit", "hydra.launcher.cluster=local", "hydra.launcher.at_once=2"],
     "ray": ["hydra/launcher=ray", "hydra.launcher.cpus=2"],
