@@ -22,7 +22,7 @@ from metarun.engine.batch import meta_gradient
 from metarun.engine.choose import Stepper, agrees
 from metarun.engine.meta_step import MetaStep, accumulated, parts_of
 from metarun.engine.recorder import CannotRecord
-from metarun.engine.recording import Captured, Recording, with_wide_products
+from metarun.engine.recording import AsWritten, Captured, Recording, with_wide_products
 from metarun.errors import UserError
 from metarun.loop import rates_of, training_tasks
 from metarun.nn.ops import channels_last
@@ -95,6 +95,17 @@ def test_a_recording_and_chunks_of_tasks_give_what_the_step_gives(name):
         torch.testing.assert_close(second, kept, rtol=0, atol=0)
     in_chunks = accumulated(meta_step.gradient, meta_step.update, 2)
     torch.testing.assert_close(in_chunks(second), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_threads_run_scripts_as_they_are_written_and_leave_torch_as_it_was():
+    """The setting is that of the process, so it has to stay until the last thread is done."""
+    as_written = AsWritten()
+    assert torch._C._get_graph_executor_optimize()
+    with as_written:
+        with as_written:
+            assert not torch._C._get_graph_executor_optimize()
+        assert not torch._C._get_graph_executor_optimize()
+    assert torch._C._get_graph_executor_optimize()
 
 
 IN_THREADS = ("maml", "metasgd", "cnp", "mamlpp", "protonet", "multitask", "incontext", "rl2", "protonet_text")

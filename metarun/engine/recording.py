@@ -12,6 +12,7 @@ back. Callers therefore first compare a recording with the function on other inp
 import logging
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,7 @@ class Recording:
             return self
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            with AS_WRITTEN:
                 results: list[Tensor] = script(*inputs)
             return results
 
@@ -130,6 +131,29 @@ class Recording:
                     raise CannotRecord(first_line(error)) from error
                 log.debug("The compiler refused %s: %s", options, first_line(error))
         raise AssertionError("the last attempt returns or raises")
+
+
+class AsWritten:
+    """Inside, TorchScript runs what is written, without optimizing it first; several threads may be inside at once."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = torch._C._get_graph_executor_optimize()
+                torch._C._set_graph_executor_optimize(False)
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch._C._set_graph_executor_optimize(self.before)
+
+
+AS_WRITTEN = AsWritten()
 
 
 def on_contiguous(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
