@@ -21,6 +21,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 
 from metarun.launch.base import Call, InOtherProcesses, end_with, lost
+from metarun.system.importing import importing
 from metarun.system.signals import handled_by, stop
 
 MEMORY_OF_A_JOB = 3 * 2**30
@@ -61,6 +62,9 @@ def work(connection: Connection, parent: int) -> None:
     """Run the calls that come through ``connection``, and send back what each returns, until there are no more."""
     if os.name == "posix":
         end_with(parent)
+    with importing():
+        # While the jobs are being composed.
+        import metarun.run  # noqa: F401
     # Where a job was stopped, it has said so in its folder.
     with suppress(KeyboardInterrupt, EOFError):
         while (call := connection.recv()) is not None:
@@ -125,28 +129,23 @@ def environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run_all(calls: Sequence[Call], count: int) -> list[float]:
-    """Run the calls in ``count`` processes; return what each returned, NaN for a job whose process has died."""
+def run_all(workers: list[Worker], calls: Sequence[Call]) -> list[float]:
+    """Run the calls; return what each returned, NaN for a job whose process has died, whose place another one takes."""
     values, waiting = [math.nan] * len(calls), deque(range(len(calls)))
-    workers = [Worker() for _ in range(count)]
-    try:
-        for worker in workers:
-            worker.give(job := waiting.popleft(), calls[job])
-        while busy := {worker.connection: worker for worker in workers if worker.job is not None}:
-            for connection in wait(list(busy)):
-                worker = busy[cast(Connection, connection)]
-                values[cast(int, worker.job)] = worker.result()
-                worker.job = None
-                if waiting and not worker.process.is_alive():
-                    workers.remove(worker)
-                    workers.append(worker := Worker())
-                if waiting:
-                    worker.give(job := waiting.popleft(), calls[job])
-        for worker in workers:
-            worker.dismiss()
-    except BaseException:
-        stop_all(workers)
-        raise
+    for worker in workers:
+        worker.give(job := waiting.popleft(), calls[job])
+    while busy := {worker.connection: worker for worker in workers if worker.job is not None}:
+        for connection in wait(list(busy)):
+            worker = busy[cast(Connection, connection)]
+            values[cast(int, worker.job)] = worker.result()
+            worker.job = None
+            if waiting and not worker.process.is_alive():
+                workers.remove(worker)
+                workers.append(worker := Worker())
+            if waiting:
+                worker.give(job := waiting.popleft(), calls[job])
+    for worker in workers:
+        worker.dismiss()
     return values
 
 
@@ -171,15 +170,21 @@ class ProcessesLauncher(InOtherProcesses):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; return one result per job, in order."""
         chosen = self.n_jobs or jobs_at_a_time(str(self.composed.device))
-        self.count = min(chosen, len(job_overrides))
-        if self.count > 1:
-            return super().launch(job_overrides, initial_job_idx)
-        own = BasicLauncher()
-        own.setup(hydra_context=self.context, task_function=self.task, config=self.composed)
-        return own.launch(job_overrides, initial_job_idx)
+        count = min(chosen, len(job_overrides))
+        if count <= 1:
+            own = BasicLauncher()
+            own.setup(hydra_context=self.context, task_function=self.task, config=self.composed)
+            return own.launch(job_overrides, initial_job_idx)
+        # Each job has its part of the cores, and several progress bars would overwrite each other.
+        threads = str(max(cores() // count, 1))
+        with handled_by(stop), environment(OMP_NUM_THREADS=threads, TQDM_DISABLE="1"):
+            self.workers = [Worker() for _ in range(count)]
+            try:
+                return super().launch(job_overrides, initial_job_idx)
+            except BaseException:
+                stop_all(self.workers)
+                raise
 
     def results(self, calls: Sequence[Call]) -> list[float]:
-        """Run the calls, each with its part of the cores; progress bars would overwrite each other."""
-        threads = str(max(cores() // self.count, 1))
-        with handled_by(stop), environment(OMP_NUM_THREADS=threads, TQDM_DISABLE="1"):
-            return run_all(calls, self.count)
+        """Run the calls in processes that have been started already."""
+        return run_all(self.workers, calls)
