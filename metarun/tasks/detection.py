@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 LARGEST_SIZE = 512
 MEASURED = 1000
 """Number of training pictures, evenly spaced, that mean and standard deviation are computed of."""
-WINDOWS = (0.5, 1.6)
-"""Edges of the smallest and the largest window that ``augment`` shows of training pictures, in edges of a picture."""
+SIZES = (0.05, 0.5)
+"""Smallest and largest median object that ``augment`` shows in training tasks, in edges of a picture."""
+WINDOWS = (0.4, 4.0)
+"""Edges of the smallest and the largest window in which it shows them, in edges of a picture."""
 NUMBERS = 16
 """Bytes after the pixels of a stored picture that hold its width and height."""
 
@@ -64,8 +66,8 @@ class Detection(BoxFamily):
         split_seed: seed of random splits.
         image_size: edge in pixels to which pictures are resized, a multiple of 16 from 32 to 512.
         most_found: number of boxes that are kept of a picture, those with the highest scores.
-        augment: whether training pictures are mirrored at random, and replaced by smaller or larger windows, whose size
-            is drawn for each task, so that objects of many sizes are seen.
+        augment: whether training pictures are mirrored at random, and replaced by smaller or larger windows, so that
+            the median object of a task has a size that is drawn for it.
         without_area: whether a box without an area is an ``error``, or is left out (``drop``).
         device: where tasks live.
         data_dir: where paths are looked up that do not exist here.
@@ -182,11 +184,13 @@ class Detection(BoxFamily):
         """Draw ``count`` tasks; leaves ``[count, pictures, ...]``."""
         pool, training = self.pools[split], split == "train"
         classes, support, query = zip(*(self._draw(pool, training, generator) for _ in range(count)), strict=True)
-        own, zoom = torch.tensor(classes), None
+        rows, own, zoom = (torch.tensor(support), torch.tensor(query)), torch.tensor(classes), None
         if training and self.augment:
-            low, high = map(math.log, WINDOWS)
-            zoom = (low + (high - low) * torch.rand(count, 1, generator=generator)).exp()
-        shown, asked = (self._part(torch.tensor(rows), own, zoom, generator) for rows in (support, query))
+            both = torch.cat(rows, 1)
+            edges = (self.boxes[both][..., 2:] - self.boxes[both][..., :2]).mean(-1) / self.target.size
+            theirs = (self.label[both][..., None] == own[:, None, None]).any(-1)
+            zoom = windows(edges.masked_fill(~theirs, math.nan).flatten(1).nanmedian(1).values, generator)[:, None]
+        shown, asked = (self._part(part, own, zoom, generator) for part in rows)
         return Task(shown, asked)
 
     def _draw(self, pool: Pool, training: bool, generator: torch.Generator) -> tuple[list[int], list[int], list[int]]:
@@ -235,6 +239,21 @@ class Detection(BoxFamily):
         content.update(" ".join(part.tolist()).encode())
         content.update(self.pixels[:: len(self.pixels) // 64 + 1].contiguous().numpy().tobytes())
         return content.hexdigest()[:6]
+
+
+def windows(edge: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the edge of the windows of each task, in edges of a picture ``[tasks]``.
+
+    The classes of a test task may be much larger or smaller than those of training. What a task shows therefore has a
+    size that says nothing of its class, with the same chance of each order of magnitude.
+
+    Args:
+        edge: mean of width and height of each task's median object, in edges of a picture ``[tasks]``.
+        generator: source of the sizes.
+    """
+    low, high = map(math.log, SIZES)
+    drawn = (low + (high - low) * torch.rand(edge.shape, generator=generator)).exp()
+    return (edge / drawn).clamp(*WINDOWS)
 
 
 def augmented(

@@ -12,7 +12,7 @@ from scenarios import generator
 from metarun.checks.family import check_tasks
 from metarun.data.boxes import annotated
 from metarun.errors import UserError
-from metarun.tasks.detection import Detection
+from metarun.tasks.detection import SIZES, WINDOWS, Detection, windows
 
 WIDTH, HEIGHT = 64, 48
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "hen": (30, 30, 200)}
@@ -118,6 +118,27 @@ def test_boxes_lie_where_the_objects_are(tmp_path, mirrored):
         # A few objects cover each other.
         assert looked >= 8
         assert counted >= 0.8 * looked
+
+
+def test_training_shows_objects_of_all_sizes_whatever_their_class(tmp_path):
+    """The median object of training tasks is as often small as large, and as large for small classes as for others."""
+    edge = torch.tensor([0.1, 0.4]).repeat_interleave(2000)
+    window = windows(edge, generator(3))
+    shown, (low, high) = (edge / window).view(2, -1), SIZES
+    assert WINDOWS[0] <= window.min() <= window.max() <= WINDOWS[1]
+    assert low <= shown.min() <= shown.max() <= high
+    small = (shown < (low * high) ** 0.5).double().mean(1)
+    assert small.tolist() == pytest.approx([0.5, 0.5], abs=0.04)
+    # An object that would have to be enlarged too much is not.
+    assert windows(torch.full((50,), 0.01), generator(4)).tolist() == pytest.approx([WINDOWS[0]] * 50)
+
+    own, medians = family(voc(tmp_path / "voc"), train_queries=4, augment=True), []
+    tasks = own.sample("train", 60, generator(5))
+    for boxes, label in zip(tasks.query["boxes"], tasks.query["label"], strict=True):
+        edges = (boxes[..., 2:] - boxes[..., :2]).mean(-1) / own.target.size
+        medians.append(float(edges[label.sum(-1) > 0].median()))
+    assert min(medians) < 0.12
+    assert max(medians) > 0.4
 
 
 def test_nothing_of_a_test_task_is_in_another(tmp_path):
