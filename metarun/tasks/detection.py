@@ -67,7 +67,7 @@ class Detection(BoxFamily):
         image_size: edge in pixels to which pictures are resized, a multiple of 16 from 32 to 512.
         most_found: number of boxes that are kept of a picture, those with the highest scores.
         augment: whether training pictures are mirrored at random, and replaced by smaller or larger windows, so that
-            the median object of a task has a size that is drawn for it.
+            the median object of a task has a size that is drawn for it; in every second task colours are changed.
         without_area: whether a box without an area is an ``error``, or is left out (``drop``).
         device: where tasks live.
         data_dir: where paths are looked up that do not exist here.
@@ -184,13 +184,14 @@ class Detection(BoxFamily):
         """Draw ``count`` tasks; leaves ``[count, pictures, ...]``."""
         pool, training = self.pools[split], split == "train"
         classes, support, query = zip(*(self._draw(pool, training, generator) for _ in range(count)), strict=True)
-        rows, own, zoom = (torch.tensor(support), torch.tensor(query)), torch.tensor(classes), None
+        rows, own, change = (torch.tensor(support), torch.tensor(query)), torch.tensor(classes), None
         if training and self.augment:
             both = torch.cat(rows, 1)
             edges = (self.boxes[both][..., 2:] - self.boxes[both][..., :2]).mean(-1) / self.target.size
             theirs = (self.label[both][..., None] == own[:, None, None]).any(-1)
             zoom = windows(edges.masked_fill(~theirs, math.nan).flatten(1).nanmedian(1).values, generator)[:, None]
-        shown, asked = (self._part(part, own, zoom, generator) for part in rows)
+            change = zoom, turned_colours(count, generator)
+        shown, asked = (self._part(part, own, change, generator) for part in rows)
         return Task(shown, asked)
 
     def _draw(self, pool: Pool, training: bool, generator: torch.Generator) -> tuple[list[int], list[int], list[int]]:
@@ -220,16 +221,16 @@ class Detection(BoxFamily):
         return classes, mixed(support), mixed(query)
 
     def _part(
-        self, rows: Tensor, classes: Tensor, zoom: Tensor | None, generator: torch.Generator
+        self, rows: Tensor, classes: Tensor, change: tuple[Tensor, Tensor] | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return the leaves of the pictures ``rows [tasks, pictures]`` of tasks with ``classes [tasks, ways]``.
 
-        Training tasks have ``zoom [tasks, 1]``, the edge of the window of each picture that is shown.
+        Training tasks have a ``change``: windows of the edge ``[tasks, 1]`` and ``turned_colours``.
         """
         x, boxes = self.pictures.normalised(self.pixels[rows]), self.boxes[rows]
         label = (self.label[rows][..., None] == classes[:, None, None]).to(torch.get_default_dtype())
-        if zoom is not None:
-            x, boxes, label = augmented(x, boxes, label, zoom, generator)
+        if change is not None:
+            x, boxes, label = augmented(x, boxes, label, *change, generator)
         boxes = boxes * (label.sum(-1, keepdim=True) > 0)
         return leaves(self.target, x, boxes, label, self.device)
 
@@ -256,8 +257,19 @@ def windows(edge: Tensor, generator: torch.Generator) -> Tensor:
     return (edge / drawn).clamp(*WINDOWS)
 
 
+def turned_colours(count: int, generator: torch.Generator) -> Tensor:
+    """Return rotations and reflections of normalised colours ``[count, 3, 3]``, of which every second is the identity.
+
+    They are the same in all pictures of a task, so that the colour of a class is to be learned from the support set
+    (as in Ni et al. 2021, "Data Augmentation for Meta-Learning", https://arxiv.org/abs/2010.07092, task augmentation).
+    """
+    turned = torch.linalg.qr(torch.randn(count, 3, 3, generator=generator)).Q
+    kept = torch.rand(count, 1, 1, generator=generator) < 0.5
+    return torch.where(kept, torch.eye(3), turned)
+
+
 def augmented(
-    x: Tensor, boxes: Tensor, label: Tensor, zoom: Tensor, generator: torch.Generator
+    x: Tensor, boxes: Tensor, label: Tensor, zoom: Tensor, colours: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return windows of pictures, each around an object of the task, every second one mirrored, with their boxes.
 
@@ -267,6 +279,7 @@ def augmented(
         label: one-hot class of each box, zeros for others and for padding ``[tasks, pictures, most, ways]``. It becomes
             zero for boxes of which less than half is in the window.
         zoom: edge of the windows of each task, in edges of a picture ``[tasks, 1]``; around a picture there are zeros.
+        colours: by which the colours of each task are multiplied ``[tasks, channels, channels]``.
         generator: source of the windows.
     """
     size, pictures = x.shape[-1], boxes.shape[:2]
@@ -285,6 +298,7 @@ def augmented(
     both = across[..., None, :].expand(*pictures, size, size), places[..., 1, :, None].expand(*pictures, size, size)
     grid = torch.stack(both, -1).to(x.dtype)
     x = grid_sample(x.flatten(0, 1), 2 * grid.flatten(0, 1) - 1, align_corners=False).view_as(x)
+    x = (colours[:, None] @ x.flatten(3)).view_as(x)
     moved = (boxes - size * corner.repeat(1, 1, 2)[:, :, None]) / edge[..., None]
     inside = moved.clamp(0, size)
     share = (inside[..., 2:] - inside[..., :2]).prod(-1) / (moved[..., 2:] - moved[..., :2]).prod(-1).clamp(min=1e-6)
