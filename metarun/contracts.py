@@ -101,7 +101,8 @@ class RowTarget(Target, Protocol):
 
     A target may have outputs that do not follow from the rows of a support set, since they mean the same in every task:
     ``shared`` is their number. They are the last ones, the targets of rows lack them, and a model's trunk gives them
-    after its features.
+    after its features. ``corrected(shared, of_support, support)`` returns them after a comparison of those of the
+    support set with its targets.
     """
 
     def loss(self, output: Tensor, data: Tree) -> Tensor:

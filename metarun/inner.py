@@ -132,7 +132,7 @@ def embed_together(embed: Forward, weights: Weights, support: Tree, x: Tensor) -
 
 
 class Parted(NamedTuple):
-    """Features of which the last are no features of rows, but outputs that are the same function in all tasks."""
+    """Features of which the last are no features of rows, but outputs that mean the same in all tasks."""
 
     z: Tensor
     """``[..., d]``."""
@@ -155,8 +155,12 @@ def rows_together(
     the words of sentences.
     """
     z, queries = embed_together(embed, weights, support, x)
-    rows = cast(RowTarget, spec.target).rows(parted(spec, z).z, support)
-    return rows, parted(spec, queries) if hasattr(spec.target, "shared") else queries
+    own, target = parted(spec, z), cast(RowTarget, spec.target)
+    rows = target.rows(own.z, support)
+    if not hasattr(target, "shared"):
+        return rows, queries
+    asked = parted(spec, queries)
+    return rows, asked._replace(shared=cast(Any, target).corrected(asked.shared, own.shared, support))
 
 
 def by_row(answer: Callable[[Tensor], Tensor], queries: Tensor | Parted) -> Tensor:

@@ -235,6 +235,24 @@ class Boxes:
         first = torch.zeros_like(rows[:1])
         return torch.cat([first + data["label"].sum(), rows])
 
+    def corrected(self, geometry: Tensor, of_support: Tensor, support: Tree) -> Tensor:
+        """Return geometry with all sizes scaled by what those of the support set's objects lack.
+
+        Otherwise a learner that reads rows could not find objects of a size that training has not had. The mean error
+        of n objects counts n / (n + 1) of its size, so that few objects change little.
+
+        Args:
+            geometry: what the model says of any locations ``[..., 4]``.
+            of_support: what it says of the support set's ``[pictures, locations, 4]``.
+            support: the data of the support set.
+        """
+        y = support["y"]
+        centre = (y[..., : self.ways] == 1).any(-1, keepdim=True).to(y.dtype)
+        if "weight" in support:
+            centre = centre * support["weight"][:, None, None]
+        lack = ((y[..., self.ways + 1 :] - of_support) * centre).sum((0, 1)) / (centre.sum() + 1)
+        return torch.cat([geometry[..., :2] + lack[:2], geometry[..., 2:]], -1)
+
     def rows(self, z: Tensor, data: Tree) -> Rows:
         """Return a row for the centre of each object, and rows of background, the last class, from a lattice.
 

@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 LARGEST_SIZE = 512
 MEASURED = 1000
 """Number of training pictures, evenly spaced, that mean and standard deviation are computed of."""
-WINDOWS = (0.5, 1.6)
-"""Edges of the smallest and the largest window that ``augment`` shows of training pictures, in edges of a picture."""
+SIZES = (0.05, 0.5)
+"""Smallest and largest median object that ``augment`` shows in training tasks, in edges of a picture."""
+WINDOWS = (0.4, 4.0)
+"""Edges of the smallest and the largest window in which it shows them, in edges of a picture."""
 NUMBERS = 16
 """Bytes after the pixels of a stored picture that hold its width and height."""
 
@@ -64,8 +66,8 @@ class Detection(BoxFamily):
         split_seed: seed of random splits.
         image_size: edge in pixels to which pictures are resized, a multiple of 16 from 32 to 512.
         most_found: number of boxes that are kept of a picture, those with the highest scores.
-        augment: whether training pictures are mirrored at random, and replaced by smaller or larger windows, whose size
-            is drawn for each task, so that objects of many sizes are seen.
+        augment: whether training pictures are mirrored at random, and replaced by smaller or larger windows, so that
+            the median object of a task has a size that is drawn for it; in every second task colours are changed.
         without_area: whether a box without an area is an ``error``, or is left out (``drop``).
         device: where tasks live.
         data_dir: where paths are looked up that do not exist here.
@@ -182,11 +184,14 @@ class Detection(BoxFamily):
         """Draw ``count`` tasks; leaves ``[count, pictures, ...]``."""
         pool, training = self.pools[split], split == "train"
         classes, support, query = zip(*(self._draw(pool, training, generator) for _ in range(count)), strict=True)
-        own, zoom = torch.tensor(classes), None
+        rows, own, change = (torch.tensor(support), torch.tensor(query)), torch.tensor(classes), None
         if training and self.augment:
-            low, high = map(math.log, WINDOWS)
-            zoom = (low + (high - low) * torch.rand(count, 1, generator=generator)).exp()
-        shown, asked = (self._part(torch.tensor(rows), own, zoom, generator) for rows in (support, query))
+            both = torch.cat(rows, 1)
+            edges = (self.boxes[both][..., 2:] - self.boxes[both][..., :2]).mean(-1) / self.target.size
+            theirs = (self.label[both][..., None] == own[:, None, None]).any(-1)
+            zoom = windows(edges.masked_fill(~theirs, math.nan).flatten(1).nanmedian(1).values, generator)[:, None]
+            change = zoom, turned_colours(count, generator)
+        shown, asked = (self._part(part, own, change, generator) for part in rows)
         return Task(shown, asked)
 
     def _draw(self, pool: Pool, training: bool, generator: torch.Generator) -> tuple[list[int], list[int], list[int]]:
@@ -216,16 +221,16 @@ class Detection(BoxFamily):
         return classes, mixed(support), mixed(query)
 
     def _part(
-        self, rows: Tensor, classes: Tensor, zoom: Tensor | None, generator: torch.Generator
+        self, rows: Tensor, classes: Tensor, change: tuple[Tensor, Tensor] | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return the leaves of the pictures ``rows [tasks, pictures]`` of tasks with ``classes [tasks, ways]``.
 
-        Training tasks have ``zoom [tasks, 1]``, the edge of the window of each picture that is shown.
+        Training tasks have a ``change``: windows of the edge ``[tasks, 1]`` and ``turned_colours``.
         """
         x, boxes = self.pictures.normalised(self.pixels[rows]), self.boxes[rows]
         label = (self.label[rows][..., None] == classes[:, None, None]).to(torch.get_default_dtype())
-        if zoom is not None:
-            x, boxes, label = augmented(x, boxes, label, zoom, generator)
+        if change is not None:
+            x, boxes, label = augmented(x, boxes, label, *change, generator)
         boxes = boxes * (label.sum(-1, keepdim=True) > 0)
         return leaves(self.target, x, boxes, label, self.device)
 
@@ -237,8 +242,34 @@ class Detection(BoxFamily):
         return content.hexdigest()[:6]
 
 
+def windows(edge: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the edge of the windows of each task, in edges of a picture ``[tasks]``.
+
+    The classes of a test task may be much larger or smaller than those of training. What a task shows therefore has a
+    size that says nothing of its class, with the same chance of each order of magnitude.
+
+    Args:
+        edge: mean of width and height of each task's median object, in edges of a picture ``[tasks]``.
+        generator: source of the sizes.
+    """
+    low, high = map(math.log, SIZES)
+    drawn = (low + (high - low) * torch.rand(edge.shape, generator=generator)).exp()
+    return (edge / drawn).clamp(*WINDOWS)
+
+
+def turned_colours(count: int, generator: torch.Generator) -> Tensor:
+    """Return rotations and reflections of normalised colours ``[count, 3, 3]``, of which every second is the identity.
+
+    They are the same in all pictures of a task, so that the colour of a class is to be learned from the support set
+    (as in Ni et al. 2021, "Data Augmentation for Meta-Learning", https://arxiv.org/abs/2010.07092, task augmentation).
+    """
+    turned = torch.linalg.qr(torch.randn(count, 3, 3, generator=generator)).Q
+    kept = torch.rand(count, 1, 1, generator=generator) < 0.5
+    return torch.where(kept, torch.eye(3), turned)
+
+
 def augmented(
-    x: Tensor, boxes: Tensor, label: Tensor, zoom: Tensor, generator: torch.Generator
+    x: Tensor, boxes: Tensor, label: Tensor, zoom: Tensor, colours: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return windows of pictures, each around an object of the task, every second one mirrored, with their boxes.
 
@@ -248,6 +279,7 @@ def augmented(
         label: one-hot class of each box, zeros for others and for padding ``[tasks, pictures, most, ways]``. It becomes
             zero for boxes of which less than half is in the window.
         zoom: edge of the windows of each task, in edges of a picture ``[tasks, 1]``; around a picture there are zeros.
+        colours: by which the colours of each task are multiplied ``[tasks, channels, channels]``.
         generator: source of the windows.
     """
     size, pictures = x.shape[-1], boxes.shape[:2]
@@ -266,6 +298,7 @@ def augmented(
     both = across[..., None, :].expand(*pictures, size, size), places[..., 1, :, None].expand(*pictures, size, size)
     grid = torch.stack(both, -1).to(x.dtype)
     x = grid_sample(x.flatten(0, 1), 2 * grid.flatten(0, 1) - 1, align_corners=False).view_as(x)
+    x = (colours[:, None] @ x.flatten(3)).view_as(x)
     moved = (boxes - size * corner.repeat(1, 1, 2)[:, :, None]) / edge[..., None]
     inside = moved.clamp(0, size)
     share = (inside[..., 2:] - inside[..., :2]).prod(-1) / (moved[..., 2:] - moved[..., :2]).prod(-1).clamp(min=1e-6)

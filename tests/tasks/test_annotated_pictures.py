@@ -12,7 +12,8 @@ from scenarios import generator
 from metarun.checks.family import check_tasks
 from metarun.data.boxes import annotated
 from metarun.errors import UserError
-from metarun.tasks.detection import Detection
+from metarun.tasks import detection
+from metarun.tasks.detection import SIZES, WINDOWS, Detection, turned_colours, windows
 
 WIDTH, HEIGHT = 64, 48
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "hen": (30, 30, 200)}
@@ -95,8 +96,9 @@ def test_both_formats_and_a_zip_give_the_same_pictures_and_boxes(tmp_path):
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_boxes_lie_where_the_objects_are(tmp_path, mirrored):
+def test_boxes_lie_where_the_objects_are(tmp_path, monkeypatch, mirrored):
     """In the square to which a picture is resized, mirrored or not, a box is filled with the colour of its class."""
+    monkeypatch.setattr(detection, "turned_colours", lambda count, generator: torch.eye(3).expand(count, 3, 3))
     own = family(voc(tmp_path / "voc"), augment=mirrored)
     for split in ("train", "test"):
         tasks = own.sample(split, 20, generator(2))
@@ -118,6 +120,50 @@ def test_boxes_lie_where_the_objects_are(tmp_path, mirrored):
         # A few objects cover each other.
         assert looked >= 8
         assert counted >= 0.8 * looked
+
+
+def test_training_shows_objects_of_all_sizes_whatever_their_class(tmp_path):
+    """The median object of training tasks is as often small as large, and as large for small classes as for others."""
+    edge = torch.tensor([0.1, 0.4]).repeat_interleave(2000)
+    window = windows(edge, generator(3))
+    shown, (low, high) = (edge / window).view(2, -1), SIZES
+    assert WINDOWS[0] <= window.min() <= window.max() <= WINDOWS[1]
+    assert low <= shown.min() <= shown.max() <= high
+    small = (shown < (low * high) ** 0.5).double().mean(1)
+    assert small.tolist() == pytest.approx([0.5, 0.5], abs=0.04)
+    # An object that would have to be enlarged too much is not.
+    assert windows(torch.full((50,), 0.01), generator(4)).tolist() == pytest.approx([WINDOWS[0]] * 50)
+
+    own, medians = family(voc(tmp_path / "voc"), train_queries=4, augment=True), []
+    tasks = own.sample("train", 60, generator(5))
+    for boxes, label in zip(tasks.query["boxes"], tasks.query["label"], strict=True):
+        edges = (boxes[..., 2:] - boxes[..., :2]).mean(-1) / own.target.size
+        medians.append(float(edges[label.sum(-1) > 0].median()))
+    assert min(medians) < 0.12
+    assert max(medians) > 0.4
+
+
+def test_colours_of_every_second_training_task_are_turned(tmp_path):
+    """Distances between colours stay, and all pictures of a task are changed alike; test tasks are as they were."""
+    turned = turned_colours(400, generator(6))
+    torch.testing.assert_close(turned @ turned.mT, torch.eye(3).expand(400, 3, 3), atol=1e-5, rtol=0)
+    kept = (turned == torch.eye(3)).all((1, 2))
+    assert kept.double().mean() == pytest.approx(0.5, abs=0.08)
+    own = family(voc(tmp_path / "voc"), train_queries=4, augment=True)
+    colours = {
+        split: [own.pictures.normalised(torch.tensor(COLOURS[kind]).view(1, 3, 1, 1))[0, :, 0, 0] for kind in kinds]
+        for split, kinds in {"train": ["cat", "dog"], "test": ["hen"]}.items()
+    }
+    for split, known in colours.items():
+        tasks, seen = own.sample(split, 30, generator(7)), []
+        for x, boxes, label in zip(*(tasks.query[name] for name in ("x", "boxes", "label")), strict=True):
+            picture, box = (label.sum(-1) * (boxes[..., 2:] - boxes[..., :2]).amin(-1) > 4).nonzero()[:1].T
+            if len(picture):
+                across, down = ((boxes[picture, box][0, :2] + boxes[picture, box][0, 2:]) / 2).long()
+                middle = x[picture[0], :, down, across]
+                seen.append(min(float((middle - colour).abs().max()) for colour in known) < 0.3)
+        share = sum(seen) / len(seen)
+        assert share > 0.8 if split == "test" else 0.2 < share < 0.8
 
 
 def test_nothing_of_a_test_task_is_in_another(tmp_path):
