@@ -13,6 +13,7 @@ from metarun.results.comparison.statistics import (
     difference_of_pooled,
     effect_size,
     holm,
+    of_pooled,
     over_seeds_and_episodes,
     ranks_of,
     share_better,
@@ -69,6 +70,9 @@ def test_a_difference_of_pooled_scores_has_a_part_of_episodes_and_one_of_seeds()
     a, b = (np.tile(np.array(means)[:, None], (1, 201)) for means in ([0.3, 0.5, 0.4], [0.1, 0.3, 0.1]))
     paired = difference_of_pooled(a, b, same_seeds=True)
     assert paired.ci95 == pytest.approx(4.302653 * (a - b)[:, 0].std(ddof=1) / math.sqrt(3), rel=1e-4)
+    assert of_pooled(a).ci95 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-4)
+    # What one seed gains on the resamplings that another loses on cancels in their mean.
+    assert of_pooled(np.stack([0.5 + own, 0.5 - own + 2 * own * (np.arange(201) == 0)])).ci95 < 1e-6
     apart = difference_of_pooled(a, b, same_seeds=False)
     assert apart.ci95 == pytest.approx(difference_of_methods(a, b, same_seeds=False).ci95, rel=1e-2)
 

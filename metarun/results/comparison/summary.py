@@ -190,7 +190,10 @@ def further(runs: pd.DataFrame, replicas: Replicas, metric: str) -> tuple[float,
     """Return mean and half-width of a metric besides the first; NaN where a run does not have it."""
     if metric not in runs or f"{metric}_ci95" not in runs:
         return math.nan, math.nan
-    estimate, _ = estimate_of(runs, replicas, metric)
+    # Of a pooled metric, one seed has all that is needed in its row.
+    several = len({seed for *_, seed in replicas}) > 1 and runs["episodes_hash"].nunique() == 1
+    pooled = scores_of(replicas, metric, cached_pooled) if several else None
+    estimate = statistics.of_pooled(pooled[0]) if pooled else estimate_of(runs, replicas, metric)[0]
     return float(runs[metric].mean(skipna=False)), estimate.ci95
 
 
