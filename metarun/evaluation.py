@@ -1,7 +1,6 @@
 """Validation and test: the episodes, the scores along adaptation, and what validation selects."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from metarun.nn.padding import weighing
 from metarun.nn.transforms import over_tasks
 from metarun.random import stream
 from metarun.results.reports import Measured
+from metarun.results.tables import PooledScore
 from metarun.targets.classes import chosen_classes
 from metarun.targets.metric import Metric
 from metarun.targets.scoring import scores_in_test
@@ -45,8 +45,8 @@ class Tested:
     """A hash that is equal for two runs tested on the same episodes."""
     transductive: bool
     """Whether the queries of an episode see each other."""
-    pooled: dict[str, tuple[float, float]]
-    """Each metric of all test episodes together, and the half-width of its 95 % interval over resampled episodes."""
+    pooled: dict[str, PooledScore]
+    """Each metric of all test episodes together."""
 
 
 def episodes(experiment: Experiment, split: Split, count: int) -> Iterator[Task]:
@@ -236,11 +236,11 @@ RESAMPLINGS = 200
 """Number of resamplings of the test episodes for the interval of a pooled metric."""
 
 
-def pooled_scores(experiment: Experiment, replica: Replica, theta: Tree) -> dict[str, tuple[float, float]]:
-    """Return each metric of all test episodes together, with the half-width of its 95 % interval.
+def pooled_scores(experiment: Experiment, replica: Replica, theta: Tree) -> dict[str, PooledScore]:
+    """Return each metric of all test episodes together, and of resamplings of them with replacement.
 
-    The half-width is 1.96 times the standard deviation over resamplings of the episodes with replacement (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, section 13.2).
+    Runs with the same number of episodes and the same ``eval.seed`` have the same resamplings, so that a difference of
+    two runs can be taken resampling by resampling.
     """
     own: Pooled | None = getattr(experiment.family, "pooled", None)
     if own is None:
@@ -256,10 +256,7 @@ def pooled_scores(experiment: Experiment, replica: Replica, theta: Tree) -> dict
     generator = stream(config.seed, "resampling")
     drawn = torch.randint(len(found), (RESAMPLINGS, len(found)), generator=generator)
     spread = [own.scores(found[rows]) for rows in drawn]
-    return {
-        name: (score, 1.96 * statistics.stdev(again[name] for again in spread))
-        for name, score in own.scores(found).items()
-    }
+    return {name: PooledScore(score, [again[name] for again in spread]) for name, score in own.scores(found).items()}
 
 
 def meta_test(experiment: Experiment, replica: Replica, theta: Tree) -> Tested:

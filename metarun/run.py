@@ -28,7 +28,7 @@ from metarun.results.of_run import (
     write_training,
 )
 from metarun.results.status import mark
-from metarun.results.tables import Watcher, write_episodes, write_results
+from metarun.results.tables import Watcher, write_episodes, write_pooled, write_results
 from metarun.results.trackers import Trackers
 from metarun.state import Best
 from metarun.system.torchrun import rank
@@ -101,6 +101,7 @@ def run(
             raise
         scored = [(row["replica"], tested.scored) for row, tested in finished]
         write_episodes(directory, scored, metrics_of(experiment))
+        write_pooled(directory, [(row["replica"], tested.pooled) for row, tested in finished])
         write_adaptation(experiment, finished, directory)
         for row, tested in finished:
             say(experiment, row, tested)

@@ -32,7 +32,7 @@ from metarun.results.of_run import (
     write_reports,
 )
 from metarun.results.status import TESTS, loaded, number, rows_of
-from metarun.results.tables import write_episodes, write_results
+from metarun.results.tables import write_episodes, write_pooled, write_results
 from metarun.system.files import write_text
 from metarun.system.terminal import PrintableRecord, printable
 
@@ -198,6 +198,7 @@ def test_and_write(experiment: Experiment, found: Sequence[Learned], path: Path,
         row |= training_columns(path, one) | tested_columns(experiment, experiment.replicas[index], one.theta, tested)
         finished.append((row, tested))
     write_episodes(out, [(row["replica"], tested.scored) for row, tested in finished], metrics)
+    write_pooled(out, [(row["replica"], tested.pooled) for row, tested in finished])
     write_adaptation(experiment, finished, out)
     for row, tested in finished:
         say(experiment, row, tested)

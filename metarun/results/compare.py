@@ -129,8 +129,10 @@ def text_of(comparison: Comparison, sort: str | None, columns: Sequence[str]) ->
     for one in comparison.settings:
         rows = printing.printed_table(in_order(one.table, sort), one.metric, columns)
         printed = printing.markdown(rows)
+        further = [] if columns else printing.further_table(in_order(one.table, sort))
         parts = (
             printed,
+            printing.markdown(further) if further else "",
             printing.footnotes(one.table, printed),
             printing.worth_its_cost(one.table),
             printing.sentence(one.families, one.table, one.metric),
@@ -144,7 +146,7 @@ def text_of(comparison: Comparison, sort: str | None, columns: Sequence[str]) ->
 
 def write_tables(comparison: Comparison, out: Path) -> None:
     """Write ``comparison.csv``, ``families.csv`` and ``pareto.csv``."""
-    tables = [one.table.drop(columns=OBJECTS).assign(**one.setting) for one in comparison.settings]
+    tables = [one.table.drop(columns=OBJECTS, errors="ignore").assign(**one.setting) for one in comparison.settings]
     everything = pd.concat(tables, ignore_index=True)
     everything = everything[[*SETTING, *(column for column in everything if column not in SETTING)]]
     differences = [one.setting | vars(one.families) for one in comparison.settings if one.families is not None]

@@ -85,8 +85,8 @@ def tested_columns(experiment: Experiment, replica: Replica, theta: Tree, tested
     for metric in metrics[1:]:
         last = tested.scored.scores[metric.name][:, -1]
         further |= {metric.name: last.mean().item(), f"{metric.name}_ci95": confidence(last).item()}
-    for name, (score, half_width) in tested.pooled.items():
-        further |= {name: score, f"{name}_ci95": half_width}
+    for name, pooled in tested.pooled.items():
+        further |= {name: pooled.score, f"{name}_ci95": pooled.half_width}
     return {
         "status": "completed",
         "adapt_steps": steps[-1],

@@ -1,8 +1,9 @@
-"""The tables that a run writes: ``metrics.csv``, ``episodes.csv``, ``result.csv``."""
+"""The tables that a run writes: ``metrics.csv``, ``episodes.csv``, ``pooled.csv``, ``result.csv``."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from metarun.system.files import write_csv
 from metarun.targets.metric import Metric
@@ -15,6 +16,9 @@ Watcher: TypeAlias = Callable[[Sequence[Row]], None]
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds", "replica")
 EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "replica")
 """Columns of ``episodes.csv``. ``score`` is the first metric; a column with the name of each further metric follows."""
+POOLED_COLUMNS = ("replica", "resampling")
+"""Columns of ``pooled.csv``; a column with the name of each metric follows. Resampling 0 is all test episodes as they
+are."""
 RESULT_COLUMNS = (
     *(
         "run",
@@ -88,6 +92,33 @@ def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], metr
                 row = dict(zip(EPISODES_COLUMNS, values, strict=True))
                 rows.append(row | {name: scores[name][episode][i] for name in further})
     write_csv(directory / "episodes.csv", (*EPISODES_COLUMNS, *further), rows)
+
+
+class PooledScore(NamedTuple):
+    """A metric of all test episodes together."""
+
+    score: float
+    resampled: Sequence[float]
+    """The same over resamplings of the episodes with replacement, which are equal for runs on the same episodes."""
+
+    @property
+    def half_width(self) -> float:
+        """The half-width of the 95 % interval: 1.96 times the standard deviation over the resamplings.
+
+        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.2.
+        """
+        return 1.96 * statistics.stdev(self.resampled)
+
+
+def write_pooled(directory: Path, replicas: Sequence[tuple[int, Mapping[str, PooledScore]]]) -> None:
+    """Write ``pooled.csv``, if there are such metrics: a row per resampling and replica, given by its number."""
+    rows = [
+        {"replica": replica, "resampling": i, **dict(zip(found, values, strict=True))}
+        for replica, found in replicas
+        for i, values in enumerate(zip(*((one.score, *one.resampled) for one in found.values()), strict=True))
+    ]
+    if rows:
+        write_csv(directory / "pooled.csv", (*POOLED_COLUMNS, *replicas[0][1]), rows)
 
 
 def columns_of(metrics: Sequence[Metric]) -> tuple[str, ...]:

@@ -32,10 +32,18 @@ from metarun.tasks.few_shot import Shots, TaskSizes, sizes_without_classes
 log = logging.getLogger(__name__)
 
 WRITERS = ("", *(f"{name}-" for name in WAYS))
-METRICS = tuple(
-    metric
-    for writer in WRITERS
-    for metric in (Metric(f"{writer}bleu", True, percent=True), Metric(f"{writer}slot-error-rate", False, percent=True))
+ABOVE = {name: Metric(f"bleu-above-{name}", True, percent=True) for name in WAYS}
+"""The learner's BLEU minus that of each way to answer without learning, on the same turns."""
+METRICS = (
+    *(
+        metric
+        for writer in WRITERS
+        for metric in (
+            Metric(f"{writer}bleu", True, percent=True),
+            Metric(f"{writer}slot-error-rate", False, percent=True),
+        )
+    ),
+    *ABOVE.values(),
 )
 SHOWN = 6
 """Number of query turns that samples show of a task."""
@@ -242,7 +250,7 @@ class Generation:
         for writer, (*of_bleu, errors, values) in zip(WRITERS, total, strict=True):
             found[f"{writer}bleu"] = bleu(np.array(of_bleu))
             found[f"{writer}slot-error-rate"] = errors / max(values, 1)
-        return found
+        return found | {metric.name: found["bleu"] - found[f"{name}-bleu"] for name, metric in ABOVE.items()}
 
     def _of_task(self, row: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the counts of one task by writer, from which its scores are computed: ``[writers, COUNTS + 2]``."""

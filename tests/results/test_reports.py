@@ -19,6 +19,7 @@ from metarun.tasks.sinusoid import Sinusoid
 MAE = Metric("mae", higher_is_better=False)
 LARGEST = Metric("largest error", higher_is_better=False)
 RATIO = Metric("unexplained", higher_is_better=False, percent=True)
+POWER = Metric("power", higher_is_better=False)
 QUICK = (
     *("train.steps=2", "train.eval_every=1", "train.val_episodes=3", "eval.episodes=4", "eval.adapt_steps=1"),
     "engine=eager",
@@ -33,9 +34,7 @@ class Shown(Sinusoid):
         object.__setattr__(self.spec, "metrics", (MSE, MAE, LARGEST))
         sides = {"side": ("left", "right")}
         self.report = Report("sides", sides, Metric("squared error", higher_is_better=False), self.by_side)
-        self.pooled = Pooled(
-            (RATIO,), self.sums, lambda sums: {RATIO.name: (sums[:, 0].sum() / sums[:, 1].sum()).item()}
-        )
+        self.pooled = Pooled((RATIO, POWER), self.sums, self.ratios)
         self.samples = Samples(lambda predict, task: {"answer": predict(task.query["x"])}, self.written)
 
     def scores(self, predict, data):
@@ -45,6 +44,10 @@ class Shown(Sinusoid):
     def sums(self, predict, task):
         y = task.query["y"]
         return torch.stack([(predict(task.query["x"]) - y).square().mean(), (y.square() + 5).mean()])
+
+    def ratios(self, sums):
+        error, power = sums.sum(0)
+        return {RATIO.name: (error / power).item(), POWER.name: power.item()}
 
     def written(self, found, tasks):
         return "\n".join(
@@ -60,10 +63,14 @@ class Shown(Sinusoid):
 
 @pytest.fixture
 def directory(tmp_path):
-    config, names = composed("algo=maml", "task=sinusoid", *QUICK)
+    return shown(tmp_path / "run", "algo=maml")
+
+
+def shown(directory, *overrides):
+    config, names = composed("task=sinusoid", *QUICK, *overrides)
     config.task = OmegaConf.create({"_target_": "results.test_reports.Shown"})
-    run(config, names, tmp_path / "run")
-    return tmp_path / "run"
+    run(config, names, directory)
+    return directory
 
 
 def test_a_family_may_show_something_besides_scores(directory):
@@ -79,7 +86,7 @@ def test_a_family_may_show_something_besides_scores(directory):
 
 def test_every_metric_reaches_the_tables_and_the_comparison(directory):
     row = pd.read_csv(directory / "result.csv").iloc[0]
-    assert row["metrics"] == "mse;mae;largest error;unexplained"
+    assert row["metrics"] == "mse;mae;largest error;unexplained;power"
     episodes = pd.read_csv(directory / "episodes.csv").query("adapt_step == 1")
     for name in ("mae", "largest error"):
         assert row[name] == pytest.approx(episodes[name].mean())
@@ -106,6 +113,22 @@ def test_a_metric_of_all_episodes_together_is_no_mean_over_them(directory):
     assert row["unexplained_ci95"] == pytest.approx(expected.item(), rel=0.5)
     printed = compare([directory], directory)
     assert f"{100 * row['unexplained']:.2f} ± {100 * row['unexplained_ci95']:.2f} %" in printed
+
+
+def test_metrics_of_all_episodes_together_are_paired_by_resampling(directory, tmp_path):
+    """The resamplings of a run with another seed are those of the same episodes."""
+    other = shown(tmp_path / "other", "algo=transfer", "seed=1")
+    tables = [pd.read_csv(one / "pooled.csv") for one in (directory, other)]
+    for table, row in zip(tables, (pd.read_csv(one / "result.csv").iloc[0] for one in (directory, other)), strict=True):
+        assert table["resampling"].tolist() == list(range(len(table)))
+        assert table["unexplained"][0] == pytest.approx(row["unexplained"])
+        assert 1.96 * table["unexplained"][1:].std() == pytest.approx(row["unexplained_ci95"])
+    # What the learner has no part in is the same in both.
+    assert (tables[0]["power"] == tables[1]["power"]).all()
+    difference = tables[1]["unexplained"] - tables[0]["unexplained"]
+    printed = compare([directory, other], tmp_path, "maml").partition("| − maml")[2]
+    sign = "+" if difference[0] >= 0 else ""
+    assert f"{sign}{100 * difference[0]:.2f} ± {196 * difference[1:].std():.2f} % (m)" in printed
 
 
 def test_samples_of_the_first_test_tasks_are_shown_before_and_after_adaptation(directory):

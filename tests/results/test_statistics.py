@@ -10,8 +10,10 @@ from metarun.results.comparison.distributions import f_upper, studentised_range,
 from metarun.results.comparison.pictures import groups_without_difference
 from metarun.results.comparison.statistics import (
     difference_of_methods,
+    difference_of_pooled,
     effect_size,
     holm,
+    of_pooled,
     over_seeds_and_episodes,
     ranks_of,
     share_better,
@@ -57,6 +59,22 @@ def test_seeds_that_are_not_shared_give_welchs_interval():
     parts = a.var(ddof=1) / 4, b.var(ddof=1) / 3
     df = sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 2)
     assert found.ci95 == pytest.approx(t_quantile(df) * math.sqrt(sum(parts)), rel=2e-3)
+
+
+def test_a_difference_of_pooled_scores_has_a_part_of_episodes_and_one_of_seeds():
+    """Resamplings that hit both alike cancel; without them, the interval is Student's, or Welch's for other seeds."""
+    shared, own = np.random.default_rng(0).normal(size=(2, 201))
+    one = difference_of_pooled((0.5 + shared + 0.1 * own)[None], (0.2 + shared)[None], same_seeds=False)
+    assert one.mean == pytest.approx(0.3 + 0.1 * own[0])
+    assert one.ci95 == pytest.approx(1.96 * 0.1 * own[1:].std(ddof=1), rel=1e-4)
+    a, b = (np.tile(np.array(means)[:, None], (1, 201)) for means in ([0.3, 0.5, 0.4], [0.1, 0.3, 0.1]))
+    paired = difference_of_pooled(a, b, same_seeds=True)
+    assert paired.ci95 == pytest.approx(4.302653 * (a - b)[:, 0].std(ddof=1) / math.sqrt(3), rel=1e-4)
+    assert of_pooled(a).ci95 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-4)
+    # What one seed gains on the resamplings that another loses on cancels in their mean.
+    assert of_pooled(np.stack([0.5 + own, 0.5 - own + 2 * own * (np.arange(201) == 0)])).ci95 < 1e-6
+    apart = difference_of_pooled(a, b, same_seeds=False)
+    assert apart.ci95 == pytest.approx(difference_of_methods(a, b, same_seeds=False).ci95, rel=1e-2)
 
 
 def test_the_level_is_where_banerjees_interval_reaches_zero():

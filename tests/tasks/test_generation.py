@@ -121,6 +121,7 @@ def test_the_texts_of_all_tasks_are_scored_together():
             text = filled(responses.nearest(turn, support), turn.values)
             total = total + np.array(bleu_counts(text, turn.utterance), dtype=float)
     assert scores["nearest-bleu"] == pytest.approx(bleu(total))
+    assert scores["bleu-above-nearest"] == pytest.approx(1 - bleu(total))
 
 
 def test_counts_are_what_a_learner_writes():

@@ -93,6 +93,26 @@ def columns_of(table: pd.DataFrame, metric: Metric) -> dict[str, tuple[str, Cell
     return columns
 
 
+def further_table(table: pd.DataFrame) -> Rows:
+    """Return header and rows of the differences from the reference in the metrics besides the first; none: empty."""
+    if "further_against" not in table:
+        return []
+    metrics = {other.name: other for metrics in table["metrics"] for other in metrics[1:]}
+    shown = [other for name, other in metrics.items() if any(name in found for found in table["further_against"])]
+
+    def cell(row: pd.Series, metric: Metric) -> str:
+        if metric.name not in row["further_against"]:
+            return ""
+        difference, half_width = row["further_against"][metric.name]
+        sign = "" if difference < 0 else "+"
+        return sign + metric.interval(difference, half_width) + ("" if row["against_methods"] else " (m)")
+
+    rows = [
+        [name_of(row), *(cell(row, other) for other in shown)] for _, row in table.iterrows() if row["further_against"]
+    ]
+    return [[f"− {table['reference'].iloc[0]}", *(other.name for other in shown)], *rows] if rows else []
+
+
 def further_cell(metric: Metric) -> Cell:
     """Return the function for the cells of a metric besides the first."""
     return lambda row: metric.interval(*row["further"][metric.name]) if metric.name in row["further"] else ""

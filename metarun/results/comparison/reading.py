@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from metarun.errors import UserError
 from metarun.results.status import PLAN, identity, loaded, runs_under, state_of
-from metarun.results.tables import RESULT_COLUMNS, SEPARATOR
+from metarun.results.tables import POOLED_COLUMNS, RESULT_COLUMNS, SEPARATOR
 from metarun.system.terminal import printable
 
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
@@ -286,6 +286,22 @@ def chosen(results: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
             raise UserError(f"--filter {one} leaves no run; {key} is one of {', '.join(there[:20])}.")
         results = results[kept]
     return results
+
+
+def pooled_scores(directory: str) -> dict[int, dict[str, Array]]:
+    """Return each replica's metrics of all test episodes together: ``[1 + resamplings]``, the score itself first.
+
+    It is empty if the file is missing or damaged.
+    """
+    try:
+        table = pd.read_csv(Path(directory) / "pooled.csv").sort_values(["replica", "resampling"])
+        names = [name for name in table if name not in POOLED_COLUMNS]
+        return {
+            int(number): {str(name): own[name].to_numpy(dtype=float) for name in names}
+            for number, own in table.groupby("replica")
+        }
+    except (OSError, ValueError, TypeError, KeyError, pd.errors.ParserError):
+        return {}
 
 
 def final_scores(directory: str) -> dict[int, dict[str, Array]]:

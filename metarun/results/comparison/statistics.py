@@ -139,6 +139,33 @@ def difference_of_methods(a: Array, b: Array, same_seeds: bool) -> Estimate:
     return Estimate(float(episodes.mean()), (of_seeds, of_episodes))
 
 
+def of_pooled(scores: Array) -> Estimate:
+    """Return the mean of scores of all episodes together ``[seeds, 1 + resamplings]``, the scores themselves first.
+
+    The same resamplings of the same episodes gave the scores of all seeds, so that the standard deviation of their
+    means is the standard error over episodes. The part of two or more seeds holds the rest too, so that the interval
+    is rather too wide.
+    """
+    mean = scores.mean(0)
+    of_episodes = (float(mean[1:].var(ddof=1)), math.inf)
+    if len(scores) == 1:
+        return Estimate(float(mean[0]), (of_episodes,))
+    return Estimate(float(mean[0]), ((float(scores[:, 0].var(ddof=1)) / len(scores), len(scores) - 1), of_episodes))
+
+
+def difference_of_pooled(a: Array, b: Array, same_seeds: bool) -> Estimate:
+    """Return the mean of ``a − b``, both as in `of_pooled` and of the same episodes.
+
+    It is over seeds only if both have several; ``same_seeds`` says that row by row these are the same.
+    """
+    difference = of_pooled((a.mean(0) - b.mean(0))[None])
+    if min(len(a), len(b)) == 1:
+        return difference
+    if same_seeds:
+        return of_pooled(a - b)
+    return Estimate(difference.mean, (welch([of_pooled(one).parts[0] for one in (a, b)]), *difference.parts))
+
+
 def welch(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the sum of the variances of independent means, with Welch's degrees of freedom."""
     total = sum(variance for variance, _ in parts)

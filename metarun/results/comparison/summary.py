@@ -5,7 +5,7 @@ keys in which its runs differ from the others, over all its seeds. ``statistics.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +16,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from metarun.results.comparison import statistics
-from metarun.results.comparison.reading import FAMILIES, final_scores
+from metarun.results.comparison.reading import FAMILIES, final_scores, pooled_scores
 from metarun.results.comparison.statistics import Estimate
 from metarun.results.tables import metrics_of
 
 Array = NDArray[np.float64]
 Replicas = tuple[tuple[str, int, float], ...]
 """Directory, number and seed of each replica of a row."""
-OBJECTS = ["replicas", "episodes_hashes", "metrics", "further", "estimate"]
+OBJECTS = ["replicas", "episodes_hashes", "metrics", "further", "further_against", "estimate"]
 """Columns of a table that no file can hold."""
 
 
@@ -84,14 +84,25 @@ def cached_scores(directory: str) -> dict[int, dict[str, Array]]:
     return final_scores(directory)
 
 
-def scores_of(replicas: Replicas, metric: str | None = None) -> tuple[Array, tuple[float, ...]] | None:
+@lru_cache(maxsize=100_000)
+def cached_pooled(directory: str) -> dict[int, dict[str, Array]]:
+    """Return `pooled_scores`, read once."""
+    return pooled_scores(directory)
+
+
+def scores_of(
+    replicas: Replicas,
+    metric: str | None = None,
+    read: Callable[[str], Mapping[int, Mapping[str, Array]]] = cached_scores,
+) -> tuple[Array, tuple[float, ...]] | None:
     """Return scores ``[seeds, episodes]`` and the seeds; None if a file is missing or damaged, or numbers differ.
 
-    Replicas with the same seed are averaged. ``metric`` names a further metric; None: the first.
+    Replicas with the same seed are averaged. ``metric`` names a further metric; None: the first. ``read`` maps a
+    directory to the scores of each replica; with `cached_pooled` they are ``[seeds, 1 + resamplings]``.
     """
     by_seed: dict[float, list[Array]] = {}
     for directory, number, seed in replicas:
-        scores = cached_scores(directory).get(number, {}).get(metric or "score")
+        scores = read(directory).get(number, {}).get(metric or "score")
         if scores is None:
             return None
         by_seed.setdefault(seed, []).append(scores)
@@ -179,7 +190,10 @@ def further(runs: pd.DataFrame, replicas: Replicas, metric: str) -> tuple[float,
     """Return mean and half-width of a metric besides the first; NaN where a run does not have it."""
     if metric not in runs or f"{metric}_ci95" not in runs:
         return math.nan, math.nan
-    estimate, _ = estimate_of(runs, replicas, metric)
+    # Of a pooled metric, one seed has all that is needed in its row.
+    several = len({seed for *_, seed in replicas}) > 1 and runs["episodes_hash"].nunique() == 1
+    pooled = scores_of(replicas, metric, cached_pooled) if several else None
+    estimate = statistics.of_pooled(pooled[0]) if pooled else estimate_of(runs, replicas, metric)[0]
     return float(runs[metric].mean(skipna=False)), estimate.ci95
 
 
@@ -198,13 +212,44 @@ def name_of(row: pd.Series) -> str:
     return f"{row['algo']} {row['variant']}".strip()
 
 
+def on_same_episodes(a: pd.Series, b: pd.Series) -> bool:
+    """Whether two rows were tested on the same episodes."""
+    hashes = a["episodes_hashes"] | b["episodes_hashes"]
+    return len(hashes) == 1 and "" not in hashes
+
+
+def further_difference(a: pd.Series, b: pd.Series, metric: str) -> Estimate | None:
+    """Return row ``a`` minus row ``b`` in a metric besides the first, by episode, or by resampling if it is pooled.
+
+    It is about methods if both have several seeds. None: the rows lack common test episodes, or the metric.
+    """
+    if not on_same_episodes(a, b):
+        return None
+    for read in (cached_scores, cached_pooled):
+        found = [scores_of(row["replicas"], metric, read) for row in (a, b)]
+        if found[0] is None or found[1] is None or found[0][0].shape[1] != found[1][0].shape[1]:
+            continue
+        (first, first_seeds), (second, second_seeds) = found[0], found[1]
+        if read is cached_pooled:
+            return statistics.difference_of_pooled(first, second, first_seeds == second_seeds)
+        if min(a["seeds"], b["seeds"]) > 1:
+            return statistics.difference_of_methods(first, second, first_seeds == second_seeds)
+        return statistics.over_episodes(first.mean(0) - second.mean(0))
+    return None
+
+
+def further_differences(a: pd.Series, b: pd.Series) -> dict[str, tuple[float, float]]:
+    """Return mean and half-width of the differences in all metrics besides the first that have one."""
+    found = {metric.name: further_difference(a, b, metric.name) for metric in a["metrics"][1:]}
+    return {name: (estimate.mean, estimate.ci95) for name, estimate in found.items() if estimate is not None}
+
+
 def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference:
     """Return row ``a`` minus row ``b``, episode by episode where both were tested on the same episodes.
 
     It is about methods if both have several seeds; ``ci95`` and ``p`` then allow for a choice among ``candidates``.
     """
-    hashes = a["episodes_hashes"] | b["episodes_hashes"]
-    same = len(hashes) == 1 and "" not in hashes
+    same = on_same_episodes(a, b)
     found = [scores_of(row["replicas"]) if same else None for row in (a, b)]
     about_methods = min(a["seeds"], b["seeds"]) > 1
     paired = False
@@ -255,9 +300,9 @@ def family_difference(table: pd.DataFrame) -> FamilyDifference | None:
 def against(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Add each row's difference from the algorithm ``reference``, in columns whose names begin with ``against``.
 
-    ``against_p`` has Holm's correction for all rows of the table; ``reference`` is the name of the row. Of several
-    variants of the reference, the one with the best validation score is taken. Where the setting has no run of the
-    reference, the columns are empty.
+    ``against_p`` has Holm's correction for all rows of the table; ``reference`` is the name of the row, and
+    ``further_against`` has the differences in the metrics besides the first. Of several variants of the reference, the
+    one with the best validation score is taken. Where the setting has no run of the reference, the columns are empty.
     """
     members = table[table["algo"] == reference]
     columns = {
@@ -266,13 +311,16 @@ def against(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     }
     if members.empty:
         empty = dict.fromkeys(columns, math.nan) | {"against_paired": False, "against_methods": False}
-        return table.assign(**empty, reference="")
+        return table.assign(**empty, reference="", further_against=[{}] * len(table))
     row = best_of(members)
     found = [difference_of(other, row) for _, other in table.iterrows()]
     own = [index == row.name for index in table.index]
     table = table.assign(**{name: [getattr(d, value) for d in found] for name, value in columns.items()})
     levels = statistics.holm([math.nan if same else d.p for d, same in zip(found, own, strict=True)])
-    table = table.assign(against_p=levels, reference=name_of(row))
+    more = [
+        {} if same else further_differences(other, row) for (_, other), same in zip(table.iterrows(), own, strict=True)
+    ]
+    table = table.assign(against_p=levels, reference=name_of(row), further_against=more)
     table.loc[own, ["against_d", "against_better"]] = math.nan
     return table
 
