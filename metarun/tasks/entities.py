@@ -123,7 +123,7 @@ class How:
     """Number of ids that features known from training share, from 2 to ``MOST_BUCKETS``."""
     unfamiliar: float = 0.5
     """Share of the tasks of training sources that are made unfamiliar, from 0 to 1."""
-    decoder: Decoder = "words"
+    decoder: Decoder = "spans"
     embed: str | None = None
     """A frozen model of sentences whose features each word has, too (see `metarun.data.sources`); None: none."""
     components: int = 64
@@ -487,7 +487,7 @@ def entities(
     longest: int = 32,
     buckets: int = 8192,
     unfamiliar: float = 0.5,
-    decoder: Decoder = "words",
+    decoder: Decoder = "spans",
     column: int | None = None,
     scheme: Scheme = "iob2",
     device: str = "cpu",
