@@ -12,7 +12,7 @@ from metarun.contracts import Sizes, Spec, Task, Words
 from metarun.engine.batch import meta_gradient
 from metarun.models.tagger import Tagger
 from metarun.targets.scoring import loss_of
-from metarun.targets.tags import ENTITY_F1, SPAN_F1, Tags, allowed, counted, path_loss, viterbi
+from metarun.targets.tags import ENTITY_F1, SPAN_F1, Tags, allowed, counted, path_loss, spans_first, viterbi
 
 pytestmark = pytest.mark.usefixtures("float64")
 TYPES = ("LOC", "PER")
@@ -95,10 +95,37 @@ def test_viterbi_and_the_loss_of_paths_equal_a_sum_over_all_paths():
     torch.testing.assert_close(path_loss(emission, transition, data), nats / 6)
 
 
+def test_spans_come_before_types():
+    g = generator(3)
+    output, length = torch.randn(6, 4, 7, generator=g), torch.tensor([4, 4, 4, 3, 2, 1])
+    weight = (torch.arange(4) < length[:, None]).double()
+    found = spans_first(output, weight).tolist()
+    for row, words, number in zip(output.softmax(-1), found, length.tolist(), strict=True):
+        # The most likely path of three steps, whose probabilities are sums over types.
+        three = torch.stack([row[:, 0], row[:, 1::2].sum(-1), row[:, 2::2].sum(-1)], -1).log()[:number]
+        scored = dict(paths(three, allowed(3)))
+        best = max(scored, key=scored.get)
+        assert tuple(0 if tag == 0 else 2 - tag % 2 for tag in words[:number]) == best
+        begins = [i for i, step in enumerate(best) if step == 1]
+        for begin in begins:
+            end = next((i for i in range(begin + 1, number) if best[i] != 2), number)
+            given = [row[i, best[i] :: 2] / row[i, best[i] :: 2].sum() for i in range(begin, end)]
+            kind = int(torch.stack(given).prod(0).argmax())
+            assert [(tag - 1) // 2 for tag in words[begin:end]] == [kind] * (end - begin)
+        assert words[number:] == [0] * (4 - number)
+
+
+def test_a_word_that_is_an_entity_of_uncertain_type_is_found_with_spans_alone():
+    output = torch.tensor([[[0.4, 0.25, 0.0, 0.35, 0.0]]]).log()
+    data = data_of([[3]])
+    assert Tags(TYPES).decoded(output, data).tolist() == [[0]]
+    assert Tags(TYPES, "spans").decoded(output, data).tolist() == [[3]]
+
+
 def test_decoders_find_no_entity_that_begins_inside_one():
     output = torch.randn(40, 6, 5, generator=generator(2))
     data = data_of([[0] * 6] * 40)
-    for target in (Tags(TYPES, "viterbi"), Tags(TYPES, "crf", allowed(5))):
+    for target in (Tags(TYPES, "viterbi"), Tags(TYPES, "spans"), Tags(TYPES, "crf", allowed(5))):
         for row in target.decoded(output, data).tolist():
             names = ["O", *(NAMES[tag] for tag in row)]
             assert all(now[0] != "I" or before[2:] == now[2:] for before, now in pairwise(names))
@@ -194,7 +221,7 @@ def padded(part, words, sentences):
 
 
 @pytest.mark.parametrize("context", ["convolution", "gru"])
-@pytest.mark.parametrize("decoder", ["words", "viterbi", "crf"])
+@pytest.mark.parametrize("decoder", ["words", "viterbi", "spans", "crf"])
 def test_padded_words_and_sentences_change_nothing(context, decoder):
     torch.manual_seed(0)
     family = Bare(decoder)

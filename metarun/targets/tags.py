@@ -91,7 +91,7 @@ def own_tags(output: Tensor, data: Tree) -> Tensor:
     return output.masked_fill(data["ways"][:, None] == 0, NEVER) if "ways" in data else output
 
 
-Decoder = Literal["words", "viterbi", "crf"]
+Decoder = Literal["words", "viterbi", "spans", "crf"]
 
 
 def allowed(tags: int) -> Tensor:
@@ -158,6 +158,27 @@ def viterbi(emission: Tensor, transition: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(path[::-1], 1)
 
 
+def spans_first(output: Tensor, weight: Tensor) -> Tensor:
+    """Return tags ``[sentences, words]``: where entities are, whatever their type, and then the type of each.
+
+    Words that are surely part of an entity, and of which no type is as likely as being outside, belong to an entity.
+    Its type is the most likely one for all its words together.
+
+    Args:
+        output: logits of the tags of each word ``[sentences, words, tags]``.
+        weight: 1 for words, 0 for padding, which follows all words ``[sentences, words]``.
+    """
+    begin, inside = output[..., 1::2], output[..., 2::2]
+    any_begin, any_inside = begin.logsumexp(-1, keepdim=True), inside.logsumexp(-1, keepdim=True)
+    step = log_softmax(torch.cat([output[..., :1], any_begin, any_inside], -1), -1)
+    place = torch.where(weight > 0, viterbi(step, allowed(3).to(output), weight), 0)
+    kinds = torch.where(place[..., None] == 1, begin - any_begin, inside - any_inside)
+    number = (place == 1).cumsum(-1)
+    same = (number[:, :, None] == number[:, None]) & (place > 0)[:, None]
+    kind = (same.to(kinds) @ kinds).argmax(-1)
+    return torch.where(place > 0, place + 2 * kind, 0)
+
+
 def path_loss(emission: Tensor, transition: Tensor, data: Tree) -> Tensor:
     """Return −log p of the true paths in a linear-chain conditional random field, per word.
 
@@ -188,7 +209,8 @@ class Tags:
     """The names of the types, or of the places for types that differ from task to task."""
     decoder: Decoder = "words"
     """How outputs become tags: ``words`` takes the most likely tag of each word; ``viterbi`` the most likely path among
-    those where an I- tag continues an entity; ``crf`` also learns by the probability of paths."""
+    those where an I- tag continues an entity; ``spans`` finds entities whatever their type and then the type of each;
+    ``crf`` also learns by the probability of paths."""
     transitions: Tensor | None = field(default=None, compare=False, repr=False)
     """Scores of each pair of successive tags ``[tags, tags]`` for ``crf``; for ``viterbi`` those of ``allowed``."""
     metrics: tuple[Metric, ...] = (ENTITY_F1, SPAN_F1)
@@ -216,6 +238,8 @@ class Tags:
         output, weight = own_tags(output.detach(), data), there(data)
         if self.decoder == "words":
             tag = output.argmax(-1)
+        elif self.decoder == "spans":
+            tag = spans_first(output, weight)
         else:
             scores = output if self.decoder == "crf" else log_softmax(output, -1)
             tag = viterbi(scores, self._transitions(output), weight)

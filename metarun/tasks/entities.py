@@ -123,7 +123,7 @@ class How:
     """Number of ids that features known from training share, from 2 to ``MOST_BUCKETS``."""
     unfamiliar: float = 0.5
     """Share of the tasks of training sources that are made unfamiliar, from 0 to 1."""
-    decoder: Decoder = "words"
+    decoder: Decoder = "spans"
     embed: str | None = None
     """A frozen model of sentences whose features each word has, too (see `metarun.data.sources`); None: none."""
     components: int = 64
@@ -487,7 +487,7 @@ def entities(
     longest: int = 32,
     buckets: int = 8192,
     unfamiliar: float = 0.5,
-    decoder: Decoder = "words",
+    decoder: Decoder = "spans",
     column: int | None = None,
     scheme: Scheme = "iob2",
     device: str = "cpu",
@@ -514,7 +514,8 @@ def entities(
         longest: number of words of the longest sentence, at least 2; longer ones are cut into pieces.
         buckets: number of ids that features known from training share.
         unfamiliar: share of the training tasks that are made unfamiliar, from 0 to 1.
-        decoder: ``words`` (each word by itself), ``viterbi`` (the best path of allowed tags) or ``crf`` (trained, too).
+        decoder: ``words`` (each word by itself), ``viterbi`` (the best path of allowed tags), ``spans`` (entities
+            first, and then the type of each) or ``crf`` (trained by paths, too).
         column: the column of the tag in the user's files, counted from 1; null: the last, in .iob2 files the third.
         scheme: ``iob2`` (entities begin with B-) or ``iob1`` (they may begin with I-), for the user's files.
         device: where the sentences live.

@@ -15,16 +15,17 @@ from metarun.nn.ops import unit_rows
 
 @portable
 def gazetteer(support: Tree, x: Any) -> Tensor:
-    """Return how often each word has each tag in the support set ``[sentences, words, tags]``.
+    """Return the logarithm of how often each word has each tag in the support set ``[sentences, words, tags]``.
 
-    Half an occurrence outside of entities is added, so that words which the support set lacks are outside.
+    Half an occurrence outside of entities is added, so that words which the support set lacks are outside. Tags that a
+    word never has count as a millionth, so that the logarithms are logits.
     """
     words, known = x[..., 0].flatten(), support["x"][..., 0].flatten()  # ids, which are whole numbers
     same = (words[:, None] == known).to(support["y"].dtype)
     times: Tensor = (same @ support["y"].flatten(0, 1)).view(*x.shape[:2], -1)
     outside: Tensor = pad(times.new_full((1,), 0.5), (0, times.shape[-1] - 1))
     votes: Tensor = times + outside
-    return votes
+    return votes.clamp(min=1e-6).log()
 
 
 @portable

@@ -15,6 +15,7 @@ from metarun.data.portable import plain, rebuilt
 from metarun.data.tagged import Sentence, sentences_of
 from metarun.errors import UserError
 from metarun.models.tagger import Tagger
+from metarun.targets.tags import Tags
 from metarun.tasks.entities import Entities, How, entities, pieces
 from metarun.tasks.few_shot import Range, TaskSizes
 from metarun.tasks.tag_references import Logistic, gazetteer
@@ -259,7 +260,12 @@ def test_the_gazetteer_gives_each_word_its_most_frequent_tag():
     support = {"x": torch.tensor([[[7, 1], [8, 1], [8, 2]], [[7, 1], [8, 3], [0, 0]]]), "y": torch.eye(3)[tags]}
     support["y"][1, 2] = 0
     found = gazetteer(support, torch.tensor([[[8, 9], [7, 9], [5, 9]]]))
-    torch.testing.assert_close(found, torch.tensor([[[2.5, 0, 1], [0.5, 2, 0], [0.5, 0, 0]]]))
+    torch.testing.assert_close(
+        found.exp(), torch.tensor([[[2.5, 0, 1], [0.5, 2, 0], [0.5, 0, 0]]]), atol=2e-6, rtol=1e-6
+    )
+    data = {"y": torch.eye(3)[torch.tensor([[0, 2, 0]])]}
+    for decoder in ("words", "viterbi", "spans"):
+        assert Tags(("X",), decoder).decoded(found, data)[0].tolist()[::2] == [0, 0]
 
 
 @pytest.mark.usefixtures("float64")
@@ -286,7 +292,7 @@ def test_sentences_of_ones_own_become_the_tensors_that_the_family_samples(toy):
     assert torch.equal(toy.converter.targets([list(s.tags) for s in sentences]), task["y"][0])
     own = toy.converter.task([s.words for s in sentences], [s.tags for s in sentences])
     request = own.ask([s.words for s in sentences])
-    tags = request.answers(request.make(lambda x: task["y"][0], request.data))
+    tags = request.answers(request.make(lambda x: 50 * task["y"][0], request.data))
     assert all(tuple(row) == s.tags for row, s in zip(tags, sentences, strict=True))
     assert own.compared(tags, [s.tags for s in sentences]) == "entity F1 100.00 % with their own tags"
     assert own.rows(["B-PER", "O"], None) == [{"prediction": "B-PER O"}]
