@@ -4,12 +4,14 @@ import logging
 import os
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from metarun.data.cache import cached
+from metarun.data.store import stored
 from metarun.errors import UserError
 from metarun.results import checkpoint
 from metarun.system import sealed
@@ -85,7 +87,7 @@ def test_every_flipped_bit_of_a_cache_is_noticed_and_mended(tmp_path, monkeypatc
         return {"images": torch.arange(3000)}
 
     cached("pictures", "key", make)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.pt")
     for noticed, _ in enumerate(flipped_at_every_tenth(path), 1):
         assert_close(cached("pictures", "key", make)["images"], torch.arange(3000))
         assert len(made) == 1 + noticed
@@ -101,6 +103,30 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, c
     monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert cached("pictures", "key", lambda: {"a": torch.ones(2)})["a"].sum() == 2
     assert "each run makes it again" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["tensors", "rows"])
+def test_what_several_jobs_want_at_once_is_made_once(tmp_path, monkeypatch, kind):
+    """Each has opened the lock for itself, so threads wait here as processes do."""
+    monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path))
+    made = []
+
+    def make():
+        made.append(1)
+        time.sleep(0.1)
+        return {"a": torch.arange(3)}
+
+    def rows():
+        return iter(make()["a"].to(torch.uint8).numpy().reshape(3, 1))
+
+    def got(_):
+        if kind == "tensors":
+            return cached("name", "key", make)["a"].tolist()
+        return stored("name", "key", 3, (1,), rows, "Reading.").rows.flatten().tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(got, range(4))) == [[0, 1, 2]] * 4
+    assert len(made) == 1
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):

@@ -9,13 +9,14 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
 from torch import Tensor
 
 from metarun.system import sealed
-from metarun.system.files import remove_leftovers
+from metarun.system.files import one_at_a_time, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +39,29 @@ def cache_dir() -> Path:
 def cached(name: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors that ``make()`` returns, read from the cache if it holds them under ``key``."""
     path = cache_dir() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    if (held := _read(path)) is not None:
+        return held
+    # The jobs of a sweep would otherwise all make the same.
+    with one_at_a_time(path):
+        if (held := _read(path)) is not None:
+            return held
+        tensors = make()
+        try:
+            remove_leftovers(path.parent, A_DAY)
+            sealed.save(path, tensors)
+        except OSError as error:
+            log.warning("%s cannot be cached in %s (%s), so each run makes it again.", name, path.parent, error)
+    return tensors
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """Return the tensors in a file, or None if it is not there or damaged."""
     try:
         return cast(dict[str, Tensor], sealed.load(path))
     except FileNotFoundError:
-        pass
+        return None
     except sealed.Damaged as error:
         log.warning("The cached %s cannot be used (%s); it is made again.", path, error)
-    tensors = make()
-    try:
-        remove_leftovers(path.parent, A_DAY)
-        sealed.save(path, tensors)
-    except OSError as error:
-        log.warning("%s cannot be cached in %s (%s), so each run makes it again.", name, path.parent, error)
-    return tensors
+        with suppress(OSError):
+            path.unlink()
+        return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metarun.data.cache import A_DAY, cache_dir
-from metarun.system.files import atomic_write, remove_leftovers
+from metarun.system.files import atomic_write, one_at_a_time, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +69,18 @@ def stored(
     try:
         if (held := _read(path, count, shape)) is not None:
             return held
-        remove_leftovers(path.parent, A_DAY)
-        log.info("%s", say)
-        with atomic_write(path) as file:
-            digests = []
-            for row in make():
-                file.write(row.tobytes())
-                digests.append(digest(row))
-            file.write(b"".join(digests))
+        # The jobs of a sweep would otherwise all make the same.
+        with one_at_a_time(path):
+            if (held := _read(path, count, shape)) is not None:
+                return held
+            remove_leftovers(path.parent, A_DAY)
+            log.info("%s", say)
+            with atomic_write(path) as file:
+                digests = []
+                for row in make():
+                    file.write(row.tobytes())
+                    digests.append(digest(row))
+                file.write(b"".join(digests))
         if (held := _read(path, count, shape)) is not None:
             return held
         reason = "it changed while it was written"

@@ -47,6 +47,26 @@ def remove_leftovers(directory: Path, age: float = 0.0) -> None:
                 path.unlink()
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for other processes of this machine that are inside for the same ``path``; the system lets go of dead ones.
+
+    Where the folder cannot be written, or the system has no such locks (Windows, some file servers), nobody waits.
+    """
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(f".{path.name}.lock").open("wb")
+    except (ImportError, OSError):
+        yield
+        return
+    with file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` atomically."""
     with atomic_write(path) as file:
