@@ -248,10 +248,17 @@ def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("steps", "compiler", "engine"),
-    [(30, True, "eager"), (2000, True, "replay"), (1_000_000, True, "compile"), (1_000_000, False, "replay")],
+    ("steps", "compiler", "jax", "engine"),
+    [
+        (30, True, True, "eager"),
+        (2000, True, True, "replay"),
+        (10_000, True, False, "replay"),
+        (10_000, True, True, "xla"),
+        (1_000_000, True, True, "compile"),
+        (1_000_000, False, False, "replay"),
+    ],
 )
-def test_auto_takes_what_pays_whatever_the_clock_says(steps, compiler, engine, monkeypatch, caplog):
+def test_auto_takes_what_pays_whatever_the_clock_says(steps, compiler, jax, engine, monkeypatch, caplog):
     """A machine that is a hundred times slower for a while chooses the same."""
     real, slow = time.perf_counter, iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: real() + 100.0 * next(slow))
@@ -262,7 +269,8 @@ def test_auto_takes_what_pays_whatever_the_clock_says(steps, compiler, engine, m
         return self
 
     monkeypatch.setattr(Recording, "compiled", compiled)
-    monkeypatch.setattr(xla, "installed", lambda: False)
+    monkeypatch.setattr(Recording, "by_xla", lambda self: self)
+    monkeypatch.setattr(xla, "installed", lambda: jax)
     experiment = experiment_of(*TINY, f"train.steps={steps}")
     with caplog.at_level(logging.INFO):
         stepper, _ = steps_of(experiment)
