@@ -45,6 +45,15 @@ def test_a_missing_package_gets_the_line_that_installs_it(tmp_path, monkeypatch,
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("number", ["-1", "0", "many", "2.5", "true"])
+def test_a_number_of_jobs_that_cannot_be_is_refused_before_anything_is_written(tmp_path, number):
+    refused = metarun("-m", "seed=0,1", f"hydra.launcher.n_jobs={number}", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("metarun: hydra.launcher.n_jobs must be a whole number from 1 on, or null")
+    assert len(refused.stderr.splitlines()) == 1
+    assert not (tmp_path / "sweep").exists()
+
+
 def owned(directory: Path, owner: lock.Owner) -> None:
     directory.mkdir()
     (directory / lock.FILE).write_text(json.dumps(vars(owner)))

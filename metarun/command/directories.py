@@ -13,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from metarun import launch
 from metarun.command import sweep
 from metarun.errors import UserError
-from metarun.launch import check_installed
 from metarun.results.status import PLAN, rows_of, runs_under
 from metarun.system import lock
 from metarun.system.files import has_checkpoint
@@ -110,7 +110,7 @@ class OneOwner(Callback):
 
     def take_sweep(self, config: DictConfig, directory: Path) -> None:
         """Own the directory of a sweep, which is new or was begun by the same command."""
-        check_installed(config)
+        launch.check(config)
         jobs = jobs_of(config)
         if jobs is not None:
             refuse_shared_folders(config, jobs)

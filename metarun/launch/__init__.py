@@ -65,11 +65,11 @@ def register() -> None:
     known.update(MEMBERS)
 
 
-def check_installed(config: DictConfig) -> None:
-    """Raise an error if the launcher or the sweeper of a composed configuration lacks its package.
+def check(config: DictConfig) -> None:
+    """Raise an error if a composed configuration has a launcher or sweeper that lacks its package, or a wrong number.
 
     Raises:
-        UserError: the command that installs the package.
+        UserError: the command that installs the package, or the number and what it may be.
     """
     for key in ("launcher", "sweeper"):
         target = str(config.hydra[key]._target_)
@@ -78,6 +78,8 @@ def check_installed(config: DictConfig) -> None:
             raise UserError(
                 f"hydra/{key}={name} needs the package {name}, which is missing: pip install 'metarun[{name}]'."
             )
+    if config.hydra.launcher._target_ == f"{PREFIX}processes_launcher":
+        processes_launcher(n_jobs=config.hydra.launcher.n_jobs)
 
 
 def watchers(config: DictConfig, hydra: Any) -> list[Watcher]:

@@ -20,6 +20,7 @@ from typing import cast
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 
+from metarun.errors import UserError
 from metarun.launch.base import Call, InOtherProcesses, end_with, lost
 from metarun.system.importing import importing
 from metarun.system.signals import handled_by, stop
@@ -84,9 +85,10 @@ class Worker:
         self.job: int | None = None
 
     def give(self, job: int, call: Call) -> None:
-        """Begin a job."""
+        """Begin a job. If the process has died meanwhile, ``result`` says so."""
         self.job = job
-        self.connection.send(call)
+        with suppress(OSError):
+            self.connection.send(call)
 
     def result(self) -> float:
         """Return what the job has returned, NaN if the process has died."""
@@ -165,6 +167,8 @@ class ProcessesLauncher(InOtherProcesses):
     name = "processes"
 
     def __init__(self, n_jobs: int | None) -> None:
+        if n_jobs is not None and (type(n_jobs) is not int or n_jobs < 1):
+            raise UserError(f"hydra.launcher.n_jobs must be a whole number from 1 on, or null, not {n_jobs}.")
         self.n_jobs = n_jobs
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
