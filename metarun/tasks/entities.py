@@ -404,7 +404,10 @@ class Entities:
         return counts
 
     def _pooled(self, counts: Tensor) -> dict[str, float]:
-        """Return the metrics of all tasks together from counts ``[tasks, sources, 4]``."""
+        """Return the metrics of all tasks together from counts ``[tasks, sources, 4]``.
+
+        A source without entities in these tasks, perhaps because none is of it, is not in the mean and has 0 itself.
+        """
         by_source = counts.sum(0).double()
         right, found, true, spans_right = by_source.sum(0)
         every = f1(*by_source[:, :3].unbind(1))
@@ -413,7 +416,7 @@ class Entities:
             MEAN_F1.name: float(every[there].mean()) if there.any() else 0.0,
             POOLED_F1.name: float(f1(right, found, true)),
             POOLED_SPAN_F1.name: float(f1(spans_right, found, true)),
-            **{f"entity-f1-{self.names[i]}": float(every[i]) for i in self.tested},
+            **{f"entity-f1-{self.names[i]}": float(every[i]) if there[i] else 0.0 for i in self.tested},
         }
 
     def _found(self, predict: Predict, task: Task) -> Tree:

@@ -253,6 +253,8 @@ def test_pooled_scores_are_those_of_all_entities_and_the_mean_over_sources(toy):
     assert scores["pooled-entity-f1"] == pytest.approx(2 / 8)
     assert scores["pooled-span-f1"] == pytest.approx(4 / 8)
     assert scores["source-entity-f1"] == pytest.approx((0.5 + 0) / 2)
+    # No task is of the test sources, which is no success.
+    assert [scores[f"entity-f1-{toy.names[i]}"] for i in toy.tested if i > 1] == [0.0] * sum(i > 1 for i in toy.tested)
 
 
 def test_the_gazetteer_gives_each_word_its_most_frequent_tag():
