@@ -38,13 +38,20 @@ class Interrupted(Stopped):
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Collect signals that ask to stop in a list, so that the loop stops between two steps; a second one kills."""
+    """Collect signals that ask to stop in a list, so that the loop stops between two steps; a second one kills.
+
+    What comes within a second of the first is the same request: a group of processes is often told twice.
+    """
     received: list[int] = []
+    first = 0.0
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if received:
+        nonlocal first
+        if received and time.monotonic() - first > 1:
             raise Stopped(number)
-        received.append(number)
+        if not received:
+            first = time.monotonic()
+            received.append(number)
 
     with handled_by(handler):
         yield received

@@ -269,7 +269,7 @@ def test_auto_takes_what_pays_whatever_the_clock_says(steps, compiler, jax, engi
         return self
 
     monkeypatch.setattr(Recording, "compiled", compiled)
-    monkeypatch.setattr(Recording, "by_xla", lambda self: self)
+    monkeypatch.setattr(Recording, "by_xla", lambda self, given: self)
     monkeypatch.setattr(xla, "installed", lambda: jax)
     experiment = experiment_of(*TINY, f"train.steps={steps}")
     with caplog.at_level(logging.INFO):

@@ -124,7 +124,8 @@ def wait_for(condition):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
 def test_jobs_in_processes_stop_with_the_sweep_and_a_dead_one_is_replaced(tmp_path):
-    """A process that is killed loses its own job alone; Ctrl-C stops the others, which save and say so."""
+    """A process that is killed loses its own job alone; the end of a terminal, which all of them are told of, stops the
+    others, which save and say so."""
     process = started(*LONG_SWEEP, cwd=tmp_path)
     folders = [tmp_path / "sweep" / f"{number}_maml_sinusoid" for number in range(3)]
     wait_for((folders[1] / "checkpoints" / "last.pt").exists)
@@ -132,9 +133,10 @@ def test_jobs_in_processes_stop_with_the_sweep_and_a_dead_one_is_replaced(tmp_pa
     assert owner in children(process)
     os.kill(owner, signal.SIGKILL)
     wait_for((folders[2] / "checkpoints" / "last.pt").exists)
-    process.send_signal(signal.SIGINT)
+    for pid in (*children(process), process.pid):
+        os.kill(pid, signal.SIGHUP)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    assert process.returncode == 128 + signal.SIGHUP, said
     assert [job.state for job in jobs_of_sweep(tmp_path / "sweep")] == ["cut off", "interrupted", "interrupted"]
     assert "A job's process has died: its exit code is -9" in said
     assert "metarun -m resume='sweep'" in said

@@ -1,5 +1,7 @@
 """Steps and operations that XLA compiles give what torch gives (.ci/extras installs JAX)."""
 
+import math
+
 import pytest
 import torch
 from test_engines import SETTINGS, given, setting
@@ -24,7 +26,7 @@ def test_a_step_by_xla_gives_what_the_step_gives(name):
     experiment = setting(name)
     meta_step = MetaStep(experiment)
     first = given(experiment, meta_step, 0)
-    compiled = Recording(meta_step.whole, first).by_xla()
+    compiled = Recording(meta_step.whole, first).by_xla(first)
     second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
     torch.testing.assert_close(compiled(second), meta_step.whole(second), rtol=1e-9, atol=1e-11)
 
@@ -90,7 +92,8 @@ def test_an_operation_and_its_first_two_derivatives_are_those_of_torch(name):
         return {"value": value, "slope": slope(tree["x"]), "bend": bend(tree["x"])}
 
     expected = derived({"x": X})
-    found = Recording(derived, {"x": X.flip(0)}).by_xla()({"x": X})
+    other = {"x": X.flip(0)}
+    found = Recording(derived, other).by_xla(other)({"x": X})
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
@@ -102,10 +105,45 @@ def test_numbers_from_seeds_are_the_same():
     def step(tree):
         return {"bits": random.mixed(tree["seed"]), "numbers": random.uniform(tree["seed"], (3,))}
 
-    found = Recording(step, {"seed": seeds.flip(0)}).by_xla()({"seed": seeds})
+    other = {"seed": seeds.flip(0)}
+    found = Recording(step, other).by_xla(other)({"seed": seeds})
     torch.testing.assert_close(found, step({"seed": seeds}), rtol=0, atol=0)
 
 
 def test_what_has_no_translation_is_named():
     with pytest.raises(CannotRecord, match="lgamma"):
-        Recording(lambda tree: {"y": torch.lgamma(tree["x"])}, {"x": X}).by_xla()
+        Recording(lambda tree: {"y": torch.lgamma(tree["x"])}, {"x": X}).by_xla({"x": X})
+
+
+INTEGERS = torch.tensor([[123456789, -7, 2**30], [2**30, 2, 9]], dtype=torch.int32)
+FEATURES = torch.tensor([[0.1, -3.0, 2.0], [0.5, 0.0, -1.0]], dtype=torch.float32)
+LOWER = torch.tensor([[4.0, 9.0], [1.0, 3.0]], dtype=torch.float64)
+PARTICULAR = {
+    "largest and smallest size": (lambda x: torch.stack([x.norm(p, 1) for p in (math.inf, -math.inf, 0, 1)]), FEATURES),
+    "whole numbers towards zero": (lambda x: torch.div(x, 10, rounding_mode="trunc"), INTEGERS),
+    "sums of whole numbers": (lambda x: x.cumsum(0), INTEGERS),
+    "sums in another type": (lambda x: x.cumsum(1, dtype=torch.float64), FEATURES),
+    "a threshold": (lambda x: functional.softplus(x, 2.0, 1.0), FEATURES.double()),
+    "one triangle": (lambda x: torch.linalg.cholesky_ex(x)[0], LOWER),
+    "the other triangle": (lambda x: torch.linalg.cholesky_ex(x, upper=True)[0], LOWER.mT.contiguous()),
+    "a matrix that is not definite": (lambda x: torch.linalg.cholesky_ex(-x)[1], LOWER),
+    "a number of another precision": (lambda x: x > torch.tensor(0.1, dtype=torch.float64), FEATURES),
+    "matrices and a matrix": (lambda x: torch.linalg.solve(SQUARE[None], x), SQUARE + 1),
+    "one index": (lambda x: x.index_select(1, torch.tensor(2)), FEATURES),
+}
+
+
+@pytest.mark.parametrize("name", PARTICULAR)
+def test_particular_arguments_mean_what_they_mean_in_torch(name):
+    function, x = PARTICULAR[name]
+    found = Recording(lambda tree: {"y": function(tree["x"])}, {"x": x}).by_xla({"x": x})({"x": x})
+    torch.testing.assert_close(found, {"y": function(x)}, rtol=1e-12, atol=0, equal_nan=False)
+
+
+def test_a_jax_that_cannot_be_used_is_a_reason_for_another_engine(monkeypatch):
+    def broken():
+        raise ImportError("jaxlib is too old")
+
+    monkeypatch.setattr(xla, "jax_with_settings", broken)
+    with pytest.raises(CannotRecord, match="too old"):
+        Recording(lambda tree: {"y": tree["x"] + 1}, {"x": X}).by_xla({"x": X})

@@ -246,7 +246,7 @@ class Stepper:
             return self.over_processes(self.recorded_part(example).compiled(own_part(example)), self.share)
 
         def translated(example: Tree) -> Step:
-            return self.over_processes(self.recorded_part(example).by_xla(), self.share)
+            return self.over_processes(self.recorded_part(example).by_xla(own_part(example)), self.share)
 
         def captured(example: Tree) -> Step:
             return self.over_processes(Captured(self.recorded_part(example), own_part(example)), self.share)
@@ -347,7 +347,7 @@ class Stepper:
         if asked == "compile" or (asked == "auto" and not cuda):
             yield "compile", lambda example: self.recorded_step(example).compiled(example)
         if asked == "xla" or (asked == "auto" and not cuda and (xla.installed() or self.kept is not None)):
-            yield "xla", lambda example: self.recorded_step(example).by_xla()
+            yield "xla", lambda example: self.recorded_step(example).by_xla(example)
         if asked == "cudagraph" or (asked == "auto" and cuda):
             yield "cudagraph", lambda example: Captured(self.recorded_step(example), example)
 

@@ -4,6 +4,7 @@ Functions take the arguments of the operations and return what these return. An 
 name. To add one, add a line to ``BY_NAME`` and one to ``OPERATIONS`` in ``tests/test_xla.py``.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -145,7 +146,11 @@ def clamp(x: Any, min: Any = None, max: Any = None) -> Any:
 def divided(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode == "floor":
         return jnp.floor_divide(a, b)
-    return jnp.true_divide(a, b) if rounding_mode is None else jnp.trunc(a / b)
+    if rounding_mode is None:
+        return jnp.true_divide(a, b)
+    kind = jnp.result_type(a, b)
+    a, b = jnp.broadcast_arrays(jnp.asarray(a, kind), jnp.asarray(b, kind))
+    return lax.div(a, b) if jnp.issubdtype(a.dtype, jnp.integer) else jnp.trunc(a / b)
 
 
 def softmax_backward(slope: Any, out: Any, dim: int, dtype: Any) -> Any:
@@ -222,6 +227,8 @@ def convolution_backward(slope: Any, x: Any, weight: Any, bias_sizes: Any, *sett
 
 
 def embedding_backward(slope: Any, index: Any, rows: int, padding: int, by_frequency: bool) -> Any:
+    if by_frequency:
+        raise CannotRecord("gradients of an embedding that are divided by frequencies are not translated to JAX")
     kept = jnp.where((index == padding)[..., None], 0, slope)
     flat = kept.reshape(-1, slope.shape[-1])
     return jnp.zeros((rows, slope.shape[-1]), slope.dtype).at[index.reshape(-1)].add(flat)
@@ -232,7 +239,24 @@ def shifted_right(x: Any, bits: Any) -> Any:
 
 
 def cumulated(function: Operation) -> Operation:
-    return lambda x, dim, *, dtype=None: function(x, axis=dim)
+    def of(x: Any, dim: int, *, dtype: Any = None) -> Any:
+        whole = not jnp.issubdtype(x.dtype, jnp.inexact)
+        kind = x.dtype if dtype is None and not whole else type_of(dtype or torch.int64)
+        return function(x.astype(kind), axis=dim)
+
+    return of
+
+
+def compared(operation: Operation) -> Operation:
+    def of(a: Any, b: Any) -> Any:
+        # Torch lets a number without axes take the type of the tensor that it meets, if both are of one kind.
+        if jnp.ndim(a) and hasattr(b, "ndim") and not b.ndim and a.dtype.kind == b.dtype.kind:
+            b = b.astype(a.dtype)
+        elif jnp.ndim(b) and hasattr(a, "ndim") and not a.ndim and a.dtype.kind == b.dtype.kind:
+            a = a.astype(b.dtype)
+        return operation(a, b)
+
+    return of
 
 
 def power(x: Any, exponent: Any) -> Any:
@@ -253,7 +277,7 @@ def ordered(x: Any, dim: int = -1, descending: bool = False, *, stable: bool | N
 def solution(a: Any, b: Any, left: bool) -> Any:
     if not left:
         return jnp.swapaxes(solution(jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2), True), -1, -2)
-    vectors = b.ndim == a.ndim - 1
+    vectors = b.ndim == 1 or b.shape == a.shape[:-1]
     return jnp.linalg.solve(a, b[..., None])[..., 0] if vectors else jnp.linalg.solve(a, b)
 
 
@@ -271,8 +295,10 @@ def solved_again(a: Any, pivots: Any, b: Any, *, left: bool = True, adjoint: boo
 
 
 def cholesky(a: Any, *, upper: bool = False, check_errors: bool = False) -> Any:
-    low = jnp.linalg.cholesky(a)
-    return (jnp.swapaxes(low, -1, -2) if upper else low), no_error(a)
+    # Only one triangle is looked at.
+    low = jnp.linalg.cholesky(jnp.swapaxes(a, -1, -2) if upper else a, symmetrize_input=False)
+    info = jnp.isnan(low).any((-2, -1)).astype(jnp.int32)
+    return (jnp.swapaxes(low, -1, -2) if upper else low), info
 
 
 def largest(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
@@ -281,7 +307,12 @@ def largest(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = 
 
 
 def norm(x: Any, order: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    return jnp.sum(jnp.abs(x) ** order, axis=axes(dim), keepdims=keepdim) ** (1 / order)
+    size, over = jnp.abs(x if dtype is None else x.astype(type_of(dtype))), {"axis": axes(dim), "keepdims": keepdim}
+    if order == 0:
+        return (size > 0).astype(size.dtype).sum(**over)
+    if math.isinf(order):
+        return size.max(**over) if order > 0 else size.min(**over)
+    return jnp.sum(size**order, **over) ** (1 / order)
 
 
 def diagonal_matrix(x: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
@@ -313,7 +344,11 @@ def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) ->
 
 
 def softplus_backward(slope: Any, x: Any, beta: float, threshold: float) -> Any:
-    return slope * nn.sigmoid(beta * x)
+    return jnp.where(beta * x > threshold, slope, slope * nn.sigmoid(beta * x))
+
+
+def softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
+    return jnp.where(beta * x > threshold, x, nn.softplus(beta * x) / beta)
 
 
 def triangular(a: Any, b: Any, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Any:
@@ -374,7 +409,7 @@ BY_NAME: dict[str, Operation] = {
     "gelu.default": gelu,
     "elu.default": elu,
     "leaky_relu.default": leaky,
-    "softplus.default": lambda x, beta=1, threshold=20: nn.softplus(beta * x) / beta,
+    "softplus.default": softplus,
     "softplus_backward.default": softplus_backward,
     "elu_backward.default": elu_backward,
     "log_sigmoid_forward.default": lambda x: (nn.log_sigmoid(x), x),
@@ -437,7 +472,7 @@ BY_NAME: dict[str, Operation] = {
     "index.Tensor": indexed,
     "index_put.default": index_put,
     "index_add.default": index_add,
-    "index_select.default": lambda x, dim, index: jnp.take(x, index, dim),
+    "index_select.default": lambda x, dim, index: jnp.take(x, index.reshape(-1), dim),
     "gather.default": gathered,
     "scatter.value scatter.src": scattered("set"),
     "scatter_add.default": scattered("add"),
@@ -446,12 +481,12 @@ BY_NAME: dict[str, Operation] = {
     "zero.default": jnp.zeros_like,
     "copy.default": lambda x, source, *rest: jnp.broadcast_to(source, x.shape),
     "where.self where.ScalarOther where.ScalarSelf where.Scalar": jnp.where,
-    "gt.Scalar gt.Tensor": operator.gt,
-    "lt.Scalar lt.Tensor": operator.lt,
-    "ge.Scalar ge.Tensor": operator.ge,
-    "le.Scalar le.Tensor": operator.le,
-    "eq.Scalar eq.Tensor": operator.eq,
-    "ne.Scalar ne.Tensor": operator.ne,
+    "gt.Scalar gt.Tensor": compared(operator.gt),
+    "lt.Scalar lt.Tensor": compared(operator.lt),
+    "ge.Scalar ge.Tensor": compared(operator.ge),
+    "le.Scalar le.Tensor": compared(operator.le),
+    "eq.Scalar eq.Tensor": compared(operator.eq),
+    "ne.Scalar ne.Tensor": compared(operator.ne),
     "bitwise_and.Scalar bitwise_and.Tensor": operator.and_,
     "bitwise_or.Scalar bitwise_or.Tensor": operator.or_,
     "bitwise_xor.Scalar bitwise_xor.Tensor": operator.xor,

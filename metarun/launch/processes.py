@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -29,7 +29,7 @@ MEMORY_OF_A_JOB = 3 * 2**30
 """Bytes of memory that a job is allowed, when the number of jobs at a time is chosen."""
 LAST_WORDS = 60.0
 """Seconds that jobs have to save a checkpoint when the sweep is stopped."""
-GPUS = ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Files that say that there is a GPU, without importing torch."""
 
 
@@ -66,20 +66,31 @@ def work(connection: Connection, parent: int) -> None:
     with importing():
         # While the jobs are being composed.
         import metarun.run  # noqa: F401
-    # Where a job was stopped, it has said so in its folder.
-    with suppress(KeyboardInterrupt, EOFError):
-        while (call := connection.recv()) is not None:
-            connection.send(call())
+    # Where a job was stopped, it has said so in its folder; where the sweep has ended, nobody waits for a result.
+    with suppress(KeyboardInterrupt):
+        while (call := received(connection)) is not None:
+            result = call()
+            with suppress(OSError):
+                connection.send(result)
+
+
+def received(connection: Connection) -> Call | None:
+    """Return the next call; None if there are no more, or the process that began the sweep has gone."""
+    try:
+        call: Call | None = connection.recv()
+        return call
+    except (EOFError, OSError):
+        return None
 
 
 class Worker:
-    """A process that runs jobs. Ctrl-C reaches it by way of the process that began the sweep."""
+    """A process that runs jobs. Ctrl-C and the end of a terminal reach it through the process that began the sweep."""
 
     def __init__(self) -> None:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=work, args=(theirs, os.getpid()))
-        with ignored(signal.SIGINT):
+        with held_back():
             self.process.start()
         theirs.close()
         self.job: int | None = None
@@ -107,13 +118,19 @@ class Worker:
 
 
 @contextmanager
-def ignored(number: int) -> Iterator[None]:
-    """Inside, a signal is ignored, by processes that are started for as long as they live."""
-    before = signal.signal(number, signal.SIG_IGN)
+def held_back() -> Iterator[None]:
+    """Inside, SIGINT and SIGHUP wait; they never reach processes that are started here, where the system allows it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
+        # It lets go of SIGINT when it starts, which it does here instead of with the first process.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
-        signal.signal(number, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -153,8 +170,10 @@ def run_all(workers: list[Worker], calls: Sequence[Call]) -> list[float]:
 
 def stop_all(workers: Sequence[Worker]) -> None:
     """Stop the jobs, which save a checkpoint; end those that take too long."""
-    for worker in workers:
-        worker.process.terminate()
+    if os.name == "posix":
+        # Elsewhere this would be no request, and Ctrl-C has reached the jobs by itself.
+        for worker in workers:
+            worker.process.terminate()
     until = time.monotonic() + LAST_WORDS
     for worker in workers:
         worker.process.join(max(until - time.monotonic(), 0.0))
@@ -181,9 +200,12 @@ class ProcessesLauncher(InOtherProcesses):
             return own.launch(job_overrides, initial_job_idx)
         # Each job has its part of the cores, and several progress bars would overwrite each other.
         threads = str(max(cores() // count, 1))
+        threads = os.environ.get("OMP_NUM_THREADS", threads)
         with handled_by(stop), environment(OMP_NUM_THREADS=threads, TQDM_DISABLE="1"):
-            self.workers = [Worker() for _ in range(count)]
+            self.workers: list[Worker] = []
             try:
+                for _ in range(count):
+                    self.workers.append(Worker())
                 return super().launch(job_overrides, initial_job_idx)
             except BaseException:
                 stop_all(self.workers)
