@@ -36,7 +36,7 @@ from metarun.engine import xla
 from metarun.engine.meta_step import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
 from metarun.engine.processes import averaged, own_part, share, with_own_part
 from metarun.engine.recorder import CannotRecord
-from metarun.engine.recording import Captured, Recording, release_gpu_memory
+from metarun.engine.recording import LARGEST_SCRIPT, Captured, Recording, release_gpu_memory
 from metarun.errors import UserError, first_line
 from metarun.system.torchrun import count
 from metarun.tree import leaves, tree_map
@@ -56,6 +56,8 @@ EAGER_OPERATION, ARITHMETIC = 1e-5, 2e10
 docs/performance.md. They decide which engine pays off, and no result depends on their being exact."""
 RECORDING = 0.0003
 """Seconds to record an operation."""
+SCRIPTING = 1e-7
+"""Seconds to prepare a replay in C++, per square of the number of operations."""
 COMPILING = {"compile": (12.0, 0.012), "xla": (1.0, 0.003)}
 """Seconds to compile at all, and to compile an operation."""
 SHARES = {
@@ -321,6 +323,8 @@ class Stepper:
         count = self.meta_step.count
         step = EAGER_OPERATION * self.operations + self.work * count / (ARITHMETIC * self.workers)
         making = 0.0 if name == "eager" else RECORDING * self.operations
+        if name.startswith("replay") and self.operations <= LARGEST_SCRIPT:
+            making += SCRIPTING * self.operations**2
         anything, operation = COMPILING.get(name.partition(" ")[0], (0.0, 0.0))
         making += anything + operation * self.operations
         steps: int = self.experiment.config.train.steps
