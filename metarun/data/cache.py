@@ -10,13 +10,14 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 from torch import Tensor
 
 from metarun.system import sealed
-from metarun.system.files import one_at_a_time, remove_leftovers
+from metarun.system.files import held_or_made, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +40,17 @@ def cache_dir() -> Path:
 def cached(name: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors that ``make()`` returns, read from the cache if it holds them under ``key``."""
     path = cache_dir() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-    if (held := _read(path)) is not None:
-        return held
-    # The jobs of a sweep would otherwise all make the same.
-    with one_at_a_time(path):
-        if (held := _read(path)) is not None:
-            return held
+
+    def made() -> dict[str, Tensor]:
         tensors = make()
         try:
             remove_leftovers(path.parent, A_DAY)
             sealed.save(path, tensors)
         except OSError as error:
             log.warning("%s cannot be cached in %s (%s), so each run makes it again.", name, path.parent, error)
-    return tensors
+        return tensors
+
+    return held_or_made(path, partial(_read, path), made)
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metarun.data.cache import A_DAY, cache_dir
-from metarun.system.files import atomic_write, one_at_a_time, remove_leftovers
+from metarun.system.files import atomic_write, held_or_made, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -66,22 +67,21 @@ def stored(
         say: a line for the log before rows are made.
     """
     path = cache_dir() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bytes"
+    read = partial(_read, path, count, shape)
+
+    def made() -> Store | None:
+        remove_leftovers(path.parent, A_DAY)
+        log.info("%s", say)
+        with atomic_write(path) as file:
+            digests = []
+            for row in make():
+                file.write(row.tobytes())
+                digests.append(digest(row))
+            file.write(b"".join(digests))
+        return read()
+
     try:
-        if (held := _read(path, count, shape)) is not None:
-            return held
-        # The jobs of a sweep would otherwise all make the same.
-        with one_at_a_time(path):
-            if (held := _read(path, count, shape)) is not None:
-                return held
-            remove_leftovers(path.parent, A_DAY)
-            log.info("%s", say)
-            with atomic_write(path) as file:
-                digests = []
-                for row in make():
-                    file.write(row.tobytes())
-                    digests.append(digest(row))
-                file.write(b"".join(digests))
-        if (held := _read(path, count, shape)) is not None:
+        if (held := held_or_made(path, read, made)) is not None:
             return held
         reason = "it changed while it was written"
     except OSError as error:

@@ -239,7 +239,6 @@ class Stepper:
 
     def ways_over_processes(self) -> Iterator[tuple[str, Callable[[Tree], Step]]]:
         """Yield what ``ways`` does, for tasks that are shared with other processes."""
-        cuda, asked = self.experiment.device != "cpu", self.mode
 
         def replayed(example: Tree) -> Step:
             return self.over_processes(self.recorded_part(example).replayed(own_part(example)), self.share)
@@ -253,13 +252,13 @@ class Stepper:
         def captured(example: Tree) -> Step:
             return self.over_processes(Captured(self.recorded_part(example), own_part(example)), self.share)
 
-        if asked == "replay" or (asked == "auto" and not cuda):
+        if self.tries("replay"):
             yield "replay", replayed
-        if asked == "compile" or (asked == "auto" and not cuda):
+        if self.tries("compile"):
             yield "compile", compiled
-        if asked == "xla" or (asked == "auto" and not cuda and (xla.installed() or self.kept is not None)):
+        if self.tries("xla"):
             yield "xla", translated
-        if asked == "cudagraph" or (asked == "auto" and cuda):
+        if self.tries("cudagraph"):
             yield "cudagraph", captured
 
     def synchronize(self) -> None:
@@ -330,6 +329,15 @@ class Stepper:
         steps: int = self.experiment.config.train.steps
         return 1.3 * making + SHARES[name][0 if small else 1] * step * steps
 
+    def tries(self, engine: str) -> bool:
+        """Whether an engine is configured, or is one of those from which auto chooses on this machine."""
+        if self.mode != "auto":
+            return bool(self.mode == engine)
+        if self.experiment.device != "cpu":
+            return engine == "cudagraph"
+        # A resumed run says why it cannot go on with the engine that its checkpoint names.
+        return engine in ("replay", "compile") or (engine == "xla" and (xla.installed() or self.kept is not None))
+
     def ways(self) -> Iterator[tuple[str, Callable[[Tree], Step]]]:
         """Yield names of engines to try, with a function that makes each from an example.
 
@@ -338,7 +346,7 @@ class Stepper:
         if count() > 1:
             yield from self.ways_over_processes()
             return
-        cuda, asked = self.experiment.device != "cpu", self.mode
+        asked = self.mode
         if self.wanted_map == "threads" or (self.threads_possible() and self.wanted_map == "auto"):
             if asked == "replay" or (asked == "auto" and self.wanted_map == "threads"):
                 yield "replay threads", lambda example: self.threaded(self.replayed_task(example))
@@ -346,13 +354,13 @@ class Stepper:
                 yield "compile threads", lambda example: self.threaded(self.compiled_task(example))
             if self.wanted_map == "threads":
                 return
-        if asked == "replay" or (asked == "auto" and not cuda):
+        if self.tries("replay"):
             yield "replay", lambda example: self.recorded_step(example).replayed(example)
-        if asked == "compile" or (asked == "auto" and not cuda):
+        if self.tries("compile"):
             yield "compile", lambda example: self.recorded_step(example).compiled(example)
-        if asked == "xla" or (asked == "auto" and not cuda and (xla.installed() or self.kept is not None)):
+        if self.tries("xla"):
             yield "xla", lambda example: self.recorded_step(example).by_xla(example)
-        if asked == "cudagraph" or (asked == "auto" and cuda):
+        if self.tries("cudagraph"):
             yield "cudagraph", lambda example: Captured(self.recorded_step(example), example)
 
     def threads_possible(self) -> bool:

@@ -6,7 +6,7 @@ name. To add one, add a line to ``BY_NAME`` and one to ``OPERATIONS`` in ``tests
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -17,8 +17,7 @@ import torch
 from jax import lax, nn
 
 from metarun.engine.recorder import CannotRecord
-
-Operation = Callable[..., Any]
+from metarun.engine.xla import Operation
 
 
 def type_of(dtype: torch.dtype) -> Any:
@@ -70,9 +69,18 @@ def expanded(x: Any, size: Sequence[int], *, implicit: bool = False) -> Any:
     return jnp.broadcast_to(x, shape)
 
 
+def at(axes: int, dim: int, index: Any) -> Any:
+    """Return the index that takes ``index`` along one axis and everything along those before and after it."""
+    return (slice(None),) * (dim % axes) + (index,)
+
+
+def part(size: int, start: int | None, end: int | None, step: int) -> slice:
+    """Return a slice of an axis; ATen writes its end as a large number."""
+    return slice(start, None if end is None or end >= size else end, step)
+
+
 def sliced(x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
-    end = None if end is None or end >= x.shape[dim] else end
-    return x[(slice(None),) * (dim % x.ndim) + (slice(start, end, step),)]
+    return x[at(x.ndim, dim, part(x.shape[dim], start, end, step))]
 
 
 def selected(x: Any, dim: int, index: int) -> Any:
@@ -80,14 +88,11 @@ def selected(x: Any, dim: int, index: int) -> Any:
 
 
 def slice_backward(slope: Any, sizes: Sequence[int], dim: int, start: int | None, end: int | None, step: int) -> Any:
-    dim %= len(sizes)
-    where = (slice(None),) * dim + (slice(start, None if end is None or end >= sizes[dim] else end, step),)
-    return jnp.zeros(tuple(sizes), slope.dtype).at[where].set(slope)
+    return select_backward(slope, sizes, dim, part(sizes[dim], start, end, step))
 
 
-def select_backward(slope: Any, sizes: Sequence[int], dim: int, index: int) -> Any:
-    where = (slice(None),) * (dim % len(sizes)) + (index,)
-    return jnp.zeros(tuple(sizes), slope.dtype).at[where].set(slope)
+def select_backward(slope: Any, sizes: Sequence[int], dim: int, index: Any) -> Any:
+    return jnp.zeros(tuple(sizes), slope.dtype).at[at(len(sizes), dim, index)].set(slope)
 
 
 def squeezed(x: Any, dim: Any = None) -> Any:
@@ -102,29 +107,33 @@ def split(x: Any, size: Any, dim: int = 0) -> Any:
     return jnp.split(x, list(ends), axis=dim)
 
 
+def places(index: Any, dim: int) -> Any:
+    """Return the index that takes ``index`` along one axis, and along the others the places of ``index`` itself."""
+    where = list(jnp.indices(index.shape, sparse=True))
+    where[dim % index.ndim] = index
+    return tuple(where)
+
+
 def gathered(x: Any, dim: int, index: Any, **rest: Any) -> Any:
-    where = jnp.indices(index.shape, sparse=True)
-    own = [*where[: dim % x.ndim], index, *where[dim % x.ndim + 1 :]]
-    return x[tuple(own)] if x.ndim else x
+    return x[places(index, dim)] if x.ndim else x
 
 
 def scattered(method: str) -> Operation:
     def of(x: Any, dim: int, index: Any, value: Any) -> Any:
-        where = list(jnp.indices(index.shape, sparse=True))
-        where[dim % x.ndim] = index
         if getattr(value, "ndim", 0):
             value = value[tuple(slice(n) for n in index.shape)]
-        return getattr(x.at[tuple(where)], method)(value)
+        return getattr(x.at[places(index, dim)], method)(value)
 
     return of
 
 
-def indexed(x: Any, indices: Sequence[Any]) -> Any:
-    return x[tuple(slice(None) if index is None else index for index in indices)]
+def by_indices(indices: Sequence[Any]) -> Any:
+    """Return the index of a list in which None takes everything along an axis."""
+    return tuple(slice(None) if index is None else index for index in indices)
 
 
 def index_put(x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False) -> Any:
-    place = x.at[tuple(slice(None) if index is None else index for index in indices)]
+    place = x.at[by_indices(indices)]
     return place.add(values) if accumulate else place.set(values)
 
 
@@ -340,7 +349,7 @@ def diagonal_backward(slope: Any, sizes: Sequence[int], *where: int) -> Any:
 
 
 def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) -> Any:
-    return x.at[(slice(None),) * (dim % x.ndim) + (index,)].add(alpha * source)
+    return x.at[at(x.ndim, dim, index)].add(alpha * source)
 
 
 def softplus_backward(slope: Any, x: Any, beta: float, threshold: float) -> Any:
@@ -469,7 +478,7 @@ BY_NAME: dict[str, Operation] = {
     "linspace.default": spaced,
     "tril.default": triangle(jnp.tril),
     "triu.default": triangle(jnp.triu),
-    "index.Tensor": indexed,
+    "index.Tensor": lambda x, indices: x[by_indices(indices)],
     "index_put.default": index_put,
     "index_add.default": index_add,
     "index_select.default": lambda x, dim, index: jnp.take(x, index.reshape(-1), dim),

@@ -105,11 +105,9 @@ class Recording:
         try:
             other = self.other(xla.compiled(self.graph, self.constants))
             other(given)
-        except CannotRecord:
+        except (CannotRecord, MemoryError):
             raise
         except Exception as error:
-            if isinstance(error, MemoryError):
-                raise
             raise CannotRecord(first_line(error)) from error
         return other
 

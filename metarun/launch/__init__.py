@@ -74,12 +74,13 @@ def check(config: DictConfig) -> None:
     for key in ("launcher", "sweeper"):
         target = str(config.hydra[key]._target_)
         name = target.rpartition(".")[2].partition("_")[0]
-        if target in MEMBERS and name != "processes" and find_spec(name) is None:
+        if target in MEMBERS and name == "processes":
+            # It needs no package, and being made says whether its number can be.
+            processes_launcher(n_jobs=config.hydra.launcher.n_jobs)
+        elif target in MEMBERS and find_spec(name) is None:
             raise UserError(
                 f"hydra/{key}={name} needs the package {name}, which is missing: pip install 'metarun[{name}]'."
             )
-    if config.hydra.launcher._target_ == f"{PREFIX}processes_launcher":
-        processes_launcher(n_jobs=config.hydra.launcher.n_jobs)
 
 
 def watchers(config: DictConfig, hydra: Any) -> list[Watcher]:

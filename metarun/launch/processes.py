@@ -199,8 +199,7 @@ class ProcessesLauncher(InOtherProcesses):
             own.setup(hydra_context=self.context, task_function=self.task, config=self.composed)
             return own.launch(job_overrides, initial_job_idx)
         # Each job has its part of the cores, and several progress bars would overwrite each other.
-        threads = str(max(cores() // count, 1))
-        threads = os.environ.get("OMP_NUM_THREADS", threads)
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(cores() // count, 1)))
         with handled_by(stop), environment(OMP_NUM_THREADS=threads, TQDM_DISABLE="1"):
             self.workers: list[Worker] = []
             try:

@@ -5,10 +5,10 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 """The newest checkpoint of a run and the one before it."""
@@ -65,6 +65,18 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+Held = TypeVar("Held")
+
+
+def held_or_made(path: Path, read: Callable[[], Held | None], make: Callable[[], Held]) -> Held:
+    """Return what ``read()`` finds at ``path``, or what one process at a time makes; the others then read that."""
+    if (held := read()) is not None:
+        return held
+    with one_at_a_time(path):
+        held = read()
+        return make() if held is None else held
 
 
 def write_text(path: Path, text: str) -> None:
