@@ -249,6 +249,21 @@ def test_several_seeds_make_claims_about_methods(seeds):
     assert "*: differs from maml at the level of 5 % (Holm, 2 comparisons)" in text
 
 
+@pytest.mark.parametrize("same_episodes", [True, False])
+def test_a_method_without_parameters_needs_no_second_seed(seeds, same_episodes):
+    """Three models of maml differ by 0.03, so that no interval of their difference can be narrow."""
+    scores, none = np.linspace(0.4, 0.6, 100), {"meta_parameters": 0, "adapted_parameters": 0}
+    episodes = "same" if same_episodes else "others"
+    make_run(seeds, "reference", "reference", "baseline", 0, scores, **none, episodes_hash=episodes)
+    text = compare([seeds], seeds, "reference")
+    table = pd.read_csv(seeds / "comparison.csv").set_index("algo")
+    assert table.loc["maml", "against_methods"]
+    assert table.loc["maml", "against_ci95"] > 0.9 * 4.303 * 0.03 / 3**0.5
+    assert not table.loc["scratch", "against_methods"]
+    lines = {line.split("|")[2].split()[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert [" (m)" in lines[name] for name in ("reference", "maml", "scratch")] == [False, False, True]
+
+
 def test_what_is_worth_its_cost(seeds):
     compare([seeds], seeds)
     table = pd.read_csv(seeds / "pareto.csv").set_index("algo")

@@ -61,6 +61,23 @@ def test_seeds_that_are_not_shared_give_welchs_interval():
     assert found.ci95 == pytest.approx(t_quantile(df) * math.sqrt(sum(parts)), rel=2e-3)
 
 
+def test_a_single_seed_is_taken_as_it_is():
+    """The difference from it has the seeds of the other method, of single scores or of pooled ones."""
+    rng = np.random.default_rng(0)
+    episodes = rng.normal(0, 0.1, 400)
+    a, b = np.array([0.6, 0.7, 0.8])[:, None] + episodes, (0.5 + episodes)[None]
+    expected = t_quantile(2) * 0.1 / 3**0.5
+    for found in (
+        difference_of_methods(a, b, same_seeds=False),
+        difference_of_methods(b, a, same_seeds=False),
+        difference_of_pooled(a, b, same_seeds=False),
+        difference_of_pooled(b, a, same_seeds=False),
+    ):
+        assert abs(found.mean) == pytest.approx(0.2)
+        assert found.ci95 == pytest.approx(expected, rel=1e-6)
+    assert difference_of_methods(a[:1], b, same_seeds=False).ci95 == pytest.approx(0, abs=1e-9)
+
+
 def test_a_difference_of_pooled_scores_has_a_part_of_episodes_and_one_of_seeds():
     """Resamplings that hit both alike cancel; without them, the interval is Student's, or Welch's for other seeds."""
     shared, own = np.random.default_rng(0).normal(size=(2, 201))

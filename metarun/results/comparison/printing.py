@@ -43,7 +43,7 @@ def probability(p: float) -> str:
 def main_interval(row: pd.Series, metric: Metric) -> str:
     """Return the score with the interval of the method, or with that of the one model, which is marked."""
     if row["seeds"] == 1:
-        return f"{metric.interval(row['score'], row['ci95'])} (m)"
+        return metric.interval(row["score"], row["ci95"]) + ("" if row["about_method"] else " (m)")
     return metric.interval(row["score"], row["method_ci95"]) + ("" if row["from_episodes"] else " (s)")
 
 

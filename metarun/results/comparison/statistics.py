@@ -20,7 +20,8 @@ degrees of freedom cover only 92 % where seeds matter most, and err up to five t
 verdicts need. 1.25 lies between the two: ``benchmarks/coverage.py`` measures 94.5 to 97 %.
 
 A difference of two methods that share seeds and episodes is treated in the same way, after subtraction. Where they
-share only the episodes, the part of the seeds is the sum of both, with Welch's degrees of freedom.
+share only the episodes, the part of the seeds is the sum of both, with Welch's degrees of freedom. A method that gives
+the same with any seed has no such part.
 """
 
 import math
@@ -124,11 +125,13 @@ def over_seeds_and_episodes(scores: Array) -> Estimate:
 
 
 def difference_of_methods(a: Array, b: Array, same_seeds: bool) -> Estimate:
-    """Return the mean of ``a − b``, both ``[seeds, episodes]`` on the same episodes, with 2 seeds or more each.
+    """Return the mean of ``a − b``, both ``[seeds, episodes]`` on the same episodes.
 
-    ``same_seeds`` says that row by row the two were trained with the same seed.
+    ``same_seeds`` says that row by row the two were trained with the same seed. A single seed is taken as it is.
     """
-    if same_seeds:
+    if max(len(a), len(b)) == 1:
+        return over_episodes(a[0] - b[0])
+    if same_seeds or min(len(a), len(b)) == 1:
         return over_seeds_and_episodes(a - b)
     episodes = a.mean(0) - b.mean(0)
     squares = [mean_squares(one) for one in (a, b)]
@@ -156,13 +159,11 @@ def of_pooled(scores: Array) -> Estimate:
 def difference_of_pooled(a: Array, b: Array, same_seeds: bool) -> Estimate:
     """Return the mean of ``a − b``, both as in `of_pooled` and of the same episodes.
 
-    It is over seeds only if both have several; ``same_seeds`` says that row by row these are the same.
+    ``same_seeds`` says that row by row these are the same. A single seed is taken as it is.
     """
-    difference = of_pooled((a.mean(0) - b.mean(0))[None])
-    if min(len(a), len(b)) == 1:
-        return difference
-    if same_seeds:
+    if same_seeds or min(len(a), len(b)) == 1:
         return of_pooled(a - b)
+    difference = of_pooled((a.mean(0) - b.mean(0))[None])
     return Estimate(difference.mean, (welch([of_pooled(one).parts[0] for one in (a, b)]), *difference.parts))
 
 

@@ -36,7 +36,7 @@ class Difference:
     p: float
     """The probability of such a difference, were there none; rather too large, so that verdicts among many are safe."""
     about_methods: bool
-    """Whether the interval is over seeds and episodes, instead of over the episodes of the trained models alone."""
+    """Whether the interval holds for other seeds too: both methods have several, or none that would matter."""
     n_episodes: int
     paired: bool
     """Whether it is taken episode by episode."""
@@ -135,6 +135,11 @@ def estimate_of(runs: pd.DataFrame, replicas: Replicas, metric: str | None = Non
     return statistics.of_summaries(means, (half_widths / 1.96) ** 2, several), not several
 
 
+def no_seed_matters(runs: pd.DataFrame) -> bool:
+    """Whether a method has no parameters that training or adaptation could set, and so gives the same with any seed."""
+    return bool((runs[["meta_parameters", "adapted_parameters"]] == 0).all(axis=None))
+
+
 def summarise(group: pd.DataFrame) -> pd.DataFrame:
     """Return one row per algorithm and variant, sorted by score within each family."""
     rows = []
@@ -142,6 +147,9 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
         replicas = tuple(zip(runs["directory"], runs["replica"], runs["seed"], strict=True))
         estimate, exact = estimate_of(runs, replicas)
         metrics, several = metrics_of(runs.iloc[0]), runs["seed"].nunique() > 1
+        settled = not several and no_seed_matters(runs)
+        if settled:
+            estimate = Estimate(estimate.mean, ((0.0, math.inf), *estimate.parts))
         rows.append(
             {
                 "family": family,
@@ -155,6 +163,7 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
                 "method_ci95": estimate.ci95 if several else math.nan,
                 "ci95": runs["ci95"].mean(skipna=False),
                 "seeds": runs["seed"].nunique(),
+                "about_method": several or settled,
                 "seed_std": runs["score"].std(ddof=1, skipna=False),
                 "val_score": runs["val_score"].mean(),
                 "n_episodes": runs["n_episodes"].min(),
@@ -221,7 +230,7 @@ def on_same_episodes(a: pd.Series, b: pd.Series) -> bool:
 def further_difference(a: pd.Series, b: pd.Series, metric: str) -> Estimate | None:
     """Return row ``a`` minus row ``b`` in a metric besides the first, by episode, or by resampling if it is pooled.
 
-    It is about methods if both have several seeds. None: the rows lack common test episodes, or the metric.
+    It is about methods if both rows are. None: the rows lack common test episodes, or the metric.
     """
     if not on_same_episodes(a, b):
         return None
@@ -230,11 +239,10 @@ def further_difference(a: pd.Series, b: pd.Series, metric: str) -> Estimate | No
         if found[0] is None or found[1] is None or found[0][0].shape[1] != found[1][0].shape[1]:
             continue
         (first, first_seeds), (second, second_seeds) = found[0], found[1]
-        if read is cached_pooled:
-            return statistics.difference_of_pooled(first, second, first_seeds == second_seeds)
-        if min(a["seeds"], b["seeds"]) > 1:
-            return statistics.difference_of_methods(first, second, first_seeds == second_seeds)
-        return statistics.over_episodes(first.mean(0) - second.mean(0))
+        if not (a["about_method"] and b["about_method"]):
+            first, second = first.mean(0, keepdims=True), second.mean(0, keepdims=True)
+        of = statistics.difference_of_pooled if read is cached_pooled else statistics.difference_of_methods
+        return of(first, second, first_seeds == second_seeds)
     return None
 
 
@@ -247,11 +255,11 @@ def further_differences(a: pd.Series, b: pd.Series) -> dict[str, tuple[float, fl
 def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference:
     """Return row ``a`` minus row ``b``, episode by episode where both were tested on the same episodes.
 
-    It is about methods if both have several seeds; ``ci95`` and ``p`` then allow for a choice among ``candidates``.
+    It is about methods if both are; ``ci95`` and ``p`` then allow for a choice among ``candidates``.
     """
     same = on_same_episodes(a, b)
     found = [scores_of(row["replicas"]) if same else None for row in (a, b)]
-    about_methods = min(a["seeds"], b["seeds"]) > 1
+    about_methods = bool(a["about_method"] and b["about_method"])
     paired = False
     if found[0] is not None and found[1] is not None:
         (first, first_seeds), (second, second_seeds) = found[0], found[1]
