@@ -4,16 +4,19 @@ from functools import partial
 
 import pytest
 import torch
-from scenarios import IMAGE_SPEC, class_spec, generator
+from scenarios import IMAGE_SPEC, class_spec, generator, number_spec
 from torch import nn
 
 from metarun.contracts import Seen, Sizes, Spec, Tokens
 from metarun.models.conv4 import Conv4
+from metarun.models.coordinate_mlp import CoordinateMLP
+from metarun.models.mlp import MLP
 from metarun.models.policy import GRUPolicy, happened
 from metarun.models.resnet12 import ResNet12
 from metarun.models.supernet import MixedConvolution, SupernetConv
 from metarun.models.text import TextCNN, TextTransformer
 from metarun.models.vit import ViTSmall
+from metarun.nn.waves import Waves
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.bandit import Bandit
 
@@ -52,6 +55,16 @@ def test_the_transformer_equals_torchs_own():
         states = theirs(states, src_key_padding_mask=words == 0)
     expected = torch.stack([row[: int((ids != 0).sum())].amax(0) for row, ids in zip(states, words, strict=True)])
     torch.testing.assert_close(trunk(SENTENCES), expected)
+
+
+def test_without_hidden_layers_a_model_is_linear():
+    x = torch.randn(6, 2, generator=generator())
+    line, waves = (
+        shaken(MLP(number_spec((2,), 3, 4, 4), widths=[])),
+        shaken(CoordinateMLP(number_spec((2,), 3, 4, 4), widths=[])),
+    )
+    torch.testing.assert_close(line(x), x @ line.head.weight.T + line.head.bias)
+    torch.testing.assert_close(waves(x), Waves(2, 6)(x) @ waves.head.weight.T + waves.head.bias)
 
 
 def test_a_convolution_over_words_equals_looking_through_every_window():

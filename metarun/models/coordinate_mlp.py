@@ -35,7 +35,7 @@ class CoordinateMLP(nn.Module):
         )
         waves = Waves(spec.inputs.shape[0], highest)
         self.trunk = nn.Sequential(waves, *fully_connected(waves.width, widths, activation))
-        self.head = nn.Linear(widths[-1], spec.target.outputs)
+        self.head = nn.Linear([waves.width, *widths][-1], spec.target.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[examples, inputs]`` → ``[examples, outputs]``."""

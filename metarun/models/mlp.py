@@ -26,9 +26,9 @@ def fully_connected(inputs: int, widths: Sequence[int], activation: str) -> list
     """Return linear layers of the given widths, each followed by the activation.
 
     Raises:
-        ValueError: there is no layer, or a layer without width.
+        ValueError: a layer has no width.
     """
-    require(len(widths) > 0 and all(w > 0 for w in widths), f"widths must be positive, not {list(widths)}")
+    require(all(w > 0 for w in widths), f"widths must be positive, not {list(widths)}")
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise([inputs, *widths]):
         layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
     Args:
         spec: sizes of input and output.
-        widths: width of each hidden layer.
+        widths: width of each hidden layer; with none the model is linear.
         activation: nonlinearity after each hidden layer.
         initial_std: standard deviation of the initial weights, above 0, or None.
     """
@@ -61,9 +61,10 @@ class MLP(nn.Module):
             what, choice = OTHERS[type(spec.inputs)]
             require(False, f"mlp needs numbers, and this task {what}; choose model={choice}")
         require(initial_std is None or initial_std > 0, f"initial_std must be above 0, not {initial_std}")
-        layers = fully_connected(prod(spec.inputs.shape), widths, activation)
+        inputs = prod(spec.inputs.shape)
+        layers = fully_connected(inputs, widths, activation)
         self.trunk = nn.Sequential(*([nn.Flatten()] if len(spec.inputs.shape) > 1 else []), *layers)
-        self.head = nn.Linear(widths[-1], spec.target.outputs)
+        self.head = nn.Linear([inputs, *widths][-1], spec.target.outputs)
         if initial_std is not None:
             for layer in self.modules():
                 if isinstance(layer, nn.Linear):

@@ -64,7 +64,7 @@ class Policy(nn.Module):
         super().__init__()
         actions = actions_of(spec, "policy")
         self.trunk = nn.Sequential(*fully_connected(spec.inputs.shape[0], widths, activation))
-        self.head = Outputs(widths[-1], actions, initial_std)
+        self.head = Outputs([spec.inputs.shape[0], *widths][-1], actions, initial_std)
 
     def forward(self, seen: Seen) -> Tensor:
         """Return outputs ``[steps, episodes, outputs]``."""
