@@ -54,6 +54,8 @@ ONE_THREAD_WORK = 1e8
 EAGER_OPERATION, ARITHMETIC = 1e-5, 2e10
 """Seconds that an operation of an eager step takes by itself, and floating-point operations per second and thread:
 docs/performance.md. They decide which engine pays off, and no result depends on their being exact."""
+GPU_ARITHMETIC = 1e13
+"""Floating-point operations per second on a GPU, as an H200 has in the convolutions of iMAML on Omniglot."""
 RECORDING = 0.0003
 """Seconds to record an operation."""
 SCRIPTING = 1e-7
@@ -320,7 +322,8 @@ class Stepper:
         """Return the estimated seconds of a whole run on an engine, including those of recording and compiling."""
         small = self.work < SMALL_WORK
         count = self.meta_step.count
-        step = EAGER_OPERATION * self.operations + self.work * count / (ARITHMETIC * self.workers)
+        rate = ARITHMETIC * self.workers if self.experiment.device == "cpu" else GPU_ARITHMETIC
+        step = EAGER_OPERATION * self.operations + self.work * count / rate
         making = 0.0 if name == "eager" else RECORDING * self.operations
         if name.startswith("replay") and self.operations <= LARGEST_SCRIPT:
             making += SCRIPTING * self.operations**2
