@@ -8,6 +8,7 @@ from scenarios import IMAGE_SPEC, class_spec, generator, number_spec
 from torch import nn
 
 from metarun.contracts import Seen, Sizes, Spec, Tokens
+from metarun.models.adapter import Adapter
 from metarun.models.conv4 import Conv4
 from metarun.models.coordinate_mlp import CoordinateMLP
 from metarun.models.mlp import MLP
@@ -65,6 +66,14 @@ def test_without_hidden_layers_a_model_is_linear():
     )
     torch.testing.assert_close(line(x), x @ line.head.weight.T + line.head.bias)
     torch.testing.assert_close(waves(x), Waves(2, 6)(x) @ waves.head.weight.T + waves.head.bias)
+
+
+def test_an_adapter_standardises_by_the_examples_of_its_task():
+    x = 3 + torch.randn(7, 4, generator=generator()) * torch.tensor([0.1, 1.0, 10.0, 0.0])
+    scaled = (x - x.mean(0)) / (x.var(0, correction=0) + 1).sqrt()
+    by_task, plain = (shaken(Adapter(number_spec((4,), 2, 4, 4), 5, norm=norm)).trunk for norm in ("batch", "none"))
+    plain.load_state_dict(by_task.state_dict())
+    torch.testing.assert_close(by_task(x), plain(scaled))
 
 
 def test_a_convolution_over_words_equals_looking_through_every_window():
