@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from metarun.contracts import Examples
-from metarun.data.pictures import opened, read_pictures
+from metarun.data.pictures import opened, read_pictures, upright
 from metarun.data.portable import portable
 from metarun.data.tokens import Tokenizer
 from metarun.errors import require
@@ -178,18 +178,23 @@ class Drawings:
         """Return paths of pictures, or arrays ``[n, size, size]`` or ``[n, 1, size, size]`` with ink 1 on 0.
 
         Raises:
-            ValueError: a picture cannot be read, or the arrays have another shape.
+            ValueError: a picture cannot be read, or the arrays have another shape or other values.
         """
         if isinstance(x, str | Path):
             x = [x]
         if isinstance(x, Sequence) and len(x) > 0 and all(isinstance(one, str | Path) for one in x):
             return torch.stack([self._drawing(Path(one)) for one in x])
         found = numbers_of(x)
-        return Arrays((1, self.size, self.size)).inputs(found[:, None] if found.ndim == 3 else found)
+        found = Arrays((1, self.size, self.size)).inputs(found[:, None] if found.ndim == 3 else found)
+        require(
+            bool(((found >= 0) & (found <= 1)).all()),
+            "drawings are arrays from 0 (paper) to 1 (ink); divide bytes by 255, and subtract from 1 if paper is white",
+        )
+        return found
 
     def _drawing(self, path: Path) -> Tensor:
         try:
-            small = opened(path.read_bytes()).convert("L").resize((self.size, self.size), Image.Resampling.LANCZOS)
+            small = upright(opened(path.read_bytes()), 1).resize((self.size, self.size), Image.Resampling.LANCZOS)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a picture ({error})") from error
         return torch.from_numpy(255 - np.asarray(small)).to(torch.get_default_dtype())[None] / 255

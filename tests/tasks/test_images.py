@@ -19,7 +19,9 @@ from metarun import evaluation
 from metarun.assemble import assemble
 from metarun.checks.family import check_tasks
 from metarun.data import augment
+from metarun.data.converters import Drawings
 from metarun.data.files import LARGEST_FILE, Files, table
+from metarun.data.objects import listed_pictures
 from metarun.data.pictures import Pictures
 from metarun.data.splits import dealt
 from metarun.errors import UserError
@@ -193,6 +195,44 @@ def test_pictures_of_any_mode_become_bytes_as_pillow_makes_them():
     rgb.save(turned, "PNG", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(turned)).resize((16, 16), Image.Resampling.LANCZOS)
     assert np.array_equal(form.pixels(turned.getvalue()), np.asarray(upright).transpose(2, 0, 1))
+
+
+def test_more_than_eight_bits_are_scaled_or_refused_and_never_cut_off():
+    grey = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)
+    deep = b"P5 20 24 65535\n" + (grey.astype(">u2") * 257).tobytes()
+    expected = Pictures(16, 1).pixels(Image.fromarray(grey)).astype(int)
+    assert np.abs(Pictures(16, 1).pixels(deep) - expected).max() <= 1
+    for numbers in (grey.astype(np.int32) * 257, grey.astype(np.float32) / 255):
+        buffer = io.BytesIO()
+        Image.fromarray(numbers).save(buffer, "TIFF")
+        with pytest.raises(ValueError, match="scale them to 8 or 16 bits"):
+            Pictures(16, 1).pixels(buffer.getvalue())
+
+
+def test_drawings_of_users_are_read_as_pictures_are(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(noise.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    clear = np.zeros((24, 20, 4), np.uint8)
+    clear[6:12, 6:12, 3] = 255
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    for name in ("turned", "deep", "clear"):
+        expected = 255 - Pictures(16, 1).pixels((tmp_path / f"{name}.png").read_bytes())
+        found = Drawings(16).inputs(str(tmp_path / f"{name}.png"))
+        torch.testing.assert_close(found[0] * 255, torch.from_numpy(expected).float())
+    assert (found == 0).float().mean() > 0.5  # paper
+    with pytest.raises(ValueError, match="divide bytes by 255"):
+        Drawings(16).inputs(np.full((2, 16, 16), 200, np.uint8))
+
+
+def test_an_array_of_one_picture_is_one_picture_and_not_its_rows():
+    one = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
+    assert torch.equal(Pictures(16, 3).inputs(one), Pictures(16, 3).inputs([one]))
+    assert torch.equal(Pictures(16, 3).inputs(torch.from_numpy(one[..., 0])), Pictures(16, 3).inputs([one[..., 0]]))
+    assert len(Pictures(16, 3).inputs(one[None])) == 1
+    assert len(listed_pictures(one)) == 1
 
 
 def test_a_picture_that_occurs_twice_is_used_once_and_small_classes_are_named(tmp_path, caplog):
