@@ -32,6 +32,21 @@ def dealt(names: Iterable[str], seed: int, shares: Mapping[str, float], fewest: 
     return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
 
 
+def dealt_among(
+    every: Iterable[str], usable: Iterable[str], seed: int, shares: Mapping[str, float], fewest: int = 0
+) -> dict[str, set[str]]:
+    """Assign ``usable`` names as `dealt` does, and if possible so that a name's split does not depend on the others.
+
+    All names are dealt, and then those that are of no use are left out. What is of use depends on the size of tasks: a
+    learner that was trained for one shot must not find its training classes among the test classes for five. Where this
+    leaves a split too few names, those of use alone are dealt.
+    """
+    usable = set(usable)
+    kept = {split: names & usable for split, names in dealt(every, seed, shares).items()}
+    enough = max(min(fewest, len(usable) // len(shares)), 1)
+    return kept if all(len(kept[split]) >= enough for split in shares) else dealt(usable, seed, shares, fewest)
+
+
 def listed(names: Sequence[str]) -> str:
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -168,7 +183,7 @@ def by_class(
         split, name = given(examples, rows), "given"
     else:
         shares = SHARES if testing else {"train": 1 - VALIDATION, "val": VALIDATION}
-        split, name = dealt(rows, seed, shares, ways), f"random{seed}"
+        split, name = dealt_among(set(examples.labels), rows, seed, shares, ways), f"random{seed}"
     if split["train"] and not split["val"]:
         log.info("%s names no validation classes, so a fifth of its training classes become these.", examples.name)
         drawn = dealt(split["train"], seed, {"train": 1 - VALIDATION, "val": VALIDATION}, ways)

@@ -18,7 +18,7 @@ from metarun.data.files import DAMAGED, PARTS, found
 from metarun.data.portable import portable
 from metarun.errors import UserError
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Asked, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
+from metarun.tasks.few_shot import Asked, Shots, Ways, draw_tasks, ordered, range_of, sizes_for, units_of
 
 LARGEST_ARRAY = 2**36
 """Bytes of the largest array that is read."""
@@ -170,6 +170,7 @@ class Features:
         self.cells = {part: own.cells for part, own in parts.items()}
         self.classes = {part: own.classes for part, own in parts.items()}
         self.class_names = tuple(self.classes["test"])
+        self.units = {part: units_of(place.resolve(), own) for part, own in self.classes.items()}
         training = x[parts["train"].order].double()
         mean, std = training.mean(0), training.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)

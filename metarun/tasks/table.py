@@ -25,8 +25,17 @@ from metarun.targets.labels import Labels
 from metarun.targets.metric import Metric
 from metarun.targets.real import Measured
 from metarun.tasks.cells import Cells, Drawn, Draws
-from metarun.tasks.few_shot import Shots, shot_ranges, with_padding
-from metarun.tasks.table_splits import SHARES, Parts, dealt, left_out, named_splits, of_tasks, split_file_of
+from metarun.tasks.few_shot import Shots, shot_ranges, units_of, with_padding
+from metarun.tasks.table_splits import (
+    SHARES,
+    Parts,
+    dealt,
+    dealt_among,
+    left_out,
+    named_splits,
+    of_tasks,
+    split_file_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +55,7 @@ class TableTasks:
         draws: how tasks of each split are drawn.
         device: where tasks are put.
         recipe: how further rows are read; None where inputs are not columns of a table.
+        units: the names of the tasks of each split, with their source.
     """
 
     def __init__(
@@ -58,8 +68,10 @@ class TableTasks:
         draws: Mapping[Split, Draws],
         device: str,
         recipe: Recipe | None = None,
+        *,
+        units: Mapping[Split, frozenset[str]],
     ) -> None:
-        self.dataset, self.device, self.recipe = dataset, device, recipe
+        self.dataset, self.device, self.recipe, self.units = dataset, device, recipe, units
         if recipe is not None:
             self.converter = TableRows(recipe)
         self.inputs, self.values, self.target, self.draws = inputs, values, target, draws
@@ -248,7 +260,7 @@ def split_of(data: Loaded, task: Any, names: Sequence[str], tasks: Any, how: Spl
         else:
             parts = {**dealt(others, how.shares[:2], how.seed, source), "test": test}
     else:
-        parts = dealt(np.arange(len(tasks)), how.shares, how.seed, source)
+        return dealt_among(np.arange(len(names)), tasks, how.shares, how.seed, source)
     return {part: tasks[index] for part, index in parts.items()}
 
 
@@ -413,8 +425,11 @@ def table(
         for (part, own), sizes in zip(parts.items(), ways, strict=True)
     }
     goal = Labels.of(tuple(names)) if names is not None else Measured(shift=shift, scale=scale)
+    read_from = ", ".join(str(file.resolve()) for file in files.values())
     return TableTasks(
-        ":".join(facts), x.shape[1], lambda row: x[row], None if names is not None else y, goal, draws, device, recipe
+        *(":".join(facts), x.shape[1], lambda row: x[row], None if names is not None else y, goal),
+        *(draws, device, recipe),
+        units={part: units_of(read_from, (tasks_by_name[i] for i in own)) for part, own in parts.items()},
     )
 
 

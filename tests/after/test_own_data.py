@@ -10,7 +10,12 @@ from test_after_commands import command
 
 import metarun
 from metarun.after import later_test, predict
+from metarun.after.later_test import check_units
 from metarun.data.recipe import History
+from metarun.errors import UserError
+from metarun.tasks.features import Features
+from metarun.tasks.table import table
+from metarun.tasks.text import text
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 SMALL = ("task.ways=3", "task.shots=2", *QUICK)
@@ -131,6 +136,33 @@ def test_a_series_without_its_columns_is_refused():
     history = History("who", "day", "level", 2, 1, None)
     with pytest.raises(metarun.UserError, match="lack the column 'day'"):
         history.of(pd.DataFrame({"who": ["a"], "level": [1.0]}))
+
+
+def test_a_later_test_does_not_take_what_the_run_has_seen(tmp_path):
+    rng, label = np.random.default_rng(0), np.repeat(np.arange(20), 6)
+    np.savez(tmp_path / "vectors.npz", x=rng.normal(size=(120, 2)), y=label)
+    rows = pd.DataFrame({"who": label, "dose": rng.normal(size=120), "level": rng.normal(size=120)})
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    pd.DataFrame({"text": [f"word {i}" for i in range(120)], "label": label}).to_csv(
+        tmp_path / "texts.csv", index=False
+    )
+
+    def of_vectors(seed, place="vectors.npz"):
+        return Features(str(tmp_path / place), ways=2, queries=1, split_seed=seed)
+
+    def of_rows(seed):
+        return table(str(tmp_path / "rows.csv"), by="who", target="level", shots=2, split_seed=seed)
+
+    for of in (of_vectors, of_rows):
+        check_units(of(0), of(0))
+        check_units(None, of(1))
+        with pytest.raises(UserError, match="The run was trained on"):
+            check_units(of(0), of(1))
+    # Other data may have classes of the same names.
+    (tmp_path / "others.npz").write_bytes((tmp_path / "vectors.npz").read_bytes())
+    check_units(of_vectors(0), of_vectors(1, "others.npz"))
+    units = text(path=str(tmp_path / "texts.csv"), ways=2, queries=1).units
+    assert not units["train"] & units["test"]
 
 
 def test_a_learner_of_vectors_reads_arrays_and_tables(tmp_path):

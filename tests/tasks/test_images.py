@@ -485,6 +485,19 @@ def vectors(place: Path, **arrays) -> Path:
     return place
 
 
+def test_more_shots_leave_every_class_in_its_split_if_enough_are_left(tmp_path):
+    sizes = np.random.default_rng(0).integers(3, 30, 40)
+    label, path = np.repeat(np.arange(40), sizes), tmp_path / "vectors.npz"
+    np.savez(path, x=np.random.default_rng(1).normal(size=(len(label), 2)), y=label)
+    kept = Features(str(path), ways=2, queries=1).classes
+    for shots in (5, 9):
+        found = Features(str(path), ways=2, queries=1, shots=shots).classes
+        assert sum(map(len, found.values())) < sum(map(len, kept.values()))
+        assert all(set(own) <= set(kept[part]) for part, own in found.items())
+    # Of three classes with a single example more, each split has one.
+    assert all(Features(str(path), ways=2, queries=1, shots=int(np.sort(sizes)[-6]) - 1).classes.values())
+
+
 def test_vectors_are_standardised_by_training_classes_and_drawn_by_class(tmp_path):
     family = Features(str(vectors(tmp_path / "v.npz")), ways=3, queries=2)
     assert {split: len(rows) for split, rows in family.rows.items()} == {"train": 48, "val": 18, "test": 24}

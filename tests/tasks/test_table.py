@@ -224,6 +224,15 @@ def test_splits_by_column_by_file_and_by_group(path, tmp_path):
     assert sum(map(len, random)) == PATIENTS
 
 
+def test_more_shots_leave_every_task_in_its_split(path):
+    splits = {}
+    for shots in (3, 8, 9, 10):
+        found = family(path, shots=shots, queries=1)
+        splits[shots] = {int(task): part for part, draws in found.draws.items() for task in draws.tasks}
+    assert len(splits[3]) > len(splits[8]) > len(splits[9]) > len(splits[10])
+    assert all(splits[3][task] == part for own in splits.values() for task, part in own.items())
+
+
 def test_validation_rows_of_training_tasks_are_not_trained_on(path):
     found = family(path, "ill", leave_out="p11", validate="rows", shots=1, smallest=4, train_queries=None)
     seen = {}
