@@ -347,7 +347,8 @@ def _files(
     if by == "file" and train is None and test is None and len(names) >= len(SPLITS):
         drawn = {split: sorted(own) for split, own in dealt(names, seed, SHARES, 1).items()}
         return {"train": drawn["train"], "val": list(val or drawn["val"]), "test": drawn["test"]}
-    own = list(train or names)
+    named = {*(val or ()), *(test or ())} if by == "file" else set[str]()
+    own = list(train or [name for name in names if name not in named] or names)
     others = [name for name in names if by == "article" or name not in own]
     return {"train": own, "val": list(val or own), "test": list(test or others or names)}
 
@@ -382,8 +383,9 @@ def questions(
         by: whether a task is an ``article`` of a file, or a ``file``: a language or a domain.
         dataset: ``xquad`` (12 languages), ``toy``, or ``auto``: xquad if it is there, else toy.
         path: the user's file in the format of SQuAD, or a folder of such files, in place of ``dataset``.
-        train_files: names of the files of training tasks, such as ``[en]``; null: all. With ``by=file`` and neither
-            these nor ``test_files``, files are drawn: 60 % for training, 15 % for validation, 25 % for testing.
+        train_files: names of the files of training tasks, such as ``[en]``; null: all, and with ``by=file`` those that
+            are neither in ``val_files`` nor in ``test_files``. With ``by=file`` and neither these nor ``test_files``,
+            files are drawn: 60 % for training, 15 % for validation, 25 % for testing.
         val_files: the same of validation tasks; null: ``train_files``.
         test_files: the same of test tasks; null: all, and with ``by=file`` those that are not in ``train_files``.
         shares: of articles in training, validation and test, above 0.
