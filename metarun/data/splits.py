@@ -2,7 +2,8 @@
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ NAMED = 5
 
 
 def dealt(names: Iterable[str], seed: int, shares: Mapping[str, float], fewest: int = 0) -> dict[str, set[str]]:
-    """Assign ``names`` to ``train``, ``val`` and perhaps ``test`` by ``shares``, at random by ``seed``.
+    """Assign ``names`` to ``train`` and ``val``, ``test`` or both by ``shares``, at random by ``seed``.
 
     Each split of ``shares`` has at least ``fewest`` names, or an equal share where there are too few for that.
     """
@@ -27,8 +28,9 @@ def dealt(names: Iterable[str], seed: int, shares: Mapping[str, float], fewest: 
     random.Random(seed).shuffle(shuffled)
     fewest = min(fewest, len(shuffled) // len(shares))
     size = {split: max(round(share * len(shuffled)), fewest) for split, share in shares.items()}
-    test = len(shuffled) - size.get("test", 0)
-    train = min(size["train"], test - fewest)
+    of_val = fewest if "val" in shares else 0
+    test = max(len(shuffled) - size.get("test", 0), fewest + of_val)
+    train = min(size["train"], test - of_val) if "val" in shares else test
     return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
 
 
@@ -96,15 +98,16 @@ class Examples:
         return {label: rows for label, rows in sorted(found.items()) if label not in small}
 
 
-def lists_in(folder: Path, labels: Iterable[str]) -> dict[str, set[str]]:
+def lists_in(folder: Path, labels: Iterable[str], usable: Collection[str]) -> dict[str, set[str]]:
     """Return the classes of each split by the files ``train.txt``, ``val.txt`` and ``test.txt`` of a folder.
 
-    A line holds the name of a class, or the last part of its name.
+    A line holds the name of a class, or the last part of its name. Classes that are not ``usable`` are left out.
 
     Raises:
-        UserError: a file cannot be read, or a line names no class, or one that another line names too.
+        UserError: a file cannot be read, or a line names no class, several, or one that another line names too.
     """
-    labels = list(labels)
+    labels = sorted(set(labels))
+    last = Counter(label.rpartition("/")[2] for label in labels)
     by_name = {label.rpartition("/")[2]: label for label in labels} | {label: label for label in labels}
     split: dict[str, set[str]] = {}
     place: dict[str, str] = {}
@@ -121,6 +124,8 @@ def lists_in(folder: Path, labels: Iterable[str]) -> dict[str, set[str]]:
             here = f"{path}, line {number}"
             if line and line not in by_name:
                 raise UserError(f"{here}, names {line!r}, which is not a class of the data; mend or delete the line.")
+            if line and line not in labels and last[line] > 1:
+                raise UserError(f"{here}, names {line!r}, which {last[line]} classes end with; write the whole name.")
             if line and by_name[line] in place:
                 raise UserError(
                     f"{here}, names {line!r}, as {place[by_name[line]]} does; let each class have one split."
@@ -128,7 +133,7 @@ def lists_in(folder: Path, labels: Iterable[str]) -> dict[str, set[str]]:
             if line:
                 place[by_name[line]] = here
                 split[part].add(by_name[line])
-    return split
+    return {part: names & set(usable) for part, names in split.items()}
 
 
 def given(examples: Examples, rows: Mapping[str, Sequence[int]]) -> dict[str, set[str]]:
@@ -178,7 +183,7 @@ def by_class(
     if option == "given" and not has_splits:
         raise UserError(f"{examples.name} names no splits; choose task.split=random.")
     if lists is not None:
-        split, name = lists_in(lists, rows), lists.name
+        split, name = lists_in(lists, examples.labels, rows), lists.name
     elif option == "given" or (option == "auto" and has_splits):
         split, name = given(examples, rows), "given"
     else:

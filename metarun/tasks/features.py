@@ -161,6 +161,8 @@ class Features:
         if not bool((finite := x.isfinite().all(1)).all()):
             row = int((~finite).nonzero()[0])
             raise UserError(f"{place}: row {row} (from 0) of x holds a number that is not finite; mend or remove it.")
+        if held["y"].dtype.kind == "f" and (empty := np.isnan(held["y"])).any():
+            raise UserError(f"{place}: row {int(empty.argmax())} (from 0) of y is not a number; label or remove it.")
         named = held.get("split", [None] * len(x))
         given = [None if value is None else _part(place, row, str(value)) for row, value in enumerate(named)]
         examples = splits.Examples(place.stem, "examples", [str(label) for label in held["y"].tolist()], given)

@@ -129,6 +129,23 @@ def test_splits_of_the_data_are_kept(tmp_path, layout):
         assert mixed.classes != family.classes
 
 
+def test_lists_of_classes_name_one_class_each_and_small_ones_are_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder, lists = drawn(tmp_path / "data", "{label}/{i}.png", EACH | {"c03": 1}), tmp_path / "lists"
+    lists.mkdir()
+    for part, numbers in {"train": range(6), "val": range(6, 9), "test": range(9, 12)}.items():
+        (lists / f"{part}.txt").write_text("\n".join(f"c{i:02}" for i in numbers))
+    family = Images(str(folder), **SMALL, split=str(lists))
+    assert family.classes["train"] == [f"c{i:02}" for i in range(6) if i != 3]
+    assert "c03 (1)" in caplog.text
+    (folder / "c00").rename(tmp_path / "c00")
+    for group in "ab":
+        shutil.copytree(tmp_path / "c00", folder / group / "c00")
+        (folder / group / "c00" / "0.png").write_bytes(picture(ord(group)))
+    with pytest.raises(UserError, match=r"train.txt, line 1, names 'c00', which 2 classes end with"):
+        Images(str(folder), **SMALL, split=str(lists))
+
+
 def test_a_class_may_be_a_part_of_the_name(tmp_path):
     drawn(tmp_path / "faces", "session{i}/{label}_0{i}.png")
     family = Images(str(tmp_path / "faces"), **SMALL, class_of="([^/]+)_[0-9]+[.]png$")
@@ -273,6 +290,9 @@ def test_a_drawn_split_gives_each_part_enough_classes_where_there_are_enough(cou
     assert sum(map(len, split.values())) == count
     assert min(map(len, split.values())) >= min(ways, count // 3)
     assert dealt(names, 4, {"train": 0.6, "val": 0.15, "test": 0.25}, ways) != split or count == 3
+    other = dealt(names, 3, {"train": 0.4, "val": 0.1, "test": 0.5}, ways)
+    assert all(len(part) >= min(ways, count // 3) for part in other.values())
+    assert not dealt(names, 3, {"train": 0.75, "test": 0.25}, ways)["val"]
 
 
 def test_augmentations_do_what_they_say_and_leave_the_tasks_alone(tmp_path):
@@ -549,6 +569,7 @@ BROKEN_VECTORS = {
     "lengths": (lambda place: vectors(place, y=np.zeros(89)), ["y must have shape [90], as x has rows, not [89]"]),
     "objects": (lambda place: vectors(place, y=np.array([None] * 90)), ["holds Python objects"]),
     "not finite": (lambda place: vectors(place, x=BAD), ["row 7 (from 0) of x holds a number that is not finite"]),
+    "no label": (lambda place: vectors(place, y=np.r_[np.nan, np.arange(89.0) // 6]), ["row 0 (from 0) of y"]),
     "split": (lambda place: vectors(place, split=np.full(90, "x")), ["row 0 (from 0) has the split 'x'"]),
     "shared": (lambda place: vectors(place, split=np.tile(["train", "test"], 45)), ["class 0 is in test and train"]),
     "lying header": (lying, ["x.npy declares 20000000000000 bytes"]),
