@@ -21,6 +21,10 @@ from metarun.data.portable import portable
 from metarun.data.tokens import Tokenizer
 from metarun.errors import require
 
+TEXT_NAMES = ("text", "sentence", "utterance")
+"""Names of the column that holds a sentence, in any case."""
+LABEL_NAMES = ("label", "class", "category", "intent")
+"""Names of the column that holds its label."""
 TARGET_NAMES = ("y", "target", "label", "class")
 """Names of the column that holds the target, in any case; y1, y2, … where there are several."""
 
@@ -40,19 +44,23 @@ def numbers_of(x: Any) -> Tensor:
     return torch.from_numpy(array).to(torch.get_default_dtype())
 
 
-def table_of(path: Path) -> Any:
-    """Return the table in a CSV, TSV or Parquet file.
+def table_of(path: Path, missing: Sequence[str] = ()) -> Any:
+    """Return the table in a CSV, TSV or Parquet file; ``missing`` are texts that stand for a missing value.
 
     Raises:
         ValueError: the file is none of them, or cannot be read.
+        UserError: its header is broken.
     """
+    import csv
+
     import pandas as pd
 
-    kinds = {".csv": pd.read_csv, ".tsv": lambda file: pd.read_csv(file, sep="\t"), ".parquet": pd.read_parquet}
-    require(path.suffix.lower() in kinds, f"{path} is no .csv, .tsv or .parquet file; name one")
+    from metarun.data.tables import read_further
+
+    require(path.suffix.lower() in (".csv", ".tsv", ".parquet"), f"{path} is no .csv, .tsv or .parquet file; name one")
     try:
-        table = kinds[path.suffix.lower()](path)
-    except (ValueError, ImportError, UnicodeDecodeError) as error:
+        table = read_further(path, missing)
+    except (ValueError, ImportError, csv.Error, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
     require(len(table) > 0, f"{path} has no rows; give it at least one")
     return table
@@ -131,11 +139,12 @@ def read_sentences(path: Path) -> Examples:
     """
     table = table_of(path)
     columns = {str(column).lower(): column for column in table}
-    text = next((columns[name] for name in ("text", "sentence") if name in columns), None)
+    text = next((columns[name] for name in TEXT_NAMES if name in columns), None)
     require(text is not None, f"{path} has no column named text; name the column of the sentences so")
-    target = next((columns[name] for name in TARGET_NAMES if name in columns), None)
+    target = next((columns[name] for name in (*TARGET_NAMES, *LABEL_NAMES) if name in columns), None)
     y = None if target is None else table[target].tolist()
-    return Examples(table[text].astype(str).tolist(), y, row_names(len(table)))
+    require(not table[text].isna().any(), f"{path} has a row without a text; add it, or delete the row")
+    return Examples([str(one) for one in table[text]], y, row_names(len(table)))
 
 
 @portable

@@ -187,7 +187,9 @@ def classes_of(data: Loaded, kind: str, threshold: float | None) -> list[str] | 
             )
         return [f"up to {threshold:g}", f"above {threshold:g}"]
     text = not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)
-    if kind == "auto" and text and 0 < pd.to_numeric(values, errors="coerce").isna().sum() < len(values) / 2:
+    if kind == "auto":
+        tables.require_points(values, source, "set task.kind=classes if these are names")
+    if kind == "auto" and text and 0 < np.isnan(tables.as_numbers(values)).sum() < len(values) / 2:
         tables.numbers(values, source, "mend it, or set task.kind=classes if numbers are names")
     if kind == "numbers" or (kind == "auto" and not text and set(values.unique()) != {0, 1}):
         tables.numbers(values, source, "mend it, or set task.kind=classes")
@@ -406,7 +408,7 @@ def table(
     encoder, left = fitted(data.rows, training, described, categorical, data.source)
     log.info(said(encoder, left))
     shift, scale = (0.0, 1.0) if names is not None else moments(data, training)
-    recipe = Recipe(encoder, data.goal, names, threshold, shift, scale, data.history)
+    recipe = Recipe(encoder, data.goal, names, threshold, shift, scale, data.history, list(missing))
     x = recipe.inputs(data.rows)
     y = recipe.targets(data.rows)[:, 0] if names is None else torch.from_numpy(label)
     say(parts, cells, names)
@@ -498,7 +500,7 @@ def moments(data: Loaded, training: Any) -> tuple[float, float]:
     Raises:
         UserError: the target does not vary there.
     """
-    values = pd.to_numeric(data.rows[data.goal]).to_numpy(dtype=float)[training]
+    values = tables.as_numbers(data.rows[data.goal])[training]
     if not values.std() > 0:
         raise UserError(f"{data.source}: the target {data.goal!r} is the same in all training rows; change the split.")
     return float(values.mean()), float(values.std())

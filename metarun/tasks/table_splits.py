@@ -110,7 +110,7 @@ def left_out(groups: Sequence[str], value: str | int | float, column: str, sourc
     Raises:
         UserError: no task is in it, or all are.
     """
-    name = f"{value:.15g}" if isinstance(value, int | float) else value
+    name = tables.word(value)
     inside = np.array([group == name for group in groups])
     if not inside.any() or inside.all():
         there = listed(sorted(set(groups)))

@@ -36,8 +36,8 @@ MOST_BUCKETS = 2**20
 LABEL_SPLIT_SEED = 7
 LANGUAGE_SPLIT_SEED = 19
 COLUMNS = {
-    "text": ("text", "sentence", "utterance"),
-    "label": ("label", "class", "category", "intent"),
+    "text": converters.TEXT_NAMES,
+    "label": converters.LABEL_NAMES,
     "split": ("split",),
 }
 """The columns of a table of the user, and other names that they may have."""

@@ -11,7 +11,8 @@ from test_after_commands import command
 import metarun
 from metarun.after import later_test, predict
 from metarun.after.later_test import check_units
-from metarun.data.recipe import History
+from metarun.data.columns import Columns, Number
+from metarun.data.recipe import History, Recipe, TableRows
 from metarun.errors import UserError
 from metarun.tasks.features import Features
 from metarun.tasks.table import table
@@ -122,14 +123,28 @@ def test_classes_of_a_table_keep_their_meaning(tmp_path):
     learner = metarun.load(run.directory)
     shown = pd.DataFrame({"age": [80.0, 40.0]})
     adapted = learner.adapt(shown, [1, 0])
-    assert adapted.classes_.tolist() == ["0", "1"]
-    assert adapted.predict(pd.DataFrame({"age": [79.0, 41.0]})).tolist() == ["1", "0"]
+    asked = pd.DataFrame({"age": [79.0, 41.0]})
+    for one, zero in ((1, 0), (1.0, 0.0), (True, False), ("1", "0")):
+        found = learner.adapt(shown, [one, zero])
+        for values, expected in ((found.classes_, [zero, one]), (found.predict(asked), [one, zero])):
+            assert values.tolist() == expected
+            assert {type(value) for value in values.tolist()} == {type(one)}
     same = learner.adapt(shown, [True, False]).outputs(shown)
     torch.testing.assert_close(same, adapted.outputs(shown))
     with pytest.raises(ValueError, match="the classes are 0, 1, and y holds 2"):
         learner.adapt(shown, [1, 2])
-    # The file's numbers are classes, which are called by texts.
     assert adapted.task.compared(adapted.predict(shown), [1, 0]) == "accuracy on their own labels 100.00 %"
+
+
+def test_rows_of_a_series_are_answered_in_the_order_in_which_they_are_given():
+    history = History("who", "day", "level", 2, 1, None)
+    columns = Columns([Number(name, 0.0, 1.0, False) for name in history.features], [])
+    rows = TableRows(Recipe(columns, history.target, history=history))
+    days = pd.DataFrame({"who": list("baab"), "day": [2, 10, 9, 1], "level": [0.1, 0.2, 0.3, 0.4]}, index=[7, 5, 5, 0])
+    for kind in (int, str):
+        torch.testing.assert_close(rows.inputs(days.astype({"day": kind})), torch.tensor([[0.1, 0.4], [0.2, 0.3]]))
+    with pytest.raises(metarun.UserError, match="Row 2 of the rows: column 'day', the time"):
+        rows.inputs(days.assign(day=[2, "soon", 9, 1]))
 
 
 def test_a_series_without_its_columns_is_refused():

@@ -12,7 +12,9 @@ from conftest import composed, experiment_of
 from scenarios import generator
 
 from metarun.checks.family import check_tasks
+from metarun.data import tables
 from metarun.data.columns import fitted
+from metarun.data.converters import table_of
 from metarun.data.portable import plain, rebuilt
 from metarun.data.recipe import History
 from metarun.data.tables import Source
@@ -395,6 +397,65 @@ def test_a_parquet_file_gives_the_same_tasks(path, tmp_path):
     assert a.recipe == b.recipe
     first, second = (one.sample("test", 2, generator()).query["x"] for one in (a, b))
     torch.testing.assert_close(first, second)
+
+
+def test_cells_have_one_meaning_in_every_type_of_column():
+    truths = [
+        pd.Series([True, False]),
+        pd.Series([True, False], dtype=object),
+        pd.Series([True, False], dtype="boolean"),
+    ]
+    for missing in (None, pd.NA):
+        truths += [pd.Series([True, False, missing], dtype=kind) for kind in (object, "boolean")]
+    assert all(tables.words(one)[:2].tolist() == ["1", "0"] for one in truths)
+    assert all(tables.words(one)[2:].isna().all() for one in truths)
+    ids = pd.Series([123456789012345678, 123456789012345679])
+    assert tables.words(ids).tolist() == [str(one) for one in ids]
+    for numbers in (pd.Series([1, 2]), pd.Series([1.0, 2.0]), pd.Series([1, 2], dtype="Int64"), pd.Series(["1", "2"])):
+        assert tables.words(numbers).tolist() == ["1", "2"]
+        assert tables.words(numbers.astype("category")).tolist() == ["1", "2"]
+    days = [0.5, 400.0]
+    moments = pd.Timestamp("1970-01-01") + pd.to_timedelta(pd.Series([*days, None]), unit="D")
+    for dates in (moments, moments.astype("datetime64[ms]"), moments.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")):
+        np.testing.assert_array_equal(tables.as_numbers(dates), [*days, np.nan])
+
+
+def test_rows_with_dates_and_truths_are_encoded_alike_whatever_is_missing():
+    dates, every = pd.to_datetime(pd.Series(["2020-01-01", None, "2020-01-05", "2020-01-03"])), np.ones(4, dtype=bool)
+    source = Source([Path("x.csv")], [4], True)
+    rows = pd.DataFrame({"when": dates, "smokes": pd.Series([True, False, None, True], dtype=object)})
+    columns, left = fitted(rows, every, ["when", "smokes"], (), source)
+    assert not left
+    assert columns.names == ["when", "when missing", "smokes=0", "smokes=1"]
+    found = columns.encode(rows)
+    np.testing.assert_allclose(found[:, 0], [-1.224745, 0, 1.224745, 0], atol=1e-5)
+    assert found[:, 1:].tolist() == [[0, 0, 1], [1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    whole = rows.iloc[[0, 3]].astype({"when": "datetime64[ms]", "smokes": bool})
+    torch.testing.assert_close(columns.encode(whole), found[[0, 3]])
+
+
+def test_decimal_commas_are_refused_and_not_taken_for_names(tmp_path):
+    rows = [f"p{i % 5};{i},5;{i % 7},25;{i % 3}" for i in range(30)]
+    (tmp_path / "rows.csv").write_text("\n".join(["who;dose;level;kind", *rows]))
+    given = {"path": str(tmp_path / "rows.csv"), "separator": ";", "by": "who", "shots": 2}
+    for key in ({"target": "level"}, {"target": "kind", "kind": "numbers"}):
+        with pytest.raises(
+            UserError, match=r"line 2: column '(dose|level)' holds '0,2?5', which looks like .* decimal comma"
+        ):
+            table(**given, **key)
+    assert table(**given, target="kind", kind="numbers", categorical=["dose", "level"]).spec.inputs.shape == (18 + 7,)
+
+
+def test_files_of_users_are_read_as_those_of_the_run(tmp_path):
+    """Also with a mark of byte order, other separators, spaces after them and a cell too many."""
+    expected = pd.DataFrame({"ward": ["north", "south"], "dose": [1.5, np.nan]})
+    for separator in (",", ";", "\t"):
+        lines = ["ward, dose", "north, 1.5", "south, ?"]
+        (tmp_path / "rows.csv").write_text("\n".join(lines).replace(",", separator), encoding="utf-8-sig")
+        pd.testing.assert_frame_equal(table_of(tmp_path / "rows.csv", ("?",)), expected)
+    (tmp_path / "rows.csv").write_text("ward,dose\nnorth,1.5,7\n")
+    with pytest.raises(ValueError, match="cannot be read as a table"):
+        table_of(tmp_path / "rows.csv")
 
 
 def fingerprints(folder: Path, **changed) -> str:
