@@ -206,6 +206,7 @@ class Questions:
                     "%s: %s tasks with fewer than %d questions are left out: %s.",
                     *(dataset, split, least, listed(pool.small)),
                 )
+        self.different_tests = len(self.pools["test"].groups)
         every = [item.question.answers for pool in self.pools.values() for item in pool.items]
         self.answers = max(map(len, every))
         self.tokens = max(len(self.lexicon.tokens(text)) for answers in every for _, text in answers)

@@ -75,6 +75,7 @@ class TableTasks:
         if recipe is not None:
             self.converter = TableRows(recipe)
         self.inputs, self.values, self.target, self.draws = inputs, values, target, draws
+        self.different_tests = len(draws["test"].tasks)
         evaluated = [draws["val"], draws["test"]]
         ways = target.outputs if isinstance(target, Labels) else None
         self.spec = Spec(

@@ -527,9 +527,11 @@ SHORT = (
         *((algo, "stage") for algo in ("maml", "protonet", "shared_params", "transfer", "adaptive")),
     ],
 )
-def test_algorithms_run_on_tables_of_numbers_and_of_classes(algo, target, path, tmp_path):
+def test_algorithms_run_on_tables_of_numbers_and_of_classes(algo, target, path, tmp_path, caplog):
+    caplog.set_level("INFO")
     keys = (f"algo={algo}", "task=table", f"task.path={path}", "task.by=patient", f"task.target={target}")
     run(*composed(*keys, "task.shots=2", "task.smallest=3", "task.queries=5", *SHORT), tmp_path)
+    assert "the episodes are of 2 different tasks, and the intervals are not about further ones" in caplog.text
     row = pd.read_csv(tmp_path / "result.csv").iloc[0]
     further = ["mae", "r2"] if target == "level" else ["macro-f1", "negative-log-likelihood", "calibration-error"]
     assert np.isfinite([row["score"], *(row[name] for name in further)]).all()
