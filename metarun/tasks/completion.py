@@ -126,7 +126,7 @@ class Completion:
         self.size, self.device = image_size, device
         self.places = places(image_size).to(device)
         self.dataset = ":".join(["completion", name, *self.shots.text("shots")])
-        self.ink = name.startswith(("omniglot", "procedural"))
+        self.ink = path is None and name.startswith(("omniglot", "procedural"))
         self.spec = Spec(
             Numbers((2,)),
             Real(self.channels),

@@ -216,7 +216,7 @@ class Generate:
             )
         self.device, self.ways, self.generated, self.steps = device, ways, generated, sampler_steps
         self.test_draws = test_draws
-        self.ink = name.startswith(("omniglot", "procedural"))
+        self.ink = path is None and name.startswith(("omniglot", "procedural"))
         self.dataset = ":".join(["generate", name, *self.sizes[False].text(), f"draws={draws}"])
         shape = (self.channels, image_size, image_size)
         self.target = Flow(shape, draws)
