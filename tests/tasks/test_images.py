@@ -505,7 +505,7 @@ def vectors(place: Path, **arrays) -> Path:
     return place
 
 
-def test_more_shots_leave_every_class_in_its_split_if_enough_are_left(tmp_path):
+def test_more_shots_leave_every_class_in_its_split_if_enough_are_left(tmp_path, caplog):
     sizes = np.random.default_rng(0).integers(3, 30, 40)
     label, path = np.repeat(np.arange(40), sizes), tmp_path / "vectors.npz"
     np.savez(path, x=np.random.default_rng(1).normal(size=(len(label), 2)), y=label)
@@ -516,6 +516,11 @@ def test_more_shots_leave_every_class_in_its_split_if_enough_are_left(tmp_path):
         assert all(set(own) <= set(kept[part]) for part, own in found.items())
     # Of three classes with a single example more, each split has one.
     assert all(Features(str(path), ways=2, queries=1, shots=int(np.sort(sizes)[-6]) - 1).classes.values())
+    assert "copies" not in caplog.text
+    with np.load(path) as held:
+        np.savez(path, x=held["x"][[0, *range(len(label) - 1)]], y=label)
+    Features(str(path), ways=2, queries=1)
+    assert "1 vectors are copies of others" in caplog.text
 
 
 def test_vectors_are_standardised_by_training_classes_and_drawn_by_class(tmp_path):
