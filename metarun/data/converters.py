@@ -44,8 +44,10 @@ def numbers_of(x: Any) -> Tensor:
     return torch.from_numpy(array).to(torch.get_default_dtype())
 
 
-def table_of(path: Path, missing: Sequence[str] = ()) -> Any:
-    """Return the table in a CSV, TSV or Parquet file; ``missing`` are texts that stand for a missing value.
+def table_of(path: Path, missing: Sequence[str] = (), na: bool = True) -> Any:
+    """Return the table in a CSV, TSV or Parquet file.
+
+    ``missing`` are texts that stand for a missing value, and ``na`` says whether NA, None and their like do.
 
     Raises:
         ValueError: the file is none of them, or cannot be read.
@@ -59,7 +61,7 @@ def table_of(path: Path, missing: Sequence[str] = ()) -> Any:
 
     require(path.suffix.lower() in (".csv", ".tsv", ".parquet"), f"{path} is no .csv, .tsv or .parquet file; name one")
     try:
-        table = read_further(path, missing)
+        table = read_further(path, missing, na)
     except (ValueError, ImportError, csv.Error, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
     require(len(table) > 0, f"{path} has no rows; give it at least one")
@@ -137,7 +139,7 @@ def read_sentences(path: Path) -> Examples:
     Raises:
         ValueError: the file cannot be read, or has no such column.
     """
-    table = table_of(path)
+    table = table_of(path, na=False)
     columns = {str(column).lower(): column for column in table}
     text = next((columns[name] for name in TEXT_NAMES if name in columns), None)
     require(text is not None, f"{path} has no column named text; name the column of the sentences so")

@@ -61,7 +61,12 @@ def _names(path: Path, separator: str, columns: Sequence[str] | None, several: b
 
 
 def _csv(
-    path: Path, separator: str, columns: Sequence[str] | None, missing: Sequence[str], several: bool = True
+    path: Path,
+    separator: str,
+    columns: Sequence[str] | None,
+    missing: Sequence[str],
+    several: bool = True,
+    na: bool = True,
 ) -> pd.DataFrame:
     names = _names(path, separator, columns, several)
     with warnings.catch_warnings():
@@ -73,15 +78,18 @@ def _csv(
             names=names,
             header=0 if columns is None else None,
             index_col=False,
-            na_values=list(missing),
+            na_values=["", *missing],
+            keep_default_na=na,
             skipinitialspace=True,
             low_memory=False,
             encoding="utf-8-sig",
         )
 
 
-def read_further(path: Path, missing: Sequence[str]) -> pd.DataFrame:
+def read_further(path: Path, missing: Sequence[str], na: bool = True) -> pd.DataFrame:
     """Return the table in a file of a learner's user, separated by commas, semicolons or tabs, as `read` would.
+
+    ``na`` says whether NA, None and their like stand for a missing value, or are texts.
 
     Raises:
         UserError: its header is broken.
@@ -91,7 +99,7 @@ def read_further(path: Path, missing: Sequence[str]) -> pd.DataFrame:
         return _parquet(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         head = file.readline()
-    return _csv(path, max(",;\t", key=head.count), None, missing, several=False)
+    return _csv(path, max(",;\t", key=head.count), None, missing, several=False, na=na)
 
 
 def _parquet(path: Path) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from scenarios import generator
 from metarun.checks.family import check_tasks
 from metarun.data import tables
 from metarun.data.columns import fitted
-from metarun.data.converters import table_of
+from metarun.data.converters import read_sentences, table_of
 from metarun.data.portable import plain, rebuilt
 from metarun.data.recipe import History
 from metarun.data.tables import Source
@@ -453,6 +453,12 @@ def test_files_of_users_are_read_as_those_of_the_run(tmp_path):
         lines = ["ward, dose", "north, 1.5", "south, ?"]
         (tmp_path / "rows.csv").write_text("\n".join(lines).replace(",", separator), encoding="utf-8-sig")
         pd.testing.assert_frame_equal(table_of(tmp_path / "rows.csv", ("?",)), expected)
+    (tmp_path / "texts.csv").write_text("Utterance;intent\nNone;NA\nsee you;null\n")
+    found = read_sentences(tmp_path / "texts.csv")
+    assert (found.x, found.y) == (["None", "see you"], ["NA", "null"])
+    (tmp_path / "texts.csv").write_text("text,label\n,greeting\n")
+    with pytest.raises(ValueError, match="a row without a text"):
+        read_sentences(tmp_path / "texts.csv")
     (tmp_path / "rows.csv").write_text("ward,dose\nnorth,1.5,7\n")
     with pytest.raises(ValueError, match="cannot be read as a table"):
         table_of(tmp_path / "rows.csv")
