@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+DECODER = 2
+"""Changes whenever the same file gives other pixels, so that none are read from the cache that were decoded before."""
 MOST_PIXELS = 2**26
 """Pixels of the largest picture that is decoded; its header is read first."""
 COLUMNS = {
@@ -101,8 +103,10 @@ class Pictures:
         image = opened(picture) if isinstance(picture, bytes) else picture
         left, top, right, bottom = self.crop
         try:
-            # A JPEG is decoded at a fraction of its size where that still leaves four times the pixels.
-            image.draft(None, (round(2 * self.size / (right - left)), round(2 * self.size / (bottom - top))))
+            if image is not picture:
+                # A JPEG is decoded at a fraction of its size where that still leaves four times the pixels; a user's
+                # own image would stay small.
+                image.draft(None, (round(2 * self.size / (right - left)), round(2 * self.size / (bottom - top))))
             image = upright(image, self.channels)
         except Exception as error:
             raise ValueError(f"it cannot be decoded ({error})") from error

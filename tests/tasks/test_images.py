@@ -244,6 +244,16 @@ def test_drawings_of_users_are_read_as_pictures_are(tmp_path):
         Drawings(16).inputs(np.full((2, 16, 16), 200, np.uint8))
 
 
+def test_an_image_of_the_user_stays_as_it_is():
+    image = Image.open(io.BytesIO(picture(0, size=(400, 320), kind="JPEG")))
+    found = Pictures(16, 3).inputs([image])
+    assert image.size == (400, 320)
+    expected = Image.open(io.BytesIO(picture(0, size=(400, 320), kind="JPEG"))).resize(
+        (16, 16), Image.Resampling.LANCZOS
+    )
+    torch.testing.assert_close(found[0] * 255, torch.from_numpy(np.array(expected)).movedim(2, 0).float())
+
+
 def test_an_array_of_one_picture_is_one_picture_and_not_its_rows():
     one = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
     assert torch.equal(Pictures(16, 3).inputs(one), Pictures(16, 3).inputs([one]))
