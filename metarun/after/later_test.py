@@ -93,7 +93,9 @@ def check_units(trained: Family | None, family: Family) -> None:
     """
     none: dict[str, frozenset[str]] = {}
     before, now = getattr(trained, "units", none), getattr(family, "units", none)
-    known = {part: before.get(part, frozenset()) & now.get("test", frozenset()) for part in ("train", "val")}
+    # What the run itself was tested on may have the name of something that it was trained on.
+    new = now.get("test", frozenset()) - before.get("test", frozenset())
+    known = {part: before.get(part, frozenset()) & new for part in ("train", "val")}
     again = sorted(known["train"] | known["val"])
     if again:
         raise UserError(
@@ -197,6 +199,7 @@ def later_test(
             with suppress(UserError):
                 trained = build_family(as_trained, device, of_run, found[0].converter)
             check_units(trained, family)
+            del trained
         check_steps(found[0], config.eval.adapt_steps)
         configs = replica_configs(config)
         replicas = [Replica(*configs[one.replica], one.model, one.algorithm) for one in found]

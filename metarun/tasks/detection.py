@@ -16,12 +16,13 @@ from metarun.contracts import Sizes, Split, Task
 from metarun.data.boxes import Annotated, annotated, within
 from metarun.data.files import Files, found
 from metarun.data.objects import Objects, shape_of
-from metarun.data.pictures import Pictures
+from metarun.data.pictures import DECODER, Pictures
 from metarun.data.splits import SHARES, dealt, listed
 from metarun.data.store import Bytes, stored
 from metarun.errors import UserError, require
 from metarun.targets.boxes import Boxes
 from metarun.tasks.box_family import BoxFamily, leaves
+from metarun.tasks.few_shot import units_of
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class Detection(BoxFamily):
         part, part_name = _split_of_pictures(pictures, split, split_seed, source)
         of_split, class_name = self._split_of_classes(test_classes, split_seed, source)
         self.pools = {name: self._pool(name, of_split[name], part == name, source) for name in SHARES}
+        self.units = {name: units_of(source.resolve(), own) for name, own in of_split.items()}
         self.dataset = ":".join([source.stem, part_name, class_name, f"{image_size}px", self._digest(part)])
         known = None if converter is None else converter.pictures
         mean, std = (known.mean, known.std) if known else _measured(self.pixels[part == "train"])
@@ -358,7 +360,7 @@ def _decoded(
     row = 3 * size * size
     store = stored(
         "boxes",
-        f"{files.stamp(names)} {form} upright",
+        f"{files.stamp(names)} {form} {DECODER}",
         *(len(pictures), (row + NUMBERS,)),
         made,
         f"Reading {len(pictures)} pictures of {source}, once.",

@@ -23,6 +23,7 @@ from torch.nn.functional import one_hot
 from metarun.contracts import Facts, Pooled, Predict, Samples, Sizes, Spec, Split, Task, Tree, Words
 from metarun.data import corpora, tokens
 from metarun.data.corpora import Corpus, Source
+from metarun.data.files import found
 from metarun.data.sources import check_source
 from metarun.data.splits import SHARES, dealt, listed
 from metarun.data.tagged import Scheme, Sentence, TaggedWords
@@ -31,7 +32,7 @@ from metarun.data.word_vectors import different, embedded, fit_vectors, places, 
 from metarun.errors import require
 from metarun.targets.metric import Metric
 from metarun.targets.tags import Decoder, Tags, begins_at, counted, f1, kind_of, spans
-from metarun.tasks.few_shot import Shots, TaskSizes, draw, sizes_without_classes
+from metarun.tasks.few_shot import Shots, TaskSizes, draw, sizes_without_classes, units_of
 from metarun.tasks.tag_references import Logistic, gazetteer
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ class Entities:
         how: what tasks are made of sentences.
         device: where the sentences live.
         converter: what a run has learned of words and types; None: it is fitted to the training sentences.
+        place: where the sources come from; None: from ``dataset``.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Entities:
         how: How,
         device: str = "cpu",
         converter: TaggedWords | None = None,
+        place: str | None = None,
     ) -> None:
         self.device, self.sizes, self.how, self.new = device, sizes, how, how.types == "new"
         others, each = sizes[False], how.ways if self.new else 1
@@ -201,6 +204,7 @@ class Entities:
                 if self.vectors is not None:
                     pool.place = places([s.words for s in pool.sentences], words, how.longest).to(device)
         self.names = tuple(dict.fromkeys(name for own in self.pools.values() for name in own))
+        self.units = {split: units_of(place or dataset, own) for split, own in self.pools.items()}
         target = self._target(how.decoder)
         self.converter = replace(self.converter, target=target)
         self.spec = Spec(
@@ -537,7 +541,8 @@ def entities(
     if path is not None:
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         corpus = corpora.of_path(path, data_dir, column, scheme, val, test)
-        return Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device, converter)
+        place = str(found(path, data_dir).resolve())
+        return Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device, converter, place)
     if dataset == "auto":
         dataset = "universal_ner" if corpora.is_there(data_dir, "universal_ner") else "toy"
         if dataset == "toy":
@@ -550,7 +555,7 @@ def entities(
     if dataset == "crossner":
         held_out = test or ("politics",)
         corpus = corpora.without_copies(corpora.crossner(data_dir, held_out))
-        return Entities(corpus, f"crossner:{','.join(held_out)}", sizes, how, device, converter)
+        return Entities(corpus, f"crossner:{','.join(held_out)}", sizes, how, device, converter, dataset)
     if dataset == "universal_ner":
         if types == "shared":
             how = replace(how, types=LANGUAGE_TYPES)

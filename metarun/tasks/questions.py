@@ -44,6 +44,7 @@ from metarun.errors import UserError, require
 from metarun.targets.metric import Metric
 from metarun.targets.span import Span, best_spans
 from metarun.targets.weights import weight_of
+from metarun.tasks.few_shot import units_of
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class Questions:
         longest: largest number of words of a predicted answer.
         buckets: length of the hashed vector of a word.
         device: where tasks are put.
+        place: where the articles come from; None: from ``dataset``.
     """
 
     def __init__(
@@ -187,6 +189,7 @@ class Questions:
         longest: int,
         buckets: int,
         device: str,
+        place: str | None = None,
     ) -> None:
         self.device, self.sizes, self.room = device, sizes, room
         self.lexicon = Lexicon(buckets)
@@ -211,6 +214,10 @@ class Questions:
         self.answers = max(map(len, every))
         self.tokens = max(len(self.lexicon.tokens(text)) for answers in every for _, text in answers)
         self.made: dict[tuple[Split, int, bool], Leaves] = {}
+        self.units = {
+            split: units_of(place or dataset, (article.title for articles in own.values() for article in articles))
+            for split, own in corpus.items()
+        }
         content = sha256(repr([(split, corpus[split]) for split in SPLITS]).encode()).hexdigest()[:6]
         self.dataset = f"{dataset}:{content}"
         shots, queries = sizes[False]
@@ -436,4 +443,5 @@ def questions(
                 raise UserError(f"{name}: {file} has no question for {split}; add articles, or choose {split}_files.")
     sizes = {False: (shots, queries), True: (train_shots or shots, train_queries or queries)}
     facts = [name, f"by {by}", *(f"{split}={'+'.join(files[split])}" for split in ("train", "test"))]
-    return Questions(corpus, ":".join(facts), by, sizes, (question, passage), longest, buckets, device)
+    read_from = name if path is None else str(place.resolve())
+    return Questions(corpus, ":".join(facts), by, sizes, (question, passage), longest, buckets, device, read_from)

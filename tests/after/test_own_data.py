@@ -14,7 +14,11 @@ from metarun.after.later_test import check_units
 from metarun.data.columns import Columns, Number
 from metarun.data.recipe import History, Recipe, TableRows
 from metarun.errors import UserError
+from metarun.tasks.completion import Completion
+from metarun.tasks.entities import entities
 from metarun.tasks.features import Features
+from metarun.tasks.omniglot import Omniglot
+from metarun.tasks.questions import questions
 from metarun.tasks.table import table
 from metarun.tasks.text import text
 
@@ -168,7 +172,10 @@ def test_a_later_test_does_not_take_what_the_run_has_seen(tmp_path):
     def of_rows(seed):
         return table(str(tmp_path / "rows.csv"), by="who", target="level", shots=2, split_seed=seed)
 
-    for of in (of_vectors, of_rows):
+    def of_articles(seed):
+        return questions(dataset="toy", shots=1, queries=1, split_seed=seed)
+
+    for of in (of_vectors, of_rows, of_articles):
         check_units(of(0), of(0))
         check_units(None, of(1))
         with pytest.raises(UserError, match="The run was trained on"):
@@ -176,8 +183,14 @@ def test_a_later_test_does_not_take_what_the_run_has_seen(tmp_path):
     # Other data may have classes of the same names.
     (tmp_path / "others.npz").write_bytes((tmp_path / "vectors.npz").read_bytes())
     check_units(of_vectors(0), of_vectors(1, "others.npz"))
-    units = text(path=str(tmp_path / "texts.csv"), ways=2, queries=1).units
-    assert not units["train"] & units["test"]
+    for family in (
+        text(path=str(tmp_path / "texts.csv"), ways=2, queries=1),
+        Omniglot(dataset="procedural"),
+        Completion("procedural", image_size=16),
+        entities(dataset="toy", shots=2, queries=2),
+    ):
+        assert not family.units["train"] & family.units["test"]
+        assert all(family.units.values())
 
 
 def test_a_learner_of_vectors_reads_arrays_and_tables(tmp_path):

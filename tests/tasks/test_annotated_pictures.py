@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from scenarios import generator
 
+from metarun.after.later_test import check_units
 from metarun.checks.family import check_tasks
 from metarun.data.boxes import annotated
 from metarun.errors import UserError
@@ -206,6 +207,14 @@ def test_nothing_of_a_test_task_is_in_another(tmp_path):
         shown = {row.numpy().tobytes() for row in tasks.support["x"][task]}
         assert not shown & {row.numpy().tobytes() for row in tasks.query["x"][task]}
     assert family(tmp_path / "voc", test_classes=["cat"]).dataset != own.dataset
+
+
+def test_a_later_test_on_other_classes_is_refused(tmp_path):
+    root = voc(tmp_path / "data")
+    trained = family(str(root))
+    check_units(trained, trained)
+    with pytest.raises(UserError, match=r"trained on 1 of the 1 classes or tasks of this test, such as cat of"):
+        check_units(trained, family(str(root), test_classes=["cat"]))
 
 
 def test_splits_of_the_data_are_kept(tmp_path):
