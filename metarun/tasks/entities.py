@@ -10,6 +10,7 @@ has not seen, by a rule that holds in the whole task, as if the language were ne
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -410,7 +411,7 @@ class Entities:
     def _pooled(self, counts: Tensor) -> dict[str, float]:
         """Return the metrics of all tasks together from counts ``[tasks, sources, 4]``.
 
-        A source without entities in these tasks, perhaps because none is of it, is not in the mean and has 0 itself.
+        A source without entities in these tasks, perhaps because none is of it, is not in the mean and has no F1.
         """
         by_source = counts.sum(0).double()
         right, found, true, spans_right = by_source.sum(0)
@@ -420,7 +421,7 @@ class Entities:
             MEAN_F1.name: float(every[there].mean()) if there.any() else 0.0,
             POOLED_F1.name: float(f1(right, found, true)),
             POOLED_SPAN_F1.name: float(f1(spans_right, found, true)),
-            **{f"entity-f1-{self.names[i]}": float(every[i]) if there[i] else 0.0 for i in self.tested},
+            **{f"entity-f1-{self.names[i]}": float(every[i]) if there[i] else math.nan for i in self.tested},
         }
 
     def _found(self, predict: Predict, task: Task) -> Tree:
