@@ -195,6 +195,11 @@ def by_class(
         split |= {part: drawn[part] for part in ("train", "val")}
     wanted = [part for part in SHARES if testing or part != "test"]
     for part in wanted:
+        if not split[part] and name.startswith("random"):
+            raise UserError(
+                f"{examples.name} has {len(rows)} classes with enough {examples.what}, and {', '.join(wanted)} each "
+                "need one at least; add some, or lower task.shots."
+            )
         if not split[part]:
             raise UserError(
                 f"{examples.name} has no {part} class with enough {examples.what} (of {len(rows)} such classes); add "

@@ -151,6 +151,17 @@ def test_rows_of_a_series_are_answered_in_the_order_in_which_they_are_given():
         rows.inputs(days.assign(day=[2, "soon", 9, 1]))
 
 
+def test_the_rows_of_a_series_that_are_learned_from_have_a_target(tmp_path):
+    history = History("who", "day", "level", 2, 1, None)
+    recipe = Recipe(Columns([Number("level", 0.0, 1.0, False)], []), history.target, history=history)
+    days = pd.DataFrame({"who": list("aaabbb"), "day": [1, 2, 3] * 2, "level": np.arange(6.0)})
+    days.to_csv(tmp_path / "days.csv", index=False)
+    read = TableRows(recipe).read(tmp_path / "days.csv")
+    assert list(read.names) == ["2", "3", "5", "6"]
+    shown = predict.with_targets(read)
+    assert (shown.y, shown.names, shown.x["level"].tolist()) == ([2.0, 5.0], ["2", "5"], [1.0, 4.0])
+
+
 def test_a_series_without_its_columns_is_refused():
     history = History("who", "day", "level", 2, 1, None)
     with pytest.raises(metarun.UserError, match="lack the column 'day'"):
