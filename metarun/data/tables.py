@@ -282,12 +282,13 @@ def word(value: Any) -> str:
 
 def words(values: pd.Series) -> pd.Series:
     """Return the cells of a column as text, None where a cell is empty; 1, 1.0, true and "1" are the same."""
-    if pd.api.types.is_numeric_dtype(values):
+    try:
         codes, unique = pd.factorize(values)
-        names = np.array([*map(word, unique), None], dtype=object)
-        return pd.Series(names[codes], index=values.index, name=values.name, dtype=object)
-    cells = [None if empty else word(cell) for cell, empty in zip(values, values.isna(), strict=True)]
-    return pd.Series(cells, index=values.index, name=values.name, dtype=object)
+    except TypeError:
+        # Lists, which cannot be compared with each other.
+        codes, unique = pd.factorize(values.map(str, na_action="ignore"))
+    names = np.array([*map(word, unique), None], dtype=object)
+    return pd.Series(names[codes], index=values.index, name=values.name, dtype=object)
 
 
 def places(values: pd.Series, known: Sequence[str]) -> Any:
