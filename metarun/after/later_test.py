@@ -100,7 +100,8 @@ def check_units(trained: Family | None, family: Family) -> None:
     if again:
         raise UserError(
             f"The run was {'trained' if known['train'] else 'validated'} on {len(again)} of the {len(now['test'])} "
-            f"classes or tasks of this test, such as {again[0]}; leave the split as it was in training, or train again."
+            f"classes or tasks of this test, such as {again[0]}; leave the split as it was in training (where classes "
+            "are few, task.ways and task.shots can change it, too), or train again."
         )
 
 

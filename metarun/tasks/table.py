@@ -263,7 +263,11 @@ def split_of(data: Loaded, task: Any, names: Sequence[str], tasks: Any, how: Spl
         else:
             parts = {**dealt(others, how.shares[:2], how.seed, source), "test": test}
     else:
-        return dealt_among(np.arange(len(names)), tasks, how.shares, how.seed, source)
+        every, member = np.unique(np.array(of_column(how.group), dtype=object), return_inverse=True)
+        if len(every) == len(names):
+            return dealt_among(np.arange(len(names)), tasks, how.shares, how.seed, source)
+        dealt_groups = dealt_among(np.arange(len(every)), np.unique(member[tasks]), how.shares, how.seed, source)
+        return {part: tasks[np.isin(member[tasks], own)] for part, own in dealt_groups.items()}
     return {part: tasks[index] for part, index in parts.items()}
 
 
@@ -344,7 +348,7 @@ def table(
         split: the column that says train, val or test, the same for all rows of a task.
         split_file: a CSV file with a line per task: its name and train, val or test.
         leave_out: tests on the tasks whose ``leave_out_column`` holds this, and trains on the others.
-        leave_out_column: null: ``by``.
+        leave_out_column: null: ``by``. Without ``leave_out``, a random split deals whole groups of this column.
         validate: with ``leave_out``, whether other tasks are validated on, or other rows of the training tasks.
         separator: what stands between the cells of a CSV file.
         columns: names of the columns of files without a header line.

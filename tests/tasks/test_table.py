@@ -226,6 +226,16 @@ def test_splits_by_column_by_file_and_by_group(path, tmp_path):
     assert sum(map(len, random)) == PATIENTS
 
 
+def test_random_splits_keep_groups_together(tmp_path):
+    rows = visits().assign(visit=lambda table: table.patient + "-" + (table.day // 6).astype(int).astype(str))
+    rows.to_csv(tmp_path / "visits.csv", index=False)
+    keys = {"by": "visit", "leave_out_column": "patient", "shots": 1, "queries": 1, "drop": [*NOT_FEATURES[:2], "day"]}
+    found = table(str(tmp_path / "visits.csv"), target="level", **keys)
+    patients = {part: {unit.partition("-")[0] for unit in own} for part, own in found.units.items()}
+    assert sum(map(len, patients.values())) == len(set.union(*patients.values())) == PATIENTS
+    assert len(patients["test"]) == 2
+
+
 def test_more_shots_leave_every_task_in_its_split(path):
     splits = {}
     for shots in (3, 8, 9, 10):
