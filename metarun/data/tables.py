@@ -233,6 +233,17 @@ def numbers(values: pd.Series, source: Source, remedy: str) -> Any:
     return found
 
 
+def copies_in(table: pd.DataFrame) -> int:
+    """Return how many rows are equal to an earlier one in every column."""
+    try:
+        # By their hashes, which takes a tenth of the time of comparing them.
+        hashes = pd.util.hash_pandas_object(table, index=False)
+    except TypeError:
+        # Lists, which have no hash.
+        hashes = pd.util.hash_pandas_object(table.astype(str), index=False)
+    return int(hashes.duplicated().sum())
+
+
 def as_numbers(values: pd.Series) -> Any:
     """Return a column as an array of float64, NaN where a cell is empty or is no number.
 

@@ -381,6 +381,12 @@ def table(
     placing = {"by": by, "order": order, "split": split, "leave_out_column": group}
     describing = {"features": features or (), "drop": drop, "categorical": categorical}
     check_columns(rows, source, target, placing, describing)
+    if copies := tables.copies_in(rows):
+        log.warning(
+            "%s: %d rows are copies of others in every column, and a task may both show and ask for them; if these are "
+            "the same observation, take them out.",
+            *(source, copies),
+        )
     series = None if history is None else (history, ahead, step)
     data = loaded(rows, source, by, target, order, unlabelled, series)
     del rows

@@ -226,6 +226,15 @@ def test_splits_by_column_by_file_and_by_group(path, tmp_path):
     assert sum(map(len, random)) == PATIENTS
 
 
+def test_copies_of_rows_are_said(path, tmp_path, caplog):
+    family(path)
+    assert "copies" not in caplog.text
+    pd.concat([visits(), visits()[:3]]).to_csv(tmp_path / "visits.csv", index=False)
+    family(str(tmp_path / "visits.csv"))
+    assert "visits.csv: 3 rows are copies of others in every column" in caplog.text
+    assert tables.copies_in(pd.DataFrame({"a": [[1], [1], [2]]})) == 1
+
+
 def test_random_splits_keep_groups_together(tmp_path):
     rows = visits().assign(visit=lambda table: table.patient + "-" + (table.day // 6).astype(int).astype(str))
     rows.to_csv(tmp_path / "visits.csv", index=False)
