@@ -168,7 +168,7 @@ class Features:
             raise UserError(f"{place}: row {int(empty.argmax())} (from 0) of y is not a number; label or remove it.")
         named = held.get("split", [None] * len(x))
         given = [None if value is None else _part(place, row, str(value)) for row, value in enumerate(named)]
-        if copies := len(x) - len({row.tobytes() for row in x.numpy()}):
+        if copies := len(x) - len({hash(row.tobytes()) for row in x.numpy()}):
             log.warning(
                 "%s: %d vectors are copies of others, which a task may both show and ask for; leave copies of the same "
                 "example out.",
