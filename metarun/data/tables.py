@@ -87,7 +87,7 @@ def _csv(
 
 
 def read_further(path: Path, missing: Sequence[str], na: bool = True) -> pd.DataFrame:
-    """Return the table in a file of a learner's user, separated by commas, semicolons or tabs, as `read` would.
+    """Return the table in a file of a learner's user, separated by commas, semicolons, tabs or bars, as `read` would.
 
     ``na`` says whether NA, None and their like stand for a missing value, or are texts.
 
@@ -99,7 +99,7 @@ def read_further(path: Path, missing: Sequence[str], na: bool = True) -> pd.Data
         return _parquet(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         head = file.readline()
-    return _csv(path, max(",;\t", key=head.count), None, missing, several=False, na=na)
+    return _csv(path, max(",;\t|", key=head.count), None, missing, several=False, na=na)
 
 
 def _parquet(path: Path) -> pd.DataFrame:
@@ -247,7 +247,7 @@ def copies_in(table: pd.DataFrame) -> int:
 def as_numbers(values: pd.Series) -> Any:
     """Return a column as an array of float64, NaN where a cell is empty or is no number.
 
-    Dates are days since 1970, and times of day and durations are days, whatever unit a file has them in.
+    Dates are days since 1970, and durations are days, whatever unit a file has them in.
     """
     if pd.api.types.is_datetime64_any_dtype(values):
         values = (values - pd.Timestamp(0, tz=values.dt.tz)) / pd.Timedelta(days=1)
