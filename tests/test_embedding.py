@@ -79,6 +79,17 @@ def test_features_are_computed_once_unless_the_model_changes(pictures, monkeypat
     assert Images(str(pictures), **SMALL).spec.inputs.shape == (3,)
 
 
+def test_a_model_in_a_folder_of_the_user_is_embedded_with_again_when_it_changes(tmp_path, monkeypatch):
+    sentences, scale = ["a", "b"], 1.0
+    monkeypatch.setattr(embedding, "features", lambda source, kind, x, device: scale * torch.ones(len(x), 3))
+    for source, changes in ((f"transformers:{tmp_path}", True), ("transformers:some/model", False)):
+        monkeypatch.setattr(embedding, "version", lambda package: "1.0")
+        scale = 1.0
+        before = embedding._version(source, "sentences", sentences, "cpu")
+        scale = 2.0
+        assert (embedding._version(source, "sentences", sentences, "cpu") != before) == changes
+
+
 def test_sentences_are_embedded_as_they_are():
     family = text(ways=3, shots=2, queries=4, dataset="toy", embed="embedders:lengths")
     pool = family.pools["test"]

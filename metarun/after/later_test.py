@@ -85,6 +85,26 @@ def check_spec(trained: Learned, family: Family) -> None:
         )
 
 
+def check_units(trained: Family | None, family: Family) -> None:
+    """Raise an error if a test has classes or tasks that the run was trained on, or validated with.
+
+    Raises:
+        UserError: the sentence names one of them.
+    """
+    none: dict[str, frozenset[str]] = {}
+    before, now = getattr(trained, "units", none), getattr(family, "units", none)
+    # What the run itself was tested on may have the name of something that it was trained on.
+    new = now.get("test", frozenset()) - before.get("test", frozenset())
+    known = {part: before.get(part, frozenset()) & new for part in ("train", "val")}
+    again = sorted(known["train"] | known["val"])
+    if again:
+        raise UserError(
+            f"The run was {'trained' if known['train'] else 'validated'} on {len(again)} of the {len(now['test'])} "
+            f"classes or tasks of this test, such as {again[0]}; leave the split as it was in training (where classes "
+            "are few, task.ways and task.shots can change it, too), or train again."
+        )
+
+
 def check_steps(trained: Learned, steps: int) -> None:
     """Raise an error if a method cannot take so many adaptation steps.
 
@@ -174,6 +194,13 @@ def later_test(
         typed = [key_of(one) for one in (*overrides_of_run(path), *overrides)]
         family = build_family(config, device, typed, found[0].converter)
         check_spec(found[0], family)
+        if hasattr(family, "units") and any(key_of(one).startswith("task.") for one in overrides):
+            trained, of_run = None, [key_of(one) for one in overrides_of_run(path)]
+            # If the data of the run are gone, those of the test are others.
+            with suppress(UserError):
+                trained = build_family(as_trained, device, of_run, found[0].converter)
+            check_units(trained, family)
+            del trained
         check_steps(found[0], config.eval.adapt_steps)
         configs = replica_configs(config)
         replicas = [Replica(*configs[one.replica], one.model, one.algorithm) for one in found]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +29,14 @@ if TYPE_CHECKING:
     from metarun.after.policy import AdaptedPolicy
 
 
+ONE_AT_A_TIME = RLock()
+"""Threads compute one after the other: while a model is called, it holds the weights of one task."""
+
+
 @contextmanager
 def as_in_test(seed: Tensor, data: Tree) -> Iterator[None]:
     """Inside, one task is computed as in a test: nothing is learned, and random numbers come from its seed."""
-    with torch.no_grad(), drawing(seed, training=False), weighing(data.get("weight")):
+    with ONE_AT_A_TIME, torch.no_grad(), drawing(seed, training=False), weighing(data.get("weight")):
         yield
 
 
@@ -211,7 +216,7 @@ class AdaptedTasks:
             assert task.seed is not None
             return torch.stack(support_curve(learned, task.support, task.seed, loss, self._steps)[1])
 
-        with torch.no_grad():
+        with ONE_AT_A_TIME, torch.no_grad():
             found: Tensor = over_tasks(of_task, Task(self._support, self._support, self._seeds), training=False)
         return np.asarray(found.cpu().numpy())
 
@@ -226,7 +231,7 @@ class AdaptedTasks:
                 return requests[0].make(partial(learned.algorithm.predict, learned.theta, state), task.query)
 
         queries = to_device(stacked([request.data for request in requests]), learned.device)
-        with torch.no_grad():
+        with ONE_AT_A_TIME, torch.no_grad():
             found = over_tasks(of_task, Task(self._support, queries, self._seeds), training=False).cpu()
         sizes = [len(request.data["x"]) for request in requests]
         return requests, [output[:size] for output, size in zip(found, sizes, strict=True)]

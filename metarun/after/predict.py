@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from metarun.after.learner import Adapted, load
+from metarun.after.rows import is_missing
 from metarun.contracts import Examples, Reader
 from metarun.errors import UserError
 from metarun.system.files import write_text
@@ -29,6 +30,14 @@ def examples_in(converter: Reader, path: Path) -> Examples:
         return converter.read(path)
     except ValueError as error:
         raise UserError(f"{str(error).rstrip('.')}.") from error
+
+
+def with_targets(shown: Examples) -> Examples:
+    """Return the rows of series whose target is known: the last rows of each have none yet."""
+    if shown.y is None:
+        return shown
+    known = [i for i, target in enumerate(shown.y) if not is_missing(target)]
+    return Examples(shown.x.iloc[known], [shown.y[i] for i in known], [shown.names[i] for i in known])
 
 
 def table_of(names: Sequence[str], found: Sequence[Sequence[Mapping[str, Any]]], folder: Path) -> str:
@@ -96,6 +105,8 @@ def predict(
     if (query is None) == (count is None):
         raise UserError("Give either --query, what is to be predicted, or --count, how many answers are to be drawn.")
     shown = examples_in(converter, support)
+    if getattr(getattr(converter, "recipe", None), "history", None) is not None:
+        shown = with_targets(shown)
     if shown.y is None and not hasattr(converter, "task"):
         raise UserError(f"{support} has no targets; give each example a label or a number to learn from.")
     truth, chances, numbers = None, None, [str(i + 1) for i in range(count or 0)]

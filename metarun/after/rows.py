@@ -1,6 +1,8 @@
 """Tasks of users whose examples are rows: an input each, and a label or numbers as the target."""
 
+import math
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +27,11 @@ def plain_list(y: Any) -> list[Any]:
     return list(y.tolist() if hasattr(y, "tolist") else y)
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value is one that numpy or pandas has where nothing is known."""
+    return type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and math.isnan(value))
+
+
 def labels_of(y: Any) -> list[Hashable]:
     """Return one label per example.
 
@@ -39,6 +46,10 @@ def labels_of(y: Any) -> list[Hashable]:
         all(isinstance(label, Hashable) for label in labels),
         "y must hold one label per example, of any hashable kind; name or number the classes instead of giving rows",
     )
+    empty = next((number for number, label in enumerate(labels, 1) if is_missing(label)), None)
+    require(
+        empty is None, f"y must hold a label for each example, and example {empty} has none; add it, or leave it out"
+    )
     return labels
 
 
@@ -49,6 +60,17 @@ def classes_of(labels: Sequence[Hashable]) -> list[Hashable]:
         return sorted(found)  # type: ignore[type-var]
     except TypeError:
         return found
+
+
+def as_given(name: str, labels: Sequence[Hashable]) -> Hashable:
+    """Return the name of a class as a value of the kind of ``labels``, if these are numbers or truths and it is one."""
+    kinds = {type(label) for label in labels}
+    for kind, values in ((bool, {"0": False, "1": True}), (int, None), (float, None)):
+        if kinds == {kind}:
+            with suppress(ValueError):
+                value = kind(name) if values is None else values.get(name, name)
+                return value if float(value) == float(name) else name
+    return name
 
 
 def array_of(labels: Sequence[Hashable]) -> Array:
@@ -118,7 +140,7 @@ class Rows:
             return found, [position[label] for label in labels]
         own = getattr(self.learned.converter, "class_of", None)
         if own is not None:
-            return list(names), own(labels)
+            return [as_given(name, labels) for name in names], own(labels)
         unknown = sorted({str(label) for label in labels} - set(names))
         require(not unknown, f"the classes are {', '.join(names)}, and y has {', '.join(unknown)}")
         given = {str(label): label for label in labels}
@@ -181,15 +203,24 @@ class Rows:
         return Request({"x": given, **self._own_columns(len(given))}, logits_of_own_classes, self.answers)
 
     def compared(self, answers: Array, y: Any) -> str:
-        """Return the accuracy or the mean squared error of answers."""
+        """Return the accuracy or the mean squared error of answers whose targets are known."""
         truth = plain_list(y)
+        known = [i for i, true in enumerate(truth) if not is_missing(true)]
+        some = (
+            "" if len(known) == len(truth) else f" (of {len(known)} of {len(truth)} examples, as the others have none)"
+        )
+        if not known:
+            return "no targets to compare with"
+        answers, truth = answers[known], [truth[i] for i in known]
         if self.classes is None:
-            return f"mean squared error on their own targets {np.square(answers - np.asarray(truth)).mean():.4g}"
+            return f"mean squared error on their own targets {np.square(answers - np.asarray(truth)).mean():.4g}{some}"
         if getattr(self.learned.spec.target, "names", ()):
             # A cell may hold a number where the class is called by its text, or by a range.
             truth = [self.classes[column] for column in self._classes(truth)[1]]
-        right = np.mean([found == true for found, true in zip(answers.tolist(), truth, strict=True)])
-        return f"accuracy on their own labels {100 * right:.2f} %"
+        # One file may hold numbers where another one holds the same as text.
+        pairs = zip(answers.tolist(), truth, strict=True)
+        right = np.mean([found == true or str(found) == str(true) for found, true in pairs])
+        return f"accuracy on their own labels {100 * right:.2f} %{some}"
 
     def rows(self, answer: Any, truth: Any) -> list[dict[str, Any]]:
         """Return a prediction as columns of a table, several if it is several numbers."""

@@ -257,13 +257,18 @@ class Passages:
             y = [question.answers for _, question in every]
             x = [(passage, question.text) for passage, question in every]
             return Examples(x, y if all(y) else None, [question.id for _, question in every])
-        table = table_of(path).rename(columns=str.lower).rename(columns={"context": "passage"})
+        table = table_of(path, na=False).rename(columns=str.lower).rename(columns={"context": "passage"})
         require(
             {"passage", "question"} <= set(table.columns),
             f"{path} lacks a column named passage (or context) or question; name them so",
         )
-        x = list(zip(table["passage"].astype(str), table["question"].astype(str), strict=True))
-        own = None
-        if "answer" in table:
-            own = [answers_of(a, passage) for a, (passage, _) in zip(table["answer"].astype(str), x, strict=True)]
+        wanted = [column for column in ("passage", "question", "answer") if column in table]
+        empty = table[wanted].isna().any(axis=1).to_numpy()
+        require(
+            not empty.any(), f"{path} has no {' or no '.join(wanted)} in row {empty.argmax() + 1}; fill or delete it"
+        )
+        texts = {column: [str(cell) for cell in table[column]] for column in wanted}
+        x, own = list(zip(texts["passage"], texts["question"], strict=True)), None
+        if "answer" in texts:
+            own = [answers_of(a, passage) for a, (passage, _) in zip(texts["answer"], x, strict=True)]
         return Examples(x, own, row_names(len(x)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metarun.data.portable import portable
-from metarun.data.tables import Source, first_where, places, words
+from metarun.data.tables import Source, are_truths, as_numbers, first_where, places, require_points, words
 from metarun.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Columns:
                     f"The rows lack the column {name!r}; give them all columns that the model was trained on."
                 )
         for number in self.numbers:
-            values = pd.to_numeric(table[number.name], errors="coerce").to_numpy(dtype=float)
+            values = as_numbers(table[number.name])
             wrong = ~np.isfinite(values) & table[number.name].notna().to_numpy()
             if (row := first_where(wrong)) is not None:
                 raise UserError(
@@ -102,13 +102,14 @@ def _is_number(values: pd.Series, source: Source) -> bool:
     Raises:
         UserError: it holds text among numbers.
     """
-    if pd.api.types.is_bool_dtype(values):
+    if are_truths(values):
         return False
     if pd.api.types.is_numeric_dtype(values):
         return True
     if values.isna().all():
         return False
-    text = pd.to_numeric(values, errors="coerce").isna() & values.notna()
+    require_points(values, source, "add the column to task.categorical or task.drop")
+    text = np.isnan(as_numbers(values)) & values.notna().to_numpy()
     if not text.any():
         return True
     if text.sum() > (1 - MOSTLY) * values.notna().sum():
@@ -139,7 +140,7 @@ def fitted(
     numbers, categories, dropped = list[Number](), list[Category](), dict[str, str]()
     for name in chosen:
         if name not in categorical and _is_number(table[name], source):
-            values = pd.to_numeric(table[name]).to_numpy(dtype=float)
+            values = as_numbers(table[name])
             if (row := first_where(np.isinf(values))) is not None:
                 raise UserError(f"{source.place(row)}: column {name!r} holds infinity; write a number, or nothing.")
             own = values[training]

@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from metarun.contracts import Examples
-from metarun.data.pictures import opened, read_pictures
+from metarun.data.pictures import opened, read_pictures, upright
 from metarun.data.portable import portable
 from metarun.data.tokens import Tokenizer
 from metarun.errors import require
 
+TEXT_NAMES = ("text", "sentence", "utterance")
+"""Names of the column that holds a sentence, in any case."""
+LABEL_NAMES = ("label", "class", "category", "intent")
+"""Names of the column that holds its label."""
 TARGET_NAMES = ("y", "target", "label", "class")
 """Names of the column that holds the target, in any case; y1, y2, … where there are several."""
 
@@ -40,19 +44,25 @@ def numbers_of(x: Any) -> Tensor:
     return torch.from_numpy(array).to(torch.get_default_dtype())
 
 
-def table_of(path: Path) -> Any:
+def table_of(path: Path, missing: Sequence[str] = (), na: bool = True) -> Any:
     """Return the table in a CSV, TSV or Parquet file.
+
+    ``missing`` are texts that stand for a missing value, and ``na`` says whether NA, None and their like do.
 
     Raises:
         ValueError: the file is none of them, or cannot be read.
+        UserError: its header is broken.
     """
+    import csv
+
     import pandas as pd
 
-    kinds = {".csv": pd.read_csv, ".tsv": lambda file: pd.read_csv(file, sep="\t"), ".parquet": pd.read_parquet}
-    require(path.suffix.lower() in kinds, f"{path} is no .csv, .tsv or .parquet file; name one")
+    from metarun.data.tables import read_further
+
+    require(path.suffix.lower() in (".csv", ".tsv", ".parquet"), f"{path} is no .csv, .tsv or .parquet file; name one")
     try:
-        table = kinds[path.suffix.lower()](path)
-    except (ValueError, ImportError, UnicodeDecodeError) as error:
+        table = read_further(path, missing, na)
+    except (ValueError, ImportError, csv.Error, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
     require(len(table) > 0, f"{path} has no rows; give it at least one")
     return table
@@ -129,13 +139,14 @@ def read_sentences(path: Path) -> Examples:
     Raises:
         ValueError: the file cannot be read, or has no such column.
     """
-    table = table_of(path)
+    table = table_of(path, na=False)
     columns = {str(column).lower(): column for column in table}
-    text = next((columns[name] for name in ("text", "sentence") if name in columns), None)
+    text = next((columns[name] for name in TEXT_NAMES if name in columns), None)
     require(text is not None, f"{path} has no column named text; name the column of the sentences so")
-    target = next((columns[name] for name in TARGET_NAMES if name in columns), None)
+    target = next((columns[name] for name in (*TARGET_NAMES, *LABEL_NAMES) if name in columns), None)
     y = None if target is None else table[target].tolist()
-    return Examples(table[text].astype(str).tolist(), y, row_names(len(table)))
+    require(not table[text].isna().any(), f"{path} has a row without a text; add it, or delete the row")
+    return Examples([str(one) for one in table[text]], y, row_names(len(table)))
 
 
 @portable
@@ -178,18 +189,23 @@ class Drawings:
         """Return paths of pictures, or arrays ``[n, size, size]`` or ``[n, 1, size, size]`` with ink 1 on 0.
 
         Raises:
-            ValueError: a picture cannot be read, or the arrays have another shape.
+            ValueError: a picture cannot be read, or the arrays have another shape or other values.
         """
         if isinstance(x, str | Path):
             x = [x]
         if isinstance(x, Sequence) and len(x) > 0 and all(isinstance(one, str | Path) for one in x):
             return torch.stack([self._drawing(Path(one)) for one in x])
         found = numbers_of(x)
-        return Arrays((1, self.size, self.size)).inputs(found[:, None] if found.ndim == 3 else found)
+        found = Arrays((1, self.size, self.size)).inputs(found[:, None] if found.ndim == 3 else found)
+        require(
+            bool(((found >= 0) & (found <= 1)).all()),
+            "drawings are arrays from 0 (paper) to 1 (ink); divide bytes by 255, and subtract from 1 if paper is white",
+        )
+        return found
 
     def _drawing(self, path: Path) -> Tensor:
         try:
-            small = opened(path.read_bytes()).convert("L").resize((self.size, self.size), Image.Resampling.LANCZOS)
+            small = upright(opened(path.read_bytes()), 1).resize((self.size, self.size), Image.Resampling.LANCZOS)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a picture ({error})") from error
         return torch.from_numpy(255 - np.asarray(small)).to(torch.get_default_dtype())[None] / 255

@@ -203,10 +203,11 @@ def features(source: str, kind: Kind, examples: Any, device: str = "cpu") -> Ten
 
 def _version(source: str, kind: Kind, examples: Any, device: str) -> str:
     """Return what changes with the model of a source: the versions of its packages, or a few of its features."""
-    library = source.partition(":")[0]
+    library, _, name = source.partition(":")
     packages = PACKAGES[source][1] if source in PACKAGES else (library,) if library in LIBRARIES else ()
     try:
-        if packages:
+        # What lies in a folder of the user's may be trained further.
+        if packages and not Path(name or source).exists():
             return " ".join(version(package) for package in packages)
     except PackageNotFoundError:
         pass

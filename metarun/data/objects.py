@@ -7,15 +7,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from metarun.contracts import Examples, Predict, Request, Tree
 from metarun.data.boxes import SLACK, annotated
 from metarun.data.files import Files
-from metarun.data.pictures import Pictures, image_of, opened, read_pictures
+from metarun.data.pictures import Pictures, listed, opened, read_pictures
 from metarun.data.portable import portable
 from metarun.errors import require
 from metarun.targets.boxes import GEOMETRY, NEVER, Boxes
@@ -179,9 +177,9 @@ def listed_pictures(x: Any) -> list[Any]:
     Raises:
         ValueError: there is none.
     """
-    found = [x] if isinstance(x, str | Path | bytes | Image.Image) else list(x)
+    found = listed(x)
     require(len(found) > 0, "x must hold at least one picture")
-    return [image_of(np.asarray(one), i) if hasattr(one, "dtype") else one for i, one in enumerate(found, 1)]
+    return found
 
 
 @portable

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+DECODER = 2
+"""Changes whenever the same file gives other pixels, so that none are read from the cache that were decoded before."""
 MOST_PIXELS = 2**26
 """Pixels of the largest picture that is decoded; its header is read first."""
 COLUMNS = {
@@ -52,10 +54,23 @@ def opened(content: bytes) -> Image.Image:
     return image
 
 
-def eight_bits(image: Image.Image, channels: int) -> Image.Image:
-    """Return a picture in grey (1 channel) or in RGB (3 channels) of 8 bits; what is transparent becomes white."""
+def upright(image: Image.Image, channels: int) -> Image.Image:
+    """Return a picture in grey (1 channel) or in RGB (3 channels) of 8 bits, turned as its camera noted.
+
+    What is transparent becomes white.
+
+    Raises:
+        ValueError: its pixels are numbers of which nothing says which one is white.
+    """
     mode = "L" if channels == 1 else "RGB"
-    if image.mode.startswith("I;16"):
+    # Pillow would cut these off at 255. It scales PGM (and, in older versions, reads PNG) of 16 bits to numbers of 32.
+    of_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
+    require(
+        of_16_bits or image.mode not in ("I", "F"),
+        f"its pixels are numbers of 32 bits (mode {image.mode}); scale them to 8 or 16 bits",
+    )
+    image = ImageOps.exif_transpose(image)
+    if of_16_bits:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -88,9 +103,11 @@ class Pictures:
         image = opened(picture) if isinstance(picture, bytes) else picture
         left, top, right, bottom = self.crop
         try:
-            # A JPEG is decoded at a fraction of its size where that still leaves four times the pixels.
-            image.draft(None, (round(2 * self.size / (right - left)), round(2 * self.size / (bottom - top))))
-            image = eight_bits(ImageOps.exif_transpose(image), self.channels)
+            if image is not picture:
+                # A JPEG is decoded at a fraction of its size where that still leaves four times the pixels; a user's
+                # own image would stay small.
+                image.draft(None, (round(2 * self.size / (right - left)), round(2 * self.size / (bottom - top))))
+            image = upright(image, self.channels)
         except Exception as error:
             raise ValueError(f"it cannot be decoded ({error})") from error
         box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
@@ -128,16 +145,13 @@ class Pictures:
 
         Args:
             x: paths, the contents of files, images of Pillow, or arrays of bytes, ``[height, width]`` or
-                ``[height, width, 3]``.
+                ``[height, width, 3]``; or a single one of these.
 
         Raises:
             UserError: a picture cannot be read; the message says which and why.
         """
         rows = []
-        pictures = [x] if isinstance(x, str | Path | bytes | Image.Image) else x
-        for number, picture in enumerate(pictures, 1):
-            if isinstance(picture, np.ndarray | Tensor):
-                picture = image_of(np.asarray(picture), number)
+        for number, picture in enumerate(listed(x), 1):
             name = str(picture) if isinstance(picture, str | Path) else f"Picture {number}"
             try:
                 content = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
@@ -173,6 +187,18 @@ def image_of(array: np.ndarray[Any, Any], number: int) -> Image.Image:
             f"{list(array.shape)} of {array.dtype}."
         )
     return Image.fromarray(array)
+
+
+def listed(x: Any) -> list[Any]:
+    """Return a user's pictures as a list, arrays among them as pictures; ``x`` may be a single one."""
+    single = isinstance(x, str | Path | bytes | Image.Image)
+    if isinstance(x, np.ndarray | Tensor):
+        # Its rows must not pass for pictures.
+        single = x.ndim == 2 or (x.ndim == 3 and x.shape[2] == 3)
+    return [
+        image_of(np.asarray(one), number) if isinstance(one, np.ndarray | Tensor) else one
+        for number, one in enumerate([x] if single else x, 1)
+    ]
 
 
 def is_picture(name: str) -> bool:

@@ -4,7 +4,7 @@ A run's ``Recipe`` is all that is needed to read further rows of the same column
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from metarun.contracts import Examples
 from metarun.data.columns import Columns
 from metarun.data.converters import numbers_of, row_names, table_of
 from metarun.data.portable import portable
-from metarun.data.tables import places, words
+from metarun.data.tables import as_numbers, places, words
 from metarun.errors import UserError, require
 
 
@@ -61,9 +61,16 @@ class History:
         for column in (self.by, self.order, self.value):
             if column not in table:
                 raise UserError(f"The rows lack the column {column!r}, which a series needs; add it.")
+        # Text would be sorted letter by letter.
+        table = table.assign(**{column: as_numbers(table[column]) for column in (self.order, self.value)})
+        if table[self.order].isna().any():
+            row = int(table[self.order].isna().to_numpy().argmax())
+            raise UserError(
+                f"Row {row + 1} of the rows: column {self.order!r}, the time, must hold a number or a date."
+            )
         table = table.sort_values([self.by, self.order], kind="stable")
-        series, time = pd.factorize(table[self.by])[0], table[self.order].to_numpy(dtype=float)
-        value = table[self.value].to_numpy(dtype=float)
+        series, time = pd.factorize(table[self.by])[0], table[self.order].to_numpy()
+        value = table[self.value].to_numpy()
 
         def moved(rows: int) -> Any:
             """Values so many rows later; NaN in another series or across a gap."""
@@ -96,6 +103,8 @@ class Recipe:
     """Targets that are numbers are seen as (number − shift) / scale."""
     scale: float = 1.0
     history: History | None = None
+    missing: list[str] = field(default_factory=list)
+    """Texts that stand for a missing value in files, besides nothing and NA."""
 
     def prepared(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return the rows that inputs and targets are read from: ``table`` itself, or its rows with a history."""
@@ -119,7 +128,7 @@ class Recipe:
             raise UserError(f"The rows lack the column {self.target!r}, the target.")
         values = table[self.target]
         if self.classes is None:
-            numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=float)
+            numbers = as_numbers(values)
             self._require(np.isfinite(numbers), values, "must be a number")
             y = torch.from_numpy((numbers - self.shift) / self.scale)
             return y.to(torch.get_default_dtype())[:, None]
@@ -134,7 +143,7 @@ class Recipe:
     def class_of(self, values: pd.Series) -> Any:
         """Return the class of each target as an array of integers; −1 where it is none."""
         if self.threshold is not None:
-            numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=float)
+            numbers = as_numbers(values)
             return np.where(np.isnan(numbers), -1, numbers > self.threshold).astype(np.int64)
         return places(words(values), self.classes or [])
 
@@ -155,7 +164,7 @@ class TableRows:
         """Return the rows of a table, or of a list of dictionaries, as inputs ``[rows, features]``.
 
         Where the run's features are a history, rows that lack these columns are a series, and only those with a whole
-        history count.
+        history count, in the order in which they are given.
 
         Raises:
             ValueError: ``x`` is no table.
@@ -168,7 +177,7 @@ class TableRows:
         require(len(table) > 0, "x must hold at least one row")
         history = self.recipe.history
         if history is not None and not set(history.features) <= set(table):
-            table = self.recipe.prepared(table)
+            table = self.recipe.prepared(table.reset_index(drop=True)).sort_index()
         return self.recipe.inputs(table)
 
     def read(self, path: Path) -> Examples:
@@ -177,7 +186,7 @@ class TableRows:
         Raises:
             ValueError: the file cannot be read.
         """
-        table = table_of(path)
+        table = table_of(path, self.recipe.missing)
         table = self.recipe.prepared(table.rename(index=dict(zip(table.index, row_names(len(table)), strict=True))))
         goal = self.recipe.target
         return Examples(table, table[goal].tolist() if goal in table else None, [str(name) for name in table.index])

@@ -2,7 +2,8 @@
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ NAMED = 5
 
 
 def dealt(names: Iterable[str], seed: int, shares: Mapping[str, float], fewest: int = 0) -> dict[str, set[str]]:
-    """Assign ``names`` to ``train``, ``val`` and perhaps ``test`` by ``shares``, at random by ``seed``.
+    """Assign ``names`` to ``train`` and ``val``, ``test`` or both by ``shares``, at random by ``seed``.
 
     Each split of ``shares`` has at least ``fewest`` names, or an equal share where there are too few for that.
     """
@@ -27,9 +28,25 @@ def dealt(names: Iterable[str], seed: int, shares: Mapping[str, float], fewest: 
     random.Random(seed).shuffle(shuffled)
     fewest = min(fewest, len(shuffled) // len(shares))
     size = {split: max(round(share * len(shuffled)), fewest) for split, share in shares.items()}
-    test = len(shuffled) - size.get("test", 0)
-    train = min(size["train"], test - fewest)
+    of_val = fewest if "val" in shares else 0
+    test = max(len(shuffled) - size.get("test", 0), fewest + of_val)
+    train = min(size["train"], test - of_val) if "val" in shares else test
     return {"train": set(shuffled[:train]), "val": set(shuffled[train:test]), "test": set(shuffled[test:])}
+
+
+def dealt_among(
+    every: Iterable[str], usable: Iterable[str], seed: int, shares: Mapping[str, float], fewest: int = 0
+) -> dict[str, set[str]]:
+    """Assign ``usable`` names as `dealt` does, and if possible so that a name's split does not depend on the others.
+
+    All names are dealt, and then those that are of no use are left out. What is of use depends on the size of tasks: a
+    learner that was trained for one shot must not find its training classes among the test classes for five. Where this
+    leaves a split too few names, those of use alone are dealt.
+    """
+    usable = set(usable)
+    kept = {split: names & usable for split, names in dealt(every, seed, shares).items()}
+    enough = max(min(fewest, len(usable) // len(shares)), 1)
+    return kept if all(len(kept[split]) >= enough for split in shares) else dealt(usable, seed, shares, fewest)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -81,15 +98,16 @@ class Examples:
         return {label: rows for label, rows in sorted(found.items()) if label not in small}
 
 
-def lists_in(folder: Path, labels: Iterable[str]) -> dict[str, set[str]]:
+def lists_in(folder: Path, labels: Iterable[str], usable: Collection[str]) -> dict[str, set[str]]:
     """Return the classes of each split by the files ``train.txt``, ``val.txt`` and ``test.txt`` of a folder.
 
-    A line holds the name of a class, or the last part of its name.
+    A line holds the name of a class, or the last part of its name. Classes that are not ``usable`` are left out.
 
     Raises:
-        UserError: a file cannot be read, or a line names no class, or one that another line names too.
+        UserError: a file cannot be read, or a line names no class, several, or one that another line names too.
     """
-    labels = list(labels)
+    labels = sorted(set(labels))
+    last = Counter(label.rpartition("/")[2] for label in labels)
     by_name = {label.rpartition("/")[2]: label for label in labels} | {label: label for label in labels}
     split: dict[str, set[str]] = {}
     place: dict[str, str] = {}
@@ -106,6 +124,8 @@ def lists_in(folder: Path, labels: Iterable[str]) -> dict[str, set[str]]:
             here = f"{path}, line {number}"
             if line and line not in by_name:
                 raise UserError(f"{here}, names {line!r}, which is not a class of the data; mend or delete the line.")
+            if line and line not in labels and last[line] > 1:
+                raise UserError(f"{here}, names {line!r}, which {last[line]} classes end with; write the whole name.")
             if line and by_name[line] in place:
                 raise UserError(
                     f"{here}, names {line!r}, as {place[by_name[line]]} does; let each class have one split."
@@ -113,7 +133,7 @@ def lists_in(folder: Path, labels: Iterable[str]) -> dict[str, set[str]]:
             if line:
                 place[by_name[line]] = here
                 split[part].add(by_name[line])
-    return split
+    return {part: names & set(usable) for part, names in split.items()}
 
 
 def given(examples: Examples, rows: Mapping[str, Sequence[int]]) -> dict[str, set[str]]:
@@ -163,18 +183,23 @@ def by_class(
     if option == "given" and not has_splits:
         raise UserError(f"{examples.name} names no splits; choose task.split=random.")
     if lists is not None:
-        split, name = lists_in(lists, rows), lists.name
+        split, name = lists_in(lists, examples.labels, rows), lists.name
     elif option == "given" or (option == "auto" and has_splits):
         split, name = given(examples, rows), "given"
     else:
         shares = SHARES if testing else {"train": 1 - VALIDATION, "val": VALIDATION}
-        split, name = dealt(rows, seed, shares, ways), f"random{seed}"
+        split, name = dealt_among(set(examples.labels), rows, seed, shares, ways), f"random{seed}"
     if split["train"] and not split["val"]:
         log.info("%s names no validation classes, so a fifth of its training classes become these.", examples.name)
         drawn = dealt(split["train"], seed, {"train": 1 - VALIDATION, "val": VALIDATION}, ways)
         split |= {part: drawn[part] for part in ("train", "val")}
     wanted = [part for part in SHARES if testing or part != "test"]
     for part in wanted:
+        if not split[part] and name.startswith("random"):
+            raise UserError(
+                f"{examples.name} has {len(rows)} classes with enough {examples.what}, and {', '.join(wanted)} each "
+                "need one at least; add some, or lower task.shots."
+            )
         if not split[part]:
             raise UserError(
                 f"{examples.name} has no {part} class with enough {examples.what} (of {len(rows)} such classes); add "

@@ -3,6 +3,7 @@
 import csv
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def files_of(path: str | Mapping[str, str], data_dir: str) -> dict[str, Path]:
     return {p.stem: p for p in inside}
 
 
-def _names(path: Path, separator: str, columns: Sequence[str] | None) -> list[str]:
-    """Return the names of a CSV file's columns, checked against the first line."""
+def _names(path: Path, separator: str, columns: Sequence[str] | None, several: bool = True) -> list[str]:
+    """Return the names of a CSV file's columns, checked against the first line; ``several``: it must have two."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         first = next((row for row in csv.reader(file, delimiter=separator) if row), None)
     if first is None:
@@ -52,15 +53,22 @@ def _names(path: Path, separator: str, columns: Sequence[str] | None) -> list[st
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"{path} has two columns {twice[0]!r} in its header; rename one of them.")
-    if len(names) == 1:
+    if len(names) == 1 and several:
         other = next((s for s in (",", ";", "\t", "|") if s != separator and s in names[0]), None)
         remedy = f"set task.separator={other!r}" if other else "set task.separator to what stands between its cells"
         raise UserError(f"{path} has a single column, {names[0]!r}; {remedy}.")
     return names
 
 
-def _csv(path: Path, separator: str, columns: Sequence[str] | None, missing: Sequence[str]) -> pd.DataFrame:
-    names = _names(path, separator, columns)
+def _csv(
+    path: Path,
+    separator: str,
+    columns: Sequence[str] | None,
+    missing: Sequence[str],
+    several: bool = True,
+    na: bool = True,
+) -> pd.DataFrame:
+    names = _names(path, separator, columns, several)
     with warnings.catch_warnings():
         # Cells beyond the last column would be dropped with a warning, or become an index.
         warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -70,11 +78,28 @@ def _csv(path: Path, separator: str, columns: Sequence[str] | None, missing: Seq
             names=names,
             header=0 if columns is None else None,
             index_col=False,
-            na_values=list(missing),
+            na_values=["", *missing],
+            keep_default_na=na,
             skipinitialspace=True,
             low_memory=False,
             encoding="utf-8-sig",
         )
+
+
+def read_further(path: Path, missing: Sequence[str], na: bool = True) -> pd.DataFrame:
+    """Return the table in a file of a learner's user, separated by commas, semicolons, tabs or bars, as `read` would.
+
+    ``na`` says whether NA, None and their like stand for a missing value, or are texts.
+
+    Raises:
+        UserError: its header is broken.
+        ValueError: it cannot be read.
+    """
+    if path.suffix.lower() in BINARY:
+        return _parquet(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        head = file.readline()
+    return _csv(path, max(",;\t|", key=head.count), None, missing, several=False, na=na)
 
 
 def _parquet(path: Path) -> pd.DataFrame:
@@ -197,7 +222,7 @@ def numbers(values: pd.Series, source: Source, remedy: str) -> Any:
     Raises:
         UserError: a cell holds text, or infinity.
     """
-    found = pd.to_numeric(values, errors="coerce").astype(float).to_numpy()
+    found = as_numbers(values)
     if (row := first_where(np.isnan(found) & values.notna().to_numpy())) is not None:
         raise UserError(
             f"{source.place(row)}: column {values.name!r} must hold numbers, and this cell holds {values.iloc[row]!r}; "
@@ -208,15 +233,73 @@ def numbers(values: pd.Series, source: Source, remedy: str) -> Any:
     return found
 
 
+def copies_in(table: pd.DataFrame) -> int:
+    """Return how many rows are equal to an earlier one in every column."""
+    try:
+        # By their hashes, which takes a tenth of the time of comparing them.
+        hashes = pd.util.hash_pandas_object(table, index=False)
+    except TypeError:
+        # Lists, which have no hash.
+        hashes = pd.util.hash_pandas_object(table.astype(str), index=False)
+    return int(hashes.duplicated().sum())
+
+
+def as_numbers(values: pd.Series) -> Any:
+    """Return a column as an array of float64, NaN where a cell is empty or is no number.
+
+    Dates are days since 1970, and durations are days, whatever unit a file has them in.
+    """
+    if pd.api.types.is_datetime64_any_dtype(values):
+        values = (values - pd.Timestamp(0, tz=values.dt.tz)) / pd.Timedelta(days=1)
+    elif pd.api.types.is_timedelta64_dtype(values):
+        values = values / pd.Timedelta(days=1)
+    elif isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(object)
+    return pd.to_numeric(values, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+
+
+def are_truths(values: pd.Series) -> bool:
+    """Whether all cells of a column that are not empty are true or false."""
+    return bool(pd.api.types.infer_dtype(values, skipna=True) == "boolean")
+
+
+def require_points(values: pd.Series, source: Source, remedy: str) -> None:
+    """Raise an error if a column of text holds nothing but numbers, and some of them have a decimal comma.
+
+    Raises:
+        UserError: the first such cell.
+    """
+    if pd.api.types.is_numeric_dtype(values) or not len(text := values.dropna().astype(str)):
+        return
+    commas = text.str.fullmatch(r"\s*[+-]?\d+,\d+\s*")
+    if commas.any() and not np.isnan(as_numbers(text[~commas])).any():
+        row = first_where(values.index.isin(text.index[commas]))
+        assert row is not None
+        raise UserError(
+            f"{source.place(row)}: column {values.name!r} holds {values.iloc[row]!r}, which looks like a number with a "
+            f"decimal comma; save the file with decimal points, or {remedy}."
+        )
+
+
+def word(value: Any) -> str:
+    """Return a cell as text; 1, 1.0, true and "1" are the same."""
+    if isinstance(value, Integral | np.bool_):
+        return str(int(value))
+    if isinstance(value, Real):
+        number = float(value)
+        return str(int(number)) if number.is_integer() else f"{number:.15g}"
+    return str(value)
+
+
 def words(values: pd.Series) -> pd.Series:
-    """Return the cells of a column as text, None where a cell is empty; 1, 1.0 and "1" are the same."""
-    if pd.api.types.is_bool_dtype(values):
-        values = values.astype(int)
-    if pd.api.types.is_numeric_dtype(values):
-        unique, codes = np.unique(values.to_numpy(dtype=float), return_inverse=True)
-        names = np.array([None if np.isnan(u) else f"{u:.15g}" for u in unique], dtype=object)
-        return pd.Series(names[codes], index=values.index, name=values.name, dtype=object)
-    return values.astype(object).where(values.notna(), None).map(lambda v: None if v is None else str(v))
+    """Return the cells of a column as text, None where a cell is empty; 1, 1.0, true and "1" are the same."""
+    try:
+        codes, unique = pd.factorize(values)
+    except TypeError:
+        # Lists, which cannot be compared with each other.
+        codes, unique = pd.factorize(values.map(str, na_action="ignore"))
+    names = np.array([*map(word, unique), None], dtype=object)
+    return pd.Series(names[codes], index=values.index, name=values.name, dtype=object)
 
 
 def places(values: pd.Series, known: Sequence[str]) -> Any:

@@ -43,6 +43,16 @@ def grams_of(part: str, lengths: tuple[int, int]) -> list[str]:
     return grams
 
 
+def is_cut(sentence: str, lengths: tuple[int, int]) -> bool:
+    """Whether a sentence has more words or n-grams than a row holds."""
+    shortest, longest = lengths
+    grams = 0
+    for size in (len(part) + 2 for part in sentence.lower().split()):
+        # As many as `grams_of` the word.
+        grams += sum(max(size - n, 0) + 1 for n in range(shortest, min(longest, max(size, shortest)) + 1))
+    return grams > MAX_GRAMS or len(words(sentence)) > MAX_WORDS
+
+
 def spread(text: str, buckets: int) -> int:
     """A bucket for ``text``, the same on every machine."""
     return zlib.crc32(text.encode()) % buckets

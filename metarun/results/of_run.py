@@ -150,6 +150,9 @@ def say(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
     for other in pooled_metrics(experiment):
         shown = other.interval(row[other.name], row[f"{other.name}_ci95"])
         log.info("  %s of all test episodes together, %s   %s", other.name, after, shown)
+    few = getattr(experiment.family, "different_tests", None)
+    if few is not None and few < row["n_episodes"]:
+        log.info("  the episodes are of %d different tasks, and the intervals are not about further ones", few)
     diverged = int((~scores[:, -1].isfinite()).sum())
     if diverged:
         log.warning("  %d of %d episodes diverged: their score is not a number", diverged, row["n_episodes"])

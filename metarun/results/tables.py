@@ -1,5 +1,6 @@
 """The tables that a run writes: ``metrics.csv``, ``episodes.csv``, ``pooled.csv``, ``result.csv``."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,9 +106,11 @@ class PooledScore(NamedTuple):
     def half_width(self) -> float:
         """The half-width of the 95 % interval: 1.96 times the standard deviation over the resamplings.
 
-        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.2.
+        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.2. Resamplings that hold nothing to
+        measure, which are NaN, do not count.
         """
-        return 1.96 * statistics.stdev(self.resampled)
+        there = [score for score in self.resampled if not math.isnan(score)]
+        return 1.96 * statistics.stdev(there) if len(there) > 1 else math.nan
 
 
 def write_pooled(directory: Path, replicas: Sequence[tuple[int, Mapping[str, PooledScore]]]) -> None:

@@ -30,6 +30,8 @@ class Metric(NamedTuple):
 
     def interval(self, value: float, half_width: float) -> str:
         """Return a score and the half-width of its confidence interval in human-readable form."""
+        if math.isnan(value):
+            return "–"
         if self.percent:
             return f"{100 * value:.2f} ± {100 * half_width:.2f} %"
         return f"{value:.3f} ± {half_width:.3f}"

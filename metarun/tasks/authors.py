@@ -134,6 +134,7 @@ class Authors:
             len(self.shelves["test"].names) >= 2,
             f"{name} has a single author to test, and the control needs another; add some, or lower shots and queries",
         )
+        self.different_tests = len(self.shelves["test"].names)
         self.ngrams = Ngrams(self.shelves["train"].ids.numpy(), ORDER, tokenizer.ids) if not merges else None
         self.prior: Prior | None = None
         if prior == "ngram":

@@ -122,11 +122,11 @@ class Completion:
                 1 <= count <= pixels - known.most,
                 f"{name} must be 1 to {pixels - known.most}, the pixels that are not in the support set, not {count}",
             )
-        name, self.pools, self.channels = picture_pools(asked)
+        name, self.pools, self.channels, self.units = picture_pools(asked)
         self.size, self.device = image_size, device
         self.places = places(image_size).to(device)
         self.dataset = ":".join(["completion", name, *self.shots.text("shots")])
-        self.ink = name.startswith(("omniglot", "procedural"))
+        self.ink = path is None and name.startswith(("omniglot", "procedural"))
         self.spec = Spec(
             Numbers((2,)),
             Real(self.channels),

@@ -15,13 +15,14 @@ from torch.nn.functional import grid_sample
 from metarun.contracts import Sizes, Split, Task
 from metarun.data.boxes import Annotated, annotated, within
 from metarun.data.files import Files, found
-from metarun.data.objects import Objects
-from metarun.data.pictures import Pictures, opened
+from metarun.data.objects import Objects, shape_of
+from metarun.data.pictures import DECODER, Pictures
 from metarun.data.splits import SHARES, dealt, listed
 from metarun.data.store import Bytes, stored
 from metarun.errors import UserError, require
 from metarun.targets.boxes import Boxes
 from metarun.tasks.box_family import BoxFamily, leaves
+from metarun.tasks.few_shot import units_of
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Detection(BoxFamily):
         source = found(path, data_dir)
         pictures, files = annotated(source, without_area)
         with files:
-            self.pixels, shapes = _decoded(files, pictures, image_size, source)
+            pictures, self.pixels, shapes = _decoded(files, pictures, image_size, source)
         boxes = [_on_square(one, shape, image_size) for one, shape in zip(pictures, shapes, strict=True)]
         self.classes = sorted({box.label for one in pictures for box in one.boxes})
         if not self.classes:
@@ -122,6 +123,7 @@ class Detection(BoxFamily):
         part, part_name = _split_of_pictures(pictures, split, split_seed, source)
         of_split, class_name = self._split_of_classes(test_classes, split_seed, source)
         self.pools = {name: self._pool(name, of_split[name], part == name, source) for name in SHARES}
+        self.units = {name: units_of(source.resolve(), own) for name, own in of_split.items()}
         self.dataset = ":".join([source.stem, part_name, class_name, f"{image_size}px", self._digest(part)])
         known = None if converter is None else converter.pictures
         mean, std = (known.mean, known.std) if known else _measured(self.pixels[part == "train"])
@@ -332,8 +334,8 @@ def _split_of_pictures(pictures: Sequence[Annotated], option: str, seed: int, so
 
 def _decoded(
     files: Files, pictures: Sequence[Annotated], size: int, source: Path
-) -> tuple[Tensor, list[tuple[float, float]]]:
-    """Return pixels ``[pictures, 3, size, size]``, and width and height of each picture's file.
+) -> tuple[list[Annotated], Tensor, list[tuple[float, float]]]:
+    """Return the pictures without copies, pixels ``[pictures, 3, size, size]``, and upright width and height of each.
 
     Raises:
         UserError: a picture is missing or broken, or its size is not the one that its annotation states.
@@ -344,8 +346,8 @@ def _decoded(
         for one in pictures:
             content = files.read(one.name)
             try:
-                width, height = opened(content).size
                 pixels = form.pixels(content)
+                width, height = shape_of(content)
             except ValueError as error:
                 raise UserError(
                     f"{source / one.name}, which {one.place} annotates, cannot be used: {error}; replace it or delete "
@@ -358,13 +360,22 @@ def _decoded(
     row = 3 * size * size
     store = stored(
         "boxes",
-        f"{files.stamp(names)} {form}",
+        f"{files.stamp(names)} {form} {DECODER}",
         *(len(pictures), (row + NUMBERS,)),
         made,
         f"Reading {len(pictures)} pictures of {source}, once.",
     )
-    shapes = store.rows[:, row:].contiguous().numpy().view(np.int64)
-    return store.rows[:, :row].reshape(-1, 3, size, size), [(float(w), float(h)) for w, h in shapes]
+    first = {digest: i for i, digest in reversed(list(enumerate(store.digests)))}
+    kept = sorted(first.values())
+    if copies := sorted(set(range(len(pictures))) - set(kept)):
+        log.info(
+            "%s: %d pictures are copies of others and are left out with their boxes: %s.",
+            *(source, len(copies), listed([names[i] for i in copies])),
+        )
+    rows = store.rows[kept] if copies else store.rows
+    shapes = rows[:, row:].contiguous().numpy().view(np.int64)
+    pixels = rows[:, :row].reshape(-1, 3, size, size)
+    return [pictures[i] for i in kept], pixels, [(float(w), float(h)) for w, h in shapes]
 
 
 def _on_square(one: Annotated, shape: tuple[float, float], size: int) -> Tensor:
@@ -375,9 +386,10 @@ def _on_square(one: Annotated, shape: tuple[float, float], size: int) -> Tensor:
     """
     if one.size is not None and one.size != shape:
         stated, real = (" × ".join(f"{side:g}" for side in sides) for sides in (one.size, shape))
+        upright = " when it is turned as its camera noted" if one.size == shape[::-1] else ""
         raise UserError(
-            f"{one.place} is of a picture of {stated} pixels, and {one.name} has {real}; correct the size, or replace "
-            "the picture."
+            f"{one.place} is of a picture of {stated} pixels, and {one.name} has {real}{upright}; correct the size, or "
+            "replace the picture."
         )
     width, height = shape
     scale = torch.tensor([size / width, size / height, size / width, size / height])

@@ -10,6 +10,7 @@ has not seen, by a rule that holds in the whole task, as if the language were ne
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -23,6 +24,7 @@ from torch.nn.functional import one_hot
 from metarun.contracts import Facts, Pooled, Predict, Samples, Sizes, Spec, Split, Task, Tree, Words
 from metarun.data import corpora, tokens
 from metarun.data.corpora import Corpus, Source
+from metarun.data.files import found
 from metarun.data.sources import check_source
 from metarun.data.splits import SHARES, dealt, listed
 from metarun.data.tagged import Scheme, Sentence, TaggedWords
@@ -31,7 +33,7 @@ from metarun.data.word_vectors import different, embedded, fit_vectors, places, 
 from metarun.errors import require
 from metarun.targets.metric import Metric
 from metarun.targets.tags import Decoder, Tags, begins_at, counted, f1, kind_of, spans
-from metarun.tasks.few_shot import Shots, TaskSizes, draw, sizes_without_classes
+from metarun.tasks.few_shot import Shots, TaskSizes, draw, sizes_without_classes, units_of
 from metarun.tasks.tag_references import Logistic, gazetteer
 
 log = logging.getLogger(__name__)
@@ -158,6 +160,7 @@ class Entities:
         how: what tasks are made of sentences.
         device: where the sentences live.
         converter: what a run has learned of words and types; None: it is fitted to the training sentences.
+        place: where the sources come from; None: from ``dataset``.
     """
 
     def __init__(
@@ -168,6 +171,7 @@ class Entities:
         how: How,
         device: str = "cpu",
         converter: TaggedWords | None = None,
+        place: str | None = None,
     ) -> None:
         self.device, self.sizes, self.how, self.new = device, sizes, how, how.types == "new"
         others, each = sizes[False], how.ways if self.new else 1
@@ -201,6 +205,7 @@ class Entities:
                 if self.vectors is not None:
                     pool.place = places([s.words for s in pool.sentences], words, how.longest).to(device)
         self.names = tuple(dict.fromkeys(name for own in self.pools.values() for name in own))
+        self.units = {split: units_of(place or dataset, own) for split, own in self.pools.items()}
         target = self._target(how.decoder)
         self.converter = replace(self.converter, target=target)
         self.spec = Spec(
@@ -406,7 +411,7 @@ class Entities:
     def _pooled(self, counts: Tensor) -> dict[str, float]:
         """Return the metrics of all tasks together from counts ``[tasks, sources, 4]``.
 
-        A source without entities in these tasks, perhaps because none is of it, is not in the mean and has 0 itself.
+        A source without entities in these tasks, perhaps because none is of it, is not in the mean and has no F1.
         """
         by_source = counts.sum(0).double()
         right, found, true, spans_right = by_source.sum(0)
@@ -416,7 +421,7 @@ class Entities:
             MEAN_F1.name: float(every[there].mean()) if there.any() else 0.0,
             POOLED_F1.name: float(f1(right, found, true)),
             POOLED_SPAN_F1.name: float(f1(spans_right, found, true)),
-            **{f"entity-f1-{self.names[i]}": float(every[i]) if there[i] else 0.0 for i in self.tested},
+            **{f"entity-f1-{self.names[i]}": float(every[i]) if there[i] else math.nan for i in self.tested},
         }
 
     def _found(self, predict: Predict, task: Task) -> Tree:
@@ -537,7 +542,8 @@ def entities(
     if path is not None:
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         corpus = corpora.of_path(path, data_dir, column, scheme, val, test)
-        return Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device, converter)
+        place = str(found(path, data_dir).resolve())
+        return Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device, converter, place)
     if dataset == "auto":
         dataset = "universal_ner" if corpora.is_there(data_dir, "universal_ner") else "toy"
         if dataset == "toy":
@@ -550,7 +556,7 @@ def entities(
     if dataset == "crossner":
         held_out = test or ("politics",)
         corpus = corpora.without_copies(corpora.crossner(data_dir, held_out))
-        return Entities(corpus, f"crossner:{','.join(held_out)}", sizes, how, device, converter)
+        return Entities(corpus, f"crossner:{','.join(held_out)}", sizes, how, device, converter, dataset)
     if dataset == "universal_ner":
         if types == "shared":
             how = replace(how, types=LANGUAGE_TYPES)

@@ -1,6 +1,7 @@
 """Few-shot classification of vectors that the user has computed: N ways, K shots."""
 
 import hashlib
+import logging
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from metarun.data.files import DAMAGED, PARTS, found
 from metarun.data.portable import portable
 from metarun.errors import UserError
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Asked, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
+from metarun.tasks.few_shot import Asked, Shots, Ways, draw_tasks, ordered, range_of, sizes_for, units_of
+
+log = logging.getLogger(__name__)
 
 LARGEST_ARRAY = 2**36
 """Bytes of the largest array that is read."""
@@ -161,8 +164,16 @@ class Features:
         if not bool((finite := x.isfinite().all(1)).all()):
             row = int((~finite).nonzero()[0])
             raise UserError(f"{place}: row {row} (from 0) of x holds a number that is not finite; mend or remove it.")
+        if held["y"].dtype.kind == "f" and (empty := np.isnan(held["y"])).any():
+            raise UserError(f"{place}: row {int(empty.argmax())} (from 0) of y is not a number; label or remove it.")
         named = held.get("split", [None] * len(x))
         given = [None if value is None else _part(place, row, str(value)) for row, value in enumerate(named)]
+        if copies := len(x) - len({hash(row.tobytes()) for row in x.numpy()}):
+            log.warning(
+                "%s: %d vectors are copies of others, which a task may both show and ask for; leave copies of the same "
+                "example out.",
+                *(place, copies),
+            )
         examples = splits.Examples(place.stem, "examples", [str(label) for label in held["y"].tolist()], given)
         fewest, several = range_of("shots", shots).most + 1, range_of("ways", ways).least
         positions, split_name = splits.by_class(examples, examples.rows_of(fewest), split, split_seed, several)
@@ -170,6 +181,7 @@ class Features:
         self.cells = {part: own.cells for part, own in parts.items()}
         self.classes = {part: own.classes for part, own in parts.items()}
         self.class_names = tuple(self.classes["test"])
+        self.units = {part: units_of(place.resolve(), own) for part, own in self.classes.items()}
         training = x[parts["train"].order].double()
         mean, std = training.mean(0), training.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)

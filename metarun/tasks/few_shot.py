@@ -1,7 +1,8 @@
 """Drawing N-way K-shot tasks from pools of classes, and how many examples a task has."""
 
+import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -395,6 +396,16 @@ def ordered(rows: Mapping[str, Sequence[int]]) -> Ordered:
     """Return the positions of rows by class as tensors."""
     order = torch.tensor([row for own in rows.values() for row in own], dtype=torch.long)
     return Ordered(order, cells_of(torch.tensor([[len(own) for own in rows.values()]])), list(rows))
+
+
+def units_of(source: object, names: Iterable[str]) -> frozenset[str]:
+    """Return the names of a split's classes or tasks, with the source that they are of."""
+    return frozenset(f"{name} of {source}" for name in names)
+
+
+def digest_of(class_: Tensor) -> str:
+    """Return a name for the examples of a class that has none, made of their content."""
+    return f"the class {hashlib.sha256(class_.numpy().tobytes()).hexdigest()[:12]}"
 
 
 def part_of(dealt: Dealt, x: Tensor, ways: int, training: bool) -> dict[str, Tensor]:

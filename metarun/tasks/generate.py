@@ -204,7 +204,7 @@ class Generate:
             require(value is None or value >= least, f"{key} must be at least {least}, not {value}")
         self.sizes = sizes_without_classes(shots, queries, train_shots, train_queries)
         smallest = max(sizes.examples for sizes in self.sizes.values())
-        name, self.pools, self.channels = picture_pools(
+        name, self.pools, self.channels, self.units = picture_pools(
             Asked(dataset, path, split, split_seed, class_of, train_design, image_size, channels, smallest, data_dir)
         )
         for part, pool in self.pools.items():
@@ -216,7 +216,7 @@ class Generate:
             )
         self.device, self.ways, self.generated, self.steps = device, ways, generated, sampler_steps
         self.test_draws = test_draws
-        self.ink = name.startswith(("omniglot", "procedural"))
+        self.ink = path is None and name.startswith(("omniglot", "procedural"))
         self.dataset = ":".join(["generate", name, *self.sizes[False].text(), f"draws={draws}"])
         shape = (self.channels, image_size, image_size)
         self.target = Flow(shape, draws)

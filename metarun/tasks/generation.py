@@ -163,6 +163,7 @@ class Generation:
             size = self.sizes[part == "train"]
             large = dialogues.of_size(services, size.shots.most, size.queries, f"{name} ({part})")
             self.splits[part] = Services(large, describe, self.tokenizer, (prompt, length))
+        self.different_tests = len(self.splits["test"].names)
         self.dataset = ":".join(
             [
                 name,

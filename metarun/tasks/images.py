@@ -15,14 +15,14 @@ from metarun.data import splits
 from metarun.data.augment import AUGMENTATIONS, augmented
 from metarun.data.embedding import Embedded, cached_features, fitted
 from metarun.data.files import Files, found
-from metarun.data.pictures import Pictures, decoded, found_in
+from metarun.data.pictures import DECODER, Pictures, decoded, found_in
 from metarun.data.portable import portable
 from metarun.data.sources import check_source
 from metarun.data.store import Store, stored
 from metarun.errors import require
 from metarun.nn.ops import unit_rows
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, draw_tasks, ordered, range_of, sizes_for
+from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, draw_tasks, ordered, range_of, sizes_for, units_of
 
 LARGEST_SIZE = 512
 MEASURED = 5000
@@ -185,6 +185,8 @@ class Images:
         source = found(path, data_dir)
         elsewhere = None if test_path is None else found(test_path, data_dir, "task.test_path")
         name, self.pools, self.classes, digests = pools_of(source, elsewhere, class_of, form, wanted)
+        places = {part: source if part != "test" or elsewhere is None else elsewhere for part in self.classes}
+        self.units = {part: units_of(places[part].resolve(), own) for part, own in self.classes.items()}
         name += [f"{image_size}px" + ("" if channels == 3 else ":grey"), digests]
         name += [] if embed is None else [embed]
         counts = {part: pool.cells.size for part, pool in self.pools.items()}
@@ -297,7 +299,7 @@ def _read(source: Path, class_of: str | None, form: Pictures) -> tuple[splits.Ex
         shape = (form.channels, form.size, form.size)
         store = stored(
             "images",
-            f"{files.stamp(names)} {form}",
+            f"{files.stamp(names)} {form} {DECODER}",
             len(names),
             shape,
             lambda: decoded(files, pictures, form),

@@ -13,9 +13,9 @@ from metarun.data.tables import Source
 from metarun.errors import require
 from metarun.targets.labels import Labels
 from metarun.tasks.cells import Cells, Draws
-from metarun.tasks.few_shot import Shots, shot_ranges
+from metarun.tasks.few_shot import Shots, shot_ranges, units_of
 from metarun.tasks.table import TableTasks, content_of, require_sizes, say, usable
-from metarun.tasks.table_splits import SHARES, dealt, named_splits, split_file_of
+from metarun.tasks.table_splits import SHARES, dealt_among, named_splits, split_file_of
 
 log = logging.getLogger(__name__)
 
@@ -74,20 +74,26 @@ def molecules(
     least = max(smallest or 0, of_shots.most + 1)
     new = np.random.default_rng(split_seed).random(len(data.packed)) < new_molecules
 
-    def of(chosen: Any) -> Cells:
+    def of(chosen: Any, least: int) -> Cells:
         shape = (len(data.tasks), len(CLASSES))
         return Cells(molecule[chosen], assay[chosen], label[chosen], shape).without_small(least)
 
-    everything = np.ones(len(molecule), dtype=bool)
-    cells, old = (of(new[molecule]), of(~new[molecule])) if new_molecules > 0 else [of(everything)] * 2
-    # A task must be large enough whichever split it falls into.
-    cells.size = cells.size.masked_fill((old.size == 0).any(1, keepdim=True), 0)
+    def cells_with(least: int) -> tuple[Cells, Cells]:
+        """Return the cells of validation and test tasks, and those of training tasks."""
+        chosen = [new[molecule], ~new[molecule]] if new_molecules > 0 else [np.ones(len(molecule), dtype=bool)]
+        cells, old = of(chosen[0], least), of(chosen[-1], least)
+        # A task must be large enough whichever split it falls into.
+        cells.size = cells.size.masked_fill((old.size == 0).any(1, keepdim=True), 0)
+        return cells, old
+
+    cells, old = cells_with(least)
     tasks = usable(cells, data.tasks, len(CLASSES), least, Source([place], [len(data.packed)], header=False))
     if split_file is None:
-        index = dealt(np.arange(len(tasks)), shares, split_seed, str(place))
+        every = np.flatnonzero((cells_with(smallest or 1)[0].size > 0).all(1).numpy())
+        parts = dealt_among(every, tasks, shares, split_seed, str(place))
     else:
         index = named_splits([data.tasks[i] for i in tasks], split_file_of(split_file, data_dir), split_file)
-    parts = {part: tasks[own] for part, own in index.items()}
+        parts = {part: tasks[own] for part, own in index.items()}
     say(parts, cells, CLASSES)
     packed = torch.from_numpy(data.packed)
     facts = [
@@ -103,5 +109,7 @@ def molecules(
     }
     packed = packed.to(device)
     return TableTasks(
-        ":".join(facts), 8 * packed.shape[1], lambda row: unpacked(packed[row]), None, Labels.of(CLASSES), draws, device
+        *(":".join(facts), 8 * packed.shape[1], lambda row: unpacked(packed[row]), None, Labels.of(CLASSES)),
+        *(draws, device),
+        units={part: units_of(place.resolve(), (data.tasks[i] for i in own)) for part, own in parts.items()},
     )

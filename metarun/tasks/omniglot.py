@@ -18,7 +18,7 @@ from metarun.data.converters import Drawings
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Asked, Dealt, Shots, Ways, deal, draw, part_of, sizes_for
+from metarun.tasks.few_shot import Asked, Dealt, Shots, Ways, deal, digest_of, draw, part_of, sizes_for, units_of
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class Omniglot:
             characters, split_name = real.characters(data_dir, image_size, split)
         else:
             characters, split_name = procedural_characters(image_size), "fixed"
+        self.units = {part: units_of(dataset, map(digest_of, drawings)) for part, drawings in characters.items()}
         name = ":".join([dataset, split_name, f"rotations={rotations}", f"{image_size}px"])
         self.rotations = rotations
         self.device = device

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from metarun.data.files import found
 from metarun.data.pictures import Pictures
 from metarun.data.procedural import procedural_characters
 from metarun.errors import require
-from metarun.tasks.few_shot import cells_of
+from metarun.tasks.few_shot import cells_of, digest_of, units_of
 from metarun.tasks.images import Pool, Wanted, pools_of
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Pools(NamedTuple):
     of_split: dict[str, Pool]
     """``train``, ``val`` and ``test``; the groups of their cells are designs."""
     channels: int
+    units: Mapping[str, frozenset[str]]
+    """The names of the classes of every split, with their source."""
 
 
 def picture_pools(asked: Asked) -> Pools:
@@ -84,7 +87,8 @@ def picture_pools(asked: Asked) -> Pools:
     else:
         characters, name = procedural_characters(asked.image_size), "fixed"
     pools = {split: _of_characters(drawings) for split, drawings in characters.items()}
-    return Pools(f"{dataset}:{name}:{asked.image_size}px", pools, 1)
+    units = {split: units_of(dataset, map(digest_of, drawings)) for split, drawings in characters.items()}
+    return Pools(f"{dataset}:{name}:{asked.image_size}px", pools, 1, units)
 
 
 def _of_characters(drawings: Tensor) -> Pool:
@@ -100,8 +104,10 @@ def _of_path(asked: Asked, path: str) -> Pools:
     lists = None if asked.split in ("auto", "given", "random") else found(asked.split, asked.data_dir, "task.split")
     wanted = Wanted(asked.split, asked.split_seed, lists, 1, asked.smallest)
     form = Pictures(asked.image_size, channels)
-    name, pools, _, digests = pools_of(found(path, asked.data_dir), None, asked.class_of, form, wanted)
-    return Pools(":".join([*name, f"{asked.image_size}px", *_grey(channels), digests]), pools, channels)
+    place = found(path, asked.data_dir)
+    name, pools, classes, digests = pools_of(place, None, asked.class_of, form, wanted)
+    units = {split: units_of(place.resolve(), own) for split, own in classes.items()}
+    return Pools(":".join([*name, f"{asked.image_size}px", *_grey(channels), digests]), pools, channels, units)
 
 
 def _grey(channels: int) -> list[str]:
@@ -136,7 +142,8 @@ def _of_emoji(asked: Asked) -> Pools:
         content.update(b"".join(every.store.digests[row] for row in pools[split].order.tolist()))
     held_out = [] if design is None else [f"train_design={design}"]
     parts = ["emoji", name, *held_out, f"{asked.image_size}px", *_grey(channels), content.hexdigest()[:6]]
-    return Pools(":".join(parts), pools, channels)
+    units = {split: units_of(place.resolve(), own) for split, own in rows_by_split.items()}
+    return Pools(":".join(parts), pools, channels, units)
 
 
 def _by_design(every: Emoji, by_label: dict[str, list[int]], designs: list[str]) -> Pool:

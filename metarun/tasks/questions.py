@@ -44,6 +44,7 @@ from metarun.errors import UserError, require
 from metarun.targets.metric import Metric
 from metarun.targets.span import Span, best_spans
 from metarun.targets.weights import weight_of
+from metarun.tasks.few_shot import units_of
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class Questions:
         longest: largest number of words of a predicted answer.
         buckets: length of the hashed vector of a word.
         device: where tasks are put.
+        place: where the articles come from; None: from ``dataset``.
     """
 
     def __init__(
@@ -187,6 +189,7 @@ class Questions:
         longest: int,
         buckets: int,
         device: str,
+        place: str | None = None,
     ) -> None:
         self.device, self.sizes, self.room = device, sizes, room
         self.lexicon = Lexicon(buckets)
@@ -206,10 +209,15 @@ class Questions:
                     "%s: %s tasks with fewer than %d questions are left out: %s.",
                     *(dataset, split, least, listed(pool.small)),
                 )
+        self.different_tests = len(self.pools["test"].groups)
         every = [item.question.answers for pool in self.pools.values() for item in pool.items]
         self.answers = max(map(len, every))
         self.tokens = max(len(self.lexicon.tokens(text)) for answers in every for _, text in answers)
         self.made: dict[tuple[Split, int, bool], Leaves] = {}
+        self.units = {
+            split: units_of(place or dataset, (article.title for articles in own.values() for article in articles))
+            for split, own in corpus.items()
+        }
         content = sha256(repr([(split, corpus[split]) for split in SPLITS]).encode()).hexdigest()[:6]
         self.dataset = f"{dataset}:{content}"
         shots, queries = sizes[False]
@@ -347,7 +355,8 @@ def _files(
     if by == "file" and train is None and test is None and len(names) >= len(SPLITS):
         drawn = {split: sorted(own) for split, own in dealt(names, seed, SHARES, 1).items()}
         return {"train": drawn["train"], "val": list(val or drawn["val"]), "test": drawn["test"]}
-    own = list(train or names)
+    named = {*(val or ()), *(test or ())} if by == "file" else set[str]()
+    own = list(train or [name for name in names if name not in named] or names)
     others = [name for name in names if by == "article" or name not in own]
     return {"train": own, "val": list(val or own), "test": list(test or others or names)}
 
@@ -382,8 +391,9 @@ def questions(
         by: whether a task is an ``article`` of a file, or a ``file``: a language or a domain.
         dataset: ``xquad`` (12 languages), ``toy``, or ``auto``: xquad if it is there, else toy.
         path: the user's file in the format of SQuAD, or a folder of such files, in place of ``dataset``.
-        train_files: names of the files of training tasks, such as ``[en]``; null: all. With ``by=file`` and neither
-            these nor ``test_files``, files are drawn: 60 % for training, 15 % for validation, 25 % for testing.
+        train_files: names of the files of training tasks, such as ``[en]``; null: all, and with ``by=file`` those that
+            are neither in ``val_files`` nor in ``test_files``. With ``by=file`` and neither these nor ``test_files``,
+            files are drawn: 60 % for training, 15 % for validation, 25 % for testing.
         val_files: the same of validation tasks; null: ``train_files``.
         test_files: the same of test tasks; null: all, and with ``by=file`` those that are not in ``train_files``.
         shares: of articles in training, validation and test, above 0.
@@ -433,4 +443,5 @@ def questions(
                 raise UserError(f"{name}: {file} has no question for {split}; add articles, or choose {split}_files.")
     sizes = {False: (shots, queries), True: (train_shots or shots, train_queries or queries)}
     facts = [name, f"by {by}", *(f"{split}={'+'.join(files[split])}" for split in ("train", "test"))]
-    return Questions(corpus, ":".join(facts), by, sizes, (question, passage), longest, buckets, device)
+    read_from = name if path is None else str(place.resolve())
+    return Questions(corpus, ":".join(facts), by, sizes, (question, passage), longest, buckets, device, read_from)

@@ -25,8 +25,17 @@ from metarun.targets.labels import Labels
 from metarun.targets.metric import Metric
 from metarun.targets.real import Measured
 from metarun.tasks.cells import Cells, Drawn, Draws
-from metarun.tasks.few_shot import Shots, shot_ranges, with_padding
-from metarun.tasks.table_splits import SHARES, Parts, dealt, left_out, named_splits, of_tasks, split_file_of
+from metarun.tasks.few_shot import Shots, shot_ranges, units_of, with_padding
+from metarun.tasks.table_splits import (
+    SHARES,
+    Parts,
+    dealt,
+    dealt_among,
+    left_out,
+    named_splits,
+    of_tasks,
+    split_file_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +55,7 @@ class TableTasks:
         draws: how tasks of each split are drawn.
         device: where tasks are put.
         recipe: how further rows are read; None where inputs are not columns of a table.
+        units: the names of the tasks of each split, with their source.
     """
 
     def __init__(
@@ -58,11 +68,14 @@ class TableTasks:
         draws: Mapping[Split, Draws],
         device: str,
         recipe: Recipe | None = None,
+        *,
+        units: Mapping[Split, frozenset[str]],
     ) -> None:
-        self.dataset, self.device, self.recipe = dataset, device, recipe
+        self.dataset, self.device, self.recipe, self.units = dataset, device, recipe, units
         if recipe is not None:
             self.converter = TableRows(recipe)
         self.inputs, self.values, self.target, self.draws = inputs, values, target, draws
+        self.different_tests = len(draws["test"].tasks)
         evaluated = [draws["val"], draws["test"]]
         ways = target.outputs if isinstance(target, Labels) else None
         self.spec = Spec(
@@ -175,7 +188,9 @@ def classes_of(data: Loaded, kind: str, threshold: float | None) -> list[str] | 
             )
         return [f"up to {threshold:g}", f"above {threshold:g}"]
     text = not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)
-    if kind == "auto" and text and 0 < pd.to_numeric(values, errors="coerce").isna().sum() < len(values) / 2:
+    if kind == "auto":
+        tables.require_points(values, source, "set task.kind=classes if these are names")
+    if kind == "auto" and text and 0 < np.isnan(tables.as_numbers(values)).sum() < len(values) / 2:
         tables.numbers(values, source, "mend it, or set task.kind=classes if numbers are names")
     if kind == "numbers" or (kind == "auto" and not text and set(values.unique()) != {0, 1}):
         tables.numbers(values, source, "mend it, or set task.kind=classes")
@@ -248,7 +263,11 @@ def split_of(data: Loaded, task: Any, names: Sequence[str], tasks: Any, how: Spl
         else:
             parts = {**dealt(others, how.shares[:2], how.seed, source), "test": test}
     else:
-        parts = dealt(np.arange(len(tasks)), how.shares, how.seed, source)
+        every, member = np.unique(np.array(of_column(how.group), dtype=object), return_inverse=True)
+        if len(every) == len(names):
+            return dealt_among(np.arange(len(names)), tasks, how.shares, how.seed, source)
+        dealt_groups = dealt_among(np.arange(len(every)), np.unique(member[tasks]), how.shares, how.seed, source)
+        return {part: tasks[np.isin(member[tasks], own)] for part, own in dealt_groups.items()}
     return {part: tasks[index] for part, index in parts.items()}
 
 
@@ -329,7 +348,7 @@ def table(
         split: the column that says train, val or test, the same for all rows of a task.
         split_file: a CSV file with a line per task: its name and train, val or test.
         leave_out: tests on the tasks whose ``leave_out_column`` holds this, and trains on the others.
-        leave_out_column: null: ``by``.
+        leave_out_column: null: ``by``. Without ``leave_out``, a random split deals whole groups of this column.
         validate: with ``leave_out``, whether other tasks are validated on, or other rows of the training tasks.
         separator: what stands between the cells of a CSV file.
         columns: names of the columns of files without a header line.
@@ -362,6 +381,12 @@ def table(
     placing = {"by": by, "order": order, "split": split, "leave_out_column": group}
     describing = {"features": features or (), "drop": drop, "categorical": categorical}
     check_columns(rows, source, target, placing, describing)
+    if copies := tables.copies_in(rows):
+        log.warning(
+            "%s: %d rows are copies of others in every column, and a task may both show and ask for them; if these are "
+            "the same observation, take them out.",
+            *(source, copies),
+        )
     series = None if history is None else (history, ahead, step)
     data = loaded(rows, source, by, target, order, unlabelled, series)
     del rows
@@ -394,7 +419,7 @@ def table(
     encoder, left = fitted(data.rows, training, described, categorical, data.source)
     log.info(said(encoder, left))
     shift, scale = (0.0, 1.0) if names is not None else moments(data, training)
-    recipe = Recipe(encoder, data.goal, names, threshold, shift, scale, data.history)
+    recipe = Recipe(encoder, data.goal, names, threshold, shift, scale, data.history, list(missing))
     x = recipe.inputs(data.rows)
     y = recipe.targets(data.rows)[:, 0] if names is None else torch.from_numpy(label)
     say(parts, cells, names)
@@ -413,8 +438,11 @@ def table(
         for (part, own), sizes in zip(parts.items(), ways, strict=True)
     }
     goal = Labels.of(tuple(names)) if names is not None else Measured(shift=shift, scale=scale)
+    read_from = ", ".join(str(file.resolve()) for file in files.values())
     return TableTasks(
-        ":".join(facts), x.shape[1], lambda row: x[row], None if names is not None else y, goal, draws, device, recipe
+        *(":".join(facts), x.shape[1], lambda row: x[row], None if names is not None else y, goal),
+        *(draws, device, recipe),
+        units={part: units_of(read_from, (tasks_by_name[i] for i in own)) for part, own in parts.items()},
     )
 
 
@@ -483,7 +511,7 @@ def moments(data: Loaded, training: Any) -> tuple[float, float]:
     Raises:
         UserError: the target does not vary there.
     """
-    values = pd.to_numeric(data.rows[data.goal]).to_numpy(dtype=float)[training]
+    values = tables.as_numbers(data.rows[data.goal])[training]
     if not values.std() > 0:
         raise UserError(f"{data.source}: the target {data.goal!r} is the same in all training rows; change the split.")
     return float(values.mean()), float(values.std())

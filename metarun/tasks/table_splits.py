@@ -39,6 +39,20 @@ def dealt(tasks: Any, shares: Sequence[float], seed: int, source: str) -> Parts:
     return {"train": shuffled, **dict(reversed(parts.items()))}
 
 
+def dealt_among(every: Any, usable: Any, shares: Sequence[float], seed: int, source: str) -> Parts:
+    """Return ``usable`` tasks as `dealt` does, and if possible so that the split of one does not depend on the others.
+
+    All tasks are dealt, and then those that are of no use are left out. What is of use depends on the size of tasks: a
+    learner that was trained with few rows must not find its training tasks among the test tasks with more. Where this
+    leaves a split without a task, those of use alone are dealt.
+    """
+    if len(every) > len(usable) >= len(shares):
+        parts = {part: own[np.isin(own, usable)] for part, own in dealt(every, shares, seed, source).items()}
+        if all(map(len, parts.values())):
+            return parts
+    return dealt(usable, shares, seed, source)
+
+
 def of_tasks(values: Any, task: Any, names: Sequence[str], source: tables.Source, column: str) -> list[str]:
     """Return the one value of a column in each task.
 
@@ -96,7 +110,7 @@ def left_out(groups: Sequence[str], value: str | int | float, column: str, sourc
     Raises:
         UserError: no task is in it, or all are.
     """
-    name = f"{value:.15g}" if isinstance(value, int | float) else value
+    name = tables.word(value)
     inside = np.array([group == name for group in groups])
     if not inside.any() or inside.all():
         there = listed(sorted(set(groups)))

@@ -25,7 +25,7 @@ from metarun.data.splits import SHARES
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
 from metarun.targets.classes import ACCURACY, Classes
-from metarun.tasks.few_shot import Asked, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for
+from metarun.tasks.few_shot import Asked, Shots, Ways, cells_of, draw_tasks, range_of, sizes_for, units_of
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ MOST_BUCKETS = 2**20
 LABEL_SPLIT_SEED = 7
 LANGUAGE_SPLIT_SEED = 19
 COLUMNS = {
-    "text": ("text", "sentence", "utterance"),
-    "label": ("label", "class", "category", "intent"),
+    "text": converters.TEXT_NAMES,
+    "label": converters.LABEL_NAMES,
     "split": ("split",),
 }
 """The columns of a table of the user, and other names that they may have."""
@@ -92,6 +92,7 @@ class Text:
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
         embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace token ids; None: none.
         converter: what a run has learned of words, for a later test of it; None: fitted to training.
+        source: where the classes come from, if classes are what tests hold out.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Text:
         typed: Collection[str] | None = None,
         embed: str | None = None,
         converter: Converter | None = None,
+        source: str | None = None,
     ) -> None:
         if embed is not None:
             check_source(embed, "sentences")
@@ -124,6 +126,8 @@ class Text:
         }
         self.pools = {split: Pool(cells, labels[split]) for split, cells in corpus.items()}
         self.class_names = tuple(labels["test"])
+        if source is not None:
+            self.units = {split: units_of(source, own) for split, own in labels.items()}
         counts = {split: pool.cells.size for split, pool in self.pools.items()}
         of_one_language = labels if all(len(size) == 1 for size in counts.values()) else None
         self.sizes = sizes_for(asked, counts, f"{dataset}:{sentences}", "sentences", typed, of_one_language)
@@ -151,6 +155,13 @@ class Text:
         """Make rows of token ids by a tokenizer that is ``known``, or fitted to the training sentences."""
         train, own = self.pools["train"], known if isinstance(known, converters.Sentences) else None
         tokenizer = own.tokenizer if own else tokens.fit(train.texts, buckets, (grams[0], grams[1]))
+        texts = [text for pool in self.pools.values() for text in pool.texts]
+        if cut := sum(tokens.is_cut(text, (grams[0], grams[1])) for text in texts):
+            log.warning(
+                "%d of %d texts have more than %d words or %d n-grams, and no more of them is read; shorten them, or "
+                "set task.embed.",
+                *(cut, len(texts), tokens.MAX_WORDS, tokens.MAX_GRAMS),
+            )
         for pool in self.pools.values():
             pool.rows = tokenizer(pool.texts)
         by_sentence = tokens.inverse_document_frequency(train.rows, tokenizer.ids)
@@ -287,7 +298,8 @@ def text(
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         smallest, fewest = range_of("shots", shots).most + 1, range_of("ways", ways).least
         corpus, name = of_table(path, data_dir, split, smallest, fewest)
-        return Text(corpus, name, asked, grams, buckets, device, typed, embed, converter)
+        source = str(found(path, data_dir).resolve())
+        return Text(corpus, name, asked, grams, buckets, device, typed, embed, converter, source)
     require(split != "given", "split=given is for a table of your own; set path too, or choose another split")
     if dataset == "auto":
         dataset = "clinc150" if intents.is_there(data_dir, "clinc150") else "toy"
@@ -324,7 +336,7 @@ def text(
     else:
         labels = intents.label_split(data_dir, dataset, split, by_label)
     chosen = {part: {"": {label: by_label[label] for label in names}} for part, names in labels.items()}
-    return Text(chosen, f"{dataset}:{split}", asked, grams, buckets, device, typed, embed, converter)
+    return Text(chosen, f"{dataset}:{split}", asked, grams, buckets, device, typed, embed, converter, dataset)
 
 
 def _parallel_splits(sentences: Sequence[intents.Sentence]) -> dict[str, dict[str, dict[str, list[str]]]]:

@@ -17,6 +17,7 @@ from learners import leave_a_checkpoint
 
 import metarun
 from metarun.after import later_test, predict
+from metarun.after.rows import labels_of
 from metarun.results.compare import compare
 from metarun.results.status import jobs_in
 
@@ -170,6 +171,16 @@ def test_predictions_from_a_table(trained, tmp_path):
         assert code == 1
         assert sentence in said
         assert "Traceback" not in said
+
+
+def test_examples_without_a_label_are_refused_and_without_a_truth_not_counted(trained):
+    for missing in (float("nan"), pd.NA, pd.NaT):
+        with pytest.raises(ValueError, match="example 2 has none"):
+            labels_of(["a", missing, "b"])
+    rows = trained.learner.adapt([0.0, 1.0, 2.0], [0.0, 1.0, 2.0]).task
+    said = rows.compared(np.array([0.0, 1.0, 2.0]), [0.0, float("nan"), 4.0])
+    assert said == "mean squared error on their own targets 2 (of 2 of 3 examples, as the others have none)"
+    assert rows.compared(np.zeros(1), [float("nan")]) == "no targets to compare with"
 
 
 def test_predictions_of_classes_have_their_names_and_probabilities(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 
@@ -51,6 +52,15 @@ def walker(tmp_path_factory):
     directory = tmp_path_factory.mktemp("walker")
     leave_a_checkpoint(experiment_of("algo=maml", *WALK), directory)
     return metarun.load(directory)
+
+
+def test_threads_share_a_learner_without_sharing_weights(waves):
+    learner, x = metarun.load(waves[0] / "maml"), np.linspace(-4, 4, 9)
+    adapted = [learner.adapt(x, scale * x) for scale in (1.0, -3.0)]
+    expected = [one.predict(x) for one in adapted]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: adapted[i % 2].predict(x), range(100)))
+    assert all(np.array_equal(one, expected[i % 2]) for i, one in enumerate(found))
 
 
 def test_adaptation_is_gradient_descent_as_plain_autograd_does_it(waves):

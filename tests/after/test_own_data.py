@@ -10,7 +10,17 @@ from test_after_commands import command
 
 import metarun
 from metarun.after import later_test, predict
-from metarun.data.recipe import History
+from metarun.after.later_test import check_units
+from metarun.data.columns import Columns, Number
+from metarun.data.recipe import History, Recipe, TableRows
+from metarun.errors import UserError
+from metarun.tasks.completion import Completion
+from metarun.tasks.entities import entities
+from metarun.tasks.features import Features
+from metarun.tasks.omniglot import Omniglot
+from metarun.tasks.questions import questions
+from metarun.tasks.table import table
+from metarun.tasks.text import text
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 SMALL = ("task.ways=3", "task.shots=2", *QUICK)
@@ -117,20 +127,81 @@ def test_classes_of_a_table_keep_their_meaning(tmp_path):
     learner = metarun.load(run.directory)
     shown = pd.DataFrame({"age": [80.0, 40.0]})
     adapted = learner.adapt(shown, [1, 0])
-    assert adapted.classes_.tolist() == ["0", "1"]
-    assert adapted.predict(pd.DataFrame({"age": [79.0, 41.0]})).tolist() == ["1", "0"]
+    asked = pd.DataFrame({"age": [79.0, 41.0]})
+    for one, zero in ((1, 0), (1.0, 0.0), (True, False), ("1", "0")):
+        found = learner.adapt(shown, [one, zero])
+        for values, expected in ((found.classes_, [zero, one]), (found.predict(asked), [one, zero])):
+            assert values.tolist() == expected
+            assert {type(value) for value in values.tolist()} == {type(one)}
     same = learner.adapt(shown, [True, False]).outputs(shown)
     torch.testing.assert_close(same, adapted.outputs(shown))
     with pytest.raises(ValueError, match="the classes are 0, 1, and y holds 2"):
         learner.adapt(shown, [1, 2])
-    # The file's numbers are classes, which are called by texts.
     assert adapted.task.compared(adapted.predict(shown), [1, 0]) == "accuracy on their own labels 100.00 %"
+
+
+def test_rows_of_a_series_are_answered_in_the_order_in_which_they_are_given():
+    history = History("who", "day", "level", 2, 1, None)
+    columns = Columns([Number(name, 0.0, 1.0, False) for name in history.features], [])
+    rows = TableRows(Recipe(columns, history.target, history=history))
+    days = pd.DataFrame({"who": list("baab"), "day": [2, 10, 9, 1], "level": [0.1, 0.2, 0.3, 0.4]}, index=[7, 5, 5, 0])
+    for kind in (int, str):
+        torch.testing.assert_close(rows.inputs(days.astype({"day": kind})), torch.tensor([[0.1, 0.4], [0.2, 0.3]]))
+    with pytest.raises(metarun.UserError, match="Row 2 of the rows: column 'day', the time"):
+        rows.inputs(days.assign(day=[2, "soon", 9, 1]))
+
+
+def test_the_rows_of_a_series_that_are_learned_from_have_a_target(tmp_path):
+    history = History("who", "day", "level", 2, 1, None)
+    recipe = Recipe(Columns([Number("level", 0.0, 1.0, False)], []), history.target, history=history)
+    days = pd.DataFrame({"who": list("aaabbb"), "day": [1, 2, 3] * 2, "level": np.arange(6.0)})
+    days.to_csv(tmp_path / "days.csv", index=False)
+    read = TableRows(recipe).read(tmp_path / "days.csv")
+    assert list(read.names) == ["2", "3", "5", "6"]
+    shown = predict.with_targets(read)
+    assert (shown.y, shown.names, shown.x["level"].tolist()) == ([2.0, 5.0], ["2", "5"], [1.0, 4.0])
 
 
 def test_a_series_without_its_columns_is_refused():
     history = History("who", "day", "level", 2, 1, None)
     with pytest.raises(metarun.UserError, match="lack the column 'day'"):
         history.of(pd.DataFrame({"who": ["a"], "level": [1.0]}))
+
+
+def test_a_later_test_does_not_take_what_the_run_has_seen(tmp_path):
+    rng, label = np.random.default_rng(0), np.repeat(np.arange(20), 6)
+    np.savez(tmp_path / "vectors.npz", x=rng.normal(size=(120, 2)), y=label)
+    rows = pd.DataFrame({"who": label, "dose": rng.normal(size=120), "level": rng.normal(size=120)})
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    pd.DataFrame({"text": [f"word {i}" for i in range(120)], "label": label}).to_csv(
+        tmp_path / "texts.csv", index=False
+    )
+
+    def of_vectors(seed, place="vectors.npz"):
+        return Features(str(tmp_path / place), ways=2, queries=1, split_seed=seed)
+
+    def of_rows(seed):
+        return table(str(tmp_path / "rows.csv"), by="who", target="level", shots=2, split_seed=seed)
+
+    def of_articles(seed):
+        return questions(dataset="toy", shots=1, queries=1, split_seed=seed)
+
+    for of in (of_vectors, of_rows, of_articles):
+        check_units(of(0), of(0))
+        check_units(None, of(1))
+        with pytest.raises(UserError, match="The run was trained on"):
+            check_units(of(0), of(1))
+    # Other data may have classes of the same names.
+    (tmp_path / "others.npz").write_bytes((tmp_path / "vectors.npz").read_bytes())
+    check_units(of_vectors(0), of_vectors(1, "others.npz"))
+    for family in (
+        text(path=str(tmp_path / "texts.csv"), ways=2, queries=1),
+        Omniglot(dataset="procedural"),
+        Completion("procedural", image_size=16),
+        entities(dataset="toy", shots=2, queries=2),
+    ):
+        assert not family.units["train"] & family.units["test"]
+        assert all(family.units.values())
 
 
 def test_a_learner_of_vectors_reads_arrays_and_tables(tmp_path):

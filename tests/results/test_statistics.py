@@ -19,6 +19,8 @@ from metarun.results.comparison.statistics import (
     share_better,
 )
 from metarun.results.plots import new_figure, readable_log
+from metarun.results.tables import PooledScore
+from metarun.targets.metric import Metric
 
 
 def test_quantiles_are_those_of_the_tables():
@@ -76,6 +78,15 @@ def test_a_single_seed_is_taken_as_it_is():
         assert abs(found.mean) == pytest.approx(0.2)
         assert found.ci95 == pytest.approx(expected, rel=1e-6)
     assert difference_of_methods(a[:1], b, same_seeds=False).ci95 == pytest.approx(0, abs=1e-9)
+
+
+def test_resamplings_that_hold_nothing_to_measure_do_not_count():
+    scores = np.random.default_rng(0).normal(size=21)
+    some = np.insert(scores, 5, np.nan)
+    assert PooledScore(scores[0], some[1:]).half_width == PooledScore(scores[0], scores[1:]).half_width
+    assert of_pooled(some[None]).ci95 == of_pooled(scores[None]).ci95
+    assert np.isnan(PooledScore(np.nan, [np.nan] * 20).half_width)
+    assert Metric("f1", True, percent=True).interval(np.nan, np.nan) == "–"
 
 
 def test_a_difference_of_pooled_scores_has_a_part_of_episodes_and_one_of_seeds():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from scenarios import generator
 
+from metarun.after.later_test import check_units
 from metarun.checks.family import check_tasks
 from metarun.data.boxes import annotated
 from metarun.errors import UserError
@@ -122,6 +123,34 @@ def test_boxes_lie_where_the_objects_are(tmp_path, monkeypatch, mirrored):
         assert counted >= 0.8 * looked
 
 
+def test_boxes_are_in_pixels_of_the_upright_picture(tmp_path):
+    root, exif = voc(tmp_path / "data"), Image.Exif()
+    expected = family(str(root))
+    exif[0x0112] = 6  # to be turned by a right angle
+    for path in (root / "JPEGImages").iterdir():
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    found = family(str(root))
+    assert torch.equal(found.pixels, expected.pixels)
+    assert torch.equal(found.boxes, expected.boxes)
+    annotation = root / "Annotations" / "p00.xml"
+    annotation.write_text(annotation.read_text().replace(f"<width>{WIDTH}", f"<width>{HEIGHT}"))
+    annotation.write_text(annotation.read_text().replace(f"<height>{HEIGHT}", f"<height>{WIDTH}"))
+    with pytest.raises(UserError, match="turned as its camera noted"):
+        family(str(root))
+
+
+def test_a_copy_of_a_picture_is_left_out_with_its_boxes(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = voc(tmp_path / "data")
+    expected = family(str(root))
+    (root / "JPEGImages" / "p99.png").write_bytes((root / "JPEGImages" / "p00.png").read_bytes())
+    (root / "Annotations" / "p99.xml").write_text((root / "Annotations" / "p00.xml").read_text().replace("p00", "p99"))
+    found = family(str(root))
+    assert torch.equal(found.pixels, expected.pixels)
+    assert torch.equal(found.boxes, expected.boxes)
+    assert "p99.png" in caplog.text
+
+
 def test_training_shows_objects_of_all_sizes_whatever_their_class(tmp_path):
     """The median object of training tasks is as often small as large, and as large for small classes as for others."""
     edge = torch.tensor([0.1, 0.4]).repeat_interleave(2000)
@@ -178,6 +207,14 @@ def test_nothing_of_a_test_task_is_in_another(tmp_path):
         shown = {row.numpy().tobytes() for row in tasks.support["x"][task]}
         assert not shown & {row.numpy().tobytes() for row in tasks.query["x"][task]}
     assert family(tmp_path / "voc", test_classes=["cat"]).dataset != own.dataset
+
+
+def test_a_later_test_on_other_classes_is_refused(tmp_path):
+    root = voc(tmp_path / "data")
+    trained = family(str(root))
+    check_units(trained, trained)
+    with pytest.raises(UserError, match=r"trained on 1 of the 1 classes or tasks of this test, such as cat of"):
+        check_units(trained, family(str(root), test_classes=["cat"]))
 
 
 def test_splits_of_the_data_are_kept(tmp_path):

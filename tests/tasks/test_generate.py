@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scenarios import generator, sampled
 from torch.func import functional_call
 
@@ -265,3 +266,18 @@ def test_unet_refuses_what_it_cannot_draw():
     # The time matters, and pictures do not see each other.
     assert not torch.equal(model(noisy), model(Noisy(noisy.x, noisy.t.flip(0))))
     torch.testing.assert_close(model(Noisy(noisy.x[:1], noisy.t[:1])), model(noisy)[:1])
+
+
+def test_the_users_own_pictures_are_no_drawings_whatever_their_folder_is_called(tmp_path, monkeypatch):
+    monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path / "cache"))
+    noise = np.random.default_rng(0)
+    for number in range(6):
+        folder = tmp_path / "omniglot_like" / f"class{number}"
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(noise.integers(0, 256, (16, 16), np.uint8)).save(folder / f"{i}.png")
+    sizes = {"shots": 1, "queries": 2, "generated": 2, "image_size": 16, "channels": 1}
+    family = Generate(path=str(tmp_path / "omniglot_like"), **sizes)
+    read = family.converter.pictures.inputs(sorted((tmp_path / "omniglot_like").rglob("*.png")))
+    known = {tuple(picture.flatten().tolist()) for picture in family.pools["train"].rows}
+    assert {tuple((255 * picture).round().int().flatten().tolist()) for picture in read} == known

@@ -19,7 +19,9 @@ from metarun import evaluation
 from metarun.assemble import assemble
 from metarun.checks.family import check_tasks
 from metarun.data import augment
+from metarun.data.converters import Drawings
 from metarun.data.files import LARGEST_FILE, Files, table
+from metarun.data.objects import listed_pictures
 from metarun.data.pictures import Pictures
 from metarun.data.splits import dealt
 from metarun.errors import UserError
@@ -127,6 +129,23 @@ def test_splits_of_the_data_are_kept(tmp_path, layout):
         assert mixed.classes != family.classes
 
 
+def test_lists_of_classes_name_one_class_each_and_small_ones_are_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder, lists = drawn(tmp_path / "data", "{label}/{i}.png", EACH | {"c03": 1}), tmp_path / "lists"
+    lists.mkdir()
+    for part, numbers in {"train": range(6), "val": range(6, 9), "test": range(9, 12)}.items():
+        (lists / f"{part}.txt").write_text("\n".join(f"c{i:02}" for i in numbers))
+    family = Images(str(folder), **SMALL, split=str(lists))
+    assert family.classes["train"] == [f"c{i:02}" for i in range(6) if i != 3]
+    assert "c03 (1)" in caplog.text
+    (folder / "c00").rename(tmp_path / "c00")
+    for group in "ab":
+        shutil.copytree(tmp_path / "c00", folder / group / "c00")
+        (folder / group / "c00" / "0.png").write_bytes(picture(ord(group)))
+    with pytest.raises(UserError, match=r"train.txt, line 1, names 'c00', which 2 classes end with"):
+        Images(str(folder), **SMALL, split=str(lists))
+
+
 def test_a_class_may_be_a_part_of_the_name(tmp_path):
     drawn(tmp_path / "faces", "session{i}/{label}_0{i}.png")
     family = Images(str(tmp_path / "faces"), **SMALL, class_of="([^/]+)_[0-9]+[.]png$")
@@ -195,6 +214,54 @@ def test_pictures_of_any_mode_become_bytes_as_pillow_makes_them():
     assert np.array_equal(form.pixels(turned.getvalue()), np.asarray(upright).transpose(2, 0, 1))
 
 
+def test_more_than_eight_bits_are_scaled_or_refused_and_never_cut_off():
+    grey = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)
+    deep = b"P5 20 24 65535\n" + (grey.astype(">u2") * 257).tobytes()
+    expected = Pictures(16, 1).pixels(Image.fromarray(grey)).astype(int)
+    assert np.abs(Pictures(16, 1).pixels(deep) - expected).max() <= 1
+    for numbers in (grey.astype(np.int32) * 257, grey.astype(np.float32) / 255):
+        buffer = io.BytesIO()
+        Image.fromarray(numbers).save(buffer, "TIFF")
+        with pytest.raises(ValueError, match="scale them to 8 or 16 bits"):
+            Pictures(16, 1).pixels(buffer.getvalue())
+
+
+def test_drawings_of_users_are_read_as_pictures_are(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(noise.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    clear = np.zeros((24, 20, 4), np.uint8)
+    clear[6:12, 6:12, 3] = 255
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    for name in ("turned", "deep", "clear"):
+        expected = 255 - Pictures(16, 1).pixels((tmp_path / f"{name}.png").read_bytes())
+        found = Drawings(16).inputs(str(tmp_path / f"{name}.png"))
+        torch.testing.assert_close(found[0] * 255, torch.from_numpy(expected).float())
+    assert (found == 0).float().mean() > 0.5  # paper
+    with pytest.raises(ValueError, match="divide bytes by 255"):
+        Drawings(16).inputs(np.full((2, 16, 16), 200, np.uint8))
+
+
+def test_an_image_of_the_user_stays_as_it_is():
+    image = Image.open(io.BytesIO(picture(0, size=(400, 320), kind="JPEG")))
+    found = Pictures(16, 3).inputs([image])
+    assert image.size == (400, 320)
+    expected = Image.open(io.BytesIO(picture(0, size=(400, 320), kind="JPEG"))).resize(
+        (16, 16), Image.Resampling.LANCZOS
+    )
+    torch.testing.assert_close(found[0] * 255, torch.from_numpy(np.array(expected)).movedim(2, 0).float())
+
+
+def test_an_array_of_one_picture_is_one_picture_and_not_its_rows():
+    one = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
+    assert torch.equal(Pictures(16, 3).inputs(one), Pictures(16, 3).inputs([one]))
+    assert torch.equal(Pictures(16, 3).inputs(torch.from_numpy(one[..., 0])), Pictures(16, 3).inputs([one[..., 0]]))
+    assert len(Pictures(16, 3).inputs(one[None])) == 1
+    assert len(listed_pictures(one)) == 1
+
+
 def test_a_picture_that_occurs_twice_is_used_once_and_small_classes_are_named(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     folder = drawn(tmp_path / "data", each=EACH | {"c11": 1})
@@ -233,6 +300,9 @@ def test_a_drawn_split_gives_each_part_enough_classes_where_there_are_enough(cou
     assert sum(map(len, split.values())) == count
     assert min(map(len, split.values())) >= min(ways, count // 3)
     assert dealt(names, 4, {"train": 0.6, "val": 0.15, "test": 0.25}, ways) != split or count == 3
+    other = dealt(names, 3, {"train": 0.4, "val": 0.1, "test": 0.5}, ways)
+    assert all(len(part) >= min(ways, count // 3) for part in other.values())
+    assert not dealt(names, 3, {"train": 0.75, "test": 0.25}, ways)["val"]
 
 
 def test_augmentations_do_what_they_say_and_leave_the_tasks_alone(tmp_path):
@@ -380,8 +450,8 @@ BROKEN_PICTURES = {
     "no text": (with_file("index.csv", b"path,class\n\xff\xfe,a\n"), {}, ["index.csv, line 2, is not text in UTF-8"]),
     "no row": (with_file("index.csv", "path,class\n"), {}, ["has no row after its first line"]),
     "folders share a class": (both_splits, {}, ["class c00 is in test and train"]),
-    "few classes": (few, {}, ["data has no", "class with enough pictures (of 2 such classes)"]),
-    "one example each": (one_each, {}, ["class with enough pictures (of 0 such classes)"]),
+    "few classes": (few, {}, ["data has 2 classes with enough pictures, and train, val, test each need one"]),
+    "one example each": (one_each, {}, ["data has 0 classes with enough pictures", "lower task.shots"]),
     "given, but none": (lambda folder: folder, {"split": "given"}, ["data names no splits"]),
     "no lists": (lambda folder: folder, {"split": "lists"}, ["There is no lists", "task.split"]),
     "wrong list": (with_file("lists/train.txt", "c00\nnever\n"), {"split": "data/lists"}, ["line 2, names 'never'"]),
@@ -445,6 +515,24 @@ def vectors(place: Path, **arrays) -> Path:
     return place
 
 
+def test_more_shots_leave_every_class_in_its_split_if_enough_are_left(tmp_path, caplog):
+    sizes = np.random.default_rng(0).integers(3, 30, 40)
+    label, path = np.repeat(np.arange(40), sizes), tmp_path / "vectors.npz"
+    np.savez(path, x=np.random.default_rng(1).normal(size=(len(label), 2)), y=label)
+    kept = Features(str(path), ways=2, queries=1).classes
+    for shots in (5, 9):
+        found = Features(str(path), ways=2, queries=1, shots=shots).classes
+        assert sum(map(len, found.values())) < sum(map(len, kept.values()))
+        assert all(set(own) <= set(kept[part]) for part, own in found.items())
+    # Of three classes with a single example more, each split has one.
+    assert all(Features(str(path), ways=2, queries=1, shots=int(np.sort(sizes)[-6]) - 1).classes.values())
+    assert "copies" not in caplog.text
+    with np.load(path) as held:
+        np.savez(path, x=held["x"][[0, *range(len(label) - 1)]], y=label)
+    Features(str(path), ways=2, queries=1)
+    assert "1 vectors are copies of others" in caplog.text
+
+
 def test_vectors_are_standardised_by_training_classes_and_drawn_by_class(tmp_path):
     family = Features(str(vectors(tmp_path / "v.npz")), ways=3, queries=2)
     assert {split: len(rows) for split, rows in family.rows.items()} == {"train": 48, "val": 18, "test": 24}
@@ -496,6 +584,7 @@ BROKEN_VECTORS = {
     "lengths": (lambda place: vectors(place, y=np.zeros(89)), ["y must have shape [90], as x has rows, not [89]"]),
     "objects": (lambda place: vectors(place, y=np.array([None] * 90)), ["holds Python objects"]),
     "not finite": (lambda place: vectors(place, x=BAD), ["row 7 (from 0) of x holds a number that is not finite"]),
+    "no label": (lambda place: vectors(place, y=np.r_[np.nan, np.arange(89.0) // 6]), ["row 0 (from 0) of y"]),
     "split": (lambda place: vectors(place, split=np.full(90, "x")), ["row 0 (from 0) has the split 'x'"]),
     "shared": (lambda place: vectors(place, split=np.tile(["train", "test"], 45)), ["class 0 is in test and train"]),
     "lying header": (lying, ["x.npy declares 20000000000000 bytes"]),
@@ -548,7 +637,7 @@ def test_own_sentences_are_split_by_label(tmp_path):
         (lambda place: sentences(place, ",c00"), ["line 74, has no text"]),
         (lambda place: sentences(place, '"open,c00'), ["mine.csv"]),
         (lambda place: (place.write_bytes(b""), place)[1], ["no column text"]),
-        (lambda place: (place.write_text("text,label\na,x\nb,y\n"), place)[1], ["class with enough sentences"]),
+        (lambda place: (place.write_text("text,label\na,x\nb,y\n"), place)[1], ["mine has 0 classes with"]),
     ],
 )
 def test_broken_sentences_are_named(tmp_path, make, words):

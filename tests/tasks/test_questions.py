@@ -146,6 +146,19 @@ def test_too_few_articles_or_questions_are_named(tmp_path, caplog):
     assert "tasks with fewer than 3 questions are left out: en: article 12 (1)." in caplog.text
 
 
+def test_a_language_that_is_tested_is_not_trained_on_unless_it_is_named(tmp_path):
+    for language in ("de", "en", "fr", "ru"):
+        own_file(tmp_path, [4, 4, 4], f"squad.{language}.json")
+
+    def languages(**keys):
+        found = questions(path=str(tmp_path), shots=2, by="file", **keys)
+        return {split: set(pool.file) for split, pool in found.pools.items()}
+
+    assert languages(test_files=["de"]) == {"train": {"en", "fr", "ru"}, "val": {"en", "fr", "ru"}, "test": {"de"}}
+    assert languages(test_files=["de"], val_files=["en"])["train"] == {"fr", "ru"}
+    assert languages(test_files=["de"], train_files=["de", "en"])["train"] == {"de", "en"}
+
+
 def test_questions_without_an_answer_are_left_out(tmp_path):
     path = tmp_path / "a.json"
     record = article()

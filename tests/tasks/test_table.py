@@ -12,7 +12,9 @@ from conftest import composed, experiment_of
 from scenarios import generator
 
 from metarun.checks.family import check_tasks
+from metarun.data import tables
 from metarun.data.columns import fitted
+from metarun.data.converters import read_sentences, table_of
 from metarun.data.portable import plain, rebuilt
 from metarun.data.recipe import History
 from metarun.data.tables import Source
@@ -224,6 +226,34 @@ def test_splits_by_column_by_file_and_by_group(path, tmp_path):
     assert sum(map(len, random)) == PATIENTS
 
 
+def test_copies_of_rows_are_said(path, tmp_path, caplog):
+    family(path)
+    assert "copies" not in caplog.text
+    pd.concat([visits(), visits()[:3]]).to_csv(tmp_path / "visits.csv", index=False)
+    family(str(tmp_path / "visits.csv"))
+    assert "visits.csv: 3 rows are copies of others in every column" in caplog.text
+    assert tables.copies_in(pd.DataFrame({"a": [[1], [1], [2]]})) == 1
+
+
+def test_random_splits_keep_groups_together(tmp_path):
+    rows = visits().assign(visit=lambda table: table.patient + "-" + (table.day // 6).astype(int).astype(str))
+    rows.to_csv(tmp_path / "visits.csv", index=False)
+    keys = {"by": "visit", "leave_out_column": "patient", "shots": 1, "queries": 1, "drop": [*NOT_FEATURES[:2], "day"]}
+    found = table(str(tmp_path / "visits.csv"), target="level", **keys)
+    patients = {part: {unit.partition("-")[0] for unit in own} for part, own in found.units.items()}
+    assert sum(map(len, patients.values())) == len(set.union(*patients.values())) == PATIENTS
+    assert len(patients["test"]) == 2
+
+
+def test_more_shots_leave_every_task_in_its_split(path):
+    splits = {}
+    for shots in (3, 8, 9, 10):
+        found = family(path, shots=shots, queries=1)
+        splits[shots] = {int(task): part for part, draws in found.draws.items() for task in draws.tasks}
+    assert len(splits[3]) > len(splits[8]) > len(splits[9]) > len(splits[10])
+    assert all(splits[3][task] == part for own in splits.values() for task, part in own.items())
+
+
 def test_validation_rows_of_training_tasks_are_not_trained_on(path):
     found = family(path, "ill", leave_out="p11", validate="rows", shots=1, smallest=4, train_queries=None)
     seen = {}
@@ -388,6 +418,71 @@ def test_a_parquet_file_gives_the_same_tasks(path, tmp_path):
     torch.testing.assert_close(first, second)
 
 
+def test_cells_have_one_meaning_in_every_type_of_column():
+    truths = [
+        pd.Series([True, False]),
+        pd.Series([True, False], dtype=object),
+        pd.Series([True, False], dtype="boolean"),
+    ]
+    for missing in (None, pd.NA):
+        truths += [pd.Series([True, False, missing], dtype=kind) for kind in (object, "boolean")]
+    assert all(tables.words(one)[:2].tolist() == ["1", "0"] for one in truths)
+    assert all(tables.words(one)[2:].isna().all() for one in truths)
+    ids = pd.Series([123456789012345678, 123456789012345679])
+    assert tables.words(ids).tolist() == [str(one) for one in ids]
+    for numbers in (pd.Series([1, 2]), pd.Series([1.0, 2.0]), pd.Series([1, 2], dtype="Int64"), pd.Series(["1", "2"])):
+        assert tables.words(numbers).tolist() == ["1", "2"]
+        assert tables.words(numbers.astype("category")).tolist() == ["1", "2"]
+    days = [0.5, 400.0]
+    moments = pd.Timestamp("1970-01-01") + pd.to_timedelta(pd.Series([*days, None]), unit="D")
+    for dates in (moments, moments.astype("datetime64[ms]"), moments.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")):
+        np.testing.assert_array_equal(tables.as_numbers(dates), [*days, np.nan])
+
+
+def test_rows_with_dates_and_truths_are_encoded_alike_whatever_is_missing():
+    dates, every = pd.to_datetime(pd.Series(["2020-01-01", None, "2020-01-05", "2020-01-03"])), np.ones(4, dtype=bool)
+    source = Source([Path("x.csv")], [4], True)
+    rows = pd.DataFrame({"when": dates, "smokes": pd.Series([True, False, None, True], dtype=object)})
+    columns, left = fitted(rows, every, ["when", "smokes"], (), source)
+    assert not left
+    assert columns.names == ["when", "when missing", "smokes=0", "smokes=1"]
+    found = columns.encode(rows)
+    np.testing.assert_allclose(found[:, 0], [-1.224745, 0, 1.224745, 0], atol=1e-5)
+    assert found[:, 1:].tolist() == [[0, 0, 1], [1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    whole = rows.iloc[[0, 3]].astype({"when": "datetime64[ms]", "smokes": bool})
+    torch.testing.assert_close(columns.encode(whole), found[[0, 3]])
+
+
+def test_decimal_commas_are_refused_and_not_taken_for_names(tmp_path):
+    rows = [f"p{i % 5};{i},5;{i % 7},25;{i % 3}" for i in range(30)]
+    (tmp_path / "rows.csv").write_text("\n".join(["who;dose;level;kind", *rows]))
+    given = {"path": str(tmp_path / "rows.csv"), "separator": ";", "by": "who", "shots": 2}
+    for key in ({"target": "level"}, {"target": "kind", "kind": "numbers"}):
+        with pytest.raises(
+            UserError, match=r"line 2: column '(dose|level)' holds '0,2?5', which looks like .* decimal comma"
+        ):
+            table(**given, **key)
+    assert table(**given, target="kind", kind="numbers", categorical=["dose", "level"]).spec.inputs.shape == (18 + 7,)
+
+
+def test_files_of_users_are_read_as_those_of_the_run(tmp_path):
+    """Also with a mark of byte order, other separators, spaces after them and a cell too many."""
+    expected = pd.DataFrame({"ward": ["north", "south"], "dose": [1.5, np.nan]})
+    for separator in (",", ";", "\t"):
+        lines = ["ward, dose", "north, 1.5", "south, ?"]
+        (tmp_path / "rows.csv").write_text("\n".join(lines).replace(",", separator), encoding="utf-8-sig")
+        pd.testing.assert_frame_equal(table_of(tmp_path / "rows.csv", ("?",)), expected)
+    (tmp_path / "texts.csv").write_text("Utterance;intent\nNone;NA\nsee you;null\n")
+    found = read_sentences(tmp_path / "texts.csv")
+    assert (found.x, found.y) == (["None", "see you"], ["NA", "null"])
+    (tmp_path / "texts.csv").write_text("text,label\n,greeting\n")
+    with pytest.raises(ValueError, match="a row without a text"):
+        read_sentences(tmp_path / "texts.csv")
+    (tmp_path / "rows.csv").write_text("ward,dose\nnorth,1.5,7\n")
+    with pytest.raises(ValueError, match="cannot be read as a table"):
+        table_of(tmp_path / "rows.csv")
+
+
 def fingerprints(folder: Path, **changed) -> str:
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2, (60, 32), dtype=np.uint8)
@@ -457,9 +552,11 @@ SHORT = (
         *((algo, "stage") for algo in ("maml", "protonet", "shared_params", "transfer", "adaptive")),
     ],
 )
-def test_algorithms_run_on_tables_of_numbers_and_of_classes(algo, target, path, tmp_path):
+def test_algorithms_run_on_tables_of_numbers_and_of_classes(algo, target, path, tmp_path, caplog):
+    caplog.set_level("INFO")
     keys = (f"algo={algo}", "task=table", f"task.path={path}", "task.by=patient", f"task.target={target}")
     run(*composed(*keys, "task.shots=2", "task.smallest=3", "task.queries=5", *SHORT), tmp_path)
+    assert "the episodes are of 2 different tasks, and the intervals are not about further ones" in caplog.text
     row = pd.read_csv(tmp_path / "result.csv").iloc[0]
     further = ["mae", "r2"] if target == "level" else ["macro-f1", "negative-log-likelihood", "calibration-error"]
     assert np.isfinite([row["score"], *(row[name] for name in further)]).all()

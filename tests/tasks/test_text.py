@@ -49,6 +49,17 @@ def test_the_vocabulary_is_of_training_and_unknown_words_still_equal_themselves(
     assert (rows[0, 2 : tokens.MAX_WORDS] == 0).all()
 
 
+def test_texts_that_are_too_long_are_counted(tmp_path, caplog):
+    for lengths in ((3, 5), (1, 2), (6, 9)):
+        for one in ("a bc def ghij", "word " * 40, "x" * 600, "one two three four five " * 3):
+            grams = sum(len(tokens.grams_of(part, lengths)) for part in one.split())
+            assert tokens.is_cut(one, lengths) == (grams > tokens.MAX_GRAMS or len(one.split()) > tokens.MAX_WORDS)
+    rows = [f"text number {i} {'long ' * 50 * (i == 3)},c{i % 8}" for i in range(64)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    text(path=str(tmp_path / "rows.csv"), ways=2, queries=1)
+    assert "1 of 64 texts have more than 48 words" in caplog.text
+
+
 def test_weighted_counts_equal_the_formula():
     rows = torch.tensor([[1, 2, 2, 0], [1, 3, 0, 0], [1, 1, 1, 1]])
     weights = tokens.inverse_document_frequency(rows, 5)

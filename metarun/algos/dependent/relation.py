@@ -5,6 +5,9 @@ https://arxiv.org/abs/1711.06025.
 
     relation     r_ij = g([Σ f(x_i of class j), f(x)]) in (0, 1)                     (equation 1; sums, §3.2)
     meta-loss    mean squared error of r to 1 for the class of x, 0 for others        (equation 2)
+    output       logit_j(x) = ln r_ij, so that the probability of class j is r_ij / Σ_k r_ik
+
+The paper says which class is chosen, that of the largest relation, and nothing of probabilities.
 
 Where the model's features are maps (conv4 with ``readout=flatten``), g is the paper's: two blocks of 64 filters and
 2×2 max-pooling over both maps concatenated, then two linear layers. Where the features are vectors, g consists of the
@@ -104,14 +107,18 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
         weights = parameters_of(trunk)
         return {"weights": weights, "relation": drawn(generator)}
 
-    def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
+    def relations_of(theta: Tree, state: Tree, x: Any) -> Tensor:
         rows, features = rows_together(spec, embed, theta["weights"], state, x)
         classes = rows.y.T @ rows.z
         return by_row(lambda queries: cast(Tensor, compare(theta["relation"], (classes, queries))), features)
 
+    def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
+        relations = relations_of(theta, state, x)
+        return relations.clamp(min=torch.finfo(relations.dtype).tiny).log()
+
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         with weighing(task.query.get("weight")):
-            relations = predict(theta, task.support, task.query["x"])
+            relations = relations_of(theta, task.support, task.query["x"])
         _, scores = loss(lambda x: relations, task.query)
         found, true, weight = cast(RowTarget, spec.target).rows(relations, task.query)
         errors = (found - true).square()

@@ -150,7 +150,9 @@ def of_pooled(scores: Array) -> Estimate:
     is rather too wide.
     """
     mean = scores.mean(0)
-    of_episodes = (float(mean[1:].var(ddof=1)), math.inf)
+    # A resampling may hold nothing to measure.
+    there = mean[1:][~np.isnan(mean[1:])]
+    of_episodes = (float(there.var(ddof=1)) if len(there) > 1 else math.nan, math.inf)
     if len(scores) == 1:
         return Estimate(float(mean[0]), (of_episodes,))
     return Estimate(float(mean[0]), ((float(scores[:, 0].var(ddof=1)) / len(scores), len(scores) - 1), of_episodes))
