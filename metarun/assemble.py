@@ -1,8 +1,9 @@
 """Building a family, a model and an algorithm that fit each other from a configuration."""
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from metarun.config import build, check_ranges
+from metarun.config import build, check_ranges, config_hash
 from metarun.contracts import Algorithm, Family, Loss, Need, Reader, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
@@ -65,6 +66,17 @@ class Experiment:
         """The model of the first replica."""
         return self.replicas[0].model
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What every checkpoint says about the run that wrote it: none of it changes during the run."""
+        return {
+            "config": OmegaConf.to_yaml(self.config, resolve=True),
+            "config_hash": config_hash(self.config),
+            "replicas": [config_hash(replica.config) for replica in self.replicas],
+            "dataset": self.family.dataset,
+            "constants": hash_of_constants(self.model),
+        }
+
     def initial_thetas(self) -> list[Tree]:
         """Return what each replica meta-learns, before meta-training."""
         return [r.algorithm.init(stream(r.config.seed, "algorithm")) for r in self.replicas]
@@ -116,6 +128,14 @@ def build_model(config: DictConfig, family: Family) -> nn.Module:
 def constants(model: nn.Module) -> list[Tensor]:
     """Return what a model holds but does not learn: buffers and frozen parameters."""
     return [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
+
+
+def hash_of_constants(model: nn.Module) -> str:
+    """Return a hash of the buffers and frozen parameters of ``model``, which no checkpoint holds."""
+    found = hashlib.sha256()
+    for tensor in constants(model):
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 @cache
