@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
@@ -11,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from metarun.config import build, check_ranges, config_hash
+from metarun.config import build, check_ranges, config_hash, construct
 from metarun.contracts import Algorithm, Family, Loss, Need, Reader, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
@@ -139,9 +140,14 @@ def hash_of_constants(model: nn.Module) -> str:
 
 
 @cache
-def _member(group: str, name: str) -> DictConfig:
-    """A file of metarun's own configuration as it is written; whoever changes it takes a copy."""
-    return cast(DictConfig, OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text()))
+def _read_member(group: str, name: str) -> Any:
+    """The content of a file of metarun's own configuration as it is written, which must not be changed."""
+    return OmegaConf.to_container(OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text()))
+
+
+def _member(group: str, name: str) -> Any:
+    """The content of a file of metarun's own configuration as it is written, in plain values."""
+    return deepcopy(_read_member(group, name))
 
 
 def algorithm_names() -> list[str]:
@@ -166,13 +172,12 @@ def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algo
 
     Return None if the algorithm does not fit the family or the model.
     """
-    algo = _member("algo", name).copy()
+    keys = _member("algo", name)
     try:
-        for default in algo.pop("defaults", []):
-            if isinstance(default, DictConfig):
-                own = _member("model", next(iter(default.values())))
-                model = build(OmegaConf.create({"model": own}), "model", spec=family.spec)
-        algorithm: Algorithm = build(OmegaConf.create({"algo": algo}), "algo", model=model, spec=family.spec)
+        for default in keys.pop("defaults", []):
+            if isinstance(default, dict):
+                model = construct("model", _member("model", next(iter(default.values()))), spec=family.spec)
+        algorithm: Algorithm = construct("algo", keys, model=model, spec=family.spec)
     except UserError:
         return None
     return (algorithm, model) if family.spec.offers(algorithm.needs) else None
