@@ -238,10 +238,10 @@ def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, why, caplog):
 
 def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    import torch._inductor.config as inductor
+    from torch._inductor import config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/no-compiler",))
-    with caplog.at_level(logging.INFO):
+    # pytest's own patch would leave the setting undefined to later tests.
+    with inductor.patch({"cpp.cxx": ("/nowhere/no-compiler",)}), caplog.at_level(logging.INFO):
         stepper, _ = steps_of(experiment_of("engine=compile", "algo=transfer", "model.widths=[7]"))
     assert stepper.engine == "eager"
     assert "no compile: " in caplog.text
