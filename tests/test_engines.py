@@ -370,6 +370,7 @@ def test_a_hyperparameter_that_one_process_cannot_vary_is_refused(target, tmp_pa
         run(config, names, tmp_path)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_replica_that_diverges_is_failed_and_the_others_are_not(tmp_path):
     quick = ("train.optimizer=sgd", "train.steps=40", "train.eval_every=5", "train.val_episodes=4", "eval.episodes=6")
     value = run(*composed(*quick, "replicas.over={train.lr: [0.001, 1.0]}"), tmp_path)
