@@ -1,8 +1,10 @@
 """Building a family, a model and an algorithm that fit each other from a configuration."""
 
+import hashlib
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, cast
 
@@ -10,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from metarun.config import build, check_ranges
+from metarun.config import build, check_ranges, config_hash, construct
 from metarun.contracts import Algorithm, Family, Loss, Need, Reader, Split, Task, Tree
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
@@ -65,6 +67,17 @@ class Experiment:
         """The model of the first replica."""
         return self.replicas[0].model
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What every checkpoint says about the run that wrote it: none of it changes during the run."""
+        return {
+            "config": OmegaConf.to_yaml(self.config, resolve=True),
+            "config_hash": config_hash(self.config),
+            "replicas": [config_hash(replica.config) for replica in self.replicas],
+            "dataset": self.family.dataset,
+            "constants": hash_of_constants(self.model),
+        }
+
     def initial_thetas(self) -> list[Tree]:
         """Return what each replica meta-learns, before meta-training."""
         return [r.algorithm.init(stream(r.config.seed, "algorithm")) for r in self.replicas]
@@ -118,10 +131,23 @@ def constants(model: nn.Module) -> list[Tensor]:
     return [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
 
 
+def hash_of_constants(model: nn.Module) -> str:
+    """Return a hash of the buffers and frozen parameters of ``model``, which no checkpoint holds."""
+    found = hashlib.sha256()
+    for tensor in constants(model):
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
 @cache
-def _member(group: str, name: str) -> DictConfig:
-    """A file of metarun's own configuration as it is written; whoever changes it takes a copy."""
-    return cast(DictConfig, OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text()))
+def _read_member(group: str, name: str) -> Any:
+    """The content of a file of metarun's own configuration as it is written, which must not be changed."""
+    return OmegaConf.to_container(OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text()))
+
+
+def _member(group: str, name: str) -> Any:
+    """The content of a file of metarun's own configuration as it is written, in plain values."""
+    return deepcopy(_read_member(group, name))
 
 
 def algorithm_names() -> list[str]:
@@ -146,13 +172,12 @@ def default_algorithm(name: str, family: Family, model: nn.Module) -> tuple[Algo
 
     Return None if the algorithm does not fit the family or the model.
     """
-    algo = _member("algo", name).copy()
+    keys = _member("algo", name)
     try:
-        for default in algo.pop("defaults", []):
-            if isinstance(default, DictConfig):
-                own = _member("model", next(iter(default.values())))
-                model = build(OmegaConf.create({"model": own}), "model", spec=family.spec)
-        algorithm: Algorithm = build(OmegaConf.create({"algo": algo}), "algo", model=model, spec=family.spec)
+        for default in keys.pop("defaults", []):
+            if isinstance(default, dict):
+                model = construct("model", _member("model", next(iter(default.values()))), spec=family.spec)
+        algorithm: Algorithm = construct("algo", keys, model=model, spec=family.spec)
     except UserError:
         return None
     return (algorithm, model) if family.spec.offers(algorithm.needs) else None

@@ -280,11 +280,16 @@ ONLY_BY_NAME = ("typed", "converter")
 
 
 def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = None, **context: Any) -> Any:
-    """Call the ``_target_`` of ``config[group]`` with its keys, each checked against the target's annotations.
+    """Call the ``_target_`` of ``config[group]``, ``task``, ``model`` or ``algo``, with its keys; see `construct`."""
+    return construct(group, OmegaConf.to_container(config[group], resolve=True), exchanged, **context)
+
+
+def construct(group: str, content: Any, exchanged: Mapping[str, Any] | None = None, **context: Any) -> Any:
+    """Call the ``_target_`` of ``content`` with its other keys, each checked against the target's annotations.
 
     Args:
-        config: the whole configuration.
         group: ``task``, ``model`` or ``algo``.
+        content: what the configuration says of the group, as plain values; it is not changed.
         exchanged: other values for some keys, which are not checked again.
         context: further arguments by name; the target receives those that it takes. Those in ``ONLY_BY_NAME`` must be
             among its parameters: a target with ``**kwargs`` may pass those on to one that does not take them.
@@ -292,10 +297,10 @@ def build(config: DictConfig, group: str, exchanged: Mapping[str, Any] | None = 
     Raises:
         UserError: the target does not exist, or a key is unknown, of the wrong type or out of range.
     """
-    keys: Any = OmegaConf.to_container(config[group], resolve=True)
-    if not isinstance(keys, dict) or not isinstance(keys.get("_target_"), str):
+    if not isinstance(content, dict) or not isinstance(content.get("_target_"), str):
         raise UserError(f"{group} needs a _target_, the dotted path of what it builds.")
-    name = keys.pop("_target_")
+    name: str = content["_target_"]
+    keys = {key: value for key, value in content.items() if key != "_target_"}
     try:
         target: Callable[..., Any] = get_method(name)
     except (ImportError, ValueError) as error:

@@ -1,16 +1,12 @@
 """Everything that changes during meta-training, and how it is saved and restored."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
-from metarun.assemble import Experiment, constants
-from metarun.config import config_hash
+from metarun.assemble import Experiment
 from metarun.contracts import Family, Tree
 from metarun.data.portable import plain
 from metarun.engine.meta_step import MetaStep
@@ -60,25 +56,6 @@ def start(meta_step: MetaStep) -> Training:
     return Training(meta_step.initial_train_state(), [None] * count, [[] for _ in range(count)])
 
 
-def _identity(experiment: Experiment) -> dict[str, Any]:
-    """Return what both checkpoints say about the run that wrote them."""
-    return {
-        "config": OmegaConf.to_yaml(experiment.config, resolve=True),
-        "config_hash": config_hash(experiment.config),
-        "replicas": [config_hash(replica.config) for replica in experiment.replicas],
-        "dataset": experiment.family.dataset,
-        "constants": hash_of_constants(experiment.replicas[0].model),
-    }
-
-
-def hash_of_constants(model: nn.Module) -> str:
-    """Return a hash of the buffers and frozen parameters of ``model``, which no checkpoint holds."""
-    found = hashlib.sha256()
-    for tensor in constants(model):
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:12]
-
-
 SAVED_AS_IT_IS = (
     *("step", "train_state", "rows", "window", "seconds", "compile_seconds", "step_seconds"),
     *("engine", "task_map", "device", "threads"),
@@ -89,7 +66,7 @@ def save(experiment: Experiment, training: Training, directory: Path) -> None:
     """Write ``last.pt``, all that a resumed run needs; the previous checkpoint is kept."""
     content: dict[str, Any] = {name: getattr(training, name) for name in SAVED_AS_IT_IS}
     content["best"] = [vars(best) if best else None for best in training.best]
-    checkpoint.save_last(directory, _identity(experiment) | content)
+    checkpoint.save_last(directory, experiment.identity | content)
 
 
 def save_best(experiment: Experiment, training: Training, directory: Path) -> None:
@@ -97,7 +74,7 @@ def save_best(experiment: Experiment, training: Training, directory: Path) -> No
     best = [vars(best) if best else None for best in training.best]
     content: dict[str, Any] = {"best": best} if len(best) > 1 else (best[0] or {})
     learner = {"names": experiment.names, "family": described(experiment.family)}
-    checkpoint.save(directory / "checkpoints" / "best.pt", _identity(experiment) | content | learner)
+    checkpoint.save(directory / "checkpoints" / "best.pt", experiment.identity | content | learner)
 
 
 def described(family: Family) -> dict[str, Any]:
@@ -116,8 +93,8 @@ def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Tra
         UserError: the checkpoint is missing or broken, or belongs to another configuration or to other data.
     """
     path = directory / "checkpoints" / "last.pt"
-    content = checkpoint.load_last(directory, experiment.device, config_hash(experiment.config))
-    if content["replicas"] != _identity(experiment)["replicas"]:
+    content = checkpoint.load_last(directory, experiment.device, experiment.identity["config_hash"])
+    if content["replicas"] != experiment.identity["replicas"]:
         raise UserError(
             f"The checkpoint {path} belongs to other replicas; resume with no other keys, or start a new run."
         )
@@ -126,7 +103,7 @@ def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Tra
             f"The checkpoint {path} was trained on {content['dataset']}, and the data found now are "
             f"{experiment.family.dataset}; set data_dir to where the data of the checkpoint are."
         )
-    if content["constants"] != _identity(experiment)["constants"]:
+    if content["constants"] != experiment.identity["constants"]:
         raise UserError(
             f"The checkpoint {path} was trained with other frozen parameters or buffers than those that the model has "
             "now; restore the file that they were read from, or start a new run."

@@ -1,10 +1,12 @@
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from commands import QUICK, process
 from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.assemble import assemble
@@ -36,6 +38,30 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def files_of_packages_are_parsed_once():
+    """Each composition reads twenty files of metarun and Hydra, and parsing them is a quarter of its time."""
+    read, kept = ImportlibResourcesConfigSource.load_config, {}
+
+    def load_config(self, config_path):
+        place = self.provider, self.path, config_path
+        if place not in kept:
+            kept[place] = read(self, config_path)
+        return deepcopy(kept[place])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImportlibResourcesConfigSource, "load_config", load_config)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def files_are_written_without_waiting_for_the_disk():
+    """What a test writes need not outlive a power cut, and on some disks the waiting takes longer than a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)
@@ -60,8 +86,8 @@ def finished(tmp_path_factory):
 
 
 def leave_pictures_out(patch):
-    for name in ("write_training", "write_adaptation", "write_examples"):
-        patch.setattr(f"metarun.run.{name}", lambda *arguments: None)
+    for place in ("run.write_examples", "results.drawer.draw"):
+        patch.setattr(f"metarun.{place}", lambda *arguments: None)
 
 
 @pytest.fixture

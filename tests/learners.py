@@ -1,8 +1,10 @@
 """Learners without a training: what a run leaves, for tests of what comes after it."""
 
 from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -15,11 +17,16 @@ from metarun.state import Best, Training, save_best
 from metarun.tree import tree_map
 
 
+@cache
+def keys_of(group: str, name: str) -> dict[str, Any]:
+    """A file of the configuration, without what it includes, in plain values that are not to be changed."""
+    found = OmegaConf.to_container(OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text()))
+    return {key: value for key, value in found.items() if key != "defaults"}
+
+
 def member(group: str, name: str) -> DictConfig:
     """A file of the configuration, without what it includes."""
-    found = OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text())
-    found.pop("defaults", None)
-    return found
+    return OmegaConf.create(keys_of(group, name))
 
 
 def with_algorithm(experiment: Experiment, algo: str, model: str | None = None) -> Experiment:

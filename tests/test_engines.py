@@ -238,10 +238,10 @@ def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, why, caplog):
 
 def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    import torch._inductor.config as inductor
+    from torch._inductor import config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/no-compiler",))
-    with caplog.at_level(logging.INFO):
+    # pytest's own patch would leave the setting undefined to later tests.
+    with inductor.patch({"cpp.cxx": ("/nowhere/no-compiler",)}), caplog.at_level(logging.INFO):
         stepper, _ = steps_of(experiment_of("engine=compile", "algo=transfer", "model.widths=[7]"))
     assert stepper.engine == "eager"
     assert "no compile: " in caplog.text
@@ -370,6 +370,7 @@ def test_a_hyperparameter_that_one_process_cannot_vary_is_refused(target, tmp_pa
         run(config, names, tmp_path)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_replica_that_diverges_is_failed_and_the_others_are_not(tmp_path):
     quick = ("train.optimizer=sgd", "train.steps=40", "train.eval_every=5", "train.val_episodes=4", "eval.episodes=6")
     value = run(*composed(*quick, "replicas.over={train.lr: [0.001, 1.0]}"), tmp_path)

@@ -75,6 +75,7 @@ def ran(path, algo, **keys):
     return pd.read_csv(path / "result.csv", dtype={"episodes_hash": str}).iloc[0]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_runs_of_a_family_whose_data_change_by_a_key_are_never_paired(tmp_path):
     rows = [ran(tmp_path / "maml", "maml"), ran(tmp_path / "cnp", "cnp", split_seed=1)]
     assert rows[0].dataset == rows[1].dataset

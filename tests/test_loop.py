@@ -22,6 +22,7 @@ def metrics(directory: Path):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(directory / "metrics.csv")]
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
     ("kill", "algo", "count", "engine"),
     [

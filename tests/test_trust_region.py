@@ -217,7 +217,10 @@ TINY = (
     "task.queries=3",
     "train.clip=null",
 )
-SHORT = ("train.meta_batch=3", "train.eval_every=2", "train.val_episodes=2", "eval.episodes=3", "eval.adapt_steps=1")
+SHORT = (
+    *("train.meta_batch=3", "train.eval_every=2", "train.val_episodes=2", "eval.episodes=3", "eval.adapt_steps=1"),
+    "train.trust_region.cg_steps=3",
+)
 
 
 def test_a_resumed_run_takes_the_same_steps(tmp_path):

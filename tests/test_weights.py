@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from learners import keys_of
 from scenarios import IMAGE_SPEC, TinyImages, class_spec, generator, sampled
 from torch.func import vmap
 
@@ -19,7 +19,7 @@ from metarun.algos.dependent.shared_model import shared_model
 from metarun.algos.dependent.shared_params import shared_params
 from metarun.checks.family import check_tasks
 from metarun.checks.transduction import is_transductive
-from metarun.config import build
+from metarun.config import construct
 from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
@@ -73,10 +73,7 @@ def mixtures():
 
 
 def algorithm_of(name, family, model, **keys):
-    config = OmegaConf.create({"algo": OmegaConf.create((files("metarun.conf") / "algo" / f"{name}.yaml").read_text())})
-    config.algo.pop("defaults", None)
-    config.algo.update(keys)
-    return build(config, "algo", model=model, spec=family.spec)
+    return construct("algo", {**keys_of("algo", name), **keys}, model=model, spec=family.spec)
 
 
 CASES = {f"{name}-{of.__name__}": (name, of, {}) for name in ALGORITHMS for of in (sinusoid, images, sentences)} | {

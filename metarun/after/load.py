@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from metarun.assemble import build_family, build_model, choose_device
+from metarun.assemble import build_family, build_model, choose_device, hash_of_constants
 from metarun.command.composing import CHOICES, composed
 from metarun.command.trust import MEMBER, imports
 from metarun.config import build, check_ranges
@@ -28,7 +28,6 @@ from metarun.data.portable import rebuilt
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError, first_line
 from metarun.results import checkpoint
-from metarun.state import hash_of_constants
 from metarun.system.terminal import printable
 
 

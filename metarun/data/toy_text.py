@@ -11,6 +11,7 @@ root in one letter. Everything is a function of a fixed seed, so it is the same 
 """
 
 import random
+from functools import cache
 from itertools import product
 
 from metarun.data.intents import Sentence
@@ -66,8 +67,9 @@ def _lexicon(randomness: random.Random) -> list[str]:
     return new_words(FUNCTION_WORDS, 1, randomness) + new_words(KINDS * CONCEPTS * SYNONYMS, 3, randomness)
 
 
+@cache
 def toy_classes() -> dict[str, dict[str, list[str]]]:
-    """Sentences by class, for each split."""
+    """Sentences by class, for each split; made once in a process, and not to be changed."""
     randomness = random.Random(SEED)
     lexicon, triples = _lexicon(randomness), iter(_triples(randomness))
     return {
@@ -94,8 +96,9 @@ def _relexified(lexicon: list[str], randomness: random.Random) -> list[str]:
     return words
 
 
+@cache
 def toy_languages() -> list[Sentence]:
-    """The parallel corpus: every sentence in every language."""
+    """The parallel corpus: every sentence in every language; made once in a process, and not to be changed."""
     randomness = random.Random(SEED + 1)
     roots = _lexicon(randomness)
     triples = _triples(randomness)[:SHARED_CLASSES]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 import metarun
 from metarun.assemble import Experiment, Replica
-from metarun.config import config_hash
 from metarun.contracts import Tree
 from metarun.engine.batch import adapted_parameters
 from metarun.engine.process import peak_memory_mb
@@ -49,7 +48,7 @@ def identity_columns(experiment: Experiment, index: int, run: str) -> dict[str, 
         "device": torch.cuda.get_device_name(experiment.device) if experiment.device != "cpu" else "cpu",
         "torch_version": torch.__version__,
         "metarun_version": metarun.__version__,
-        "config_hash": config_hash(config),
+        "config_hash": experiment.identity["replicas"][index],
         "higher_is_better": spec.metrics[0].higher_is_better,
         "precision": config.train.precision.name,
         "replica": index,

@@ -61,9 +61,9 @@ class Shown(Sinusoid):
         return torch.stack([(square * side).sum() / side.sum() for side in (x < 0, x >= 0)])
 
 
-@pytest.fixture
-def directory(tmp_path):
-    return shown(tmp_path / "run", "algo=maml")
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return shown(tmp_path_factory.mktemp("reports") / "run", "algo=maml")
 
 
 def shown(directory, *overrides):

@@ -37,6 +37,7 @@ def begin_with(monkeypatch, made):
     monkeypatch.setattr(trackers, "begun", begun)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("failing", ["begin", "store_init_configuration", "log", "finish"])
 def test_a_tracker_that_fails_is_left_out_and_stops_nothing(tmp_path, monkeypatch, failing):
     good, bad = Tracker(None), ConnectionError("no network") if failing == "begin" else Tracker(failing)
@@ -47,6 +48,7 @@ def test_a_tracker_that_fails_is_left_out_and_stops_nothing(tmp_path, monkeypatc
     assert [name for name, _, _ in good.said] == ["store_init_configuration", "log", "log", "log", "finish"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_tracker_is_told_what_the_tables_say(tmp_path, monkeypatch):
     good = Tracker(None)
     begin_with(monkeypatch, {"mlflow": good})
