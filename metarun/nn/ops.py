@@ -22,9 +22,21 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
 
+MOST_DIFFERENCES = 2**22
+"""Above so many numbers, distances are computed without the differences of all pairs of rows."""
+
+
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Euclidean distance of every row of ``a [n, d]`` to every row of ``b [m, d]``: ``[n, m]``."""
-    return (a[:, None] - b[None]).square().sum(-1)
+    """Squared Euclidean distance of every row of ``a [n, d]`` to every row of ``b [m, d]``: ``[n, m]``.
+
+    Many distances, as between the locations of pictures, are ‖a‖² + ‖b‖² − 2 a·b around the mean of ``b``, since their
+    differences ``[n, m, d]`` would fill the memory.
+    """
+    if len(a) * b.numel() <= MOST_DIFFERENCES:
+        return (a[:, None] - b[None]).square().sum(-1)
+    middle = b.mean(0)
+    a, b = a - middle, b - middle
+    return (a.square().sum(-1)[:, None] + b.square().sum(-1) - 2 * a @ b.T).clamp(min=0)
 
 
 def mean_row(z: Tensor, weight: Tensor | None) -> Tensor:

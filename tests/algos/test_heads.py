@@ -18,6 +18,7 @@ from metarun.algos.dependent.shared_model import shared_model
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
+from metarun.nn import ops
 from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tree import tree_map
@@ -29,6 +30,16 @@ def images(model_of=lambda spec: MLP(spec, (8,))):
     torch.manual_seed(0)
     family = TinyImages()
     return family, model_of(family.spec), family.sample("train", 3, generator(1))
+
+
+def test_distances_of_many_rows_are_those_of_their_differences(monkeypatch):
+    """Far from zero, where the short formula would lose what the differences keep, with both derivatives."""
+    a, b = (1000 + torch.randn(n, 5, generator=generator(n)).requires_grad_() for n in (7, 4))
+    expected = ops.squared_distances(a, b)
+    monkeypatch.setattr(ops, "MOST_DIFFERENCES", 0)
+    torch.testing.assert_close(ops.squared_distances(a, b), expected, rtol=1e-10, atol=1e-10)
+    assert torch.autograd.gradcheck(ops.squared_distances, (a, b))
+    assert torch.autograd.gradgradcheck(ops.squared_distances, (a, b))
 
 
 def machine(n, ways, reach):
