@@ -227,6 +227,19 @@ def on_same_episodes(a: pd.Series, b: pd.Series) -> bool:
     return len(hashes) == 1 and "" not in hashes
 
 
+def subtracted(
+    a: tuple[Array, tuple[float, ...]],
+    b: tuple[Array, tuple[float, ...]],
+    about_methods: bool,
+    difference: Callable[[Array, Array, bool], Estimate] = statistics.difference_of_methods,
+) -> Estimate:
+    """Return ``a − b``, scores with their seeds, over the seeds where it is about methods, else over their mean."""
+    (first, first_seeds), (second, second_seeds) = a, b
+    if not about_methods:
+        first, second = first.mean(0, keepdims=True), second.mean(0, keepdims=True)
+    return difference(first, second, first_seeds == second_seeds)
+
+
 def further_difference(a: pd.Series, b: pd.Series, metric: str) -> Estimate | None:
     """Return row ``a`` minus row ``b`` in a metric besides the first, by episode, or by resampling if it is pooled.
 
@@ -238,11 +251,8 @@ def further_difference(a: pd.Series, b: pd.Series, metric: str) -> Estimate | No
         found = [scores_of(row["replicas"], metric, read) for row in (a, b)]
         if found[0] is None or found[1] is None or found[0][0].shape[1] != found[1][0].shape[1]:
             continue
-        (first, first_seeds), (second, second_seeds) = found[0], found[1]
-        if not (a["about_method"] and b["about_method"]):
-            first, second = first.mean(0, keepdims=True), second.mean(0, keepdims=True)
         of = statistics.difference_of_pooled if read is cached_pooled else statistics.difference_of_methods
-        return of(first, second, first_seeds == second_seeds)
+        return subtracted(found[0], found[1], bool(a["about_method"] and b["about_method"]), of)
     return None
 
 
@@ -267,11 +277,8 @@ def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference
     if not paired:
         estimate = statistics.unpaired(a["estimate"], b["estimate"])
         sizes = (math.nan, math.nan)
-    elif about_methods:
-        estimate = statistics.difference_of_methods(first, second, first_seeds == second_seeds)
     else:
-        estimate = statistics.over_episodes(first.mean(0) - second.mean(0))
-    if paired:
+        estimate = subtracted((first, first_seeds), (second, second_seeds), about_methods)
         better = statistics.share_better(first, second, bool(a["higher_is_better"]))
         sizes = (statistics.effect_size(first, second), better)
     choices = candidates if about_methods else 1
