@@ -26,8 +26,9 @@ class Residual(nn.Module):
 
     def __init__(self, numbers: int, width: int, scale: float, norm: Norm) -> None:
         super().__init__()
-        own = nn.BatchNorm1d(numbers, eps=1.0, affine=False, track_running_stats=False)
-        self.norm = own if norm == "batch" else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if norm == "batch":
+            self.norm = nn.BatchNorm1d(numbers, eps=1.0, affine=False, track_running_stats=False)
         self.into = nn.Linear(numbers, width)
         # Of unit vectors, whose numbers are small: hidden numbers of size one.
         nn.init.normal_(self.into.weight)
