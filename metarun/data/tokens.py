@@ -53,6 +53,11 @@ def is_cut(sentence: str, lengths: tuple[int, int]) -> bool:
     return grams > MAX_GRAMS or len(words(sentence)) > MAX_WORDS
 
 
+def are_full(rows: Tensor) -> Tensor:
+    """Which rows have no room for another word, or none for another n-gram: the only ones that may be cut."""
+    return (rows[:, MAX_WORDS - 1] > 0) | (rows[:, MAX_WORDS:] > 0).sum(1).eq(MAX_GRAMS)
+
+
 def spread(text: str, buckets: int) -> int:
     """A bucket for ``text``, the same on every machine."""
     return zlib.crc32(text.encode()) % buckets

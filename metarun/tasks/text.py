@@ -155,15 +155,17 @@ class Text:
         """Make rows of token ids by a tokenizer that is ``known``, or fitted to the training sentences."""
         train, own = self.pools["train"], known if isinstance(known, converters.Sentences) else None
         tokenizer = own.tokenizer if own else tokens.fit(train.texts, buckets, (grams[0], grams[1]))
-        texts = [text for pool in self.pools.values() for text in pool.texts]
-        if cut := sum(tokens.is_cut(text, (grams[0], grams[1])) for text in texts):
+        cut = 0
+        for pool in self.pools.values():
+            pool.rows = tokenizer(pool.texts)
+            full = tokens.are_full(pool.rows).nonzero()[:, 0].tolist()
+            cut += sum(tokens.is_cut(pool.texts[i], (grams[0], grams[1])) for i in full)
+        if cut:
             log.warning(
                 "%d of %d texts have more than %d words or %d n-grams, and no more of them is read; shorten them, or "
                 "set task.embed.",
-                *(cut, len(texts), tokens.MAX_WORDS, tokens.MAX_GRAMS),
+                *(cut, sum(len(pool.texts) for pool in self.pools.values()), tokens.MAX_WORDS, tokens.MAX_GRAMS),
             )
-        for pool in self.pools.values():
-            pool.rows = tokenizer(pool.texts)
         by_sentence = tokens.inverse_document_frequency(train.rows, tokenizer.ids)
         # Each class is one document: a word that many classes use tells little, however seldom each uses it.
         ends = zip(*(leaf.flatten().tolist() for leaf in train.cells), strict=True)

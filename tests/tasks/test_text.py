@@ -54,6 +54,7 @@ def test_texts_that_are_too_long_are_counted(tmp_path, caplog):
         for one in ("a bc def ghij", "word " * 40, "x" * 600, "one two three four five " * 3):
             grams = sum(len(tokens.grams_of(part, lengths)) for part in one.split())
             assert tokens.is_cut(one, lengths) == (grams > tokens.MAX_GRAMS or len(one.split()) > tokens.MAX_WORDS)
+            assert tokens.are_full(tokens.fit([one], 16, lengths)([one]))[0] >= tokens.is_cut(one, lengths)
     rows = [f"text number {i} {'long ' * 50 * (i == 3)},c{i % 8}" for i in range(64)]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
     text(path=str(tmp_path / "rows.csv"), ways=2, queries=1)
