@@ -250,7 +250,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def picture(path: Path, rows: Sequence[Row]) -> None:
     """Plot time against size, a panel for each case that grows, with a line per engine."""
-    from metarun.results.plots import blank_figure, save_figure
+    from metarun.results.plots import blank_figure, readable_log, save_figure
 
     cases = [case for case in TITLES if lines_of(rows, case)]
     if not cases:
@@ -263,7 +263,10 @@ def picture(path: Path, rows: Sequence[Row]) -> None:
         for engine, points in lines_of(rows, case).items():
             label, colour = f"{engine} ({exponent(points):.2f})", colours.get(engine, "#CC79A7")
             axis.plot(*zip(*points, strict=True), label=label, color=colour, marker="o", markersize=4)
-        axis.set(xscale="log", yscale="log", xlabel=TITLES[case], ylabel="milliseconds")
+        every = [point for points in lines_of(rows, case).values() for point in points]
+        for which, values in zip((axis.xaxis, axis.yaxis), zip(*every, strict=True), strict=True):
+            readable_log(which, min(values), max(values))
+        axis.set(xlabel=TITLES[case], ylabel="milliseconds")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     for axis in axes[len(cases) :]:
