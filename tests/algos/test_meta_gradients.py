@@ -119,6 +119,23 @@ def test_adaptive(name, modulation):
     assert_same(grads["weights"], expected)
 
 
+@pytest.mark.parametrize("modulation", ["context", "film"])
+def test_adaptive_takes_no_parameter_of_the_model_for_the_tasks_own(modulation):
+    """A model may well have a learned scale, shift or context."""
+
+    class Scaled(MLP):
+        def __init__(self, spec):
+            super().__init__(spec, (8,))
+            self.scale, self.context = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            return self.scale * super().forward(x) + self.context.sum()
+
+    family = Sinusoid(shots=5)
+    theta = adaptive(Scaled(family.spec), modulation).init(generator())
+    assert {"scale", "context"} <= set(theta["weights"])
+
+
 @pytest.mark.parametrize(
     ("name", "strength", "inner", "hessian_damping"),
     [
