@@ -27,7 +27,7 @@ from metarun.algos.dependent.shared_params import ridge
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
 from metarun.inner import by_row, keep_support, rows_together
-from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.functional import forward_of, number_like, parameters_of, trunk_and_head
 from metarun.nn.ops import full_precision, without_padding
 
 CORRECTIONS = 4
@@ -134,7 +134,7 @@ def metaoptnet(
 
     def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk)
-        return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
+        return {"weights": weights, "scale": number_like(model, scale)}
 
     def classifier(z: Tensor, y: Tensor, ways: Tensor | None) -> Tensor:
         if head == "ridge":

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
 from metarun.inner import by_row, keep_support, rows_together
-from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.functional import forward_of, number_like, parameters_of, trunk_and_head
 from metarun.nn.ops import without_padding
 
 
@@ -60,7 +60,7 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
 
     def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk)
-        first = next(iter(weights.values()))
+        first = number_like(model, 0.0)
         solver = {
             "log_strength": first.new_tensor(log(strength)),
             "scale": first.new_tensor(scale),
