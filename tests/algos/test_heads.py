@@ -10,6 +10,7 @@ from learners import keys_of
 from omegaconf import OmegaConf
 from scenarios import IMAGE_SPEC, TinyImages, generator
 from torch import nn
+from torch.func import vmap
 
 from metarun.algos.baselines.baselinepp import baselinepp, official_scale
 from metarun.algos.baselines.multitask import multitask
@@ -271,3 +272,27 @@ def test_a_frozen_part_of_the_model_is_neither_in_the_way_nor_learned(name, part
 def test_an_inner_loop_over_a_frozen_part_is_refused(name, part, words):
     with pytest.raises(UserError, match=f"{words} .*is frozen, so there is nothing to adapt"):
         with_frozen(part, name)
+
+
+SOLVED = {
+    "shared_params": {"strength": 1e-4},
+    "metaoptnet": {"head": "ridge", "strength": 1e-4},
+    "dkt": {"kernel": "linear", "noise": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_systems_are_solved_in_full_precision_whatever_the_rest_is_computed_in(name):
+    """With ``train.precision=bfloat16``, in which features are known to three digits and small penalties are lost."""
+    torch.set_default_dtype(torch.float32)
+    family, model, tasks = images()
+    algorithm = construct("algo", keys_of("algo", name) | SOLVED[name], model=model, spec=family.spec)
+    theta, support = algorithm.init(generator()), {key: tasks.support[key] for key in ("x", "y")}
+
+    def answers():
+        return vmap(lambda shown, x: algorithm.predict(theta, shown, x))(support, tasks.query["x"])
+
+    expected = answers()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found = answers()
+    assert (found - expected).norm() < 0.05 * expected.norm()
