@@ -127,6 +127,29 @@ def in_training() -> bool:
     return draws is not None and draws.training
 
 
+def drawn_so_far() -> int:
+    """How many seeds have been handed out for the present task; 0 outside any task."""
+    draws = current.get()
+    return 0 if draws is None else draws.count
+
+
+@contextmanager
+def drawing_again(count: int) -> Iterator[None]:
+    """Inside, the seeds are those that follow the first ``count`` of the task; afterwards, they are new ones.
+
+    What is computed several times in this way, such as a loss with dropout, is the same function every time.
+    """
+    draws = current.get()
+    if draws is None:
+        yield
+        return
+    before, draws.count = draws.count, count
+    try:
+        yield
+    finally:
+        draws.count = max(before, draws.count)
+
+
 def fresh_seed() -> Tensor:
     """An integer that no other call for the same task returns.
 

@@ -349,6 +349,22 @@ def test_an_alias_is_the_algorithm_with_its_presets(alias, task):
     assert f"algo={original}" in (CONF / "algo" / f"{alias}.yaml").read_text().splitlines()[0]
 
 
+WHAT_A_NAME_SAYS = {"cavia": "modulation", "fomaml": "first_order", "boil": "adapts", "np": "deterministic"}
+"""The key that tells an algorithm from another one of the same code."""
+
+
+def test_no_preset_takes_from_an_algorithm_what_its_name_says():
+    """And an alias has all presets of its algorithm, except where these turn `adaptive` into FiLM."""
+    table = {(task, section): plain(sections(task, (CONF,))[section]) for task, section in PRESETS}
+    assert not [pair for pair, own in table.items() if WHAT_A_NAME_SAYS.get(pair[1]) in own.get("algo", {})]
+    pairs = {(task, section) for task, section in PRESETS if section in aliases() or section in aliases().values()}
+    for task in {task for task, _ in pairs}:
+        for alias, original in aliases().items():
+            own, other = table.get((task, alias)), table.get((task, original))
+            film = original == "adaptive" and other is not None and other.get("algo", {}).get("modulation") == "film"
+            assert film or own == other, (task, alias)
+
+
 @pytest.fixture
 def own_folder(tmp_path):
     """A function that writes files into a folder of the user and composes with it as ``--config-dir`` does."""

@@ -8,6 +8,7 @@ import torch
 from metarun.contracts import Task
 from metarun.engine.recording import Recording
 from metarun.errors import UserError
+from metarun.nn import noise
 from metarun.nn.transforms import over_tasks
 from metarun.random import drawing, fold, fresh_seed, normal, uniform
 
@@ -75,3 +76,19 @@ def test_compiled_numbers_are_the_same(float64, tmp_path, monkeypatch):
 def test_drawing_without_a_seed_is_refused():
     with pytest.raises(UserError, match=r"set Task\.seed"):
         over_tasks(drawn, tasks(2)._replace(seed=None), training=True)
+
+
+def test_random_functions_in_a_model_take_their_arguments_as_torch_has_them():
+    def drawn(function, *args, **options):
+        with drawing(torch.tensor(7), training=True):
+            return function(*args, **options)
+
+    for function in (noise.rand, noise.randn):
+        by_name, in_order = drawn(function, size=(2, 3)), drawn(function, 2, 3)
+        assert torch.equal(by_name, in_order)
+        assert len(by_name.unique()) == 6
+    half = torch.full((1000,), 0.5)
+    assert drawn(noise.bernoulli, half, 0.0).sum() == 0
+    assert drawn(noise.bernoulli, half, p=1.0).sum() == 1000
+    with pytest.raises(UserError, match="with out="):
+        drawn(noise.rand, 2, out=torch.empty(2))

@@ -21,6 +21,7 @@ from metarun.algos.dependent.protonet import protonet
 from metarun.contracts import Task
 from metarun.engine.batch import meta_gradient
 from metarun.engine.recording import Recording
+from metarun.nn.functional import forward_of
 from metarun.tree import tree_map
 
 WAYS, SHOTS, QUERIES, TASKS = 3, 2, 2, 3
@@ -386,3 +387,16 @@ def test_meta_gradient_equals_plain_autograd(name, algo, engine):
         scale = max(expected[full].norm().item(), 1e-3 * whole)
         assert (gradient - expected[full]).norm().item() <= 1e-9 * scale, full
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["which keys count", "numbers to add"])
+def test_a_query_that_may_see_no_key_gets_zeros_and_finite_gradients(kind):
+    """As from torch's own attention: an example of padding has no words to look at."""
+    there = torch.tensor([[True, False, True], [False, False, False]])[:, None]
+    mask = there if kind == "which keys count" else torch.zeros(2, 1, 3).masked_fill(~there, -torch.inf)
+    attend = Applied(lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=mask))
+    x = torch.randn(2, 3, 4, generator=generator(), requires_grad=True)
+    found, expected = forward_of(attend)({}, x), attend(x)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (found, expected)]
+    torch.testing.assert_close(*slopes)

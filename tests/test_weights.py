@@ -26,11 +26,13 @@ from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.models.supernet import SupernetConv
+from metarun.models.tagger import Tagger
 from metarun.models.text import TextEmbedding
 from metarun.nn.functional import forward_of, parameters_of
 from metarun.nn.padding import weighing
 from metarun.nn.transforms import plainly
 from metarun.targets.scoring import loss_of
+from metarun.tasks.entities import entities
 from metarun.tasks.omniglot import Omniglot
 from metarun.tasks.sinusoid import Sinusoid
 from metarun.tasks.text import text, text_crosslingual
@@ -425,6 +427,36 @@ def test_a_task_with_fewer_classes_is_the_task_of_those_classes(name):
         for learner, tasks in zip(learners, (small, large), strict=True)
     )
     close([found.loss, found.scores["accuracy"]], [expected.loss, expected.scores["accuracy"]])
+
+
+def test_maps_are_not_normalised_over_classes_that_a_task_lacks():
+    """As above, where relation networks compare maps by a network with batch normalisation."""
+    torch.manual_seed(0)
+    family, spec = TinyImages(), class_spec((1, 16, 16), 2, 2, 4)
+    three, two = (Conv4(of, filters=4, halvings=2, readout="flatten") for of in (IMAGE_SPEC, spec))
+    two.load_state_dict({n: w[:2] if n.startswith("head.") else w for n, w in three.state_dict().items()})
+    batch = sampled(family, "train", 1, generator(1))
+    task = Task(*({key: leaf[0] for key, leaf in part.items()} for part in batch[:2]), batch.seed[0])
+    small, large = (tree_map(lambda leaf: leaf[None], one) for one in with_fewer_ways(task, 2))
+    learners = relation(two, spec), relation(three, IMAGE_SPEC)
+    expected, found = (
+        meta_gradient(learner, learner.init(generator()), tasks, loss_of(family))
+        for learner, tasks in zip(learners, (small, large), strict=True)
+    )
+    close([found.loss, *leaves(found.grads)], [expected.loss, *leaves(expected.grads)])
+
+
+@pytest.mark.parametrize("name", ["matching", "metaoptnet", "protonet", "relation", "shared_params"])
+def test_words_may_say_which_tags_the_task_has(name):
+    """Where all are the task's own, it changes nothing; there are as many of these rows as sentences, not as words."""
+    family = entities(dataset="toy", shots=2, queries=2, longest=6, buckets=32)
+    torch.manual_seed(0)
+    algorithm = algorithm_of(name, family, Tagger(family.spec, 4, 6, 1))
+    theta, tasks = algorithm.init(generator()), sampled(family, "train", 2, generator(1))
+    own = torch.ones(2, 2, family.spec.target.outputs)
+    said = tasks._replace(support={**tasks.support, "ways": own}, query={**tasks.query, "ways": own})
+    expected, found = (meta_gradient(algorithm, theta, one, loss_of(family)) for one in (tasks, said))
+    close([found.loss, *leaves(found.grads)], [expected.loss, *leaves(expected.grads)])
 
 
 def test_ways_are_drawn_for_each_task_and_absent_classes_have_no_chance():

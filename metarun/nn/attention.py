@@ -12,12 +12,17 @@ from metarun.nn.noise import dropped
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Softmax of scaled dot products ``[..., queries, keys]``; ``mask`` is added, or is True where they count."""
+    """Softmax of scaled dot products ``[..., queries, keys]``; ``mask`` is added, or is True where they count.
+
+    All weights of a query that may see no key are 0, as in torch's own.
+    """
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * factor
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1)
+    if mask is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    blind = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
 def scaled_dot_product_attention(

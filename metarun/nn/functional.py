@@ -54,6 +54,11 @@ def parameters_of(module: nn.Module) -> Weights:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
+def number_like(model: nn.Module, value: float) -> Tensor:
+    """``value`` as a scalar in the dtype and on the device of the parameters of ``model``, frozen ones included."""
+    return next(model.parameters()).detach().new_tensor(value)
+
+
 def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Linear]:
     """The two parts of ``model`` that ``algorithm`` needs apart: features, and the linear layer on them."""
     trunk, head = getattr(model, "trunk", None), getattr(model, "head", None)

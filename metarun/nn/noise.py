@@ -80,36 +80,56 @@ def rrelu(
 
 
 def like_options(input: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    """Dtype and device for numbers like ``input``, unless ``options`` name others."""
-    return {"dtype": options.get("dtype") or input.dtype, "device": options.get("device") or input.device}
+    """The options of a call, with dtype and device of ``input`` unless they name others."""
+    return {**options, "dtype": options.get("dtype") or input.dtype, "device": options.get("device") or input.device}
 
 
-def drawn(numbers: Callable[[Tensor, tuple[int, ...]], Tensor], size: tuple[Any, ...], **options: Any) -> Tensor:
-    """Random numbers from the task's seed for a call such as ``torch.rand(2, 3)`` or ``torch.rand((2, 3))``."""
+def drawn(
+    numbers: Callable[[Tensor, tuple[int, ...]], Tensor], size: tuple[Any, ...], options: dict[str, Any]
+) -> Tensor:
+    """Random numbers from the task's seed.
+
+    A call may be ``torch.rand(2, 3)``, ``torch.rand((2, 3))`` or ``torch.rand(size=(2, 3))``.
+    """
+    refuse_out(options.get("out"))
+    if not size and "size" in options:
+        size = (options["size"],)
     shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     return numbers(random.fresh_seed(), shape).to(dtype=options.get("dtype"), device=options.get("device"))
 
 
+def refuse_out(out: Any) -> None:
+    """Raise an error if random numbers are to be written to a tensor.
+
+    Raises:
+        UserError: they are.
+    """
+    if out is not None:
+        raise UserError("Random numbers cannot be written to a tensor with out= here; take what the function returns.")
+
+
 def rand(*size: Any, **options: Any) -> Tensor:
     """``torch.rand`` from the task's seed."""
-    return drawn(random.uniform, size, **options)
+    return drawn(random.uniform, size, options)
 
 
 def randn(*size: Any, **options: Any) -> Tensor:
     """``torch.randn`` from the task's seed."""
-    return drawn(random.normal, size, **options)
+    return drawn(random.normal, size, options)
 
 
 def rand_like(input: Tensor, **options: Any) -> Tensor:
     """``torch.rand_like`` from the task's seed."""
-    return drawn(random.uniform, tuple(input.shape), **like_options(input, options))
+    return drawn(random.uniform, tuple(input.shape), like_options(input, options))
 
 
 def randn_like(input: Tensor, **options: Any) -> Tensor:
     """``torch.randn_like`` from the task's seed."""
-    return drawn(random.normal, tuple(input.shape), **like_options(input, options))
+    return drawn(random.normal, tuple(input.shape), like_options(input, options))
 
 
-def bernoulli(input: Tensor, **options: Any) -> Tensor:
-    """``torch.bernoulli`` from the task's seed; ``input`` contains probabilities."""
-    return (random.uniform(random.fresh_seed(), tuple(input.shape)).to(input) < input).to(input.dtype)
+def bernoulli(input: Tensor, p: float | None = None, *, generator: Any = None, out: Any = None) -> Tensor:
+    """``torch.bernoulli`` from the task's seed; ``input`` contains probabilities, unless all are ``p``."""
+    refuse_out(out)
+    chance = input if p is None else p
+    return (random.uniform(random.fresh_seed(), tuple(input.shape)).to(input) < chance).to(input.dtype)

@@ -6,7 +6,7 @@ import torch
 from scenarios import class_spec, classification_loss, generator, number_spec, regression_loss
 from torch import nn
 
-from metarun.algos.dependent.dkt import LEAST_NOISE, dkt
+from metarun.algos.dependent.dkt import LEAST_NOISE, dkt, self_similarity, similarity
 from metarun.contracts import Task
 from metarun.engine.batch import meta_gradient, query_loss
 
@@ -106,3 +106,45 @@ def test_inputs_themselves_are_compared_with_a_weight_each():
     support = {"x": bits, "y": torch.tensor([[2.0], [2.0], [-1.0]])}
     same = algorithm.predict(theta, support, torch.tensor([[1.0, 1, 1, 0], [0, 1, 1, 0]]))
     torch.testing.assert_close(same[0], same[1])
+
+
+def test_classes_that_a_task_lacks_have_no_process():
+    """The meta-loss of a task of two classes, cut out and with a column for a third one."""
+    torch.manual_seed(0)
+    model, (support, query) = Model(), data(classes=True)
+    small, large = dkt(model, class_spec((SIZE,), 2, 3, 3)), dkt(model, class_spec((SIZE,), 3, 3, 3))
+
+    def widened(part):
+        y = torch.cat([part["y"], torch.zeros(len(part["y"]), 1)], 1)
+        return {**part, "y": y, "weight": torch.ones(len(y)), "ways": torch.tensor([1.0, 1, 0]).expand(len(y), 3)}
+
+    theta, task = small.init(generator()), Task(widened(support), widened(query))
+    expected = query_loss(small, theta, Task(support, query), classification_loss)
+    torch.testing.assert_close(query_loss(large, theta, task, classification_loss).loss, expected.loss)
+
+
+@pytest.mark.parametrize("name", ["cosine", "tanimoto"])
+def test_the_prior_variance_is_the_kernel_itself_where_a_feature_vector_is_zero(name):
+    z = torch.tensor([[0.0, 0], [3, 4], [1, 0]])
+    own = similarity(name, z, z, torch.tensor(1.0)).diagonal()
+    torch.testing.assert_close(self_similarity(name, z), own)
+    assert own.tolist() == pytest.approx([0, 1, 1])
+
+
+def test_a_radial_kernel_compares_inputs_far_from_zero():
+    """In float32, squared lengths of a million leave nothing of distances of about one."""
+    z = torch.randn(6, SIZE, generator=generator())
+    one = torch.tensor(1.0, dtype=torch.float32)
+    found = similarity("rbf", (z + 1000).float(), (z + 1000).float(), one)
+    torch.testing.assert_close(found.double(), similarity("rbf", z, z, one.double()), rtol=0, atol=1e-3)
+
+
+def test_the_likelihood_leaves_padding_out_of_batch_statistics():
+    torch.manual_seed(0)
+    model = Model()
+    model.trunk.append(nn.BatchNorm1d(6, track_running_stats=False))
+    algorithm, (support, query) = dkt(model, number_spec((SIZE,), OUTPUTS, 6, 5)), data(classes=False)
+    theta = algorithm.init(generator())
+    padded = {name: torch.cat([leaf, torch.zeros_like(leaf[:2])]) for name, leaf in query.items()}
+    padded["weight"] = torch.tensor([1.0] * 5 + [0.0] * 2)
+    torch.testing.assert_close(algorithm.scores(theta, support, padded), algorithm.scores(theta, support, query))

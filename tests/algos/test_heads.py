@@ -6,22 +6,27 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from learners import keys_of
 from omegaconf import OmegaConf
-from scenarios import TinyImages, generator
+from scenarios import IMAGE_SPEC, TinyImages, generator
 from torch import nn
+from torch.func import vmap
 
 from metarun.algos.baselines.baselinepp import baselinepp, official_scale
 from metarun.algos.baselines.multitask import multitask
 from metarun.algos.baselines.oracle import oracle
 from metarun.algos.dependent.metaoptnet import metaoptnet, support_vectors
 from metarun.algos.dependent.shared_model import shared_model
+from metarun.assemble import algorithm_names
+from metarun.config import construct
 from metarun.engine.batch import evaluate, meta_gradient
+from metarun.errors import UserError
 from metarun.models.conv4 import Conv4
 from metarun.models.mlp import MLP
 from metarun.nn import ops
 from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
-from metarun.tree import tree_map
+from metarun.tree import learned, size, tree_map
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -224,3 +229,70 @@ def test_shared_model_relabels_its_answers_with_the_task():
         _, weights = algorithm.adapt(theta, {**support, "y": y}, loss_of(family))
         answers.append(algorithm.predict(theta, weights, x))
     torch.testing.assert_close(answers[0][:, [2, 0, 1]], answers[1])
+
+
+def with_frozen(part, name):
+    """An algorithm on a model with a frozen part, and tasks; None where it does not fit these in any case."""
+    family, model, tasks = images()
+    for parameter, value in model.named_parameters():
+        value.requires_grad_(not parameter.startswith(part))
+    return construct("algo", keys_of("algo", name), model=model, spec=IMAGE_SPEC), family, tasks
+
+
+def fits_images(name):
+    try:
+        return IMAGE_SPEC.offers(with_frozen("nothing", name)[0].needs)
+    except UserError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *((name, "trunk") for name in algorithm_names() if name != "boil"),
+        ("boil", "trunk.1.weight"),
+        ("transfer", "head"),
+    ],
+)
+def test_a_frozen_part_of_the_model_is_neither_in_the_way_nor_learned(name, part):
+    """Such as the layers of a pretrained network."""
+    if not fits_images(name):
+        return
+    algorithm, family, tasks = with_frozen(part, name)
+    theta = algorithm.init(generator())
+    assert not theta.get("weights", {}).keys() & {"trunk.1.weight" if part == "trunk" else f"{part}.weight", part}
+    if size(learned(theta)):
+        assert meta_gradient(algorithm, theta, tasks, loss_of(family)).loss.isfinite()
+    assert evaluate(algorithm, theta, tasks, loss_of(family), 1).losses.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "words"), [("boil", "trunk", "the body of MLP"), ("anil", "head", "the head of")]
+)
+def test_an_inner_loop_over_a_frozen_part_is_refused(name, part, words):
+    with pytest.raises(UserError, match=f"{words} .*is frozen, so there is nothing to adapt"):
+        with_frozen(part, name)
+
+
+SOLVED = {
+    "shared_params": {"strength": 1e-4},
+    "metaoptnet": {"head": "ridge", "strength": 1e-4},
+    "dkt": {"kernel": "linear", "noise": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_systems_are_solved_in_full_precision_whatever_the_rest_is_computed_in(name):
+    """With ``train.precision=bfloat16``, in which features are known to three digits and small penalties are lost."""
+    torch.set_default_dtype(torch.float32)
+    family, model, tasks = images()
+    algorithm = construct("algo", keys_of("algo", name) | SOLVED[name], model=model, spec=family.spec)
+    theta, support = algorithm.init(generator()), {key: tasks.support[key] for key in ("x", "y")}
+
+    def answers():
+        return vmap(lambda shown, x: algorithm.predict(theta, shown, x))(support, tasks.query["x"])
+
+    expected = answers()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found = answers()
+    assert (found - expected).norm() < 0.05 * expected.norm()

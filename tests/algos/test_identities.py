@@ -254,7 +254,18 @@ def test_relation_of_maps_convolves_both_maps_joined():
         x = F.max_pool2d(x.relu(), 2, ceil_mode=True)
     hidden = F.linear(x.flatten(1), w["layers.0.weight"], w["layers.0.bias"]).relu()
     expected = F.linear(hidden, w["layers.2.weight"], w["layers.2.bias"]).sigmoid().view(7, 3)
-    torch.testing.assert_close(compare((classes, queries)), expected)
+    torch.testing.assert_close(compare((classes, queries)).sigmoid(), expected)
+
+
+@pytest.mark.parametrize("shift", [-800.0, 40.0])
+def test_relation_chooses_among_classes_whose_relations_round_to_0_or_1(shift):
+    family, model, tasks = image_setting()
+    support, x = one(tasks.support), one(tasks.query)["x"]
+    algorithm = relation(model, family.spec, 5)
+    theta = algorithm.init(generator())
+    chosen = algorithm.predict(theta, support, x).argmax(1)
+    theta["relation"]["layers.2.bias"] += shift
+    torch.testing.assert_close(algorithm.predict(theta, support, x).argmax(1), chosen)
 
 
 def test_relation_takes_features_for_maps_where_the_model_has_them():

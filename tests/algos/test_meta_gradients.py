@@ -1,9 +1,11 @@
 """Meta-gradients equal an independent autograd loop in float64, with an mlp and with batch-normalised conv4."""
 
+import importlib
+
 import pytest
 import reference
 import torch
-from scenarios import TinyImages, generator
+from scenarios import TinyImages, generator, sampled
 from torch import nn
 
 from metarun.algos.agnostic.anil import anil
@@ -20,6 +22,7 @@ from metarun.models.mlp import MLP
 from metarun.nn import substitutes
 from metarun.targets.scoring import loss_of
 from metarun.tasks.sinusoid import Sinusoid
+from metarun.tree import leaves, subtract
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -119,6 +122,23 @@ def test_adaptive(name, modulation):
     assert_same(grads["weights"], expected)
 
 
+@pytest.mark.parametrize("modulation", ["context", "film"])
+def test_adaptive_takes_no_parameter_of_the_model_for_the_tasks_own(modulation):
+    """A model may well have a learned scale, shift or context."""
+
+    class Scaled(MLP):
+        def __init__(self, spec):
+            super().__init__(spec, (8,))
+            self.scale, self.context = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            return self.scale * super().forward(x) + self.context.sum()
+
+    family = Sinusoid(shots=5)
+    theta = adaptive(Scaled(family.spec), modulation).init(generator())
+    assert {"scale", "context"} <= set(theta["weights"])
+
+
 @pytest.mark.parametrize(
     ("name", "strength", "inner", "hessian_damping"),
     [
@@ -143,6 +163,22 @@ def test_imaml_approaches_the_direct_solution_as_conjugate_gradients_go_on(name,
     assert errors[0] > 1e-3 * scale
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-7 * scale
+
+
+def test_imaml_solves_one_system_where_the_model_has_dropout(monkeypatch):
+    """Every product is with the same Hessian: two products with the same vector do not differ."""
+    monkeypatch.setattr(
+        importlib.import_module("metarun.algos.agnostic.imaml"),
+        "conjugate_gradients",
+        lambda product, b, steps: subtract(product(b), product(b)),
+    )
+    family = Sinusoid(shots=5)
+    model = MLP(family.spec, (8,))
+    model.trunk.append(nn.Dropout(0.5))
+    algorithm = imaml(model, inner_steps=1, cg_steps=1)
+    tasks = sampled(family, "train", 2, generator(1))
+    grads = meta_gradient(algorithm, algorithm.init(generator()), tasks, loss_of(family)).grads
+    assert all((g == 0).all() for g in leaves(grads))
 
 
 def test_conjugate_gradients_stop_at_negative_curvature():

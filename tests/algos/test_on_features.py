@@ -39,6 +39,19 @@ def test_logistic_regression_is_stationary_and_leaves_padding_out():
     torch.testing.assert_close(logistic(z, four_ways, torch.tensor(0.1), 500)[:3], w.detach())
 
 
+def test_a_hundred_steps_of_logistic_regression_are_near_the_minimum_where_the_penalty_is_small():
+    """On classes that can be told apart, whose weights then grow for long."""
+    torch.manual_seed(0)
+    y = torch.eye(5)[torch.arange(25) % 5]
+    z = F.normalize(y @ torch.randn(5, 64) + torch.randn(25, 64))
+
+    def loss(w):
+        return F.cross_entropy(z @ w.T, y.argmax(1), reduction="sum") + 0.0005 * w.square().sum()
+
+    found, minimum = (loss(logistic(z, y, torch.tensor(0.001), steps)) for steps in (100, 3000))
+    assert found < 1.01 * minimum
+
+
 def test_a_linear_probe_scales_features_and_tries_every_strength():
     family, _, tasks = tiny()
     algorithm = linear_probe(family.spec, [0.5, 0.1], 300)

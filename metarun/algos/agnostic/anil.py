@@ -44,7 +44,9 @@ def anil(
     require(inner_steps >= 1, f"inner_steps must be at least 1, not {inner_steps}")
     forward = forward_of(model)
     heads = head_names(model, "anil")
-    names = heads if adapts == "head" else {name for name, _ in model.named_parameters()} - heads
+    learned = set(parameters_of(model))
+    names = learned & heads if adapts == "head" else learned - heads
+    require(len(names) > 0, f"the {adapts} of {type(model).__name__} is frozen, so there is nothing to adapt")
 
     def init(generator: torch.Generator) -> Tree:
         return {"weights": parameters_of(model)}

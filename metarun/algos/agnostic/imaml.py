@@ -36,6 +36,7 @@ from metarun.errors import require
 from metarun.inner import descent, gradient_descent, support_gradient
 from metarun.nn.functional import forward_of, parameters_of
 from metarun.nn.transforms import gradient, over_tasks
+from metarun.random import drawing_again, drawn_so_far
 from metarun.tree import dot, mean
 
 
@@ -132,11 +133,15 @@ def imaml(
             if cg_steps == 0:
                 return slope, value, scores
 
+            drawn = drawn_so_far()
+
             def product(v: Weights) -> Weights:
                 def along(weights: Weights) -> Tensor:
                     return dot(support_gradient(forward, weights, task.support, loss), v)
 
-                hessian_v = cast(Weights, gradient(along, solved))
+                # One system for all steps: with dropout, every product would otherwise be with another Hessian.
+                with drawing_again(drawn):
+                    hessian_v = cast(Weights, gradient(along, solved))
                 scale = strength + hessian_damping
                 return {name: (1 + damping) * v[name] + hessian_v[name] / scale for name in v}
 

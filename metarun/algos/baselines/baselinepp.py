@@ -27,7 +27,7 @@ from metarun.algos.baselines.transfer import over_training_classes
 from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree, Weights
 from metarun.errors import require
 from metarun.inner import Fit, answer, both, fit_head, fits
-from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.functional import forward_of, number_like, parameters_of, trunk_and_head
 from metarun.nn.ops import unit_rows
 from metarun.nn.padding import weighing
 
@@ -79,7 +79,7 @@ def baselinepp(
 
     def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk)
-        first = next(iter(weights.values()))
+        first = number_like(model, 0.0)
         return {
             "weights": weights,
             "joint_head": random_classifier(classes, head.in_features, generator, first),

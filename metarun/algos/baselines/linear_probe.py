@@ -15,6 +15,9 @@ https://doi.org/10.1007/BF00048682), ½ I for each example, gives steps that nev
 
     A ← A − (½ Z Zᵀ + λ I)⁻¹ (softmax(Z Zᵀ A) − Y + λ A)
 
+They are accelerated by momentum (Nesterov 1983), which begins again where it leads uphill (O'Donoghue and Candès 2015,
+https://arxiv.org/abs/1204.3982): without it, a hundred steps end far from the minimum where λ is small.
+
 Where we deviate: the bias is part of the penalty, and the paper's code chooses no λ (it is 1).
 """
 
@@ -52,10 +55,17 @@ def logistic(z: Tensor, y: Tensor, strength: Tensor, steps: int, weight: Tensor 
     absent = torch.where(y.sum(0) > 0, 0.0, -torch.inf)
     gram = z @ z.T
     bound = torch.linalg.cholesky(gram / 2 + strength * torch.eye(len(z), dtype=z.dtype, device=z.device))
-    a = torch.zeros_like(y)
+    a = ahead = torch.zeros_like(y)
+    momentum = gram.new_ones(())
     for _ in range(steps):
-        slope = ((gram @ a + absent).softmax(1) - y) * real + strength * a
-        a = a - torch.cholesky_solve(slope, bound)
+        slope = ((gram @ ahead + absent).softmax(1) - y) * real + strength * ahead
+        new = ahead - torch.cholesky_solve(slope, bound)
+        # The slope of the loss along W − W_before.
+        uphill = (slope * (gram @ (new - a))).sum() > 0
+        momentum = torch.where(uphill, 1.0, momentum)
+        following = (1 + torch.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = new + (momentum - 1) / following * (new - a)
+        a, momentum = new, following
     return a.T @ z
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from metarun.algos.baselines.scratch import STEP_SIZES, scratch
 from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree
 from metarun.inner import both
-from metarun.nn.functional import forward_of, trunk_and_head
+from metarun.nn.functional import forward_of, number_like, trunk_and_head
 from metarun.nn.padding import weighing
 from metarun.targets.weights import mean_over
 from metarun.tree import size
@@ -62,10 +62,10 @@ def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SI
     def init(generator: torch.Generator) -> Tree:
         theta = fine_tuning.init(generator)
         weights = theta["weights"]
-        for name in ("head.weight", "head.bias"):
+        for name in weights.keys() & {"head.weight", "head.bias"}:
             weights[name] = torch.zeros_like(weights[name])
         joint = torch.randn(classes, head.in_features, generator=generator) / head.in_features**0.5
-        bias = weights["head.bias"].new_zeros(classes)
+        bias = number_like(model, 0.0).new_zeros(classes)
         return {**theta, "joint_head": {"weight": joint.to(bias), "bias": bias}}
 
     def joint_classification(theta: Tree, task: Task, loss: Loss) -> MetaLoss:

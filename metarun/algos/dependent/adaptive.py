@@ -29,7 +29,6 @@ from metarun.inner import part_descent
 from metarun.nn.functional import forward_of, parameters_of, seeded
 from metarun.tree import size
 
-TASK_OWN = ("context", "scale", "shift")
 CONTEXT_CONVOLUTION = 3
 """Number of the convolution whose maps the context modulates; the last one where there are fewer."""
 
@@ -88,6 +87,19 @@ class FiLM(nn.Module):
         return out * (1 + along_channels(self.scale, out)) + along_channels(self.shift, out)
 
 
+TASK_OWN: dict[type[nn.Module], tuple[str, ...]] = {
+    Contextual: ("context",),
+    GeneratedFiLM: ("context",),
+    FiLM: ("scale", "shift"),
+}
+"""The parameters of each modulated layer that are adapted to the task."""
+
+
+def names_of_own(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of a modulated model that are adapted to the task."""
+    return {f"{place}.{name}" for place, layer in model.named_modules() for name in TASK_OWN.get(type(layer), ())}
+
+
 def modulated(model: nn.Module, modulation: str, context: int) -> nn.Module:
     """Return a copy of ``model`` whose trunk is modulated."""
     model = deepcopy(model)
@@ -144,7 +156,8 @@ def adaptive(
     with torch.random.fork_rng(devices=[]):
         whole = modulated(model, modulation, context)
     forward = forward_of(whole)
-    start = {n: p.detach() for n, p in whole.named_parameters() if n.rpartition(".")[2] in TASK_OWN}
+    own = names_of_own(whole)
+    start = {name: p.detach() for name, p in whole.named_parameters() if name in own}
 
     def init(generator: torch.Generator) -> Tree:
         with seeded(generator):

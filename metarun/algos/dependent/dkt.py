@@ -31,8 +31,8 @@ from metarun.algos.dependent.cnp import LOG_LIKELIHOOD
 from metarun.contracts import Algorithm, Loss, MetaLoss, RowTarget, Scores, Spec, Task, Tree, flat
 from metarun.errors import require
 from metarun.inner import both, by_row, embed_together, keep_support
-from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
-from metarun.nn.ops import full_precision, unit_rows
+from metarun.nn.functional import forward_of, number_like, parameters_of, trunk_and_head
+from metarun.nn.ops import full_precision, mean_row, squared_distances, unit_rows
 from metarun.nn.padding import weighing
 from metarun.targets.weights import mean_over
 
@@ -44,19 +44,24 @@ Name = Literal["rbf", "linear", "cosine", "tanimoto"]
 
 def similarity(name: str, a: Tensor, b: Tensor, length: Tensor) -> Tensor:
     """Return κ ``[n, m]`` between features ``a [n, d]`` and ``b [m, d]``; ``length`` is ℓ."""
+    if name == "rbf":
+        return (-squared_distances(a, b) / (2 * length.square() * a.shape[1])).exp()
     if name == "cosine":
         return unit_rows(a) @ unit_rows(b).T
-    common, lengths = a @ b.T, a.square().sum(1)[:, None] + b.square().sum(1)
+    common = a @ b.T
     if name == "linear":
         return common / a.shape[1]
-    if name == "tanimoto":
-        return common / (lengths - common).clamp(min=1e-12)
-    return (-(lengths - 2 * common).clamp(min=0) / (2 * length.square() * a.shape[1])).exp()
+    return common / (a.square().sum(1)[:, None] + b.square().sum(1) - common).clamp(min=1e-12)
 
 
 def self_similarity(name: str, a: Tensor) -> Tensor:
-    """Return κ of each row of ``a [n, d]`` with itself ``[n]``."""
-    return a.square().sum(1) / a.shape[1] if name == "linear" else a.new_ones(len(a))
+    """Return κ of each row of ``a [n, d]`` with itself ``[n]``; for ``cosine`` and ``tanimoto`` 0 of a row of zeros."""
+    if name == "rbf":
+        return a.new_ones(len(a))
+    if name == "cosine":
+        return unit_rows(a).square().sum(1)
+    lengths = a.square().sum(1)
+    return lengths / a.shape[1] if name == "linear" else lengths / lengths.clamp(min=1e-12)
 
 
 class Process(NamedTuple):
@@ -76,6 +81,8 @@ class Process(NamedTuple):
     """Targets ``[rows, outputs]``; 0 for padding."""
     weight: Tensor | None
     """1, or 0 for padding ``[rows]``."""
+    ways: Tensor | None = None
+    """1, or 0 for a class that the task lacks ``[outputs]``; None: all outputs count."""
 
     def to_rows(self, x: Tensor) -> Tensor:
         """Return the covariance ``[n, rows]`` of features ``x [n, d]`` with the rows; 0 for padding."""
@@ -95,7 +102,7 @@ class Process(NamedTuple):
         factor = self.factor()
         white: Tensor = torch.linalg.solve_triangular(factor, self.y, upper=False)
         rows = len(self.y) if self.weight is None else self.weight.sum()
-        misfit = white.square().sum() / (2 * self.y.shape[1])
+        misfit = mean_row(white.square().sum(0), self.ways) / 2
         nats: Tensor = -(misfit + factor.diagonal().log().sum()) / rows - 0.5 * math.log(2 * math.pi)
         return nats
 
@@ -126,16 +133,16 @@ def dkt(
     trunk, _ = trunk_and_head(model, "dkt")
     forward, classes = forward_of(trunk), spec.offers("classes")
 
+    zero = number_like(model, 0.0)
+
     def embed(weights: Tree, x: Tensor) -> Tensor:
-        return forward(dict(weights), x) if deep else flat(x) * weights["log_weight"].exp()
+        # Kernel matrices of features in low precision would not be positive definite.
+        return forward(dict(weights), x).to(zero.dtype) if deep else flat(x) * weights["log_weight"].exp()
 
     def init(generator: torch.Generator) -> Tree:
-        weights = parameters_of(trunk)
-        first = next(iter(weights.values()))
-        if not deep:
-            weights = {"log_weight": first.new_zeros(math.prod(spec.inputs.shape))}
+        weights = parameters_of(trunk) if deep else {"log_weight": zero.new_zeros(math.prod(spec.inputs.shape))}
         logs = {"scale": 0.0, "constant": 0.0, "noise": math.log(noise), "length": math.log(length)}
-        return {"weights": weights, "kernel": {name: first.new_tensor(value) for name, value in logs.items()}}
+        return {"weights": weights, "kernel": {name: zero.new_tensor(value) for name, value in logs.items()}}
 
     def process(theta: Tree, z: Tensor, data: Tree) -> Process:
         rows = cast(RowTarget, spec.target).rows(z, data)
@@ -143,9 +150,8 @@ def dkt(
         y = 2 * rows.y - 1 if classes else rows.y
         if classes and rows.weight is not None:
             y = y * rows.weight[:, None]
-        return Process(
-            kernel, logs["length"], logs["scale"], logs["constant"], logs["noise"] + LEAST_NOISE, rows.z, y, rows.weight
-        )
+        parts = logs["length"], logs["scale"], logs["constant"], logs["noise"] + LEAST_NOISE
+        return Process(kernel, *parts, rows.z, y, rows.weight, data["ways"][0] if "ways" in data else None)
 
     def answer(found: tuple[Tensor, Tensor]) -> Tensor:
         mean, variance = found
@@ -161,7 +167,8 @@ def dkt(
             return by_row(lambda z: answer(own.posterior(z)), queries)
 
     def likelihood(theta: Tree, state: Tree, data: Tree) -> Scores:
-        own, queries = posterior(theta, state, data["x"])
+        with weighing(data.get("weight")):
+            own, queries = posterior(theta, state, data["x"])
         mean, variance = own.posterior(queries)
         nats = (data["y"] - mean).square() / variance + variance.log() + math.log(2 * math.pi)
         return {LOG_LIKELIHOOD.name: mean_over(-0.5 * nats.sum(-1), data)}

@@ -23,7 +23,7 @@ from metarun.algos.baselines.transfer import over_training_classes
 from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree
 from metarun.errors import require
 from metarun.inner import both, by_row, keep_support, rows_together
-from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.functional import forward_of, number_like, parameters_of, trunk_and_head
 from metarun.nn.ops import class_means, unit_rows
 from metarun.nn.padding import weighing
 
@@ -46,7 +46,7 @@ def meta_baseline(model: nn.Module, spec: Spec, pretrain_steps: int = 500, scale
 
     def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk)
-        first = next(iter(weights.values()))
+        first = number_like(model, 0.0)
         joint = torch.randn(classes or 0, head.in_features, generator=generator) / head.in_features**0.5
         return {
             "weights": weights,

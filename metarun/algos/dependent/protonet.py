@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
 from metarun.inner import by_row, keep_support, rows_together
-from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
+from metarun.nn.functional import forward_of, number_like, parameters_of, trunk_and_head
 from metarun.nn.ops import class_means, squared_distances, unit_rows
 
 
@@ -49,7 +49,7 @@ def protonet(
         weights = parameters_of(trunk)
         if distance == "euclidean":
             return {"weights": weights}
-        return {"weights": weights, "scale": next(iter(weights.values())).new_tensor(scale)}
+        return {"weights": weights, "scale": number_like(model, scale)}
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         rows, queries = rows_together(spec, embed, theta["weights"], state, x)

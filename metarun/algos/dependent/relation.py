@@ -21,26 +21,27 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from metarun.contracts import Algorithm, Loss, MetaLoss, RowTarget, Spec, Task, Tree
 from metarun.errors import require
 from metarun.inner import by_row, keep_support, rows_together
 from metarun.nn.functional import forward_of, own_network, parameters_of, trunk_and_head
-from metarun.nn.padding import weighing
+from metarun.nn.padding import present_weight, weighing
 from metarun.targets.weights import mean_over
 
 FILTERS = 64
 
 
 class CompareVectors(nn.Module):
-    """g of features ``classes [ways, d]`` and ``queries [m, d]``: relations ``[m, ways]``."""
+    """g of features ``classes [ways, d]`` and ``queries [m, d]`` before its sigmoid: ``[m, ways]``."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(2 * features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
+        self.layers = nn.Sequential(nn.Linear(2 * features, width), nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
-        """Return relations ``[m, ways]``, each in (0, 1)."""
+        """Return the log odds of relations ``[m, ways]``."""
         classes, queries = given
         pairs = torch.cat([classes.expand(len(queries), -1, -1), queries[:, None].expand(-1, len(classes), -1)], -1)
         return cast(Tensor, self.layers(pairs)[..., 0])
@@ -70,14 +71,27 @@ class CompareMaps(nn.Module):
         )
         with torch.no_grad():
             features = self.blocks(torch.zeros(2, FILTERS, *maps[1:])).shape[1]
-        self.layers = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
+        self.layers = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
-        """Return relations ``[m, ways]``, each in (0, 1)."""
+        """Return the log odds of relations ``[m, ways]``."""
         classes, queries = (part.view(-1, *self.maps) for part in given)
         joined = self.of_class(classes)[None] + self.of_query(queries)[:, None]
-        relations: Tensor = self.layers(self.blocks(joined.flatten(0, 1)))
-        return relations.view(joined.shape[:2])
+        odds: Tensor = self.layers(self.blocks(joined.flatten(0, 1)))
+        return odds.view(joined.shape[:2])
+
+
+def weight_of_pairs(weight: Tensor | None, queries: int, ways: Tensor | None) -> Tensor | None:
+    """Return the weight of each pair of a query and a class ``[queries · ways]``; None where all pairs count alike.
+
+    Args:
+        weight: of each query ``[queries]``; None: all are 1.
+        queries: number of queries.
+        ways: 1, or 0 for a class that the task lacks ``[ways]``; None: it has all.
+    """
+    if ways is None:
+        return weight
+    return ((ways.new_ones(queries) if weight is None else weight)[:, None] * ways).flatten()
 
 
 def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
@@ -107,24 +121,32 @@ def relation(model: nn.Module, spec: Spec, width: int = 64) -> Algorithm:
         weights = parameters_of(trunk)
         return {"weights": weights, "relation": drawn(generator)}
 
-    def relations_of(theta: Tree, state: Tree, x: Any) -> Tensor:
+    def odds_of(theta: Tree, state: Tree, x: Any) -> Tensor:
+        """Return the log odds of relations."""
         rows, features = rows_together(spec, embed, theta["weights"], state, x)
-        classes = rows.y.T @ rows.z
-        return by_row(lambda queries: cast(Tensor, compare(theta["relation"], (classes, queries))), features)
+        classes, ways = rows.y.T @ rows.z, state["ways"][0] if "ways" in state else None
+
+        def compared(queries: Tensor) -> Tensor:
+            if maps is None:
+                return cast(Tensor, compare(theta["relation"], (classes, queries)))
+            # Its normalisation is over all pairs, of which those with a class that the task lacks do not count.
+            with weighing(weight_of_pairs(present_weight(), len(queries), ways)):
+                return cast(Tensor, compare(theta["relation"], (classes, queries)))
+
+        return by_row(compared, features)
 
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
-        relations = relations_of(theta, state, x)
-        return relations.clamp(min=torch.finfo(relations.dtype).tiny).log()
+        # The logarithm of the relation itself would be the same for all classes whose relation rounds to 1, or to 0.
+        return logsigmoid(odds_of(theta, state, x))
 
     def meta_loss(theta: Tree, task: Task, loss: Loss) -> MetaLoss:
         with weighing(task.query.get("weight")):
-            relations = relations_of(theta, task.support, task.query["x"])
-        _, scores = loss(lambda x: relations, task.query)
-        found, true, weight = cast(RowTarget, spec.target).rows(relations, task.query)
+            odds = odds_of(theta, task.support, task.query["x"])
+        _, scores = loss(lambda x: logsigmoid(odds), task.query)
+        found, true, weight = cast(RowTarget, spec.target).rows(odds.sigmoid(), task.query)
         errors = (found - true).square()
         if "ways" in task.query:
-            ways = task.query["ways"]
-            errors = (errors * ways).sum(-1) / ways.sum(-1)
+            errors = errors @ task.query["ways"][0] / task.query["ways"][0].sum()
         return MetaLoss(mean_over(errors, {} if weight is None else {"weight": weight}), scores)
 
     return Algorithm(

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from metarun.contracts import Algorithm, Spec, Tree
 from metarun.errors import require
 from metarun.inner import by_row, keep_support, rows_together
-from metarun.nn.functional import forward_of, parameters_of, trunk_and_head
-from metarun.nn.ops import without_padding
+from metarun.nn.functional import forward_of, number_like, parameters_of, trunk_and_head
+from metarun.nn.ops import full_precision, without_padding
 
 
 def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
 
     def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(trunk)
-        first = next(iter(weights.values()))
+        first = number_like(model, 0.0)
         solver = {
             "log_strength": first.new_tensor(log(strength)),
             "scale": first.new_tensor(scale),
@@ -71,8 +71,10 @@ def shared_params(model: nn.Module, spec: Spec, strength: float = 50.0, scale: f
     def predict(theta: Tree, state: Tree, x: Any) -> Tensor:
         rows, features = rows_together(spec, embed, theta["weights"], state, x)
         solver, root = theta["solver"], (len(rows.y) if rows.weight is None else rows.weight.sum()) ** 0.5
-        z = without_padding(with_bias(rows.z), rows.weight)
-        w = ridge(z / root, rows.y, solver["log_strength"].exp())
+        # In low precision, a small λ would be lost when it is added to products of features.
+        with full_precision(rows.z):
+            z = without_padding(with_bias(rows.z.to(rows.y.dtype)), rows.weight)
+            w = ridge(z / root, rows.y, solver["log_strength"].exp())
 
         def read_out(queries: Tensor) -> Tensor:
             return cast(Tensor, solver["scale"] * (with_bias(queries) / root) @ w + solver["shift"])
