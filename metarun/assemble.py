@@ -17,9 +17,11 @@ from metarun.contracts import Algorithm, Family, Loss, Need, Reader, Split, Task
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.nn.functional import seeded
+from metarun.nn.transforms import stacked
 from metarun.random import stream
 from metarun.system.torchrun import count, local_rank
 from metarun.targets.scoring import loss_of
+from metarun.tree import tree_map
 
 
 def sample_tasks(experiment: "Experiment", split: Split, count: int, generator: torch.Generator) -> Task:
@@ -265,3 +267,16 @@ def assemble(
         keys = {key.removeprefix("algo."): value for key, value in placeholders.items()}
         algorithm = cast(Algorithm, build(first.config, "algo", exchanged=keys, model=first.model, spec=family.spec))
     return Experiment(config, names, family, replicas, algorithm, placeholders, device)
+
+
+def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Task:
+    """``count`` training tasks for each of ``seeds``, with leaves ``[replicas, tasks, ...]``."""
+
+    def drawn(seed: int) -> Task:
+        return sample_tasks(experiment, "train", count, stream(seed, "train", step))
+
+    if len(set(seeds)) == 1:
+        return tree_map(lambda leaf: leaf.expand(len(seeds), *leaf.shape), drawn(seeds[0]))
+    batches = {seed: drawn(seed) for seed in sorted(set(seeds))}
+    together: Task = stacked([batches[seed] for seed in seeds])
+    return together

@@ -14,6 +14,7 @@ from conftest import composed, experiment_of
 from scenarios import sampled
 from torch import nn
 
+from metarun.algos.agnostic.anil import anil
 from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
 from metarun.config import build
@@ -208,6 +209,17 @@ class Leave(torch.autograd.Function):
         return through_numpy(x), in_dims[0]
 
 
+class Remembering(nn.Module):
+    """A model that leaves torch with a parameter that no inner step changes."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.trunk, self.head = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.head(self.trunk(x)) * (1 + Leave.apply(self.trunk.weight))
+
+
 def reading(algorithm):
     """The algorithm with a meta-gradient that reads a value, as a line search would."""
 
@@ -218,14 +230,18 @@ def reading(algorithm):
     return algorithm._replace(meta_grad=meta_grad)
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"), [("detour", "its results differ from those of eager"), ("reading", "no replay: ")]
-)
-def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, why, caplog):
-    experiment = experiment_of("engine=replay", *TINY)
+@pytest.mark.parametrize("kind", ["of the tasks", "of a single task", "of a parameter", "reading"])
+def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, caplog):
+    experiment = experiment_of("engine=replay", *TINY, *["train.meta_batch=1"] * (kind == "of a single task"))
     first, spec = experiment.replicas[0], experiment.family.spec
-    model = Detour(spec) if kind == "detour" else first.model
-    algorithm = maml(model) if kind == "detour" else reading(first.algorithm)
+    why, model = "its results differ from those of eager", Detour(spec)
+    if kind == "reading":
+        why, model, algorithm = "no replay: ", first.model, reading(first.algorithm)
+    elif kind == "of a parameter":
+        model = Remembering(spec)
+        algorithm = anil(model)
+    else:
+        algorithm = maml(model)
     replicas = [Replica(first.config, first.differs, model, algorithm)]
     experiment = replace(experiment, replicas=replicas, algorithm=algorithm)
     with caplog.at_level(logging.INFO):
