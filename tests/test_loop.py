@@ -122,6 +122,30 @@ def test_the_best_by_validation_is_what_is_kept(tmp_path):
     torch.testing.assert_close(saved["theta"], seen[1.0], rtol=0, atol=0)
 
 
+def test_after_a_stop_between_two_files_the_best_on_disk_is_the_best_that_is_tested(tmp_path):
+    """On another machine, rounding may keep a resumed run from finding again what was the best before it was killed."""
+    experiment, scores = experiment_of(*TINY, "train.meta_batch=2"), iter([2.0, 1.0, 3.0, 3.0, 3.0])
+
+    def fake(experiment, replica, theta, tasks):
+        return theta, 0.0, next(scores)
+
+    def killed(experiment, training, directory):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "validate", fake)
+        save, saved = loop.save, iter([loop.save, killed])
+        patch.setattr(loop, "save", lambda *arguments: next(saved)(*arguments))
+        with pytest.raises(KeyboardInterrupt):
+            loop.meta_train(experiment, tmp_path, resume=False)
+        patch.setattr(loop, "save", save)
+        best = loop.meta_train(experiment, tmp_path, resume=True).best[0]
+    assert best.step == 10
+    on_disk = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
+    assert on_disk["step"] == 10
+    torch.testing.assert_close(on_disk["theta"], best.theta, rtol=0, atol=0)
+
+
 def test_test_episodes_depend_on_eval_seed_alone():
     def test_tasks(*overrides):
         return list(evaluation.episodes(experiment_of(*overrides), "test", 70))

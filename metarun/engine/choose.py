@@ -14,8 +14,8 @@ convolution where convolutions have separate weights per task.
 ``auto`` does not time anything. It estimates from the number of operations and the amount of arithmetic in the first
 step, the number of steps of the whole run, and the kind of machine. The same command therefore runs on the same engine,
 and gives the same numbers, on an idle machine or a busy one. A resumed run goes on with the engine that its checkpoint
-names. Every engine except eager is compared with eager before it is used, on other tasks and other parameters than those
-of the recording: what a recording holds as a constant would otherwise not show.
+names. Every engine except eager is compared with eager before it is used, on other tasks and other parameters than
+those of the recording: what a recording holds as a constant would otherwise not show.
 """
 
 import logging
