@@ -42,6 +42,8 @@ class Replica:
     """The keys in which it differs from the others."""
     model: nn.Module
     algorithm: Algorithm
+    number: int = 0
+    """Its number among the runs that were trained together, by which tables call it."""
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,10 @@ def assemble(
         check_ranges(own)
     family = build_family(config, device, typed)
     replicas = []
-    for own, differs in configs:
+    for place, (own, differs) in enumerate(configs):
         model = build_model(own, family).to(device)
         algorithm = cast(Algorithm, build(own, "algo", model=model, spec=family.spec))
-        replicas.append(Replica(own, differs, model, algorithm))
+        replicas.append(Replica(own, differs, model, algorithm, place))
     first = replicas[0]
     check_fit(config, names, family, first.model, first.algorithm)
     for other in replicas[1:]:

@@ -203,7 +203,7 @@ def later_test(
             del trained
         check_steps(found[0], config.eval.adapt_steps)
         configs = replica_configs(config)
-        replicas = [Replica(*configs[one.replica], one.model, one.algorithm) for one in found]
+        replicas = [Replica(*configs[one.replica], one.model, one.algorithm, one.replica) for one in found]
         experiment = Experiment(config, names, family, replicas, replicas[0].algorithm, {}, device)
         test_and_write(experiment, found, path, out)
     given = {key_of(one) for one in overrides}
@@ -221,8 +221,8 @@ def test_and_write(experiment: Experiment, found: Sequence[Learned], path: Path,
     name = (path if path.is_dir() else best_file(path)).resolve().name
     for index, one in enumerate(found):
         tested = meta_test(experiment, experiment.replicas[index], one.theta)
-        row = {**identity_columns(experiment, index, name), "replica": one.replica}
-        row |= training_columns(path, one) | tested_columns(experiment, experiment.replicas[index], one.theta, tested)
+        row = identity_columns(experiment, index, name) | training_columns(path, one)
+        row |= tested_columns(experiment, experiment.replicas[index], one.theta, tested)
         finished.append((row, tested))
     write_episodes(out, [(row["replica"], tested.scored) for row, tested in finished], metrics)
     write_pooled(out, [(row["replica"], tested.pooled) for row, tested in finished])

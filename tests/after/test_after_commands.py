@@ -20,6 +20,7 @@ from metarun.after import later_test, predict
 from metarun.after.rows import labels_of
 from metarun.results.compare import compare
 from metarun.results.status import jobs_in
+from metarun.state import Best, Training, save_best
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -123,6 +124,18 @@ def test_a_later_test_gives_the_scores_of_the_run_and_of_other_settings(trained,
     assert "5-shot" in text
     assert "3-shot" in text
     assert [job.directory for job in jobs_in(tmp_path)] == [run]
+
+
+def test_a_later_test_calls_replicas_by_their_own_numbers(tmp_path):
+    """Of three that were trained together, the second has diverged."""
+    few = ("task.shots=2", "task.queries=2", "eval.episodes=2", "eval.adapt_steps=1", "replicas.count=3")
+    experiment = experiment_of("algo=metanas", "model=supernet_mlp", "model.widths=[4]", *few)
+    first, _, third = experiment.initial_thetas()
+    save_best(experiment, Training({}, [Best(1, 0.5, first), None, Best(1, 0.5, third)], [[]] * 3), tmp_path)
+    out = later_test.later_test(tmp_path)
+    for name in ("result", "episodes", "architectures"):
+        assert list(dict.fromkeys(row["replica"] for row in rows(out / f"{name}.csv"))) == ["0", "2"], name
+    assert [row["seed"] for row in rows(out / "result.csv")] == ["0", "2"]
 
 
 def test_what_a_later_test_cannot_do_is_refused(trained, tmp_path):
