@@ -18,6 +18,7 @@ from learners import leave_a_checkpoint
 import metarun
 from metarun.after import later_test, predict
 from metarun.after.rows import labels_of
+from metarun.data.converters import Arrays
 from metarun.results.compare import compare
 from metarun.results.status import jobs_in
 from metarun.state import Best, Training, save_best
@@ -184,6 +185,25 @@ def test_predictions_from_a_table(trained, tmp_path):
         assert code == 1
         assert sentence in said
         assert "Traceback" not in said
+
+
+def test_columns_in_another_order_are_the_same_examples(tmp_path):
+    sizes = ("task=teachers", "task.shots=4", "task.queries=2", "model.widths=[4]", "eval.adapt_steps=2")
+    leave_a_checkpoint(experiment_of("algo=maml", *sizes), tmp_path / "run")
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 3)), columns=["height", "width", "y"])
+    found = []
+    table[["height", "width"]].to_csv(tmp_path / "query.csv", index=False)
+    for shown in (["height", "width", "y"], ["y", "width", "height"]):
+        table[shown].to_csv(tmp_path / "support.csv", index=False)
+        predict.predict(tmp_path / "run", tmp_path / "support.csv", tmp_path / "query.csv", tmp_path / "out.csv")
+        found.append(pd.read_csv(tmp_path / "out.csv")["prediction"])
+    # The learner takes columns in the order of the examples that it is shown.
+    learner = metarun.load(tmp_path / "run")
+    for order, predictions in zip((["height", "width"], ["width", "height"]), found, strict=True):
+        expected = learner.adapt(table[order], table["y"]).predict(table[order])
+        np.testing.assert_allclose(predictions, expected, rtol=1e-5)
+    (tmp_path / "t.csv").write_text("a,y2,y1\n1,2,3\n")
+    assert Arrays((1,), outputs=2).read(tmp_path / "t.csv").y == [[3, 2]]
 
 
 def test_examples_without_a_label_are_refused_and_without_a_truth_not_counted(trained):
