@@ -215,6 +215,8 @@ class Remembering(nn.Module):
     def __init__(self, spec):
         super().__init__()
         self.trunk, self.head = nn.Linear(1, 1), nn.Linear(1, 1)
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 0.5)
 
     def forward(self, x):
         return self.head(self.trunk(x)) * (1 + Leave.apply(self.trunk.weight))

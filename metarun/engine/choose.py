@@ -97,13 +97,17 @@ def one_thread_each(workers: int) -> Iterator[None]:
 
 
 def agrees(found: Tree, expected: Tree, given: Tree) -> bool:
-    """Whether two results of a step are equal up to rounding: every leaf, and the change of the weights.
+    """Whether two results of a step are equal up to rounding: each replica's leaves, and the change of its weights.
 
     The change is compared by itself, because it is small relative to the weights, and Adam enlarges rounding errors.
     """
 
     def near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-        return bool((a - b).double().norm() <= tolerance * b.double().norm() + 1e-7 * b.numel() ** 0.5)
+        # What is not finite has to be the same: one of several replicas may have diverged.
+        apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0, a - b)
+        size = b.double().nan_to_num(0.0, 0.0, 0.0)
+        found, allowed = (one.double().reshape(len(b), -1).norm(dim=1) for one in (apart, size))
+        return bool((found <= tolerance * allowed + 1e-7 * (b.numel() / len(b)) ** 0.5).all())
 
     old, new, other = (tree["train_state"]["weights"] for tree in (given, expected, found))
     pairs = zip(leaves(found), leaves(expected), strict=True)
@@ -116,7 +120,7 @@ def elsewhere(state: Tree) -> Tree:
     signs = torch.ones_like(weights)
     signs[..., ::2] = -1
     usual = weights.square().mean(-1, keepdim=True).sqrt()
-    return {**state, "weights": 1.1 * weights + 0.1 * usual * signs}
+    return {**state, "weights": weights + 0.1 * signs * (weights.abs() + usual)}
 
 
 class Counted(TorchDispatchMode):
