@@ -40,14 +40,6 @@ def with_targets(shown: Examples) -> Examples:
     return Examples(shown.x.iloc[known], [shown.y[i] for i in known], [shown.names[i] for i in known])
 
 
-def in_order_of(shown: Any, asked: Any) -> Any:
-    """Return the columns of a table in the order of another one that has the same columns; all else as it is."""
-    columns, given = getattr(shown, "columns", None), getattr(asked, "columns", None)
-    if columns is None or given is None or len(columns) != len(given) or set(columns) != set(given):
-        return asked
-    return asked[list(columns)]
-
-
 def table_of(names: Sequence[str], found: Sequence[Sequence[Mapping[str, Any]]], folder: Path) -> str:
     """Return predictions as CSV.
 
@@ -125,9 +117,8 @@ def predict(
         else:
             asked = examples_in(converter, query)
             truth, numbers = asked.y, list(asked.names)
-            given = in_order_of(shown.x, asked.x)
-            answers = adapted.predict(given)
-            chances = adapted.predict_proba(given) if adapted.classes_ is not None else None
+            answers = adapted.predict(asked.x)
+            chances = adapted.predict_proba(asked.x) if adapted.classes_ is not None else None
         compared = getattr(adapted.task, "compared", None)
         agreement = "" if truth is None or compared is None else f"; {compared(answers, truth)}"
     except ValueError as error:
