@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metarun.assemble import Experiment, training_tasks
-from metarun.checks.diagnosis import blame
+from metarun.checks.diagnosis import blame, step_size_remedy
 from metarun.checks.family import check_family
 from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
@@ -257,5 +257,5 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
                 save(experiment, training, directory)
                 raise Interrupted(stopped[0])
     if not any(best and math.isfinite(best.val_score) for best in training.best):
-        raise UserError(f"No validation gave a finite {metric}; lower algo.inner_lr or eval.adapt_steps.")
+        raise UserError(f"No validation gave a finite {metric}; {step_size_remedy(experiment, testing=True)}.")
     return training

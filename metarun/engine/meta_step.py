@@ -29,7 +29,7 @@ from metarun.engine.trust_region import TrustRegion, check_trust_region, trust_r
 from metarun.errors import UserError, first_line
 from metarun.nn.transforms import stacked
 from metarun.tasks.control import ControlFamily
-from metarun.tree import learned, leaves, like, size, tree_map
+from metarun.tree import learned, leaves, like, names_of, size, tree_map
 
 Step = Callable[[Tree], Tree]
 
@@ -44,12 +44,17 @@ class Layout:
             UserError: the leaves are of more than one dtype.
         """
         self.template = learned(theta)
+        self.names = names_of(self.template)
         self.shapes = [leaf.shape for leaf in leaves(self.template)]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.size = size(self.template)
         types = {leaf.dtype for leaf in leaves(self.template)}
         if len(types) > 1:
             raise UserError(f"Learned parameters must all be of one type, and the model has {sorted(map(str, types))}.")
+
+    def described(self) -> list[str]:
+        """Return the name and the shape of each learned leaf, in their order."""
+        return [f"{name} {list(shape)}" for name, shape in zip(self.names, self.shapes, strict=True)]
 
     def vector(self, theta: Tree) -> Tensor:
         """Return the learned leaves concatenated ``[numbers]``."""
