@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from metarun.after.load import Learned, learned
+from metarun.after.load import Learned, learned, require_dtype
 from metarun.after.rows import Array, Rows, array_of, labels_of
 from metarun.contracts import Loss, Request, Spec, Task, Tree, UserTask
 from metarun.engine.batch import adapted
@@ -37,6 +37,7 @@ ONE_AT_A_TIME = RLock()
 @contextmanager
 def as_in_run(learned: Learned) -> Iterator[None]:
     """Inside, tasks are computed as in a test of the run, and nothing is learned."""
+    require_dtype(learned.theta)
     with ONE_AT_A_TIME, torch.no_grad(), rounding_of(learned.config):
         yield
 

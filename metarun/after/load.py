@@ -29,6 +29,7 @@ from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError, first_line
 from metarun.results import checkpoint
 from metarun.system.terminal import printable
+from metarun.tree import leaves
 
 
 class Remembered:
@@ -239,6 +240,7 @@ def learned_in(
     chosen = best_of(content)[replica]
     if chosen is None:
         raise UserError(f"Replica {replica} in {place} has no parameters that validation selected; choose another.")
+    require_dtype(chosen["theta"])
     check_ranges(config)
     own, _ = replica_configs(config)[replica]
     family = family_of(content, own, device)
@@ -258,6 +260,21 @@ def learned_in(
         *(model, algorithm, chosen["theta"], family, converter, own, names, content["dataset"]),
         *(chosen["step"], chosen["val_score"], replica, device),
     )
+
+
+def require_dtype(theta: Tree) -> None:
+    """Raise an error if torch makes tensors of another type than that of the parameters.
+
+    Raises:
+        UserError: the two types, and what to do.
+    """
+    now = torch.get_default_dtype()
+    trained = next((leaf.dtype for leaf in leaves(theta) if leaf.is_floating_point()), now)
+    if trained != now:
+        raise UserError(
+            f"The learner was trained in {trained}, and torch's default is {now}; call "
+            f"torch.set_default_dtype({trained}) before it is loaded and used."
+        )
 
 
 def shapes_of(tree: Any) -> Any:

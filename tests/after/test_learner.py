@@ -82,6 +82,14 @@ def test_products_are_rounded_as_in_the_run_and_afterwards_as_before(waves):
     assert before == (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
 
 
+def test_a_learner_of_another_precision_than_torchs_default_is_refused_in_words(waves, request):
+    learner = metarun.load(waves[0] / "maml")
+    request.getfixturevalue("float64")
+    for use in (lambda: metarun.load(waves[0] / "maml"), lambda: learner.adapt([0.0, 1.0], [1.0, 0.0])):
+        with pytest.raises(metarun.UserError, match=r"trained in torch.float32, and torch's default is torch.float64"):
+            use()
+
+
 def test_adaptation_is_gradient_descent_as_plain_autograd_does_it(waves):
     root, theta = waves
     learner = metarun.load(root / "maml")
