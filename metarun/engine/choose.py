@@ -37,7 +37,7 @@ from metarun.engine import xla
 from metarun.engine.meta_step import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
 from metarun.engine.processes import averaged, own_part, share, with_own_part
 from metarun.engine.recorder import CannotRecord
-from metarun.engine.recording import LARGEST_SCRIPT, Captured, Recording, release_gpu_memory
+from metarun.engine.recording import LARGEST_SCRIPT, Captured, OtherShapes, Recording, release_gpu_memory
 from metarun.errors import UserError, first_line
 from metarun.system.torchrun import count
 from metarun.tree import leaves
@@ -191,7 +191,7 @@ class Stepper:
         self.operations = 0
         self.recordings: dict[str, Recording] = {}
         self.run: Step = self.eager()
-        self.began = False
+        self.began, self.said_shapes = False, False
 
     def eager(self) -> Step:
         """Return the step as it is written, ``chunk`` tasks at a time."""
@@ -226,6 +226,11 @@ class Stepper:
         while True:
             try:
                 return self.run(given)
+            except OtherShapes:
+                if not self.said_shapes:
+                    log.info("Batches of tasks differ in their shapes; those unlike the first run on engine=eager.")
+                self.said_shapes = True
+                return self.eager()(given)
             except torch.cuda.OutOfMemoryError as error:
                 release_gpu_memory()
                 if self.engine != "eager":
