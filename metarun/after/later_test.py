@@ -77,6 +77,13 @@ def check_spec(trained: Learned, family: Family) -> None:
         raise UserError(
             f"The targets of {family.dataset} are {now.target}, and the learner has learned {before.target}."
         )
+    for what in ("names", "shift", "scale"):
+        known, found = (getattr(spec.target, what, None) for spec in (before, now))
+        if known != found:
+            raise UserError(
+                f"The targets of {family.dataset} have the {what} {found}, and the learner has learned others, "
+                f"{known}; test it on data with the same targets."
+            )
     if before.target.outputs != now.target.outputs and not trained.algorithm.open_ways:
         raise UserError(
             f"algo={algo} has {before.target.outputs} outputs, and {family.dataset} has {now.target.outputs}: set "
