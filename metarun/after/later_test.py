@@ -185,7 +185,8 @@ def later_test(
     device_given = [one.partition("=")[2] for one in overrides if key_of(one) == "device"]
     device = choose_device(device_given[-1] if device_given else "auto")
     content, place = read_best(path, device), best_file(path)
-    as_trained, _ = recomposed(content, place, config_dir=config_dir, trust=trust)
+    elsewhere = [one for one in overrides if key_of(one) == "data_dir"]
+    as_trained, _ = recomposed(content, place, elsewhere, config_dir, trust)
     config, names = recomposed(content, place, overrides, config_dir, trust)
     check_ranges(config)
     with settings_of(config):

@@ -285,10 +285,20 @@ def shapes_of(tree: Any) -> Any:
 
 
 def family_of(content: Mapping[str, Any], config: DictConfig, device: str) -> Family:
-    """Return the family that a checkpoint describes; one that has its own loss is built, with all that it needs."""
+    """Return the family that a checkpoint describes; one that has its own loss is built, with all that it needs.
+
+    Raises:
+        UserError: the family's code is missing, or its data are not those of the run.
+    """
     described = content["family"]
     if described["own_loss"]:
-        return build_family(config, device)
+        family = build_family(config, device)
+        if family.dataset != content["dataset"]:
+            raise UserError(
+                f"The learner needs the data that it was trained on, {content['dataset']}, and those found now are "
+                f"{family.dataset}; set METARUN_DATA_DIR, or data_dir for a test, to where they are."
+            )
+        return family
     try:
         # Imported for the classes that it marks as portable.
         get_method(config.task._target_)

@@ -82,6 +82,16 @@ def test_products_are_rounded_as_in_the_run_and_afterwards_as_before(waves):
     assert before == (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
 
 
+def test_a_learner_that_needs_its_data_is_not_made_from_others(tmp_path):
+    """Families with their own loss are built again, and what they find by then may have changed."""
+    experiment = experiment_of("algo=maml", *WALK)
+    leave_a_checkpoint(experiment, tmp_path)
+    content = sealed.load(tmp_path / "checkpoints" / "best.pt")
+    sealed.save(tmp_path / "other.pt", content | {"dataset": "walks of other people"})
+    with pytest.raises(metarun.UserError, match=r"trained on, walks of other people, and .* now are navigation"):
+        metarun.load(tmp_path / "other.pt")
+
+
 def test_a_learner_of_another_precision_than_torchs_default_is_refused_in_words(waves, request):
     learner = metarun.load(waves[0] / "maml")
     request.getfixturevalue("float64")
