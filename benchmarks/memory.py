@@ -27,9 +27,10 @@ CASES = {
 def one_step(overrides: list[str]) -> float:
     """Return the megabytes that the second of two meta-steps needs at its peak, in this process."""
     from benchmarks.own import experiment_of
+    from metarun.assemble import training_tasks
     from metarun.engine.choose import Stepper
     from metarun.engine.meta_step import MetaStep
-    from metarun.loop import rates_of, training_tasks
+    from metarun.loop import rates_of
 
     experiment = experiment_of(*overrides, "train.steps=10", "engine=eager")
     meta_step = MetaStep(experiment)

@@ -31,13 +31,14 @@ from torch.func import functional_call
 from benchmarks.meta_step import readable, versions
 from benchmarks.own import experiment_of
 from benchmarks.pages import put, with_others
+from metarun.assemble import training_tasks
 from metarun.engine.batch import evaluate
 from metarun.engine.choose import Counted
 from metarun.engine.meta_step import MetaStep
 from metarun.engine.process import keep_freed_memory
 from metarun.engine.recording import Recording
 from metarun.evaluation import episodes
-from metarun.loop import rates_of, training_tasks
+from metarun.loop import rates_of
 from metarun.nn.functional import parameters_of
 from metarun.system.files import write_text
 from metarun.tasks.features import Features

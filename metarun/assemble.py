@@ -17,9 +17,11 @@ from metarun.contracts import Algorithm, Family, Loss, Need, Reader, Split, Task
 from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError
 from metarun.nn.functional import seeded
+from metarun.nn.transforms import stacked
 from metarun.random import stream
 from metarun.system.torchrun import count, local_rank
 from metarun.targets.scoring import loss_of
+from metarun.tree import tree_map
 
 
 def sample_tasks(experiment: "Experiment", split: Split, count: int, generator: torch.Generator) -> Task:
@@ -40,6 +42,8 @@ class Replica:
     """The keys in which it differs from the others."""
     model: nn.Module
     algorithm: Algorithm
+    number: int = 0
+    """Its number among the runs that were trained together, by which tables call it."""
 
 
 @dataclass(frozen=True)
@@ -245,10 +249,10 @@ def assemble(
         check_ranges(own)
     family = build_family(config, device, typed)
     replicas = []
-    for own, differs in configs:
+    for place, (own, differs) in enumerate(configs):
         model = build_model(own, family).to(device)
         algorithm = cast(Algorithm, build(own, "algo", model=model, spec=family.spec))
-        replicas.append(Replica(own, differs, model, algorithm))
+        replicas.append(Replica(own, differs, model, algorithm, place))
     first = replicas[0]
     check_fit(config, names, family, first.model, first.algorithm)
     for other in replicas[1:]:
@@ -265,3 +269,16 @@ def assemble(
         keys = {key.removeprefix("algo."): value for key, value in placeholders.items()}
         algorithm = cast(Algorithm, build(first.config, "algo", exchanged=keys, model=first.model, spec=family.spec))
     return Experiment(config, names, family, replicas, algorithm, placeholders, device)
+
+
+def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Task:
+    """``count`` training tasks for each of ``seeds``, with leaves ``[replicas, tasks, ...]``."""
+
+    def drawn(seed: int) -> Task:
+        return sample_tasks(experiment, "train", count, stream(seed, "train", step))
+
+    if len(set(seeds)) == 1:
+        return tree_map(lambda leaf: leaf.expand(len(seeds), *leaf.shape), drawn(seeds[0]))
+    batches = {seed: drawn(seed) for seed in sorted(set(seeds))}
+    together: Task = stacked([batches[seed] for seed in seeds])
+    return together

@@ -199,7 +199,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in arguments)
     if origin is Literal:
         return value in arguments
-    if origin is tuple:
+    if origin is tuple and arguments[-1:] != (Ellipsis,):
         return isinstance(value, list) and len(value) == len(arguments) and all(map(_fits, value, arguments))
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
@@ -230,7 +230,7 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(option) for option in arguments)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin is tuple:
+    if origin is tuple and arguments[-1:] != (Ellipsis,):
         return f"a list of {len(arguments)} values, each {_words(arguments[0])}"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each item {_words(arguments[0])}"

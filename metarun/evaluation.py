@@ -220,7 +220,7 @@ def groups_of(tasks: Task) -> list[int]:
 
 def measured(experiment: Experiment, index: int, theta: Tree, report: Report) -> Measured:
     """Measure a report's numbers on the test episodes."""
-    family, eval_config = experiment.family, experiment.config.eval
+    family, eval_config, replica = experiment.family, experiment.config.eval, experiment.replicas[index]
     numbers, groups = [], list[str]()
     for block in episodes(experiment, "test", eval_config.episodes):
         found = over_tasks(
@@ -229,7 +229,7 @@ def measured(experiment: Experiment, index: int, theta: Tree, report: Report) ->
         numbers.append(found.cpu())
         names = family.spec.facts.groups
         groups += [names[i] for i in groups_of(block)] if names else [""] * len(found)
-    return Measured(index, report.axes, report.value, torch.cat(numbers).numpy(), groups, report.matrix)
+    return Measured(replica.number, report.axes, report.value, torch.cat(numbers).numpy(), groups, report.matrix)
 
 
 RESAMPLINGS = 200

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metarun.assemble import Experiment, sample_tasks
-from metarun.checks.diagnosis import blame
+from metarun.assemble import Experiment, training_tasks
+from metarun.checks.diagnosis import blame, step_size_remedy
 from metarun.checks.family import check_family
 from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
@@ -21,8 +21,6 @@ from metarun.engine.meta_step import MetaStep, replica
 from metarun.engine.optimizer import learning_rates
 from metarun.errors import Stopped, UserError
 from metarun.evaluation import better, episodes, validate
-from metarun.nn.transforms import stacked
-from metarun.random import stream
 from metarun.results.tables import Watcher, write_metrics
 from metarun.state import Best, Training, restore, save, save_best, start
 from metarun.system.signals import handled_by
@@ -55,19 +53,6 @@ def stop_on_signal() -> Iterator[list[int]]:
 
     with handled_by(handler):
         yield received
-
-
-def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: int) -> Task:
-    """``count`` training tasks for each of ``seeds``, with leaves ``[replicas, tasks, ...]``."""
-
-    def drawn(seed: int) -> Task:
-        return sample_tasks(experiment, "train", count, stream(seed, "train", step))
-
-    if len(set(seeds)) == 1:
-        return tree_map(lambda leaf: leaf.expand(len(seeds), *leaf.shape), drawn(seeds[0]))
-    batches = {seed: drawn(seed) for seed in sorted(set(seeds))}
-    together: Task = stacked([batches[seed] for seed in seeds])
-    return together
 
 
 class Rates:
@@ -205,6 +190,9 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
     # Under torchrun, the directory of the other processes is not that of the run.
     place = Path(experiment.config.resume) if rank() and resume else directory
     training = restore(experiment, meta_step, place) if resume else start(meta_step)
+    if any(training.best):
+        # The run may have been stopped after it had written better ones, which another machine need not find again.
+        save_best(experiment, training, directory)
     steps = train.steps if experiment.algorithm.meta_learns and meta_step.layout.size else 0
     check_family(experiment, episodes(experiment, "test", experiment.config.eval.episodes))
     validation = list(episodes(experiment, "val", train.val_episodes))
@@ -269,5 +257,5 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
                 save(experiment, training, directory)
                 raise Interrupted(stopped[0])
     if not any(best and math.isfinite(best.val_score) for best in training.best):
-        raise UserError(f"No validation gave a finite {metric}; lower algo.inner_lr or eval.adapt_steps.")
+        raise UserError(f"No validation gave a finite {metric}; {step_size_remedy(experiment, testing=True)}.")
     return training

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from metarun.assemble import assemble
+from metarun.checks.diagnosis import step_size_remedy
 from metarun.engine.process import reset_peak_memory, settings_of
 from metarun.engine.processes import connected
 from metarun.errors import UserError
@@ -94,7 +95,7 @@ def run(
                 row |= measured_columns(experiment, replica, training, best, tested)
                 finished.append((row, tested))
             if not finished:
-                raise UserError("Every replica diverged; lower train.lr or algo.inner_lr, or set train.clip=1.")
+                raise UserError(f"Every replica diverged; {step_size_remedy(experiment)}.")
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             mark(directory, rows, "interrupted" if stopped else "failed")

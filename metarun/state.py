@@ -48,12 +48,15 @@ class Training:
     """The kind of device that the last steps ran on."""
     threads: int = 1
     """Number of torch's threads."""
+    layout: list[str] = field(default_factory=list)
+    """What the vector of learned numbers consists of: a name and a shape for each part."""
 
 
 def start(meta_step: MetaStep) -> Training:
     """Return the state before the first step."""
     count = meta_step.count
-    return Training(meta_step.initial_train_state(), [None] * count, [[] for _ in range(count)])
+    state, rows = meta_step.initial_train_state(), [list[dict[str, float | int]]() for _ in range(count)]
+    return Training(state, [None] * count, rows, layout=meta_step.layout.described())
 
 
 SAVED_AS_IT_IS = (
@@ -65,6 +68,7 @@ SAVED_AS_IT_IS = (
 def save(experiment: Experiment, training: Training, directory: Path) -> None:
     """Write ``last.pt``, all that a resumed run needs; the previous checkpoint is kept."""
     content: dict[str, Any] = {name: getattr(training, name) for name in SAVED_AS_IT_IS}
+    content["layout"] = training.layout
     content["best"] = [vars(best) if best else None for best in training.best]
     checkpoint.save_last(directory, experiment.identity | content)
 
@@ -110,7 +114,9 @@ def restore(experiment: Experiment, meta_step: MetaStep, directory: Path) -> Tra
         )
     training = start(meta_step)
     shapes = [leaf.shape for leaf in leaves(training.train_state)]
-    if shapes != [leaf.shape for leaf in leaves(content["train_state"])]:
+    # Parameters lie in one vector, whose length says little; checkpoints of earlier versions have nothing else.
+    same_parts = content.get("layout", training.layout) == training.layout
+    if not same_parts or shapes != [leaf.shape for leaf in leaves(content["train_state"])]:
         raise UserError(f"The checkpoint {path} does not fit the model that is built now; start a new run.")
     for name in SAVED_AS_IT_IS:
         setattr(training, name, content[name])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from metarun.contracts import Task, Tree
+from metarun.errors import UserError
 
 
 def branches(tree: Any) -> Mapping[str, Any]:
@@ -14,6 +15,19 @@ def branches(tree: Any) -> Mapping[str, Any]:
     if not isinstance(tree, Task):
         return cast(Mapping[str, Any], tree)
     return {name: value for name, value in tree._asdict().items() if value is not None}
+
+
+def require_same_names(tree: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise an error unless two trees have branches of the same names, since those of one alone would be lost.
+
+    Raises:
+        UserError: the names that only one of them has.
+    """
+    if apart := sorted(tree.keys() ^ other.keys()):
+        raise UserError(
+            f"task: some batches of tasks have the leaf {apart[0]} and others have not; give it to all of them (a "
+            "weight or ways of 1 where nothing is missing)."
+        )
 
 
 @overload
@@ -25,8 +39,14 @@ def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> dict[st
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Apply ``function`` leaf by leaf to trees of the same structure; the result has that structure too."""
+    """Apply ``function`` leaf by leaf to trees of the same structure; the result has that structure too.
+
+    Raises:
+        UserError: a tree has other branches than the first one.
+    """
     other_branches = [branches(other) for other in others]
+    for other in other_branches:
+        require_same_names(branches(tree), other)
     mapped: dict[str, Any] = {
         key: tree_map(function, value, *(other[key] for other in other_branches))
         if isinstance(value, dict | Task)
@@ -43,6 +63,14 @@ def leaves(tree: Tree | Task) -> Iterator[Tensor]:
             yield from leaves(value)
         else:
             yield value
+
+
+def names_of(tree: Tree, prefix: str = "") -> list[str]:
+    """The dotted names of the leaves of a tree, in their order."""
+    found: list[str] = []
+    for key, value in tree.items():
+        found += names_of(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return found
 
 
 def like(tree: Tree, values: Iterator[Tensor]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from conftest import composed, experiment_of
 from scenarios import sampled
 from torch import nn
 
+from metarun.algos.agnostic.anil import anil
+from metarun.algos.agnostic.imaml import imaml
 from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
 from metarun.config import build
@@ -26,6 +28,7 @@ from metarun.engine.recording import AsWritten, Captured, Recording, with_wide_p
 from metarun.errors import UserError
 from metarun.loop import rates_of, training_tasks
 from metarun.nn.ops import channels_last
+from metarun.random import stream
 from metarun.run import run
 from metarun.targets.scoring import loss_of
 from metarun.tree import leaves, tree_map
@@ -208,6 +211,19 @@ class Leave(torch.autograd.Function):
         return through_numpy(x), in_dims[0]
 
 
+class Remembering(nn.Module):
+    """A model that leaves torch with a parameter that no inner step changes."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.trunk, self.head = nn.Linear(1, 1), nn.Linear(1, 1)
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 0.5)
+
+    def forward(self, x):
+        return self.head(self.trunk(x)) * (1 + Leave.apply(self.trunk.weight))
+
+
 def reading(algorithm):
     """The algorithm with a meta-gradient that reads a value, as a line search would."""
 
@@ -218,14 +234,18 @@ def reading(algorithm):
     return algorithm._replace(meta_grad=meta_grad)
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"), [("detour", "its results differ from those of eager"), ("reading", "no replay: ")]
-)
-def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, why, caplog):
-    experiment = experiment_of("engine=replay", *TINY)
+@pytest.mark.parametrize("kind", ["of the tasks", "of a single task", "of a parameter", "reading"])
+def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, caplog):
+    experiment = experiment_of("engine=replay", *TINY, *["train.meta_batch=1"] * (kind == "of a single task"))
     first, spec = experiment.replicas[0], experiment.family.spec
-    model = Detour(spec) if kind == "detour" else first.model
-    algorithm = maml(model) if kind == "detour" else reading(first.algorithm)
+    why, model = "its results differ from those of eager", Detour(spec)
+    if kind == "reading":
+        why, model, algorithm = "no replay: ", first.model, reading(first.algorithm)
+    elif kind == "of a parameter":
+        model = Remembering(spec)
+        algorithm = anil(model)
+    else:
+        algorithm = maml(model)
     replicas = [Replica(first.config, first.differs, model, algorithm)]
     experiment = replace(experiment, replicas=replicas, algorithm=algorithm)
     with caplog.at_level(logging.INFO):
@@ -234,6 +254,27 @@ def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, why, caplog):
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("engine: ")]
     assert len(lines) == 1
     assert why in lines[0]
+
+
+def test_a_batch_of_another_shape_is_not_run_by_a_recording(caplog):
+    """A family may draw another number of examples for each batch, and sizes are constants of a recording."""
+    shots, found = {stream(0, "train", step).initial_seed(): 5 for step in (0, 1, 3)}, []
+    for engine in ("eager", "replay"):
+        experiment = experiment_of(f"engine={engine}", *TINY)
+        sample = experiment.family.sample
+
+        def drawn(split, count, generator, sample=sample):
+            tasks = sample(split, count, generator)
+            few = shots.get(generator.initial_seed(), 7)
+            return tasks._replace(support=tree_map(lambda leaf: leaf[:, :few], tasks.support))
+
+        experiment.family.sample = drawn
+        with caplog.at_level(logging.INFO):
+            stepper, out = steps_of(experiment, 4)
+        assert stepper.engine == engine
+        found.append(out)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert caplog.text.count("Batches of tasks differ in their shapes") == 1
 
 
 def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch, caplog):
@@ -362,9 +403,15 @@ def branching(model, spec, inner_lr: float = 0.1):
     return found._replace(predict=predict)
 
 
-@pytest.mark.parametrize("target", ["deaf", "branching"])
+def nearly_deaf(model, spec, inner_lr: float = 0.1):
+    """Implicit MAML that makes a plain number of something that matters little, a quarter of a percent."""
+    return imaml(model, strength=float(20 * inner_lr))
+
+
+@pytest.mark.parametrize("target", ["deaf", "nearly_deaf", "branching"])
 def test_a_hyperparameter_that_one_process_cannot_vary_is_refused(target, tmp_path):
-    config, names = composed("replicas.over={algo.inner_lr: [0.1, 0.01]}", "train.steps=2")
+    values = [0.1, 0.15] if target == "nearly_deaf" else [0.1, 0.01]
+    config, names = composed(f"replicas.over={{algo.inner_lr: {values}}}", "train.steps=2")
     config.algo = {"_target_": f"test_engines.{target}", "inner_lr": 0.1}
     with pytest.raises(UserError, match=r"sweep them with metarun -m algo.inner_lr"):
         run(config, names, tmp_path)

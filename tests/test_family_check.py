@@ -13,18 +13,20 @@ from torch.nn.functional import one_hot
 
 from metarun import loop
 from metarun.assemble import Replica, build_model
-from metarun.checks.diagnosis import blame
+from metarun.checks.diagnosis import blame, step_size_remedy
 from metarun.checks.family import check_family, check_tasks
 from metarun.config import build
 from metarun.contracts import Facts, Moments, Numbers, Sizes, Spec, Task, Tokens
 from metarun.errors import UserError
 from metarun.evaluation import episodes
+from metarun.nn.transforms import stacked
 from metarun.random import stream
 from metarun.run import run
 from metarun.state import start
 from metarun.targets.actions import RETURN, Actions
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.sinusoid import Sinusoid
+from metarun.tree import tree_map
 
 QUICK = ("train.steps=2", "train.meta_batch=2", "train.eval_every=1", "train.val_episodes=4", "eval.episodes=4")
 
@@ -86,6 +88,17 @@ def runs(target, path, *overrides):
     config, names = composed(*QUICK, *overrides)
     config.task = OmegaConf.create({"_target_": target})
     return run(config, names | {"task": "mine"}, path)
+
+
+def test_batches_that_differ_in_their_leaves_are_refused():
+    """A weight that only some batches have would be lost where batches are put together."""
+    x = torch.ones(1, 2, 3)
+    bare, weighted = (Task({"x": x, **more}, {"x": x}) for more in ({}, {"weight": x[..., 0]}))
+    for tasks in ((bare, weighted), (weighted, bare)):
+        with pytest.raises(UserError, match="some batches of tasks have the leaf weight and others have not"):
+            tree_map(lambda *leaves: torch.cat(leaves), *tasks)
+        with pytest.raises(UserError, match="some batches of tasks have the leaf weight"):
+            stacked(list(tasks))
 
 
 def test_integer_labels_at_one_shot_and_one_query_are_refused_instead_of_scored(tmp_path):
@@ -303,10 +316,26 @@ class Overflowing(Sinusoid):
         return regression_loss(lambda x: 1e30 * predict(x) + 1e30, data)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("algo=cnp",), "lower train.lr or eval.adapt_steps, or lower train.clip"),
+        (("algo=scratch",), "lower algo.step_sizes or eval.adapt_steps"),
+        (("algo=maml", "train.clip=9"), "lower train.lr or algo.inner_lr or eval.adapt_steps, or set train.clip=1"),
+        (
+            ("task=navigation", "train.optimizer=trpo"),
+            "lower train.trust_region.kl or algo.inner_lr or eval.adapt_steps",
+        ),
+    ],
+)
+def test_what_is_to_be_lowered_are_keys_that_the_run_has(overrides, words):
+    assert step_size_remedy(experiment_of(*overrides), testing=True) == words
+
+
 def test_a_loss_that_is_not_finite_says_what_is_to_blame():
     experiment = experiment_of(*QUICK)
     assert "the step size is to blame; lower train.lr or algo.inner_lr" in blamed(experiment)
-    assert "the step size is to blame; lower train.lr, or set" in blamed(experiment_of(*QUICK, "algo=cnp"))
+    assert "the step size is to blame; lower train.lr, or lower train.clip" in blamed(experiment_of(*QUICK, "algo=cnp"))
     overflowing = replace(experiment, family=Overflowing())
     assert "no step size is to blame; check the model, the loss, and the scale" in blamed(overflowing)
     plain = experiment.family.sample

@@ -8,7 +8,7 @@ import torch
 from conftest import composed, experiment_of
 
 from metarun.assemble import assemble
-from metarun.config import ABOVE_ZERO, AT_MOST_ONE, LOWER_BOUNDS, UPPER_BOUNDS, check_ranges
+from metarun.config import ABOVE_ZERO, AT_MOST_ONE, LOWER_BOUNDS, UPPER_BOUNDS, check_ranges, construct
 from metarun.engine.optimizer import learning_rates
 from metarun.errors import UserError
 from metarun.loop import Rates, rates_of
@@ -85,3 +85,21 @@ def test_memory_before_training_does_not_grow_with_the_number_of_steps():
     assert rates[0]["lr"].item() == pytest.approx(0.001)
     assert rates[10**12 - 1]["lr"].item() == pytest.approx(0, abs=1e-9)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
+
+
+def sized(widths: tuple[int, ...], pair: tuple[int, int] = (1, 2)):
+    return widths, pair
+
+
+def test_a_tuple_of_any_length_takes_a_list_of_any_length():
+    def built(**keys):
+        return construct("model", {"_target_": "test_limits.sized", **keys})
+
+    for widths in ([], [1], [1, 2], [1, 2, 3]):
+        assert built(widths=widths) == (widths, (1, 2))
+    for keys, words in (
+        ({"widths": [1, "a"]}, "model.widths must be a list, each item a whole number"),
+        ({"widths": [1], "pair": [1, 2, 3]}, "model.pair must be a list of 2 values, each a whole number"),
+    ):
+        with pytest.raises(UserError, match=words):
+            built(**keys)

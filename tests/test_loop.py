@@ -2,14 +2,17 @@
 
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import metarun, process, rows, started, without_timing
 from conftest import experiment_of
+from torch import nn
 
 from metarun import evaluation, loop
+from metarun.algos.agnostic.maml import maml
 from metarun.errors import UserError
 from metarun.random import stream
 from metarun.results.tables import write_metrics
@@ -120,6 +123,43 @@ def test_the_best_by_validation_is_what_is_kept(tmp_path):
     torch.testing.assert_close(best.theta, seen[1.0], rtol=0, atol=0)
     saved = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
     torch.testing.assert_close(saved["theta"], seen[1.0], rtol=0, atol=0)
+
+
+def test_a_run_is_not_resumed_on_a_model_with_other_parts(tmp_path):
+    """Of as many numbers in all, as when somebody has put the layers of their own model in another order."""
+    experiment = experiment_of(*TINY, "train.meta_batch=2", "model.widths=[4,6]")
+    loop.meta_train(experiment, tmp_path, resume=False)
+    first = experiment.replicas[0]
+    model = nn.Sequential(nn.Linear(1, 9), nn.Linear(9, 2), nn.Linear(2, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in first.model.parameters())
+    algorithm = maml(model)
+    other = replace(experiment, replicas=[replace(first, model=model, algorithm=algorithm)], algorithm=algorithm)
+    with pytest.raises(UserError, match="does not fit the model that is built now"):
+        loop.meta_train(other, tmp_path, resume=True)
+
+
+def test_after_a_stop_between_two_files_the_best_on_disk_is_the_best_that_is_tested(tmp_path):
+    """On another machine, rounding may keep a resumed run from finding again what was the best before it was killed."""
+    experiment, scores = experiment_of(*TINY, "train.meta_batch=2"), iter([2.0, 1.0, 3.0, 3.0, 3.0])
+
+    def fake(experiment, replica, theta, tasks):
+        return theta, 0.0, next(scores)
+
+    def killed(experiment, training, directory):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "validate", fake)
+        save, saved = loop.save, iter([loop.save, killed])
+        patch.setattr(loop, "save", lambda *arguments: next(saved)(*arguments))
+        with pytest.raises(KeyboardInterrupt):
+            loop.meta_train(experiment, tmp_path, resume=False)
+        patch.setattr(loop, "save", save)
+        best = loop.meta_train(experiment, tmp_path, resume=True).best[0]
+    assert best.step == 10
+    on_disk = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
+    assert on_disk["step"] == 10
+    torch.testing.assert_close(on_disk["theta"], best.theta, rtol=0, atol=0)
 
 
 def test_test_episodes_depend_on_eval_seed_alone():

@@ -111,11 +111,11 @@ def test_arrays_take_what_holds_numbers_and_refuse_the_rest(tmp_path):
     file = tmp_path / "table.csv"
     file.write_text("height,Y,weight\n1,10,2\n3,30,4\n")
     found = arrays.read(file)
-    assert (found.x.tolist(), found.y, found.names) == ([[1, 2], [3, 4]], [10, 30], ["1", "2"])
+    assert (found.x.to_numpy().tolist(), found.y, found.names) == ([[1, 2], [3, 4]], [10, 30], ["1", "2"])
     file.write_text("a,b\n1,2\n")
     assert arrays.read(file).y is None
     assert Arrays((1,)).read(file).y == [2]
-    assert Arrays((1,), outputs=1).read(file).x.tolist() == [[1]]
+    assert Arrays((1,), outputs=1).read(file).x.to_numpy().tolist() == [[1]]
     with pytest.raises(ValueError, match="2 columns of inputs, and the learner takes 3"):
         Arrays((3,)).read(file)
 

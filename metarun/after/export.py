@@ -93,7 +93,7 @@ def export(
     loss, seed = loss_of(learned.family), seed_of(0, learned.device)
 
     def adapt_and_predict(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
-        with as_in_test(seed, {}):
+        with as_in_test(learned, seed, {}):
             state = adapted(algorithm, theta, {"x": x, "y": y}, loss, sizes["steps"])
             return algorithm.predict(theta, state, q)
 

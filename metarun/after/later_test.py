@@ -77,6 +77,13 @@ def check_spec(trained: Learned, family: Family) -> None:
         raise UserError(
             f"The targets of {family.dataset} are {now.target}, and the learner has learned {before.target}."
         )
+    for what in ("names", "shift", "scale"):
+        known, found = (getattr(spec.target, what, None) for spec in (before, now))
+        if known != found:
+            raise UserError(
+                f"The targets of {family.dataset} have the {what} {found}, and the learner has learned others, "
+                f"{known}; test it on data with the same targets."
+            )
     if before.target.outputs != now.target.outputs and not trained.algorithm.open_ways:
         raise UserError(
             f"algo={algo} has {before.target.outputs} outputs, and {family.dataset} has {now.target.outputs}: set "
@@ -178,7 +185,8 @@ def later_test(
     device_given = [one.partition("=")[2] for one in overrides if key_of(one) == "device"]
     device = choose_device(device_given[-1] if device_given else "auto")
     content, place = read_best(path, device), best_file(path)
-    as_trained, _ = recomposed(content, place, config_dir=config_dir, trust=trust)
+    elsewhere = [one for one in overrides if key_of(one) == "data_dir"]
+    as_trained, _ = recomposed(content, place, elsewhere, config_dir, trust)
     config, names = recomposed(content, place, overrides, config_dir, trust)
     check_ranges(config)
     with settings_of(config):
@@ -203,7 +211,7 @@ def later_test(
             del trained
         check_steps(found[0], config.eval.adapt_steps)
         configs = replica_configs(config)
-        replicas = [Replica(*configs[one.replica], one.model, one.algorithm) for one in found]
+        replicas = [Replica(*configs[one.replica], one.model, one.algorithm, one.replica) for one in found]
         experiment = Experiment(config, names, family, replicas, replicas[0].algorithm, {}, device)
         test_and_write(experiment, found, path, out)
     given = {key_of(one) for one in overrides}
@@ -221,8 +229,8 @@ def test_and_write(experiment: Experiment, found: Sequence[Learned], path: Path,
     name = (path if path.is_dir() else best_file(path)).resolve().name
     for index, one in enumerate(found):
         tested = meta_test(experiment, experiment.replicas[index], one.theta)
-        row = {**identity_columns(experiment, index, name), "replica": one.replica}
-        row |= training_columns(path, one) | tested_columns(experiment, experiment.replicas[index], one.theta, tested)
+        row = identity_columns(experiment, index, name) | training_columns(path, one)
+        row |= tested_columns(experiment, experiment.replicas[index], one.theta, tested)
         finished.append((row, tested))
     write_episodes(out, [(row["replica"], tested.scored) for row, tested in finished], metrics)
     write_pooled(out, [(row["replica"], tested.pooled) for row, tested in finished])

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from metarun.after.load import Learned, learned
+from metarun.after.load import Learned, learned, require_dtype
 from metarun.after.rows import Array, Rows, array_of, labels_of
 from metarun.contracts import Loss, Request, Spec, Task, Tree, UserTask
 from metarun.engine.batch import adapted
+from metarun.engine.process import rounding_of
 from metarun.errors import UserError, require
 from metarun.nn.padding import weighing
 from metarun.nn.transforms import over_tasks
@@ -34,9 +35,17 @@ ONE_AT_A_TIME = RLock()
 
 
 @contextmanager
-def as_in_test(seed: Tensor, data: Tree) -> Iterator[None]:
-    """Inside, one task is computed as in a test: nothing is learned, and random numbers come from its seed."""
-    with ONE_AT_A_TIME, torch.no_grad(), drawing(seed, training=False), weighing(data.get("weight")):
+def as_in_run(learned: Learned) -> Iterator[None]:
+    """Inside, tasks are computed as in a test of the run, and nothing is learned."""
+    require_dtype(learned.theta)
+    with ONE_AT_A_TIME, torch.no_grad(), rounding_of(learned.config):
+        yield
+
+
+@contextmanager
+def as_in_test(learned: Learned, seed: Tensor, data: Tree) -> Iterator[None]:
+    """Inside, one task is computed as in a test of the run; random numbers come from its seed."""
+    with as_in_run(learned), drawing(seed, training=False), weighing(data.get("weight")):
         yield
 
 
@@ -52,13 +61,13 @@ def support_curve(learned: Learned, support: Tree, seed: Tensor, loss: Loss, ste
     """
     algorithm, theta, values = learned.algorithm, learned.theta, list[Tensor]()
     state, nothing = None, torch.tensor(math.nan, device=learned.device)
-    with as_in_test(seed, {}):
+    with as_in_test(learned, seed, {}):
         for step, state in enumerate(islice(algorithm.adapt(theta, support, loss), max(steps, 1) + 1)):
             if state is None:
                 values.append(nothing)
                 continue
             # The curve must not change the random numbers that adaptation and prediction draw.
-            with as_in_test(seed, support):
+            with as_in_test(learned, seed, support):
                 values.append(loss(partial(algorithm.predict, theta, state), support)[0])
             if step >= steps:
                 break
@@ -113,7 +122,7 @@ class Adapted:
 
     def _made(self, request: Request, seed: Tensor) -> Tensor:
         learned, data = self._learned, to_device(request.data, self._learned.device)
-        with as_in_test(seed, {}):
+        with as_in_test(learned, seed, {}):
             return request.make(partial(learned.algorithm.predict, learned.theta, self._state), data).cpu()
 
     def outputs(self, x: Any) -> Tensor:
@@ -216,7 +225,7 @@ class AdaptedTasks:
             assert task.seed is not None
             return torch.stack(support_curve(learned, task.support, task.seed, loss, self._steps)[1])
 
-        with ONE_AT_A_TIME, torch.no_grad():
+        with as_in_run(learned):
             found: Tensor = over_tasks(of_task, Task(self._support, self._support, self._seeds), training=False)
         return np.asarray(found.cpu().numpy())
 
@@ -231,7 +240,7 @@ class AdaptedTasks:
                 return requests[0].make(partial(learned.algorithm.predict, learned.theta, state), task.query)
 
         queries = to_device(stacked([request.data for request in requests]), learned.device)
-        with ONE_AT_A_TIME, torch.no_grad():
+        with as_in_run(learned):
             found = over_tasks(of_task, Task(self._support, queries, self._seeds), training=False).cpu()
         sizes = [len(request.data["x"]) for request in requests]
         return requests, [output[:size] for output, size in zip(found, sizes, strict=True)]

@@ -29,6 +29,7 @@ from metarun.engine.replicas import replica_configs
 from metarun.errors import UserError, first_line
 from metarun.results import checkpoint
 from metarun.system.terminal import printable
+from metarun.tree import leaves
 
 
 class Remembered:
@@ -239,6 +240,7 @@ def learned_in(
     chosen = best_of(content)[replica]
     if chosen is None:
         raise UserError(f"Replica {replica} in {place} has no parameters that validation selected; choose another.")
+    require_dtype(chosen["theta"])
     check_ranges(config)
     own, _ = replica_configs(config)[replica]
     family = family_of(content, own, device)
@@ -260,6 +262,21 @@ def learned_in(
     )
 
 
+def require_dtype(theta: Tree) -> None:
+    """Raise an error if torch makes tensors of another type than that of the parameters.
+
+    Raises:
+        UserError: the two types, and what to do.
+    """
+    now = torch.get_default_dtype()
+    trained = next((leaf.dtype for leaf in leaves(theta) if leaf.is_floating_point()), now)
+    if trained != now:
+        raise UserError(
+            f"The learner was trained in {trained}, and torch's default is {now}; call "
+            f"torch.set_default_dtype({trained}) before it is loaded and used."
+        )
+
+
 def shapes_of(tree: Any) -> Any:
     """Return a tree with the shape of each leaf in its place."""
     if isinstance(tree, dict):
@@ -268,10 +285,20 @@ def shapes_of(tree: Any) -> Any:
 
 
 def family_of(content: Mapping[str, Any], config: DictConfig, device: str) -> Family:
-    """Return the family that a checkpoint describes; one that has its own loss is built, with all that it needs."""
+    """Return the family that a checkpoint describes; one that has its own loss is built, with all that it needs.
+
+    Raises:
+        UserError: the family's code is missing, or its data are not those of the run.
+    """
     described = content["family"]
     if described["own_loss"]:
-        return build_family(config, device)
+        family = build_family(config, device)
+        if family.dataset != content["dataset"]:
+            raise UserError(
+                f"The learner needs the data that it was trained on, {content['dataset']}, and those found now are "
+                f"{family.dataset}; set METARUN_DATA_DIR, or data_dir for a test, to where they are."
+            )
+        return family
     try:
         # Imported for the classes that it marks as portable.
         get_method(config.task._target_)

@@ -155,7 +155,7 @@ class AdaptedPolicy:
             (fold(draws, 0) & (2**62 - 1)).view(1, 1),
             self._carry,
         )
-        with as_in_test(self._seed, {}):
+        with as_in_test(self._learned, self._seed, {}):
             output, self._carry = split_output(self.policy(moment))
             noise = self._family.tape(fold(draws, 1).view(1))["noise"][:, 0]
             action = act(output[0], torch.zeros_like(noise) if mean else noise, self._actions.continuous)
@@ -166,11 +166,11 @@ class AdaptedPolicy:
 def return_curve(learned: Learned, support: Tree, seed: Tensor, loss: Loss, steps: int) -> tuple[Any, list[Tensor]]:
     """Return the state of a policy after adaptation, and the mean return of the episodes that each state plays."""
     algorithm, theta, values, state = learned.algorithm, learned.theta, list[Tensor](), None
-    with as_in_test(seed, {}):
+    with as_in_test(learned, seed, {}):
         for step, state in enumerate(algorithm.adapt(theta, support, loss)):
             value = torch.tensor(math.nan)
             if state is not None:
-                with as_in_test(seed, {}):
+                with as_in_test(learned, seed, {}):
                     value = loss(partial(algorithm.predict, theta, state), at_step(support, step))[1][RETURN.name]
             values.append(value.cpu())
             if step >= steps and state is not None:

@@ -83,6 +83,14 @@ def array_of(labels: Sequence[Hashable]) -> Array:
     return found
 
 
+def in_order_of(columns: Any, table: Any) -> Any:
+    """Return a table with its columns in the order of ``columns``, if these are its columns; all else as it is."""
+    given = getattr(table, "columns", None)
+    if columns is None or given is None or len(columns) != len(given) or set(columns) != set(given):
+        return table
+    return table[list(columns)]
+
+
 def inputs_of(learned: Learned, x: Any) -> Tensor:
     """Return a user's inputs as a tensor.
 
@@ -126,7 +134,7 @@ class Rows:
                 "them; give the family a converter with targets and answers",
             )
             self.y = self._numbers(y)
-        self.x = inputs_of(learned, x)
+        self.x, self.columns_of_inputs = inputs_of(learned, x), getattr(x, "columns", None)
         require(
             len(self.x) == len(self.y), f"x has {len(self.x)} examples and y has {len(self.y)}; give one y for each"
         )
@@ -199,7 +207,7 @@ class Rows:
 
     def ask(self, x: Any) -> Request:
         """Return the request for answers to further inputs."""
-        given = inputs_of(self.learned, x)
+        given = inputs_of(self.learned, in_order_of(self.columns_of_inputs, x))
         return Request({"x": given, **self._own_columns(len(given))}, logits_of_own_classes, self.answers)
 
     def compared(self, answers: Array, y: Any) -> str:

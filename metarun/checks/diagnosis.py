@@ -17,10 +17,18 @@ def suspect_step(training: Training) -> int:
     return first + finite.index(False) if False in finite else max(training.step - 1, 0)
 
 
-def step_size_remedy(experiment: Experiment) -> str:
-    """Return what to lower, according to the keys of this run."""
-    inner = OmegaConf.select(experiment.config, "algo.inner_lr") is not None
-    return f"lower train.lr{' or algo.inner_lr' if inner else ''}, or set train.clip=1"
+def step_size_remedy(experiment: Experiment, testing: bool = False) -> str:
+    """Return what to lower, according to the keys of this run; with ``testing``, for a score instead of a loss."""
+    train, algo = experiment.config.train, experiment.config.algo
+    within_trust_region = train.optimizer.name == "trpo"
+    keys = [f"algo.{key}" for key in ("inner_lr", "step_sizes") if OmegaConf.select(algo, key) is not None]
+    keys += ["eval.adapt_steps"] * testing
+    if not experiment.algorithm.meta_learns:
+        return f"lower {' or '.join(keys or ['eval.adapt_steps'])}"
+    outer = "train.trust_region.kl" if within_trust_region else "train.lr"
+    large = train.clip is None or train.clip > 1
+    clip = "" if within_trust_region else f", or {'set train.clip=1' if large else 'lower train.clip'}"
+    return f"lower {' or '.join([outer, *keys])}{clip}"
 
 
 def blame(experiment: Experiment, training: Training) -> str:

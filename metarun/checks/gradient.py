@@ -53,14 +53,6 @@ def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Ten
     return meta_step.layout.vector(tree_map(torch.detach, found.grads))
 
 
-def names_of(tree: Tree, prefix: str = "") -> list[str]:
-    """Return the dotted names of the leaves of a tree, in their order."""
-    found: list[str] = []
-    for key, value in tree.items():
-        found += names_of(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-    return found
-
-
 @contextmanager
 def default_float64() -> Iterator[None]:
     """Inside, new tensors are float64 unless stated otherwise."""
@@ -130,7 +122,7 @@ def compare_gradients(meta_step: MetaStep, given: Tree) -> None:
     if not bool(expected.isfinite().all()):
         return
     worst = int(excess.nan_to_num(torch.inf).argmax())
-    name = names_of(meta_step.layout.template)[worst]
+    name = meta_step.layout.names[worst]
     raise UserError(
         f"The meta-gradient of {name} differs from that of plain autograd by {100 * float(difference[worst]):.2g} %: "
         "the model, the loss or the algorithm calls a function whose derivative is wrong under torch.func; write that "

@@ -108,7 +108,8 @@ class Arrays:
         """
         table, count = table_of(path), math.prod(self.shape)
         names = (*TARGET_NAMES, *(f"{name}{i + 1}" for name in TARGET_NAMES for i in range(self.outputs)))
-        targets = [column for column in table if str(column).lower() in names]
+        # In their order, wherever their columns are: the first target is y1.
+        targets = sorted((c for c in table if str(c).lower() in names), key=lambda c: names.index(str(c).lower()))
         if not targets and table.shape[1] == count + self.outputs:
             targets = list(table.columns[count:])
         inputs = [column for column in table if column not in targets]
@@ -118,7 +119,8 @@ class Arrays:
             "y, and leave out what is no input",
         )
         y = table[targets[0]].tolist() if len(targets) == 1 else table[targets].values.tolist() if targets else None
-        return Examples(table[inputs].to_numpy().reshape(-1, *self.shape), y, row_names(len(table)))
+        x = table[inputs] if len(self.shape) == 1 else table[inputs].to_numpy().reshape(-1, *self.shape)
+        return Examples(x, y, row_names(len(table)))
 
 
 def sentences_of(x: Any) -> list[str]:

@@ -14,7 +14,8 @@ convolution where convolutions have separate weights per task.
 ``auto`` does not time anything. It estimates from the number of operations and the amount of arithmetic in the first
 step, the number of steps of the whole run, and the kind of machine. The same command therefore runs on the same engine,
 and gives the same numbers, on an idle machine or a busy one. A resumed run goes on with the engine that its checkpoint
-names. Every engine except eager is compared with eager, on tasks in another order, before it is used.
+names. Every engine except eager is compared with eager before it is used, on other tasks and other parameters than
+those of the recording: what a recording holds as a constant would otherwise not show.
 """
 
 import logging
@@ -29,17 +30,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from metarun.assemble import Experiment
+from metarun.assemble import Experiment, training_tasks
 from metarun.checks.gradient import check_gradient
 from metarun.contracts import Tree
 from metarun.engine import xla
 from metarun.engine.meta_step import MetaStep, Step, accumulated, parts_of, refuse_out_of_memory
 from metarun.engine.processes import averaged, own_part, share, with_own_part
 from metarun.engine.recorder import CannotRecord
-from metarun.engine.recording import LARGEST_SCRIPT, Captured, Recording, release_gpu_memory
+from metarun.engine.recording import LARGEST_SCRIPT, Captured, OtherShapes, Recording, release_gpu_memory
 from metarun.errors import UserError, first_line
 from metarun.system.torchrun import count
-from metarun.tree import leaves, tree_map
+from metarun.tree import leaves
 
 log = logging.getLogger(__name__)
 
@@ -96,17 +97,30 @@ def one_thread_each(workers: int) -> Iterator[None]:
 
 
 def agrees(found: Tree, expected: Tree, given: Tree) -> bool:
-    """Whether two results of a step are equal up to rounding: every leaf, and the change of the weights.
+    """Whether two results of a step are equal up to rounding: each replica's leaves, and the change of its weights.
 
     The change is compared by itself, because it is small relative to the weights, and Adam enlarges rounding errors.
     """
 
     def near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-        return bool((a - b).double().norm() <= tolerance * b.double().norm() + 1e-7 * b.numel() ** 0.5)
+        # What is not finite has to be the same: one of several replicas may have diverged.
+        apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0, a - b)
+        size = b.double().nan_to_num(0.0, 0.0, 0.0)
+        found, allowed = (one.double().reshape(len(b), -1).norm(dim=1) for one in (apart, size))
+        return bool((found <= tolerance * allowed + 1e-7 * (b.numel() / len(b)) ** 0.5).all())
 
     old, new, other = (tree["train_state"]["weights"] for tree in (given, expected, found))
     pairs = zip(leaves(found), leaves(expected), strict=True)
     return near(other - old, new - old, 10 * TOLERANCE) and all(near(a, b, TOLERANCE) for a, b in pairs)
+
+
+def elsewhere(state: Tree) -> Tree:
+    """Return a state like ``state`` whose learned numbers are others, by about a tenth, and of the same size."""
+    weights: Tensor = state["weights"]
+    signs = torch.ones_like(weights)
+    signs[..., ::2] = -1
+    usual = weights.square().mean(-1, keepdim=True).sqrt()
+    return {**state, "weights": weights + 0.1 * signs * (weights.abs() + usual)}
 
 
 class Counted(TorchDispatchMode):
@@ -177,7 +191,7 @@ class Stepper:
         self.operations = 0
         self.recordings: dict[str, Recording] = {}
         self.run: Step = self.eager()
-        self.began = False
+        self.began, self.said_shapes = False, False
 
     def eager(self) -> Step:
         """Return the step as it is written, ``chunk`` tasks at a time."""
@@ -203,7 +217,7 @@ class Stepper:
         self.workers = torch.get_num_threads()
         # A trust region searches along its step, which only the step as it is written can do.
         if self.mode != "eager" and self.meta_step.trust_region is None:
-            self.choose(given)
+            self.choose(given, out["train_state"])
         # Only the first step of the whole run is eager: the first step of a resumed run is on its engine too.
         return out if self.kept is None else self.run_or_halve(given)
 
@@ -212,6 +226,11 @@ class Stepper:
         while True:
             try:
                 return self.run(given)
+            except OtherShapes:
+                if not self.said_shapes:
+                    log.info("Batches of tasks differ in their shapes; those unlike the first run on engine=eager.")
+                self.said_shapes = True
+                return self.eager()(given)
             except torch.cuda.OutOfMemoryError as error:
                 release_gpu_memory()
                 if self.engine != "eager":
@@ -268,13 +287,18 @@ class Stepper:
         if self.experiment.device != "cpu":
             torch.cuda.synchronize(self.experiment.device)
 
-    def choose(self, given: Tree) -> None:
+    def choose(self, given: Tree, after: Tree) -> None:
         """Change from eager to the engine that is configured, named by the checkpoint, or estimated to be fastest.
 
-        Recordings are made on ``given``, and compared with eager on the same tasks in the opposite order.
+        Recordings are made on ``given``, and compared with eager on the tasks of the second step, close to the state
+        ``after`` the first one.
         """
         began = time.perf_counter()
-        other = {**given, "tasks": tree_map(lambda leaf: leaf.flip(1), given["tasks"])}
+        other = given
+        if self.kept is None:
+            seeds = [one.config.seed for one in self.experiment.replicas]
+            tasks = training_tasks(self.experiment, seeds, self.meta_batch, 1)
+            other = {**given, "train_state": elsewhere(after), "tasks": tasks}
         expected: Tree | None = None
         estimates = {name: self.estimated_seconds(name) for name in ("eager", *(name for name, _ in self.ways()))}
         reasons, chosen = list[str](), "eager"

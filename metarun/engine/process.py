@@ -69,21 +69,31 @@ def peak_memory_mb(device: str) -> float:
 
 
 @contextmanager
-def settings_of(config: DictConfig) -> Iterator[None]:
-    """Inside, the process has the settings that a run needs; they are undone afterwards, as a sweep's jobs share it."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    if config.engine.keep_memory:
-        keep_freed_memory()
-    rounded, rounded_before = config.train.precision.name == "tf32", torch.backends.cudnn.allow_tf32
+def rounding_of(config: DictConfig) -> Iterator[None]:
+    """Inside, a GPU computes products and convolutions as ``train.precision`` says; afterwards as it did before."""
+    precision, rounded_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    rounded = config.train.precision.name == "tf32"
     torch.set_float32_matmul_precision("high" if rounded else "highest")
     # Torch's default rounds convolutions, unlike products.
     torch.backends.cudnn.allow_tf32 = rounded
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = rounded_before
+
+
+@contextmanager
+def settings_of(config: DictConfig) -> Iterator[None]:
+    """Inside, the process has the settings that a run needs; they are undone afterwards, as a sweep's jobs share it."""
+    threads = torch.get_num_threads()
+    if config.engine.keep_memory:
+        keep_freed_memory()
+    try:
+        with rounding_of(config):
+            yield
+    finally:
+        torch.set_num_threads(threads)
         # Compiled graphs of one job are useless to the next.
         if (dynamo := sys.modules.get("torch._dynamo")) is not None:
             dynamo.reset()

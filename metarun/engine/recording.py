@@ -31,6 +31,11 @@ from metarun.tree import leaves, like, tree_map
 
 log = logging.getLogger(__name__)
 
+
+class OtherShapes(CannotRecord):
+    """A recording is given what it was not made for."""
+
+
 Function = Callable[[Tree], Tree]
 """A tree of tensors → a tree of tensors, without side effects."""
 
@@ -55,14 +60,23 @@ class Recording:
             raise CannotRecord(first_line(error)) from error
         recorder.graph.output([recorder.node_of(leaf) for leaf in leaves(out)])
         self.graph, self.constants = simplified(recorder.graph), recorder.constants
+        self.shapes = [value.shape for value in values]
         self.outputs = tree_map(lambda leaf: None, out)
         self.operations = sum(node.op == "call_function" for node in self.graph.nodes)
         self.run: Callable[..., list[Tensor]] = GraphModule(self.constants, self.graph)
 
     def __call__(self, given: Tree) -> Tree:
-        """Return what the function returns for ``given``, a tree of the shapes that it was recorded with."""
+        """Return what the function returns for ``given``, a tree of the shapes that it was recorded with.
+
+        Raises:
+            OtherShapes: the tree has other shapes; sizes are constants of a recording, and a compiled one would read
+                beyond its inputs.
+        """
+        values = list(leaves(given))
+        if [value.shape for value in values] != self.shapes:
+            raise OtherShapes("batches of tasks differ in their shapes")
         with torch.no_grad():
-            return like(self.outputs, iter(self.run(*leaves(given))))
+            return like(self.outputs, iter(self.run(*values)))
 
     def other(self, run: Callable[..., list[Tensor]]) -> "Recording":
         """Return a recording of the same function whose operations are run by ``run``."""
@@ -243,7 +257,7 @@ class Captured:
         """
         if any(not value.is_cuda for value in recording.constants.buffers() if value.numel() > 1):
             raise CannotRecord("it holds values that were computed outside of the GPU")
-        self.inputs = tree_map(lambda leaf: leaf.contiguous().clone(), given)
+        self.inputs, self.shapes = tree_map(lambda leaf: leaf.contiguous().clone(), given), recording.shapes
         before = torch.cuda.current_stream()
         try:
             # A capture must not be the first use of a library, so the operations first run on a separate stream.
@@ -262,8 +276,11 @@ class Captured:
             raise CannotRecord(first_line(error)) from error
 
     def __call__(self, given: Tree) -> Tree:
-        """Copy ``given`` in, launch the graph, and copy the results out."""
-        for own, new in zip(leaves(self.inputs), leaves(given), strict=True):
+        """Copy ``given`` in, launch the graph, and copy the results out; raise as a recording does."""
+        values = list(leaves(given))
+        if [value.shape for value in values] != self.shapes:
+            raise OtherShapes("batches of tasks differ in their shapes")
+        for own, new in zip(leaves(self.inputs), values, strict=True):
             own.copy_(new, non_blocking=True)
         self.graph.replay()
         return tree_map(torch.clone, self.outputs)

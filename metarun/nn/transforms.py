@@ -18,7 +18,7 @@ from torch.func import grad, vmap
 
 from metarun.contracts import Task, Tree
 from metarun.random import drawing
-from metarun.tree import leaves, like, tree_map
+from metarun.tree import leaves, like, require_same_names, tree_map
 
 
 class Late:
@@ -78,6 +78,8 @@ def stacked(results: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.stack(results)
     if isinstance(first, dict):
+        for other in results[1:]:
+            require_same_names(first, other)
         return {key: stacked([result[key] for result in results]) for key in first}
     columns = [stacked(list(column)) for column in zip(*results, strict=True)]
     return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)

@@ -91,9 +91,13 @@ def mean_and_half_width(numbers: Any) -> tuple[Any, Any]:
 
     Episodes whose number is NaN, since they have nothing to measure there, are left out.
     """
-    there = np.ma.masked_invalid(numbers)
-    half_width = 1.96 * there.std(0, ddof=1) / np.sqrt(there.count(0))
-    return there.mean(0).filled(np.nan), half_width.filled(np.nan)
+    there = ~np.isnan(numbers)
+    count = there.sum(0)
+    # An infinite number, of an episode that has diverged, is not left out: it makes the mean infinite.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(there, numbers, 0).sum(0) / count
+        variance = np.square(np.where(there, numbers - mean, 0)).sum(0) / (count - 1)
+        return mean, 1.96 * np.sqrt(variance / count)
 
 
 def described(measured: Measured) -> list[str]:

@@ -314,6 +314,7 @@ def table(
     name: str | None = None,
     device: str = "cpu",
     data_dir: str = "data",
+    converter: TableRows | None = None,
 ) -> TableTasks:
     """Tasks from a CSV or Parquet file: one for each value of the column ``by``.
 
@@ -355,6 +356,7 @@ def table(
         name: of the data set in results; null: that of the file.
         device: where the rows live.
         data_dir: where else files are looked for.
+        converter: what another run has fitted; null: it is fitted to the training rows.
 
     Raises:
         UserError: a file or column is missing or broken, or a split has too few tasks.
@@ -396,6 +398,9 @@ def table(
     recipe = Recipe(Columns([], []), data.goal, names, threshold, history=data.history)
     classes = 1 if names is None else len(names)
     label = np.zeros(len(task), dtype=np.int64) if names is None else recipe.class_of(data.rows[data.goal])
+    if converter is not None:
+        names, label = classes_as_known(converter.recipe, data, threshold)
+        classes = 1 if names is None else len(names)
     gap = 0 if history is None else ahead - 1
     least = max(smallest or of_shots.most + 1, 2) + gap
     every = Cells(np.arange(len(task)), task, label, (len(tasks_by_name), classes), data.time)
@@ -415,11 +420,14 @@ def table(
             check_enough(inside, parts["train"], classes, data.source)
             of_split[part] = inside
     training = np.isin(task, parts["train"]) & ~held
-    described = described_by(data, features, {by, target, order, split, group, tables.FILE, *drop})
-    encoder, left = fitted(data.rows, training, described, categorical, data.source)
-    log.info(said(encoder, left))
-    shift, scale = (0.0, 1.0) if names is not None else moments(data, training)
-    recipe = Recipe(encoder, data.goal, names, threshold, shift, scale, data.history, list(missing))
+    if converter is None:
+        described = described_by(data, features, {by, target, order, split, group, tables.FILE, *drop})
+        encoder, left = fitted(data.rows, training, described, categorical, data.source)
+        log.info(said(encoder, left))
+        shift, scale = (0.0, 1.0) if names is not None else moments(data, training)
+        recipe = Recipe(encoder, data.goal, names, threshold, shift, scale, data.history, list(missing))
+    else:
+        recipe = converter.recipe
     x = recipe.inputs(data.rows)
     y = recipe.targets(data.rows)[:, 0] if names is None else torch.from_numpy(label)
     say(parts, cells, names)
@@ -437,13 +445,37 @@ def table(
         part: Draws(of_split[part], torch.from_numpy(own), *sizes, moving=part == "train", gap=gap)
         for (part, own), sizes in zip(parts.items(), ways, strict=True)
     }
-    goal = Labels.of(tuple(names)) if names is not None else Measured(shift=shift, scale=scale)
+    goal = Labels.of(tuple(names)) if names is not None else Measured(shift=recipe.shift, scale=recipe.scale)
     read_from = ", ".join(str(file.resolve()) for file in files.values())
     return TableTasks(
         *(":".join(facts), x.shape[1], lambda row: x[row], None if names is not None else y, goal),
         *(draws, device, recipe),
         units={part: units_of(read_from, (tasks_by_name[i] for i in own)) for part, own in parts.items()},
     )
+
+
+def classes_as_known(recipe: Recipe, data: Loaded, threshold: float | None) -> tuple[list[str] | None, Any]:
+    """Return the classes that a run has been trained with, None where targets are numbers, and the class of each row.
+
+    Raises:
+        ValueError: a row is of another class, or the target is another one than that of the run.
+    """
+    require(
+        (data.goal, threshold) == (recipe.target, recipe.threshold),
+        f"target and threshold must be those that the learner was trained with, {recipe.target} and "
+        f"{'null' if recipe.threshold is None else f'{recipe.threshold:g}'}",
+    )
+    values = data.rows[data.goal]
+    if recipe.classes is None:
+        return None, np.zeros(len(values), dtype=np.int64)
+    label = recipe.class_of(values)
+    strange = values[label < 0]
+    require(
+        len(strange) == 0,
+        f"the learner knows the classes {', '.join(recipe.classes)}, and {data.source} has "
+        f"{strange.iloc[0] if len(strange) else ''!r} in the column {data.goal!r}",
+    )
+    return recipe.classes, label
 
 
 def check_columns(

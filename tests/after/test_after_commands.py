@@ -18,8 +18,10 @@ from learners import leave_a_checkpoint
 import metarun
 from metarun.after import later_test, predict
 from metarun.after.rows import labels_of
+from metarun.data.converters import Arrays
 from metarun.results.compare import compare
 from metarun.results.status import jobs_in
+from metarun.state import Best, Training, save_best
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -125,6 +127,18 @@ def test_a_later_test_gives_the_scores_of_the_run_and_of_other_settings(trained,
     assert [job.directory for job in jobs_in(tmp_path)] == [run]
 
 
+def test_a_later_test_calls_replicas_by_their_own_numbers(tmp_path):
+    """Of three that were trained together, the second has diverged."""
+    few = ("task.shots=2", "task.queries=2", "eval.episodes=2", "eval.adapt_steps=1", "replicas.count=3")
+    experiment = experiment_of("algo=metanas", "model=supernet_mlp", "model.widths=[4]", *few)
+    first, _, third = experiment.initial_thetas()
+    save_best(experiment, Training({}, [Best(1, 0.5, first), None, Best(1, 0.5, third)], [[]] * 3), tmp_path)
+    out = later_test.later_test(tmp_path)
+    for name in ("result", "episodes", "architectures"):
+        assert list(dict.fromkeys(row["replica"] for row in rows(out / f"{name}.csv"))) == ["0", "2"], name
+    assert [row["seed"] for row in rows(out / "result.csv")] == ["0", "2"]
+
+
 def test_what_a_later_test_cannot_do_is_refused(trained, tmp_path):
     run = copytree(trained.directory, tmp_path / "run")
     for arguments, sentence in (
@@ -171,6 +185,26 @@ def test_predictions_from_a_table(trained, tmp_path):
         assert code == 1
         assert sentence in said
         assert "Traceback" not in said
+
+
+def test_columns_in_another_order_are_the_same_examples(tmp_path):
+    sizes = ("task=teachers", "task.shots=4", "task.queries=2", "model.widths=[4]", "eval.adapt_steps=2")
+    leave_a_checkpoint(experiment_of("algo=maml", *sizes), tmp_path / "run")
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 3)), columns=["height", "width", "y"])
+    found = []
+    table[["height", "width"]].to_csv(tmp_path / "query.csv", index=False)
+    for shown in (["height", "width", "y"], ["y", "width", "height"]):
+        table[shown].to_csv(tmp_path / "support.csv", index=False)
+        predict.predict(tmp_path / "run", tmp_path / "support.csv", tmp_path / "query.csv", tmp_path / "out.csv")
+        found.append(pd.read_csv(tmp_path / "out.csv")["prediction"])
+    # The learner takes columns in the order of the examples that it is shown.
+    learner = metarun.load(tmp_path / "run")
+    for order, predictions in zip((["height", "width"], ["width", "height"]), found, strict=True):
+        adapted = learner.adapt(table[order], table["y"])
+        np.testing.assert_allclose(predictions, adapted.predict(table[order].to_numpy()), rtol=1e-5)
+        np.testing.assert_allclose(predictions, adapted.predict(table[order[::-1]]), rtol=1e-5)
+    (tmp_path / "t.csv").write_text("a,y2,y1\n1,2,3\n")
+    assert Arrays((1,), outputs=2).read(tmp_path / "t.csv").y == [[3, 2]]
 
 
 def test_examples_without_a_label_are_refused_and_without_a_truth_not_counted(trained):

@@ -3,7 +3,7 @@
 import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import nn
 
 import metarun
 from metarun.after.later_test import later_test
+from metarun.after.learner import Learner
 from metarun.data.portable import plain, portable
 from metarun.system import sealed
 from metarun.targets.classes import Classes
@@ -61,6 +62,42 @@ def test_threads_share_a_learner_without_sharing_weights(waves):
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda i: adapted[i % 2].predict(x), range(100)))
     assert all(np.array_equal(one, expected[i % 2]) for i, one in enumerate(found))
+
+
+def test_products_are_rounded_as_in_the_run_and_afterwards_as_before(waves):
+    """Torch's own default rounds convolutions on a GPU, with which predictions would not be those of the run's test."""
+    learner, seen = metarun.load(waves[0] / "maml"), set()
+    predict = learner.learned.algorithm.predict
+
+    def spied(*arguments):
+        seen.add((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return predict(*arguments)
+
+    spying = replace(learner.learned, algorithm=learner.learned.algorithm._replace(predict=spied))
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    assert before[0]
+    Learner(spying).adapt([0.0, 1.0], [1.0, 0.0]).predict([0.5])
+    Learner(spying).adapt_tasks([[0.0, 1.0]], [[1.0, 0.0]]).predict([[0.5]])
+    assert seen == {(False, "highest")}
+    assert before == (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+
+
+def test_a_learner_that_needs_its_data_is_not_made_from_others(tmp_path):
+    """Families with their own loss are built again, and what they find by then may have changed."""
+    experiment = experiment_of("algo=maml", *WALK)
+    leave_a_checkpoint(experiment, tmp_path)
+    content = sealed.load(tmp_path / "checkpoints" / "best.pt")
+    sealed.save(tmp_path / "other.pt", content | {"dataset": "walks of other people"})
+    with pytest.raises(metarun.UserError, match=r"trained on, walks of other people, and .* now are navigation"):
+        metarun.load(tmp_path / "other.pt")
+
+
+def test_a_learner_of_another_precision_than_torchs_default_is_refused_in_words(waves, request):
+    learner = metarun.load(waves[0] / "maml")
+    request.getfixturevalue("float64")
+    for use in (lambda: metarun.load(waves[0] / "maml"), lambda: learner.adapt([0.0, 1.0], [1.0, 0.0])):
+        with pytest.raises(metarun.UserError, match=r"trained in torch.float32, and torch's default is torch.float64"):
+            use()
 
 
 def test_adaptation_is_gradient_descent_as_plain_autograd_does_it(waves):

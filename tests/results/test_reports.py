@@ -1,5 +1,7 @@
 """What is shown of test tasks besides scores, and metrics beyond the first."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from metarun.assemble import assemble
 from metarun.contracts import Pooled, Report, Samples
 from metarun.evaluation import episodes as held_out
 from metarun.results.compare import compare
+from metarun.results.reports import mean_and_half_width
 from metarun.run import run
 from metarun.targets.metric import Metric
 from metarun.targets.real import MSE
@@ -129,6 +132,13 @@ def test_metrics_of_all_episodes_together_are_paired_by_resampling(directory, tm
     printed = compare([directory, other], tmp_path, "maml").partition("| − maml")[2]
     sign = "+" if difference[0] >= 0 else ""
     assert f"{sign}{100 * difference[0]:.2f} ± {196 * difference[1:].std():.2f} % (m)" in printed
+
+
+def test_an_episode_with_nothing_to_measure_is_left_out_of_a_mean_and_one_that_diverged_is_not():
+    numbers = np.array([[1.0, math.nan, 2.0, math.nan], [3.0, math.nan, math.inf, 5.0], [5.0, math.nan, 1.0, 7.0]])
+    mean, half_width = mean_and_half_width(numbers)
+    np.testing.assert_array_equal(mean, [3.0, math.nan, math.inf, 6.0])
+    np.testing.assert_allclose(half_width, [1.96 * 2 / 3**0.5, math.nan, math.nan, 1.96])
 
 
 def test_samples_of_the_first_test_tasks_are_shown_before_and_after_adaptation(directory):

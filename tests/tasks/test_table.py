@@ -614,3 +614,29 @@ def test_named_data_sets_are_tables_of_the_published_files(tmp_path):
     other = experiment_of("task=heart", f"data_dir={tmp_path}", "task.leave_out=va").family
     assert other.dataset != found["heart"].dataset
     assert "without va" in other.dataset
+
+
+def test_a_later_test_sees_the_rows_of_another_file_as_the_run_saw_its_own(path, tmp_path):
+    """Standardised by the run's means and in the run's units, whatever the order of the columns there."""
+    keys = {"by": "patient", "target": "level", "shots": 3, "features": ["dose", "kind"]}
+    trained = table(path, **keys)
+    other = visits()[["kind", "site", "level", "patient", "dose"]]
+    other["dose"], other["level"] = 2 * other["dose"] + 7, other["level"] + 50
+    other.to_csv(tmp_path / "other.csv", index=False)
+    found = table(str(tmp_path / "other.csv"), **keys, converter=trained.converter)
+    assert (found.target.shift, found.target.scale) == (trained.target.shift, trained.target.scale)
+    rows = other.rename(columns=str)
+    torch.testing.assert_close(found.inputs(torch.arange(len(rows))), trained.converter.inputs(rows))
+    task = found.sample("test", 2, generator())
+    levels = trained.converter.answers(task.query["y"][task.query["weight"] > 0])
+    assert np.abs(levels[:, None] - other["level"].to_numpy()).min(1).max() < 1e-3
+    # Classes keep the columns that they had, even if one of them is not there.
+    keys |= {"target": "stage"}
+    trained = table(path, **keys)
+    some = visits().query("stage != 'two'")
+    some.to_csv(tmp_path / "some.csv", index=False)
+    assert table(str(tmp_path / "some.csv"), **keys, converter=trained.converter).target.names == trained.target.names
+    some.replace({"stage": {"one": "none"}}).to_csv(tmp_path / "none.csv", index=False)
+    for goal, words in (("stage", "knows the classes one, three, two.*'none'"), ("site", "trained with, stage")):
+        with pytest.raises(ValueError, match=words):
+            table(str(tmp_path / "none.csv"), **{**keys, "target": goal}, converter=trained.converter)
