@@ -118,9 +118,22 @@ def test_runs_on_other_episodes_are_not_paired(runs):
     families = pd.read_csv(root / "families.csv").iloc[0]
     table = pd.read_csv(root / "comparison.csv").set_index("algo")
     assert not families["paired"]
-    # What is known of the episodes' variance is that of one model.
-    expected = np.hypot(np.sqrt(np.mean(np.square([maml.std(ddof=1)] * 2)) / 200) * 1.96, table.loc["protonet", "ci95"])
+    expected = np.hypot(1.96 * maml.std(ddof=1) / 200**0.5, table.loc["protonet", "ci95"])
     assert families["ci95"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_an_unpaired_difference_of_models_holds_what_is_particular_to_each_seed(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0.5, 0.1, (3, 200))
+    for seed, own in enumerate(scores):
+        make_run(tmp_path, f"maml{seed}", "maml", "agnostic", seed, own)
+    other = rng.normal(0.5, 0.01, 200)
+    make_run(tmp_path, "protonet", "protonet", "dependent", 0, other, episodes_hash="other")
+    compare([tmp_path], tmp_path)
+    families = pd.read_csv(tmp_path / "families.csv").iloc[0]
+    assert not families["about_methods"]
+    variance = (scores.mean(0).var(ddof=1) + other.var(ddof=1)) / 200
+    assert families["ci95"] == pytest.approx(1.96 * variance**0.5, rel=1e-4)
 
 
 def test_settings_and_datasets_are_never_mixed(runs):

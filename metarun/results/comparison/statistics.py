@@ -187,9 +187,8 @@ def of_summaries(means: Array, variances: Array, about_methods: bool) -> Estimat
 
 
 def unpaired(a: Estimate, b: Estimate) -> Estimate:
-    """Return the difference of two independent means; over seeds only if both are."""
-    kinds = zip(a.parts, b.parts, strict=True) if len(a.parts) == len(b.parts) else [(a.parts[-1], b.parts[-1])]
-    return Estimate(a.mean - b.mean, tuple(welch(pair) for pair in kinds))
+    """Return the difference of two independent means, both over seeds and episodes, or both over episodes alone."""
+    return Estimate(a.mean - b.mean, tuple(welch(pair) for pair in zip(a.parts, b.parts, strict=True)))
 
 
 def holm(p: Sequence[float]) -> list[float]:

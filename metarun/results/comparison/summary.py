@@ -262,6 +262,19 @@ def further_differences(a: pd.Series, b: pd.Series) -> dict[str, tuple[float, fl
     return {name: (estimate.mean, estimate.ci95) for name, estimate in found.items() if estimate is not None}
 
 
+def of_models(row: pd.Series) -> Estimate:
+    """Return the mean of the trained models of a row, over episodes alone.
+
+    The part of the episodes in an interval over seeds would be too small for it: what a seed and an episode have to do
+    with each other counts there among the seeds.
+    """
+    found = scores_of(row["replicas"]) if row["from_episodes"] and row["seeds"] > 1 else None
+    if found is not None:
+        return statistics.over_episodes(found[0].mean(0))
+    estimate: Estimate = row["estimate"]
+    return Estimate(estimate.mean, estimate.parts[-1:])
+
+
 def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference:
     """Return row ``a`` minus row ``b``, episode by episode where both were tested on the same episodes.
 
@@ -275,7 +288,7 @@ def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference
         (first, first_seeds), (second, second_seeds) = found[0], found[1]
         paired = first.shape[1] == second.shape[1] > 1
     if not paired:
-        estimate = statistics.unpaired(a["estimate"], b["estimate"])
+        estimate = statistics.unpaired(*(row["estimate"] if about_methods else of_models(row) for row in (a, b)))
         sizes = (math.nan, math.nan)
     else:
         estimate = subtracted((first, first_seeds), (second, second_seeds), about_methods)
