@@ -49,12 +49,13 @@ RESULT_COLUMNS = (
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
     *("torch_version", "metarun_version", "config_hash", "episodes_hash", "higher_is_better"),
     *("engine", "task_map", "precision", "replica", "varied"),
-    *("metrics", "percent", "reason"),
+    *("metrics", "percent", "reason", "tested"),
 )
 """Columns of ``result.csv``, which has one row per replica; most runs have one replica. ``score`` is measured in
 ``metric``, the first of ``metrics``, which are separated by semicolons. For each further metric two columns follow,
 NAME and NAME_ci95. ``percent`` names the metrics that are fractions displayed as percentages. ``episodes_hash`` is
-equal for runs with the same test episodes."""
+equal for runs with the same test episodes. ``tested`` has the keys that a later test has changed, separated like
+``metrics``, and is empty for the test of the run itself."""
 
 SEPARATOR = ";"
 

@@ -27,7 +27,7 @@ NOT_A_VARIANT = (
 )
 TEXTS = (
     *("run", "algo", "family", "task", "dataset", "model", "metric", "device", "config_hash", "episodes_hash"),
-    *("engine", "varied", "metrics", "percent", "reason"),
+    *("engine", "varied", "metrics", "percent", "reason", "tested"),
 )
 """Columns that hold text, which is empty where it is missing."""
 NUMBERS = (
@@ -166,6 +166,15 @@ def with_varied(given: frozenset[str], varied: str) -> frozenset[str]:
     return frozenset(kept | {word for word in own if word.partition("=")[0] not in NOT_A_VARIANT})
 
 
+def with_later_test(overrides: frozenset[str], tested: str) -> frozenset[str]:
+    """Return the overrides of a run, told apart from those with which a run was only ``tested`` later.
+
+    A model that was trained on one shot and tested on five is no model that was trained on five.
+    """
+    later = tested.split(SEPARATOR) if tested else []
+    return frozenset(overrides - set(later) | ({f"tested with {' '.join(later)}"} if later else set()))
+
+
 def read_run(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a run, with its directory and overrides.
 
@@ -178,7 +187,10 @@ def read_run(path: Path) -> list[dict[str, Any]]:
     given = overrides_of(path.parent)
     asked = " ".join(sorted(override for override in given if override.startswith("engine")))
     together = {"directory": str(path.parent), "asked": asked, "modified": path.stat().st_mtime}
-    return [{**row, **together, "overrides": with_varied(given, row["varied"])} for row in rows]
+    return [
+        {**row, **together, "overrides": with_later_test(with_varied(given, row["varied"]), row["tested"])}
+        for row in rows
+    ]
 
 
 def without_result(paths: Sequence[Path], known: set[Path]) -> Iterator[str]:
