@@ -99,9 +99,13 @@ def compared(paths: Sequence[Path], reference: str | None = None, filters: Seque
         if reference is not None:
             table = against(table, reference)
         settings.append(Compared(setting, runs, table, family_difference(table)))
-        devices = sorted(set(group["device"]) - {""})
-        if len(devices) > 1:
-            notes.append(f"the times in {settings[-1].title} are of different devices ({', '.join(devices)})")
+        for column, said in (
+            ("device", "the times in {} are of different devices"),
+            ("metarun_version", "the runs in {} are of different versions of metarun"),
+        ):
+            values = sorted(set(group[column]) - {""})
+            if len(values) > 1:
+                notes.append(f"{said.format(settings[-1].title)} ({', '.join(values)})")
     return Comparison(settings, ranking([one.table for one in settings]), notes)
 
 

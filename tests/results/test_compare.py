@@ -390,3 +390,15 @@ def test_a_table_of_the_first_version_is_read(seeds):
     row = pd.read_csv(seeds / "comparison.csv").set_index("algo").loc["maml"]
     assert row["seeds"] == 3
     assert row["from_episodes"]
+
+
+def test_runs_with_other_defaults_are_not_taken_for_seeds_of_one_method(tmp_path):
+    scores = np.random.default_rng(0).normal(0.8, 0.1, 50)
+    for seed, rate in enumerate((0.1, 0.1, 0.001)):
+        run = make_run(tmp_path, f"maml{seed}", "maml", "agnostic", seed, scores, (f"seed={seed}",))
+        # The tracker and a key that an older version did not have yet change no numbers.
+        older = "" if seed else "  clip: null\n"
+        (run / ".hydra" / "config.yaml").write_text(f"seed: {seed}\ntracker: {seed}\ntrain:\n  lr: {rate}\n{older}")
+    compare([tmp_path], tmp_path)
+    table = pd.read_csv(tmp_path / "comparison.csv").set_index("variant")
+    assert table["seeds"].to_dict() == {"train.lr=0.1": 2, "train.lr=0.001": 1}

@@ -22,12 +22,12 @@ from metarun.system.terminal import printable
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
 FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
 NOT_A_VARIANT = (
-    *("algo", "task", "seed", "device", "data_dir", "resume", "task.download"),
+    *("algo", "task", "seed", "device", "data_dir", "resume", "tracker", "task.download"),
     *("replicas.count", "replicas.over", "engine.threads", "engine.keep_memory", "train.task_chunk"),
 )
 TEXTS = (
     *("run", "algo", "family", "task", "dataset", "model", "metric", "device", "config_hash", "episodes_hash"),
-    *("engine", "varied", "metrics", "percent", "reason", "tested"),
+    *("engine", "varied", "metrics", "percent", "reason", "tested", "metarun_version"),
 )
 """Columns that hold text, which is empty where it is missing."""
 NUMBERS = (
@@ -260,6 +260,27 @@ def same(value: Any, wanted: str) -> bool:
         return float(value) == float(wanted)
     except (TypeError, ValueError):
         return str(value).casefold() == wanted.casefold()
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Return the leaves of a configuration by their dotted keys, as text."""
+    if isinstance(tree, Mapping) and tree:
+        found: dict[str, str] = {}
+        for key, value in tree.items():
+            found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return {prefix: "null" if tree is None else str(tree)}
+
+
+def configuration_of(directory: str) -> dict[str, str]:
+    """Return the keys of a run's configuration that may distinguish it from others; empty if it cannot be read."""
+    config = loaded(Path(directory) / ".hydra" / "config.yaml")
+    found = flat(config) if isinstance(config, dict) else {}
+    return {
+        printable(key): printable(value)
+        for key, value in found.items()
+        if key not in NOT_A_VARIANT and key.partition(".")[0] not in ("tracker", "engine", "replicas")
+    }
 
 
 def configured(directory: str, key: str) -> Any:

@@ -4,6 +4,7 @@ A setting consists of task, data set, ways, shots, queries and metric. Within a 
 keys in which its runs differ from the others, over all its seeds. ``statistics.py`` says what the intervals are.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from metarun.results.comparison import statistics
-from metarun.results.comparison.reading import FAMILIES, final_scores, pooled_scores
+from metarun.results.comparison.reading import FAMILIES, configuration_of, final_scores, pooled_scores
 from metarun.results.comparison.statistics import Estimate
 from metarun.results.tables import metrics_of
 
@@ -66,13 +67,42 @@ def best_first(table: pd.DataFrame, column: str) -> pd.Series:
     return table[column].where(~table["higher_is_better"], -table[column])
 
 
+MOST_KEYS = 3
+"""How many keys with other defaults a row's name has."""
+
+
+def different_defaults(runs: pd.DataFrame) -> list[str]:
+    """Return the keys in which runs with the same overrides differ all the same, with their values, for each run.
+
+    The defaults that a run was started with may have been changed before the next one: in a file of the configuration,
+    or by another version. A key that one of the runs does not have yet distinguishes none.
+    """
+    configs = {directory: configuration_of(directory) for directory in runs["directory"].unique()}
+    readable = [config for config in configs.values() if config]
+    keys = set.intersection(*map(set, readable)) if readable else set[str]()
+    keys -= {override.partition("=")[0].lstrip("+") for override in runs["overrides"].iloc[0]}
+    different = sorted(key for key in keys if len({config[key] for config in readable}) > 1)
+    found = []
+    for config in (configs[directory] for directory in runs["directory"]):
+        own = [f"{key}={config[key]}" for key in different] if config else []
+        short = hashlib.sha256(" ".join(own).encode()).hexdigest()[:6]
+        found.append(" ".join(own) if len(own) <= MOST_KEYS else f"configuration={short}")
+    return found
+
+
 def with_variants(group: pd.DataFrame) -> pd.DataFrame:
     """Add ``variant``: the overrides of each run that not every run of the setting shares.
 
-    Runs that differ only in their test episodes are distinguished by these episodes, and never averaged.
+    Runs that differ in other keys all the same, or only in their test episodes, are distinguished by these, and never
+    averaged.
     """
     shared = frozenset.intersection(*group["overrides"])
     group = group.assign(variant=[" ".join(sorted(overrides - shared)) for overrides in group["overrides"]])
+    further = pd.Series("", index=group.index)
+    for _, own in group.groupby(["algo", "model", "variant"]):
+        if own["directory"].nunique() > 1:
+            further[own.index] = different_defaults(own)
+    group = group.assign(variant=(group["variant"] + " " + further).str.strip())
     mixed = group.groupby(["algo", "model", "variant"])["episodes_hash"].transform("nunique") > 1
     named = (group["variant"] + " episodes=" + group["episodes_hash"].replace("", "unknown")).str.strip()
     return group.assign(variant=group["variant"].where(~mixed, named))

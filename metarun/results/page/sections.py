@@ -2,10 +2,9 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from metarun.results.compare import Compared, Comparison
 from metarun.results.comparison import printing
 from metarun.results.comparison.pictures import draw_comparison, draw_costs, rank_figure, shown_rows
+from metarun.results.comparison.reading import flat
 from metarun.results.comparison.summary import best_first, cached_scores, name_of
 from metarun.results.page import html, pictures
 from metarun.results.page.html import Cell
@@ -203,16 +203,6 @@ def run_table(one: Compared, out: Path) -> str:
             ]
         )
     return html.table(header, rows, f"Runs: {one.title}")
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Return the leaves of a configuration by their dotted keys, as text."""
-    if isinstance(tree, Mapping) and tree:
-        found: dict[str, str] = {}
-        for key, value in tree.items():
-            found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return {prefix: "null" if tree is None else str(tree)}
 
 
 def configurations(one: Compared) -> str:
