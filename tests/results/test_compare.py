@@ -12,6 +12,7 @@ from metarun.engine.batch import Evaluated
 from metarun.errors import UserError
 from metarun.results import compare as module
 from metarun.results.compare import compare
+from metarun.results.comparison.pictures import short_names
 from metarun.results.comparison.reading import final_scores
 from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_results
 from metarun.targets.metric import Metric
@@ -402,3 +403,10 @@ def test_runs_with_other_defaults_are_not_taken_for_seeds_of_one_method(tmp_path
     compare([tmp_path], tmp_path)
     table = pd.read_csv(tmp_path / "comparison.csv").set_index("variant")
     assert table["seeds"].to_dict() == {"train.lr=0.1": 2, "train.lr=0.001": 1}
+
+
+def test_names_in_pictures_are_short_and_different():
+    long = "algo.inner_lr=0.1 algo.inner_steps=5 eval.adapt_steps=10 train.lr="
+    variants = [f"{long}0.1", f"{long}0.01", "x" * 90, "x" * 80, ""]
+    names = short_names([pd.Series({"algo": "maml", "variant": variant}) for variant in variants], 40)
+    assert names == ["maml … train.lr=0.1", "maml … train.lr=0.01", "maml … #1", "maml … #2", "maml"]

@@ -103,6 +103,9 @@ def with_variants(group: pd.DataFrame) -> pd.DataFrame:
         if own["directory"].nunique() > 1:
             further[own.index] = different_defaults(own)
     group = group.assign(variant=(group["variant"] + " " + further).str.strip())
+    models = group.groupby(["algo", "variant"])["model"].transform("nunique") > 1
+    named = (group["variant"] + " model=" + group["model"]).str.strip()
+    group = group.assign(variant=group["variant"].where(~models, named))
     mixed = group.groupby(["algo", "model", "variant"])["episodes_hash"].transform("nunique") > 1
     named = (group["variant"] + " episodes=" + group["episodes_hash"].replace("", "unknown")).str.strip()
     return group.assign(variant=group["variant"].where(~mixed, named))
