@@ -161,3 +161,22 @@ def test_intervals_cover_and_verdicts_are_rarely_false(seeds, spread, shape):
     assert max(share for name, share in found.items() if name.startswith("false")) < 0.08
     # What the interval over episodes would claim about methods.
     assert found["episodes alone"] < 0.93
+
+
+@pytest.mark.parametrize(
+    ("score", "half_width", "error", "accuracy"),
+    [
+        (0.12, 0.0151, "0.120 ± 0.015", "12.00 ± 1.51 %"),
+        (0.0, 0.0, "0.000 ± 0.000", "0.00 ± 0.00 %"),
+        (0.2, 1e-17, "0.200 ± 0.000", "20.00 ± 0.00 %"),
+        # A loss that would look like a tie.
+        (-0.00031, 0.00012, "-0.00031 ± 0.00012", "-0.03 ± 0.01 %"),
+        (0.99999, 0.000012, "0.999990 ± 0.000012", "99.9990 ± 0.0012 %"),
+        (3e-5, 0.0, "0.000030 ± 0.000000", "0.0030 ± 0.0000 %"),
+        (2.34e-11, 1.2e-12, "2.3e-11 ± 1.2e-12", "2.3e-09 ± 1.2e-10 %"),
+    ],
+)
+def test_what_is_not_zero_is_not_rounded_to_zero(score, half_width, error, accuracy):
+    assert Metric("mse", False).interval(score, half_width) == error
+    assert Metric("accuracy", True, percent=True).interval(score, half_width) == accuracy
+    assert Metric("mse", False).text(score) != "0.000" or score == 0
