@@ -213,6 +213,23 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
     assert str(stopped.value).startswith("metarun-compare: ")
 
 
+def test_a_filter_does_not_hide_that_runs_have_failed(runs):
+    root, maml, _ = runs
+    make_run(root, "g", "maml", "agnostic", 2, maml, status="failed", score=None)
+    assert "Note: runs without a usable result: 1;" in compare([root], root, filters=["algo=maml"])
+
+
+def test_what_an_earlier_comparison_has_written_is_not_left_with_other_numbers(runs):
+    root, maml, _ = runs
+    (root / "ranks.png").write_text("of other runs")
+    (root / "comparison.tex").write_text("of other runs")
+    compare([root], root, filters=["algo=maml"])
+    assert not (root / "ranks.png").exists()
+    assert f"{100 * maml.mean():.2f}" in (root / "comparison.tex").read_text()
+    # With one family, the table of differences has a header and no row.
+    assert pd.read_csv(root / "families.csv").empty
+
+
 def test_every_row_against_a_reference(runs, capsys, monkeypatch):
     root, maml, protonet = runs
     monkeypatch.setattr(sys, "argv", ["metarun-compare", str(root), "--against", "protonet"])
