@@ -400,6 +400,16 @@ def test_runs_without_a_result_are_listed(seeds):
     assert "maml1" not in compare([again, seeds / "maml1"], seeds)
 
 
+def test_runs_whose_configuration_is_not_known_are_all_kept(seeds):
+    for path in seeds.glob("*/result.csv"):
+        pd.read_csv(path).assign(config_hash="", episodes_hash="").to_csv(path, index=False)
+    compare([seeds], seeds)
+    assert pd.read_csv(seeds / "comparison.csv").set_index("algo")["seeds"].to_dict() == {
+        **{"maml": 3, "protonet": 3},
+        "scratch": 1,
+    }
+
+
 def test_a_table_of_the_first_version_is_read(seeds):
     path = seeds / "maml1" / "result.csv"
     table = pd.read_csv(path).drop(columns=["metrics", "percent", "reason", "replica", "varied", "engine", "task_map"])

@@ -246,9 +246,11 @@ def read_runs(paths: Sequence[Path]) -> Runs:
 
 def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Return the newest run of each configuration, and a sentence if any are left out."""
-    newest = results.sort_values("modified", kind="stable").drop_duplicates(
-        ["config_hash", "asked", "episodes_hash", *SETTING], keep="last"
-    )
+    # Without a hash it is not known of which configuration a run is.
+    place = results["directory"] + " " + results["replica"].astype(str)
+    known = results.assign(identity=results["config_hash"].where(results["config_hash"] != "", place))
+    same = ["identity", "asked", "episodes_hash", *SETTING]
+    newest = results.loc[known.sort_values("modified", kind="stable").drop_duplicates(same, keep="last").index]
     older = len(results) - len(newest)
     notes = [f"{older} older runs of the same configuration are left out"] if older else []
     return newest.sort_index(), notes
