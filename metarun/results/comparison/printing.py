@@ -37,7 +37,7 @@ def whole(value: float) -> str:
 
 def probability(p: float) -> str:
     """Return a p-value in human-readable form."""
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "is not defined" if math.isnan(p) else "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def main_interval(row: pd.Series, metric: Metric) -> str:
@@ -258,7 +258,7 @@ def ranks_text(ranking: Ranking | None) -> str:
     few = " With so few settings the test finds large differences only." if ranking.settings < 10 else ""
     return (
         f"## Average ranks over {ranking.settings} settings\n\n{names}.\n\n"
-        f"Friedman's test: p = {probability(ranking.p)}. Ranks that are further apart than "
+        f"Friedman's test: p {probability(ranking.p)}. Ranks that are further apart than "
         f"{ranking.critical_difference:.2f} differ at the level of 5 % (Nemenyi).{few}{left_out}"
     )
 

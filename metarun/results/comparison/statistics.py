@@ -28,11 +28,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metarun.results.comparison.distributions import f_upper, studentised_range, t_quantile, t_two_sided
+from metarun.results.comparison.distributions import studentised_range, t_quantile, t_two_sided
 
 Array = NDArray[np.float64]
 
@@ -225,7 +226,7 @@ class Ranks:
     mean: Array
     """The average rank of each method; 1 is the best."""
     p: float
-    """Of Friedman's test, in the form of Iman and Davenport (1980): are all methods equally good?"""
+    """Of Friedman's test: are all methods equally good?"""
     critical_difference: float
     """Nemenyi's: average ranks that are further apart differ at the level of 5 %."""
 
@@ -237,12 +238,37 @@ def ranks_of(scores: Array, higher_is_better: Sequence[bool]) -> Ranks:
     below = (signed[:, :, None] > signed[:, None, :]).sum(-1)
     equal = (signed[:, :, None] == signed[:, None, :]).sum(-1)
     ranks = below + (equal + 1) / 2
-    mean = ranks.mean(0)
-    # With ties the variance of the ranks is smaller than that of 1, …, k.
-    between = settings * float(((mean - (methods + 1) / 2) ** 2).sum())
-    chi = between * (methods - 1) / (float(((ranks - (methods + 1) / 2) ** 2).sum()) / settings or math.nan)
-    left = settings * (methods - 1) - chi
-    f = math.inf if left <= 1e-12 else (settings - 1) * chi / left
-    p = math.nan if math.isnan(chi) else f_upper(f, methods - 1, (methods - 1) * (settings - 1))
     critical = studentised_range(methods) / math.sqrt(2) * math.sqrt(methods * (methods + 1) / (6 * settings))
-    return Ranks(mean, p, critical)
+    return Ranks(ranks.mean(0), friedman(ranks), critical)
+
+
+DRAWN = 20_000
+"""Permutations from which the p-value of Friedman's test is taken where there are more."""
+
+
+def friedman(ranks: Array) -> float:
+    """Return the p-value of Friedman's test for ``ranks [settings, methods]``; NaN if all ranks are tied.
+
+    It is the share of permutations within the settings whose average ranks are as far apart: of all permutations where
+    these are few, else of random ones. The usual approximations by χ² and F are for more settings than there often are:
+    for two methods in the same order in two settings, Iman and Davenport's p is 0, while every other time chance gives
+    the same.
+    """
+    settings, methods = ranks.shape
+    middle = (methods + 1) / 2
+    if not (ranks != middle).any():
+        return math.nan
+    found = float(((ranks.mean(0) - middle) ** 2).sum())
+    # The order of the first setting can be held, since only the others relative to it count.
+    if math.lgamma(methods + 1) * (settings - 1) <= math.log(DRAWN):
+        orders = [np.array(order) for order in permutations(range(methods))]
+        sums = ranks[0][None]
+        for own in ranks[1:]:
+            sums = (sums[:, None] + np.stack([own[order] for order in orders])).reshape(-1, methods)
+        return float((((sums / settings - middle) ** 2).sum(1) >= found - 1e-9).mean())
+    drawn = np.zeros((DRAWN, methods))
+    generator = np.random.default_rng(0)
+    for own in ranks:
+        drawn += generator.permuted(np.broadcast_to(own, drawn.shape), axis=1)
+    extreme = int((((drawn / settings - middle) ** 2).sum(1) >= found - 1e-9).sum())
+    return (1 + extreme) / (1 + DRAWN)
