@@ -103,7 +103,7 @@ def test_means_intervals_and_the_paired_difference(runs):
     assert families["paired"]
     assert not families["about_methods"]
     assert families["difference"] == pytest.approx(difference.mean())
-    assert families["ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
+    assert families["ci95"] == pytest.approx(1.972 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
     # Pairing is what it is for: the shared difficulty of the episodes cancels.
     assert families["ci95"] < 0.2 * table["ci95"].min()
     assert "model-dependent is better, for these trained models" in text
@@ -119,7 +119,7 @@ def test_runs_on_other_episodes_are_not_paired(runs):
     families = pd.read_csv(root / "families.csv").iloc[0]
     table = pd.read_csv(root / "comparison.csv").set_index("algo")
     assert not families["paired"]
-    expected = np.hypot(1.96 * maml.std(ddof=1) / 200**0.5, table.loc["protonet", "ci95"])
+    expected = np.hypot(1.972 * maml.std(ddof=1) / 200**0.5, table.loc["protonet", "ci95"])
     assert families["ci95"] == pytest.approx(expected, rel=2e-3)
 
 
@@ -134,7 +134,7 @@ def test_an_unpaired_difference_of_models_holds_what_is_particular_to_each_seed(
     families = pd.read_csv(tmp_path / "families.csv").iloc[0]
     assert not families["about_methods"]
     variance = (scores.mean(0).var(ddof=1) + other.var(ddof=1)) / 200
-    assert families["ci95"] == pytest.approx(1.96 * variance**0.5, rel=1e-4)
+    assert families["ci95"] == pytest.approx(1.97 * variance**0.5, rel=1e-3)
 
 
 def test_settings_and_datasets_are_never_mixed(runs):
@@ -237,7 +237,7 @@ def test_every_row_against_a_reference(runs, capsys, monkeypatch):
     table = pd.read_csv(root / "comparison.csv").set_index("algo")
     difference = maml - protonet
     assert table.loc["maml", "against"] == pytest.approx(difference.mean())
-    assert table.loc["maml", "against_ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
+    assert table.loc["maml", "against_ci95"] == pytest.approx(1.972 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
     assert table.loc["maml", "against_better"] == (difference > 0).mean()
     assert np.isnan(table.loc["protonet", "against_p"])
     assert table.loc["maml", "against_paired"]

@@ -135,6 +135,16 @@ def test_ranks_against_the_formulas_without_ties():
     np.testing.assert_allclose(tied.mean, [(1.5 + 1) / 2, (1.5 + 2.5) / 2, (3 + 2.5) / 2])
 
 
+def test_of_few_episodes_the_difference_of_two_models_is_students_paired_test():
+    a, b = np.random.default_rng(0).normal(size=(2, 1, 6))
+    a += 1
+    found, difference = difference_of_methods(a, b, same_seeds=False), (a - b)[0]
+    error = difference.std(ddof=1) / 6**0.5
+    # The upper 2.5 % point for five degrees of freedom is 2.571.
+    assert found.ci95 == pytest.approx(2.571 * error, rel=1e-3)
+    assert found.p == pytest.approx(t_two_sided(difference.mean() / error, 5), rel=1e-3)
+
+
 def test_friedmans_test_is_exact_for_few_settings():
     same_order = np.array([[0.3, 0.2, 0.1]])
     assert ranks_of(np.repeat(same_order[:, :2], 2, axis=0), [True] * 2).p == pytest.approx(1 / 2)

@@ -100,9 +100,12 @@ class Estimate:
 
 
 def over_episodes(scores: Array) -> Estimate:
-    """Return the mean of one trained model's scores ``[episodes]``, with the normal interval of ``result.csv``."""
+    """Return the mean of one trained model's scores ``[episodes]``, with Student's interval.
+
+    It is the normal interval of ``result.csv`` but for few episodes, of which that one holds the truth less often.
+    """
     variance = float(scores.var(ddof=1)) / len(scores) if len(scores) > 1 else math.nan
-    return Estimate(float(scores.mean()), ((variance, math.inf),))
+    return Estimate(float(scores.mean()), ((variance, max(len(scores) - 1, 1)),))
 
 
 def mean_squares(scores: Array) -> tuple[float, float, float]:
@@ -178,13 +181,13 @@ def welch(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return total, float(f"{total**2 / spread:.3g}") if spread > 0 else min(df for _, df in parts)
 
 
-def of_summaries(means: Array, variances: Array, about_methods: bool) -> Estimate:
+def of_summaries(means: Array, variances: Array, episodes: int, about_methods: bool) -> Estimate:
     """Return the mean of models of which only the mean over episodes and its variance are known ``[seeds]``.
 
     The part of the episodes is the variance of one model, which for several seeds is rather too large.
     """
     by_seed = ((float(means.var(ddof=1)) / len(means), len(means) - 1),) if about_methods else ()
-    return Estimate(float(means.mean()), (*by_seed, (float(variances.mean()), math.inf)))
+    return Estimate(float(means.mean()), (*by_seed, (float(variances.mean()), max(episodes - 1, 1))))
 
 
 def unpaired(a: Estimate, b: Estimate) -> Estimate:

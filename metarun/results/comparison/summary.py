@@ -165,7 +165,8 @@ def estimate_of(runs: pd.DataFrame, replicas: Replicas, metric: str | None = Non
     columns = ("score", "ci95") if metric is None else (metric, f"{metric}_ci95")
     by_seed = runs.groupby("seed")[list(columns)].agg(lambda values: values.mean(skipna=False))
     means, half_widths = (by_seed[column].to_numpy(dtype=float) for column in columns)
-    return statistics.of_summaries(means, (half_widths / 1.96) ** 2, several), not several
+    episodes = int(runs["n_episodes"].min())
+    return statistics.of_summaries(means, (half_widths / 1.96) ** 2, episodes, several), not several
 
 
 def no_seed_matters(runs: pd.DataFrame) -> bool:
