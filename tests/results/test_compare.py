@@ -18,7 +18,7 @@ from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_results
 from metarun.targets.metric import Metric
 
 
-def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
+def make_run(root, name, algo, family, seed, scores, overrides=(), units=None, **columns):
     directory = root / name
     scores = np.asarray(scores, dtype=float)
     row = dict.fromkeys(RESULT_COLUMNS) | {
@@ -58,7 +58,7 @@ def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
     metric = Metric(row["metrics"], row["higher_is_better"], row["metrics"] == "accuracy")
     write_results(directory, [row], [metric])
     values = torch.tensor([[0.2, score] for score in scores], dtype=torch.float64)
-    write_episodes(directory, [(0, Evaluated([0, 1], values, {metric.name: values}))], [metric])
+    write_episodes(directory, [(0, Evaluated([0, 1], values, {metric.name: values}, units=units))], [metric])
     if overrides:
         (directory / ".hydra").mkdir()
         (directory / ".hydra" / "overrides.yaml").write_text("\n".join(f"- {o}" for o in overrides))
@@ -110,6 +110,29 @@ def test_means_intervals_and_the_paired_difference(runs):
     assert (root / "comparison.md").read_text() == text
     for name in ("comparison.png", "costs.png"):
         assert (root / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_intervals_are_over_the_few_tasks_that_the_episodes_are_of(tmp_path, seeds):
+    rng = np.random.default_rng(0)
+    units = torch.arange(300) % 6
+    # Of each patient the one method is as much better in all episodes.
+    better = rng.normal(0.05, 0.1, 6)
+    for seed in range(seeds):
+        scores = rng.normal(0.5, 0.01, 300)
+        make_run(tmp_path, f"maml{seed}", "maml", "agnostic", seed, scores, units=units, different_tests=6)
+        scores = scores + better[units]
+        make_run(tmp_path, f"protonet{seed}", "protonet", "dependent", seed, scores, units=units, different_tests=6)
+    text = compare([tmp_path], tmp_path)
+    (families,) = pd.read_csv(tmp_path / "families.csv").to_dict("records")
+    assert families["difference"] == pytest.approx(better.mean())
+    # Student's quantile for six patients, not the 1.97 for three hundred episodes.
+    assert families["ci95"] == pytest.approx(2.571 * better.std(ddof=1) / 6**0.5, rel=1e-3)
+    assert "300 episodes of 6 different tasks" in text
+    assert "The test episodes are of 6 different tasks: intervals over seeds and intervals of differences" in text
+    if seeds == 2:
+        table = pd.read_csv(tmp_path / "comparison.csv").set_index("algo")
+        assert table.loc["protonet", "method_ci95"] == pytest.approx(families["ci95"], rel=0.05)
 
 
 def test_runs_on_other_episodes_are_not_paired(runs):

@@ -33,7 +33,7 @@ TEXTS = (
 NUMBERS = (
     *("seed", "ways", "shots", "queries", "adapt_steps", "score_before", "score", "ci95", "n_episodes", "val_score"),
     *("selected_step", "meta_steps", "meta_batch", "train_seconds", "test_seconds", "adapt_ms_per_task"),
-    *("peak_memory_mb", "meta_parameters", "adapted_parameters", "replica"),
+    *("peak_memory_mb", "meta_parameters", "adapted_parameters", "replica", "different_tests"),
 )
 NEEDED = ("status", "algo", "family", "task", "dataset", "seed", "shots", "metric", "score", "ci95", "n_episodes")
 """Columns that every version has written."""
@@ -342,7 +342,8 @@ def pooled_scores(directory: str) -> dict[int, dict[str, Array]]:
 def final_scores(directory: str) -> dict[int, dict[str, Array]]:
     """Return each replica's scores by metric ``[episodes]``, after the last adaptation step and in order of episodes.
 
-    It is empty if the file is missing or damaged.
+    Where the file says of which task each episode is, this is under ``UNIT``. The result is empty if the file is
+    missing or damaged.
     """
     try:
         # Through numpy, because filtering by pandas takes longer than reading.
