@@ -236,6 +236,17 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
     assert str(stopped.value).startswith("metarun-compare: ")
 
 
+def test_a_filter_takes_values_with_commas_as_they_are(runs):
+    root, maml, _ = runs
+    make_run(root, "e", "maml", "agnostic", 0, maml, ("model.widths=[64,64]",), dataset="a,b")
+    make_run(root, "f", "maml", "agnostic", 0, maml, dataset="a")
+    for wanted in ("dataset=a,b", "model.widths=[64, 64]"):
+        compare([root], root, filters=[wanted])
+        assert list(pd.read_csv(root / "comparison.csv")["dataset"]) == ["a,b"]
+    compare([root], root, filters=["dataset=a,procedural"])
+    assert set(pd.read_csv(root / "comparison.csv")["dataset"]) == {"a", "procedural"}
+
+
 def test_a_filter_does_not_hide_that_runs_have_failed(runs):
     root, maml, _ = runs
     make_run(root, "g", "maml", "agnostic", 2, maml, status="failed", score=None)

@@ -261,7 +261,8 @@ def same(value: Any, wanted: str) -> bool:
     try:
         return float(value) == float(wanted)
     except (TypeError, ValueError):
-        return str(value).casefold() == wanted.casefold()
+        # A list is written with or without spaces.
+        return str(value).replace(" ", "").casefold() == wanted.replace(" ", "").casefold()
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -315,7 +316,9 @@ def chosen(results: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
             ]
             if all(value is None for value in own):
                 raise UserError(f"--filter: no run has a column or a key {key}.")
-        kept = [any(same(value, wanted) for wanted in values.split(",")) for value in own]
+        # A value may have commas itself: a list, or the name of a file.
+        known = [values] if any(same(value, values) for value in own) else values.split(",")
+        kept = [any(same(value, wanted) for wanted in known) for value in own]
         if not any(kept):
             there = sorted({str(value) for value in own})
             raise UserError(f"--filter {one} leaves no run; {key} is one of {', '.join(there[:20])}.")
