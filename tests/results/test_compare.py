@@ -11,9 +11,10 @@ import torch
 from metarun.engine.batch import Evaluated
 from metarun.errors import UserError
 from metarun.results import compare as module
-from metarun.results.compare import compare
-from metarun.results.comparison.pictures import short_names
+from metarun.results.compare import compare, compared
+from metarun.results.comparison.pictures import draw_comparison, draw_costs, short_names
 from metarun.results.comparison.reading import final_scores
+from metarun.results.plots import blank_figure
 from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_results
 from metarun.targets.metric import Metric
 
@@ -471,3 +472,21 @@ def test_names_in_pictures_are_short_and_different():
     variants = [f"{long}0.1", f"{long}0.01", "x" * 90, "x" * 80, ""]
     names = short_names([pd.Series({"algo": "maml", "variant": variant}) for variant in variants], 40)
     assert names == ["maml … train.lr=0.1", "maml … train.lr=0.01", "maml … #1", "maml … #2", "maml"]
+
+
+def test_what_a_narrow_picture_says_is_not_cut(seeds):
+    for seed in range(3):
+        scores = np.random.default_rng(seed).normal(0.9, 0.1, 20)
+        make_run(
+            seeds, f"anil{seed}", "anil", "agnostic", seed, scores, ("train.optimizer=a.long.name",), train_seconds=9
+        )
+    (one,) = compared([seeds]).settings
+    figure = blank_figure(5.4, 3)
+    left, right = figure.subplots(1, 1), blank_figure(5.4, 3).subplots()
+    draw_comparison(left, one.metric, one.drawable)
+    draw_costs(right, one.metric, one.drawable, "train_seconds", "pareto_training")
+    for axis in (left, right):
+        axis.figure.canvas.draw()
+        written = [axis.xaxis.label, *axis.texts]
+        assert all(text.get_window_extent().x1 <= axis.figure.bbox.width for text in written)
+        assert all(text.get_window_extent().x0 >= 0 for text in written)

@@ -104,7 +104,8 @@ def draw_comparison(axis: Any, metric: Metric, table: pd.DataFrame) -> None:
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     several_seeds = bool(table["method_ci95"].notna().any())
-    over = "over seeds and episodes (thick), of one model (thin)" if several_seeds else "over episodes"
+    # Three lines, since long names of methods leave a narrow axis, and what does not fit below it is cut.
+    over = "over seeds and episodes (thick),\nof one model (thin)" if several_seeds else "over episodes"
     axis.set_xlabel(f"test {metric.label}\n95 % interval {over}", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
 
@@ -152,15 +153,17 @@ def draw_costs(axis: Any, metric: Metric, table: pd.DataFrame, column: str, fron
 
 
 def label_apart(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write a name next to each point, on the side where it covers no other name, if there is one."""
+    """Write a name next to each point, on the side where it covers no other name and fits, if there is one."""
     # In points of 1/72 inch; the layout may still move the axis a little.
     places = [tuple(axis.transData.transform((x, y)) * 72 / axis.figure.dpi) for x, y, _ in points]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
+    edge = 72 * axis.figure.get_figwidth()
     for (x, y, name), (across, up) in zip(points, places, strict=True):
         width = 4.6 * len(name)
         for dx, dy in ((5, 4), (5, -11), (-5 - width, 4), (-5 - width, -11)):
             box = (across + dx, up + dy, across + dx + width, up + dy + 9)
-            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            covers = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+            if not covers and box[0] > 0 and box[2] < edge:
                 break
         taken.append(box)
         left = dx > 0
