@@ -459,8 +459,8 @@ def test_runs_with_other_defaults_are_not_taken_for_seeds_of_one_method(tmp_path
     scores = np.random.default_rng(0).normal(0.8, 0.1, 50)
     for seed, rate in enumerate((0.1, 0.1, 0.001)):
         run = make_run(tmp_path, f"maml{seed}", "maml", "agnostic", seed, scores, (f"seed={seed}",))
-        # The tracker and a key that an older version did not have yet change no numbers.
-        older = "" if seed else "  clip: null\n"
+        # The tracker, a key that an older version did not have yet and one that refers to another change no numbers.
+        older = "  final: ${x}\n" if seed else "  clip: null\n  final: 0\n"
         (run / ".hydra" / "config.yaml").write_text(f"seed: {seed}\ntracker: {seed}\ntrain:\n  lr: {rate}\n{older}")
     compare([tmp_path], tmp_path)
     table = pd.read_csv(tmp_path / "comparison.csv").set_index("variant")

@@ -77,13 +77,15 @@ def different_defaults(runs: pd.DataFrame) -> list[str]:
     """Return the keys in which runs with the same overrides differ all the same, with their values, for each run.
 
     The defaults that a run was started with may have been changed before the next one: in a file of the configuration,
-    or by another version. A key that one of the runs does not have yet distinguishes none.
+    or by another version. A key that one of the runs does not have yet distinguishes none, nor does one that refers to
+    another key.
     """
     configs = {directory: configuration_of(directory) for directory in runs["directory"].unique()}
     readable = [config for config in configs.values() if config]
     keys = set.intersection(*map(set, readable)) if readable else set[str]()
     keys -= {override.partition("=")[0].lstrip("+") for override in runs["overrides"].iloc[0]}
-    different = sorted(key for key in keys if len({config[key] for config in readable}) > 1)
+    values = {key: {config[key] for config in readable} for key in keys}
+    different = sorted(key for key, own in values.items() if len(own) > 1 and not any("${" in one for one in own))
     found = []
     for config in (configs[directory] for directory in runs["directory"]):
         own = [f"{key}={config[key]}" for key in different] if config else []
