@@ -438,7 +438,8 @@ class Family(Protocol):
     A family may also have ``converter``, a ``Converter`` or ``TaskConverter`` of what users have; if that is fitted
     to training data, the family takes an argument ``converter``, for one that another run has fitted. It may have
     ``units``, which maps each split to the names of what tests hold out, such as classes, together with their source;
-    ``different_tests``, the number of test tasks there are, where episodes are other examples of the same few;
+    ``different_tests``, the number of test tasks there are, where episodes are other examples of the same few, of
+    which their queries then say ``unit [examples]`` (`metarun.tasks.units`);
     ``loss``, a ``Loss`` that replaces its target's loss on ``predict(data["x"])``; ``scores``, which maps (predict,
     data of one task) to those of ``spec.metrics`` that only tests need; ``pooled``, which is ``Pooled``;
     ``report``, a ``Report``; ``class_names``, the names of test classes, of which queries then say ``identity

@@ -27,6 +27,7 @@ from metarun.results.tables import PooledScore
 from metarun.targets.classes import chosen_classes
 from metarun.targets.metric import Metric
 from metarun.targets.scoring import scores_in_test
+from metarun.tasks.units import units_of_tasks
 from metarun.tree import first_tasks, leaves, size, tree_map
 
 EPISODE_BLOCK = 50
@@ -147,7 +148,7 @@ def evaluate(
                 elsewhere = together._replace(support=together.query["control"])
                 other = batch.evaluate(replica.algorithm, theta, elsewhere, experiment.loss, steps)
                 result.scores[control.name] = other.scores[family.spec.metrics[0].name]
-            results.append(result)
+            results.append(result._replace(units=units_of_tasks(together.query)))
             held = held[at_once:]
         except torch.cuda.OutOfMemoryError as error:
             if min(at_once, len(held)) == 1:
@@ -162,6 +163,7 @@ def evaluate(
         torch.cat([result.losses for result in results]).cpu(),
         {name: torch.cat([result.scores[name] for result in results]).cpu() for name in results[0].scores},
         None if results[0].answers is None else torch.cat([one.answers for one in results if one.answers is not None]),
+        None if results[0].units is None else torch.cat([one.units for one in results if one.units is not None]).cpu(),
     )
 
 

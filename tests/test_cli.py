@@ -153,11 +153,16 @@ def test_a_broken_checkpoint_and_one_of_another_configuration_are_refused(finish
     # The refused attempts have changed nothing: with its checkpoint back the run resumes.
     path.write_bytes(whole)
     assert metarun(f"resume={run}", "device=cpu", cwd=tmp_path).returncode == 0
-    overrides = run / ".hydra" / "overrides.yaml"
+    overrides, config = run / ".hydra" / "overrides.yaml", run / ".hydra" / "config.yaml"
     overrides.write_text(overrides.read_text() + "- train.lr=0.5\n")
-    other = metarun(f"resume={run}", cwd=tmp_path)
-    assert other.returncode == 1
-    assert "belongs to another configuration" in other.stdout + other.stderr
+    of_the_result = config.read_text()
+    for with_result in (True, False):
+        assert config.read_text() == of_the_result
+        if not with_result:
+            (run / "result.csv").unlink()
+        other = metarun(f"resume={run}", cwd=tmp_path)
+        assert other.returncode == 1
+        assert "belongs to another configuration" in other.stdout + other.stderr
 
 
 def test_a_new_run_keeps_out_of_the_directory_of_another(finished, tmp_path):

@@ -129,6 +129,18 @@ def test_what_is_not_this_sweep_is_refused(undisturbed, arguments, words):
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
 
 
+def test_a_sweep_whose_defaults_have_changed_does_not_write_them_next_to_old_results(undisturbed, tmp_path):
+    directory = shutil.copytree(undisturbed[0], tmp_path / "sweep")
+    result = directory / "2_maml_sinusoid" / "result.csv"
+    (done,) = status.rows_of(result)
+    result.write_text(result.read_text().replace(done["config_hash"], "0123456789ab"))
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    refused = metarun("-m", *JOBS, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "The run in sweep/2_maml_sinusoid belongs to another configuration: a default has changed" in refused.stderr
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
 def test_only_a_completed_run_of_the_same_configuration_counts_as_done(tmp_path):
     from conftest import composed
 

@@ -1,6 +1,7 @@
 """``metarun-test``: a finished run tested again, with other shots, steps, episodes or data."""
 
 import argparse
+import hashlib
 import logging
 import re
 import sys
@@ -16,7 +17,7 @@ from metarun.after.load import Learned, best_file, best_of, learned_in, read_bes
 from metarun.assemble import Experiment, Replica, build_family, choose_device
 from metarun.command.resume import key_of
 from metarun.command.trust import refuse_links
-from metarun.config import check_ranges
+from metarun.config import check_ranges, config_hash
 from metarun.contracts import Family, Moments, Spec
 from metarun.data.portable import plain
 from metarun.engine.process import reset_peak_memory, settings_of
@@ -32,13 +33,15 @@ from metarun.results.of_run import (
     write_reports,
 )
 from metarun.results.status import TESTS, loaded, number, rows_of
-from metarun.results.tables import write_episodes, write_pooled, write_results
+from metarun.results.tables import SEPARATOR, write_episodes, write_pooled, write_results
 from metarun.system.files import write_text
 from metarun.system.terminal import PrintableRecord, printable
 
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = ("eval", "task", "data_dir", "device")
+ELSEWHERE = ("data_dir", "device")
+"""Keys that change where a test runs and where its data are, but not its configuration."""
 OF_TRAINING = (
     *("val_score", "selected_step", "meta_steps", "train_seconds", "compile_seconds"),
     *("engine", "task_map", "tasks_per_second"),
@@ -213,7 +216,9 @@ def later_test(
         configs = replica_configs(config)
         replicas = [Replica(*configs[one.replica], one.model, one.algorithm, one.replica) for one in found]
         experiment = Experiment(config, names, family, replicas, replicas[0].algorithm, {}, device)
-        test_and_write(experiment, found, path, out)
+        hashes = [config_hash(own) for own, _ in replica_configs(as_trained)]
+        changes = [one for one in overrides if key_of(one) not in ELSEWHERE]
+        test_and_write(experiment, found, path, out, hashes, changes)
     given = {key_of(one) for one in overrides}
     before = overrides_of_run(path) or [f"{group}={name}" for group, name in names.items()]
     kept = [one for one in before if key_of(one) not in given]
@@ -223,14 +228,36 @@ def later_test(
     return out
 
 
-def test_and_write(experiment: Experiment, found: Sequence[Learned], path: Path, out: Path) -> None:
-    """Test every learner of a run, and write tables, a picture and reports; ``result.csv`` comes last."""
+def identity_of_test(trained: str, now: str, changes: Sequence[str]) -> dict[str, str]:
+    """Return the columns that say what was tested, given the hashes of the configuration in training and now.
+
+    A run that was trained with what a test has changed is another one, though its configuration is that of the test.
+    """
+    if now == trained:
+        return {"config_hash": trained, "tested": ""}
+    both = hashlib.sha256(f"{trained} tested as {now}".encode()).hexdigest()[:12]
+    return {"config_hash": both, "tested": SEPARATOR.join(changes)}
+
+
+def test_and_write(
+    experiment: Experiment,
+    found: Sequence[Learned],
+    path: Path,
+    out: Path,
+    trained: Sequence[str],
+    changes: Sequence[str],
+) -> None:
+    """Test every learner of a run, and write tables, a picture and reports; ``result.csv`` comes last.
+
+    ``trained`` has the hash of the configuration of each replica in training, and ``changes`` what is different now.
+    """
     finished, metrics = [], metrics_of(experiment)
     name = (path if path.is_dir() else best_file(path)).resolve().name
     for index, one in enumerate(found):
         tested = meta_test(experiment, experiment.replicas[index], one.theta)
         row = identity_columns(experiment, index, name) | training_columns(path, one)
         row |= tested_columns(experiment, experiment.replicas[index], one.theta, tested)
+        row |= identity_of_test(trained[one.replica], str(row["config_hash"]), changes)
         finished.append((row, tested))
     write_episodes(out, [(row["replica"], tested.scored) for row, tested in finished], metrics)
     write_pooled(out, [(row["replica"], tested.pooled) for row, tested in finished])

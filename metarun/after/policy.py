@@ -54,41 +54,54 @@ class OwnEnvironments:
     """Copies of a user's environment, one per parallel episode, as `metarun.tasks.control` sees an environment.
 
     A state is an observation ``[episodes, numbers]``. Observations and actions have the form that they have in the
-    family's own environments (see ``Dialect``).
+    family's own environments (see ``Dialect``). Where a trial has several episodes, the environment is reset after
+    each of them, which is over when the environment says so, or after as many steps as in training.
     """
 
-    def __init__(self, make: Callable[[], Any], dialect: "Dialect", observation: int, seed: int) -> None:
-        self.make, self.dialect, self.observation, self.seed = make, dialect, observation, seed
+    def __init__(self, make: Callable[[], Any], dialect: "Dialect", inputs: Moments, seed: int) -> None:
+        self.make, self.dialect, self.inputs, self.seed = make, dialect, inputs, seed
         self.continuous = dialect.continuous
         self.copies: list[Any] = []
-        self.running: list[bool] = []
+        self.left: list[int] = []
+        """Episodes of each copy's trial that are not over."""
+        self.steps: list[int] = []
+        """Steps of the current episode."""
         self.seen: Array = np.empty(0)
 
     def _flat(self, observation: Any) -> Array:
         flat = self.dialect.seen(observation)
         require(
-            flat.shape == (self.observation,),
-            f"the policy sees {self.observation} numbers, and this environment shows {flat.size}",
+            flat.shape == (self.inputs.observation,),
+            f"the policy sees {self.inputs.observation} numbers, and this environment shows {flat.size}",
         )
         return flat
 
+    def _start(self, index: int) -> Array:
+        start = self.copies[index].reset(seed=self.seed)
+        self.seed, self.steps[index] = self.seed + 1, 0
+        return self._flat(start[0] if isinstance(start, tuple) else start)
+
     def _begun(self, like: Array) -> tuple[Array]:
-        self.running = [True] * len(like)
         while len(self.copies) < len(like):
             self.copies.append(self.make())
-        seeds = range(self.seed, self.seed + len(like))
-        self.seed += len(like)
-        starts = [one.reset(seed=seed) for one, seed in zip(self.copies, seeds, strict=False)]
-        self.seen = np.stack([self._flat(start[0] if isinstance(start, tuple) else start) for start in starts])
+        self.left, self.steps = [self.inputs.episodes] * len(like), [0] * len(like)
+        self.seen = np.stack([self._start(i) for i in range(len(like))])
         return (self.seen.copy(),)
 
-    def _stepped(self, actions: Array) -> tuple[Array, Array, Array]:
-        rewards = np.zeros(len(actions))
+    def _stepped(self, actions: Array) -> tuple[Array, Array, Array, Array]:
+        rewards, again = np.zeros(len(actions)), np.zeros(len(actions), dtype=bool)
         for i, action in enumerate(actions):
-            if self.running[i]:
-                seen, reward, ended, cut, *_ = self.copies[i].step(self.dialect.taken(action))
-                self.seen[i], rewards[i], self.running[i] = self._flat(seen), float(reward), not (ended or cut)
-        return self.seen.copy(), rewards, ~np.array(self.running)
+            if not self.left[i]:
+                continue
+            seen, reward, ended, cut, *_ = self.copies[i].step(self.dialect.taken(action))
+            self.seen[i], rewards[i] = self._flat(seen), float(reward)
+            self.steps[i] += 1
+            if ended or cut or self.steps[i] == self.inputs.horizon:
+                self.left[i] -= 1
+                again[i] = self.left[i] > 0
+                if again[i]:
+                    self.seen[i] = self._start(i)
+        return self.seen.copy(), rewards, again, ~np.array(self.left, dtype=bool)
 
     def initial(self, data: Tree) -> Tensor:
         """Begin all episodes."""
@@ -101,8 +114,8 @@ class OwnEnvironments:
 
     def step(self, data: Tree, time: int, state: Tensor, action: Tensor) -> Outcome:
         """Take one step in each episode."""
-        seen, reward, over = Outside.apply(self._stepped, action)  # type: ignore[no-untyped-call]
-        return Outcome(seen, reward, reward, torch.zeros_like(reward), over)
+        seen, reward, again, over = Outside.apply(self._stepped, action)  # type: ignore[no-untyped-call]
+        return Outcome(seen, reward, reward, again.to(reward.dtype), over)
 
 
 class AdaptedPolicy:
@@ -218,5 +231,5 @@ def adapted_policy(learned: Learned, environment: Any, steps: int, seed: int) ->
         "environment must be a mapping of a task's parameters, or a function that makes an environment",
     )
     elsewhere = copy.copy(family)
-    elsewhere.environment = OwnEnvironments(environment, Dialect(family), spec.inputs.observation, seed)
+    elsewhere.environment = OwnEnvironments(environment, Dialect(family), spec.inputs, seed)
     return AdaptedPolicy(learned, elsewhere, {"tape": tape}, steps, own)

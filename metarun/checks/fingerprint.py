@@ -11,6 +11,7 @@ from torch import Tensor
 from metarun.checks.family import named_leaves
 from metarun.contracts import Family, Predict, Task
 from metarun.targets.scoring import loss_of, scores_in_test
+from metarun.tasks.units import UNIT
 from metarun.tree import first_tasks, tree_map
 
 DIGITS = 4
@@ -63,8 +64,8 @@ class Fingerprint:
             self.hash.update(json.dumps(facts).encode())
             self.first = False
         for part in ("support", "query"):
-            # What classes are called changes neither answers nor scores.
-            own = {name: leaf for name, leaf in getattr(tasks, part).items() if name != "identity"}
+            # What classes and tasks are called changes neither answers nor scores.
+            own = {name: leaf for name, leaf in getattr(tasks, part).items() if name not in ("identity", UNIT)}
             for name, leaf in sorted(named_leaves(own, part), key=lambda pair: pair[0]):
                 self.hash.update(f"{name} {list(leaf.shape)} {leaf.dtype}".encode())
                 self.hash.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

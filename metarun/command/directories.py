@@ -2,7 +2,8 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from metarun import launch
 from metarun.command import sweep
+from metarun.config import config_hash
 from metarun.errors import UserError
 from metarun.results.status import PLAN, rows_of, runs_under
 from metarun.system import lock
@@ -43,20 +47,50 @@ def jobs_of(config: DictConfig) -> list[list[str]] | None:
     return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
 
 
-def folders_of(config: DictConfig, jobs: Sequence[Sequence[str]], first: int = 0) -> list[str]:
-    """Return each job's folder within the sweep's directory, found by composing the job's configuration.
+def composed_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], first: int = 0) -> Iterator[DictConfig]:
+    """Yield the configuration of each job, in which Hydra's own keys can be read until the next one is asked for.
 
     The jobs are numbered from ``first`` on.
     """
-    loader, found = GlobalHydra.instance().config_loader(), []
-    for number, overrides in enumerate(jobs, first):
-        composed = loader.load_sweep_config(config, list(overrides))
-        with open_dict(composed):
-            composed.hydra.job.id = composed.hydra.job.num = number
-        HydraConfig.instance().set_config(composed)
-        found.append(str(OmegaConf.select(composed, "hydra.sweep.subdir")))
-    HydraConfig.instance().set_config(config)
-    return found
+    loader = GlobalHydra.instance().config_loader()
+    try:
+        for number, overrides in enumerate(jobs, first):
+            composed = loader.load_sweep_config(config, list(overrides))
+            with open_dict(composed):
+                composed.hydra.job.id = composed.hydra.job.num = number
+            HydraConfig.instance().set_config(composed)
+            yield composed
+    finally:
+        HydraConfig.instance().set_config(config)
+
+
+def folders_of(config: DictConfig, jobs: Sequence[Sequence[str]], first: int = 0) -> list[str]:
+    """Return each job's folder within the sweep's directory, found by composing the job's configuration."""
+    return [str(OmegaConf.select(own, "hydra.sweep.subdir")) for own in composed_jobs(config, jobs, first)]
+
+
+def refuse_other_configuration(config: DictConfig, directory: Path, key: str) -> None:
+    """Raise an error if ``directory`` holds a run with other values than those of ``config``.
+
+    Hydra would write the new values next to the results of the old ones, before the run could refuse its checkpoint.
+
+    Raises:
+        UserError: there is such a run.
+    """
+    # Imported here, since help and errors in keys do not need it.
+    from metarun.engine.replicas import replica_configs
+
+    was = [row.get("config_hash") for row in rows_of(directory / "result.csv")]
+    own = OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
+    now = list[str]()
+    # What cannot be resolved is said where it is used.
+    with suppress(UserError, OmegaConfBaseException, ValueError, TypeError):
+        now = [config_hash(one) for one, _ in replica_configs(own)]
+    if any(before and before != after for before, after in zip(was, now, strict=False)):
+        raise UserError(
+            f"The run in {directory} belongs to another configuration: a default has changed since, in a file of the "
+            f"configuration or by another version of metarun. Put it back, or choose another {key}."
+        )
 
 
 def refuse_shared_folders(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
@@ -103,7 +137,9 @@ class OneOwner(Callback):
         lock.acquire(directory)
         if (directory / PLAN).exists():
             raise UserError(f"{directory} holds a sweep; choose another hydra.run.dir.")
-        if config.resume is None and holds_a_run(directory):
+        if config.resume is not None:
+            refuse_other_configuration(config, directory, "hydra.run.dir")
+        elif holds_a_run(directory):
             raise UserError(
                 f"{directory} holds a run already; continue it with resume=DIR, or choose another hydra.run.dir."
             )
@@ -116,7 +152,15 @@ class OneOwner(Callback):
             refuse_shared_folders(config, jobs)
         lock.acquire(directory)
         holds_runs = any(holds_a_run(folder) for folder in (directory, *runs_under(directory)))
-        sweep.begin(directory, sweep.plan_of(config, jobs), holds_runs)
+        plan = sweep.plan_of(config, jobs)
+        sweep.check_plan(directory, plan, holds_runs)
+        # What cannot be composed is said when the job is launched.
+        with suppress(HydraException, OmegaConfBaseException):
+            for job in composed_jobs(config, jobs) if jobs is not None and holds_runs else ():
+                folder = directory / str(OmegaConf.select(job, "hydra.sweep.subdir"))
+                if any(row.get("status") == "completed" for row in rows_of(folder / "result.csv")):
+                    refuse_other_configuration(job, folder, "hydra.sweep.dir")
+        sweep.begin(directory, plan)
 
     def leave_if_refused(self, take: Callable[[DictConfig, Path], None], config: DictConfig, key: str) -> None:
         """Exit the process if ``take`` raises an error."""

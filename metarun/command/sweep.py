@@ -70,8 +70,8 @@ def read_plan(directory: Path) -> Plan | None:
     raise UserError(f"{path} cannot be read; give the command of the sweep again with another hydra.sweep.dir.")
 
 
-def begin(directory: Path, plan: Plan, holds_runs: bool) -> None:
-    """Store the plan in the directory of a sweep that this process owns, or check that the stored plan is the same.
+def check_plan(directory: Path, plan: Plan, holds_runs: bool) -> None:
+    """Raise an error if the directory of a sweep holds anything but a part of the same sweep.
 
     Raises:
         UserError: the directory holds something else.
@@ -91,6 +91,10 @@ def begin(directory: Path, plan: Plan, holds_runs: bool) -> None:
             f"{directory} holds jobs already, and this sweeper chooses different ones each time; choose another "
             "hydra.sweep.dir."
         )
+
+
+def begin(directory: Path, plan: Plan) -> None:
+    """Store the plan in the directory of a sweep that this process owns."""
     write_text(directory / PLAN, json.dumps(asdict(plan), indent=1))
     begun[:] = [directory]
 

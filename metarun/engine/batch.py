@@ -79,6 +79,8 @@ class Evaluated(NamedTuple):
     """Scores by metric, in the order of the metrics."""
     answers: Tensor | None = None
     """What was kept of the last outputs ``[tasks, ...]``."""
+    units: Tensor | None = None
+    """The number of each task among the few that there are ``[tasks]`` (`metarun.tasks.units`); None: all differ."""
 
 
 class Listening:

@@ -13,7 +13,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,11 @@ def compared(paths: Sequence[Path], reference: str | None = None, filters: Seque
     """
     found = read_runs(paths)
     results, notes = newest_of_each(chosen(found.rows, filters))
-    notes += [] if filters else found.left_out
+    if filters and found.left_out:
+        # Without a result it is not known whether a run fits the filters.
+        notes.append(f"runs without a usable result: {len(found.left_out)}; leave out --filter to see them named")
+    else:
+        notes += found.left_out
     if reference is not None and reference not in set(results["algo"]):
         known = ", ".join(sorted(set(results["algo"])))
         raise UserError(f"None of the runs used {reference}; compare against one of {known}.")
@@ -99,9 +103,13 @@ def compared(paths: Sequence[Path], reference: str | None = None, filters: Seque
         if reference is not None:
             table = against(table, reference)
         settings.append(Compared(setting, runs, table, family_difference(table)))
-        devices = sorted(set(group["device"]) - {""})
-        if len(devices) > 1:
-            notes.append(f"the times in {settings[-1].title} are of different devices ({', '.join(devices)})")
+        for column, said in (
+            ("device", "the times in {} are of different devices"),
+            ("metarun_version", "the runs in {} are of different versions of metarun"),
+        ):
+            values = sorted(set(group[column]) - {""})
+            if len(values) > 1:
+                notes.append(f"{said.format(settings[-1].title)} ({', '.join(values)})")
     return Comparison(settings, ranking([one.table for one in settings]), notes)
 
 
@@ -153,7 +161,9 @@ def write_tables(comparison: Comparison, out: Path) -> None:
     worth = everything[everything["pareto_training"] | everything["pareto_adaptation"]]
     costs = ["train_seconds", "adapt_ms_per_task", "peak_memory_mb", "pareto_training", "pareto_adaptation"]
     pareto = worth[[*SETTING, "family", "algo", "variant", "score", *costs]].sort_values([*SETTING, "train_seconds"])
-    for name, frame in {"comparison": everything, "families": pd.DataFrame(differences), "pareto": pareto}.items():
+    columns = [*SETTING, *(field.name for field in fields(FamilyDifference))]
+    families = pd.DataFrame(differences, columns=columns)
+    for name, frame in {"comparison": everything, "families": families, "pareto": pareto}.items():
         with atomic_write(out / f"{name}.csv") as file:
             frame.to_csv(file, index=False)
 
@@ -188,13 +198,16 @@ def compare(
 
     write_tables(comparison, out)
     write_text(out / "comparison.md", text)
-    if latex:
+    # One that an earlier comparison has left would have other numbers.
+    if latex or (out / "comparison.tex").exists():
         write_text(out / "comparison.tex", tables)
     panels = [(one.title, one.metric, one.drawable) for one in comparison.settings]
     plot_comparison(out / "comparison.png", panels)
     plot_costs(out / "costs.png", panels)
     if comparison.ranking is not None:
         plot_ranks(out / "ranks.png", comparison.ranking)
+    else:
+        (out / "ranks.png").unlink(missing_ok=True)
     return tables if latex else text
 
 
@@ -224,7 +237,7 @@ def main() -> None:
     try:
         print(compare(given.paths, out, given.against, given.filter, given.sort, columns, given.latex))
         if not given.latex:
-            print(f"files: {out}/{FILES}")
+            print(f"files: {out}/{FILES}{', ranks.png' if (out / 'ranks.png').exists() else ''}")
     except UserError as error:
         sys.exit(printable(f"metarun-compare: {error}"))
     except BrokenPipeError:

@@ -94,6 +94,7 @@ def tested_columns(experiment: Experiment, replica: Replica, theta: Tree, tested
         "ci95": confidence(scores)[-1].item(),
         **further,
         "n_episodes": len(scores),
+        "different_tests": None if tested.scored.units is None else len(set(tested.scored.units.tolist())),
         "episodes_hash": tested.episodes_hash,
         "transductive": tested.transductive,
         "test_seconds": round(tested.seconds, 3),

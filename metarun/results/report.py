@@ -25,7 +25,7 @@ def page_of(comparison: Comparison, out: Path) -> str:
 
     settings = comparison.settings
     runs = sum(len(one.runs) for one in settings)
-    title = f"{runs} runs in {len(settings)} setting{'s' * (len(settings) != 1)}"
+    title = f"{runs} run{'s' * (runs != 1)} in {len(settings)} setting{'s' * (len(settings) != 1)}"
     contents = [
         (f"setting{number}", one.title, printing.sentence(one.families, one.table, one.metric))
         for number, one in enumerate(settings)

@@ -17,6 +17,8 @@ Watcher: TypeAlias = Callable[[Sequence[Row]], None]
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds", "replica")
 EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "replica")
 """Columns of ``episodes.csv``. ``score`` is the first metric; a column with the name of each further metric follows."""
+UNIT = "task"
+"""The column after them with the number of the task, where episodes are other examples of the same few tasks."""
 POOLED_COLUMNS = ("replica", "resampling")
 """Columns of ``pooled.csv``; a column with the name of each metric follows. Resampling 0 is all test episodes as they
 are."""
@@ -49,12 +51,14 @@ RESULT_COLUMNS = (
     *("adapt_ms_per_task", "peak_memory_mb", "meta_parameters", "adapted_parameters", "device", "dtype"),
     *("torch_version", "metarun_version", "config_hash", "episodes_hash", "higher_is_better"),
     *("engine", "task_map", "precision", "replica", "varied"),
-    *("metrics", "percent", "reason"),
+    *("metrics", "percent", "reason", "tested", "different_tests"),
 )
 """Columns of ``result.csv``, which has one row per replica; most runs have one replica. ``score`` is measured in
 ``metric``, the first of ``metrics``, which are separated by semicolons. For each further metric two columns follow,
 NAME and NAME_ci95. ``percent`` names the metrics that are fractions displayed as percentages. ``episodes_hash`` is
-equal for runs with the same test episodes."""
+equal for runs with the same test episodes. ``tested`` has the keys that a later test has changed, separated like
+``metrics``, and is empty for the test of the run itself. ``different_tests`` is the number of different tasks among
+the test episodes where these are other examples of the same few tasks, and empty otherwise."""
 
 SEPARATOR = ";"
 
@@ -80,19 +84,25 @@ class Scored(Protocol):
     def scores(self) -> Mapping[str, Any]:
         """A tensor per metric."""
 
+    @property
+    def units(self) -> Any:
+        """The number of each episode's task ``[episodes]``, a tensor; None where all are different."""
+
 
 def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], metrics: Sequence[Metric]) -> None:
     """Write ``episodes.csv``: one row per test episode, adaptation step and replica, given by its number."""
     first, *further = (metric.name for metric in metrics)
-    rows = []
+    rows, known = [], False
     for replica, scored in replicas:
         losses, scores = scored.losses.tolist(), {name: values.tolist() for name, values in scored.scores.items()}
+        known = scored.units is not None
+        units = [{UNIT: unit} for unit in scored.units.tolist()] if known else [{}] * len(losses)
         for episode, of_steps in enumerate(losses):
             for i, step in enumerate(scored.adapt_steps):
                 values = (episode, step, of_steps[i], scores[first][episode][i], replica)
                 row = dict(zip(EPISODES_COLUMNS, values, strict=True))
-                rows.append(row | {name: scores[name][episode][i] for name in further})
-    write_csv(directory / "episodes.csv", (*EPISODES_COLUMNS, *further), rows)
+                rows.append(row | {name: scores[name][episode][i] for name in further} | units[episode])
+    write_csv(directory / "episodes.csv", (*EPISODES_COLUMNS, *further, *([UNIT] if known else [])), rows)
 
 
 class PooledScore(NamedTuple):

@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+MOST_DECIMALS = 8
+
 
 class Metric(NamedTuple):
     """A kind of score."""
@@ -23,15 +25,25 @@ class Metric(NamedTuple):
         return f"{self.name} (%)" if self.percent else self.name
 
     def text(self, value: float | None) -> str:
-        """Return a score in human-readable form: as a percentage, or with three decimals."""
+        """Return a score in human-readable form: as a percentage, or with three decimals; more if it is smaller."""
         if value is None or math.isnan(value):
             return "–"
-        return f"{100 * value:.2f} %" if self.percent else f"{value:.3f}"
+        return f"{self.scale * value:{self.precision(value)}}{' %' * self.percent}"
 
     def interval(self, value: float, half_width: float) -> str:
         """Return a score and the half-width of its confidence interval in human-readable form."""
         if math.isnan(value):
             return "–"
-        if self.percent:
-            return f"{100 * value:.2f} ± {100 * half_width:.2f} %"
-        return f"{value:.3f} ± {half_width:.3f}"
+        # A half-width that is nothing but rounding errors asks for no further decimals.
+        precision = self.precision(half_width if half_width > 1e-6 * abs(value) else value)
+        return f"{self.scale * value:{precision}} ± {self.scale * half_width:{precision}}{' %' * self.percent}"
+
+    def precision(self, value: float) -> str:
+        """Return the format in which a number is displayed: one that is not 0 is not rounded to 0."""
+        usual = 2 if self.percent else 3
+        size = abs(self.scale * value)
+        # What is smaller still is a rounding error of what should be 0.
+        if not 1e-15 < size < 0.5 * 10**-usual:
+            return f".{usual}f"
+        digits = 1 - math.floor(math.log10(size))
+        return f".{digits}f" if digits <= MOST_DECIMALS else ".1e"

@@ -34,6 +34,7 @@ from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
 from metarun.targets.text import BITS, Text
 from metarun.tasks.few_shot import Cells, Dealt, Shots, cells_of, sizes_without_classes
+from metarun.tasks.units import with_unit
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ class Authors:
         further: dict[str, Any] = {"control": self._part(shelf, other)}
         if self.ngrams is not None:
             further["ngram"] = self._by_ngrams(shelf, support, query)
-        return Task(parts[0], {**parts[1], **further})
+        return Task(parts[0], with_unit({**parts[1], **further}, support.identity[:, 0]))
 
     def _of_others(self, shelf: Shelf, authors: Tensor, generator: torch.Generator) -> tuple[Dealt, Dealt]:
         """Draw support and query lines of an author other than each of ``authors [tasks]``."""

@@ -28,6 +28,7 @@ from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
 from metarun.targets.text import NATS, Text
 from metarun.tasks.few_shot import Shots, TaskSizes, sizes_without_classes
+from metarun.tasks.units import with_unit
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class Services:
         self.prompts = [tokenizer.encoded(describe.of(turn))[: shape[0]] for turn in self.turns]
         self.texts = tokenizer.rows((turn.text for turn in self.turns), shape[1])
 
-    def draw(self, size: TaskSizes, generator: torch.Generator) -> tuple[list[int], list[int]]:
-        """Draw the support turns, as many as ``size`` has at most, and the query turns of one service.
+    def draw(self, size: TaskSizes, generator: torch.Generator) -> tuple[list[int], list[int], int]:
+        """Draw the support turns, as many as ``size`` has at most, and the query turns of one service; also its number.
 
         Half of its dialogues are for support, or as many more or fewer as the numbers of turns need.
         """
@@ -80,13 +81,14 @@ class Services:
         def shuffled(rows: list[int]) -> list[int]:
             return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
 
-        own = self.dialogues[int(torch.randint(len(self.dialogues), (), generator=generator))]
+        service = int(torch.randint(len(self.dialogues), (), generator=generator))
+        own = self.dialogues[service]
         order = torch.randperm(len(own), generator=generator).tolist()
         ends = np.cumsum([len(own[i]) for i in order])
         fitting = np.flatnonzero((ends >= size.shots.most) & (ends[-1] - ends >= size.queries))
         cut = int(fitting[np.abs(fitting + 1 - len(own) / 2).argmin()]) + 1
         support, query = ([row for i in chosen for row in own[i]] for chosen in (order[:cut], order[cut:]))
-        return shuffled(support)[: size.shots.most], shuffled(query)[: size.queries]
+        return shuffled(support)[: size.shots.most], shuffled(query)[: size.queries], service
 
 
 class Generation:
@@ -190,15 +192,13 @@ class Generation:
         """Draw ``count`` tasks; leaves ``[count, turns, ...]``."""
         own, size = self.splits[split], self.sizes[split == "train"]
         drawn = [own.draw(size, generator) for _ in range(count)]
-        support, query = (torch.tensor(rows) for rows in zip(*drawn, strict=True))
+        support, query, service = (torch.tensor(rows) for rows in zip(*drawn, strict=True))
         real = None
         if not size.shots.fixed:
             real = torch.arange(size.shots.most) < size.shots.draw((count, 1), generator)
         shown = support if real is None else support.masked_fill(~real, -1)
-        return Task(
-            self._part(own, support, real, shown),
-            self._part(own, query, None if real is None else query >= 0, shown),
-        )
+        asked = self._part(own, query, None if real is None else query >= 0, shown)
+        return Task(self._part(own, support, real, shown), with_unit(asked, service) if split == "test" else asked)
 
     def _draft(self, own: Services, row: int, support: list[int]) -> list[int] | None:
         """Return the ids of the draft for a turn, made from the other turns of ``support``, or None."""

@@ -45,6 +45,7 @@ from metarun.targets.metric import Metric
 from metarun.targets.span import Span, best_spans
 from metarun.targets.weights import weight_of
 from metarun.tasks.few_shot import units_of
+from metarun.tasks.units import with_unit
 
 log = logging.getLogger(__name__)
 
@@ -297,15 +298,16 @@ class Questions:
         """
         groups, (shots, queries) = self.pools[split].groups, self.sizes[split == "train"]
         support, query = [], []
-        for group in torch.randint(len(groups), (count,), generator=generator).tolist():
+        chosen = torch.randint(len(groups), (count,), generator=generator)
+        for group in chosen.tolist():
             order = torch.randperm(len(groups[group]), generator=generator).tolist()
             drawn = [groups[group][i] for i in order[: shots + queries]]
             support.append(drawn[:shots])
             query.append(drawn[shots:])
         weigh = any(len(group) < shots + queries for group in groups)
+        asked = self._part(split, query, queries, split == "train", weigh)
         return Task(
-            self._part(split, support, shots, True, weigh),
-            self._part(split, query, queries, split == "train", weigh),
+            self._part(split, support, shots, True, weigh), with_unit(asked, chosen) if split == "test" else asked
         )
 
     def _counts(self, predict: Predict, task: Task) -> Tensor:

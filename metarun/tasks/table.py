@@ -36,6 +36,7 @@ from metarun.tasks.table_splits import (
     of_tasks,
     split_file_of,
 )
+from metarun.tasks.units import with_unit
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class TableTasks:
         task = draws.draw_tasks(count, generator)
         ways = draws.ways(task) if isinstance(self.target, Labels) else None
         support, query = (self._part(part, ways) for part in draws.draw_rows(task, generator))
-        return Task(support, query)
+        return Task(support, with_unit(query, task) if split == "test" else query)
 
     def _part(self, drawn: Drawn, ways: Tensor | None) -> Tree:
         row = drawn.row.to(self.device)

@@ -19,7 +19,7 @@ import metarun
 from metarun.after import later_test, predict
 from metarun.after.rows import labels_of
 from metarun.data.converters import Arrays
-from metarun.results.compare import compare
+from metarun.results.compare import compare, compared
 from metarun.results.status import jobs_in
 from metarun.state import Best, Training, save_best
 
@@ -137,6 +137,18 @@ def test_a_later_test_calls_replicas_by_their_own_numbers(tmp_path):
     for name in ("result", "episodes", "architectures"):
         assert list(dict.fromkeys(row["replica"] for row in rows(out / f"{name}.csv"))) == ["0", "2"], name
     assert [row["seed"] for row in rows(out / "result.csv")] == ["0", "2"]
+
+
+def test_a_later_test_is_not_taken_for_a_run_that_was_trained_that_way(trained, tmp_path, monkeypatch):
+    for name in ("write_training", "write_adaptation", "write_examples"):
+        monkeypatch.setattr(f"metarun.run.{name}", lambda *arguments: None)
+    run = copytree(trained.directory, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    metarun.train("algo=maml", "task=sinusoid", "task.shots=3", *QUICK, directory=tmp_path / "on three")
+    command(later_test, run, "task.shots=3", cwd=tmp_path)
+    (on_three,) = (one.table for one in compared([tmp_path]).settings if one.setting["shots"] == 3)
+    assert sorted(on_three["variant"]) == ["task.shots=3", "tested with task.shots=3"]
+    assert on_three["score"].nunique() == 2
 
 
 def test_what_a_later_test_cannot_do_is_refused(trained, tmp_path):

@@ -19,9 +19,12 @@ from torch import nn
 import metarun
 from metarun.after.later_test import later_test
 from metarun.after.learner import Learner
+from metarun.after.policy import Dialect, OwnEnvironments
 from metarun.data.portable import plain, portable
 from metarun.system import sealed
 from metarun.targets.classes import Classes
+from metarun.tasks.bandit import Bandit
+from metarun.tasks.control import rollout, total_return
 
 WALK = ("task=navigation", "task.horizon=6", "task.shots=4", "task.queries=2", "model.widths=[8]", "eval.adapt_steps=2")
 
@@ -370,6 +373,32 @@ def test_a_policy_with_a_memory_keeps_it_until_it_is_reset(tmp_path):
         reward = float(pulled[-1] == 2)
     assert pulled[10:].count(2) >= 7
     assert copy.copy(set(pulled)) <= {0, 1, 2}
+
+
+class OwnArms:
+    """Three arms of which the last pays; a pull is an episode, and many are a trial."""
+
+    def reset(self, seed):
+        return np.ones(1), {}
+
+    def step(self, arm):
+        return np.ones(1), float(arm == 2), True, False, {}
+
+
+def test_a_trial_in_an_environment_of_ones_own_has_as_many_episodes_as_in_training():
+    family = Bandit(arms=3, pulls=5, shots=2, queries=2)
+    tape = family.tape(torch.arange(2))
+
+    def last_arm(seen):
+        return torch.tensor([0.0, 0.0, 99.0]).expand_as(seen.action)
+
+    own = OwnEnvironments(OwnArms, Dialect(family), family.spec.inputs, seed=0)
+    played = rollout(own, last_arm, tape)
+    same = rollout(family.environment, last_arm, {**tape, "payout": torch.tensor([[0.0, 0.0, 1.0]] * 2)})
+    assert total_return(played) == total_return(same) == 5
+    torch.testing.assert_close(played.seen.done, same.seen.done)
+    # After the last pull the trial is over.
+    assert own.left == [0, 0]
 
 
 FAMILY = """

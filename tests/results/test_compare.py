@@ -11,13 +11,15 @@ import torch
 from metarun.engine.batch import Evaluated
 from metarun.errors import UserError
 from metarun.results import compare as module
-from metarun.results.compare import compare
+from metarun.results.compare import compare, compared
+from metarun.results.comparison.pictures import draw_comparison, draw_costs, short_names
 from metarun.results.comparison.reading import final_scores
+from metarun.results.plots import blank_figure
 from metarun.results.tables import RESULT_COLUMNS, write_episodes, write_results
 from metarun.targets.metric import Metric
 
 
-def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
+def make_run(root, name, algo, family, seed, scores, overrides=(), units=None, **columns):
     directory = root / name
     scores = np.asarray(scores, dtype=float)
     row = dict.fromkeys(RESULT_COLUMNS) | {
@@ -57,7 +59,7 @@ def make_run(root, name, algo, family, seed, scores, overrides=(), **columns):
     metric = Metric(row["metrics"], row["higher_is_better"], row["metrics"] == "accuracy")
     write_results(directory, [row], [metric])
     values = torch.tensor([[0.2, score] for score in scores], dtype=torch.float64)
-    write_episodes(directory, [(0, Evaluated([0, 1], values, {metric.name: values}))], [metric])
+    write_episodes(directory, [(0, Evaluated([0, 1], values, {metric.name: values}, units=units))], [metric])
     if overrides:
         (directory / ".hydra").mkdir()
         (directory / ".hydra" / "overrides.yaml").write_text("\n".join(f"- {o}" for o in overrides))
@@ -102,13 +104,36 @@ def test_means_intervals_and_the_paired_difference(runs):
     assert families["paired"]
     assert not families["about_methods"]
     assert families["difference"] == pytest.approx(difference.mean())
-    assert families["ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
+    assert families["ci95"] == pytest.approx(1.972 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
     # Pairing is what it is for: the shared difficulty of the episodes cancels.
     assert families["ci95"] < 0.2 * table["ci95"].min()
     assert "model-dependent is better, for these trained models" in text
     assert (root / "comparison.md").read_text() == text
     for name in ("comparison.png", "costs.png"):
         assert (root / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_intervals_are_over_the_few_tasks_that_the_episodes_are_of(tmp_path, seeds):
+    rng = np.random.default_rng(0)
+    units = torch.arange(300) % 6
+    # Of each patient the one method is as much better in all episodes.
+    better = rng.normal(0.05, 0.1, 6)
+    for seed in range(seeds):
+        scores = rng.normal(0.5, 0.01, 300)
+        make_run(tmp_path, f"maml{seed}", "maml", "agnostic", seed, scores, units=units, different_tests=6)
+        scores = scores + better[units]
+        make_run(tmp_path, f"protonet{seed}", "protonet", "dependent", seed, scores, units=units, different_tests=6)
+    text = compare([tmp_path], tmp_path)
+    (families,) = pd.read_csv(tmp_path / "families.csv").to_dict("records")
+    assert families["difference"] == pytest.approx(better.mean())
+    # Student's quantile for six patients, not the 1.97 for three hundred episodes.
+    assert families["ci95"] == pytest.approx(2.571 * better.std(ddof=1) / 6**0.5, rel=1e-3)
+    assert "300 episodes of 6 different tasks" in text
+    assert "The test episodes are of 6 different tasks: intervals over seeds and intervals of differences" in text
+    if seeds == 2:
+        table = pd.read_csv(tmp_path / "comparison.csv").set_index("algo")
+        assert table.loc["protonet", "method_ci95"] == pytest.approx(families["ci95"], rel=0.05)
 
 
 def test_runs_on_other_episodes_are_not_paired(runs):
@@ -118,9 +143,22 @@ def test_runs_on_other_episodes_are_not_paired(runs):
     families = pd.read_csv(root / "families.csv").iloc[0]
     table = pd.read_csv(root / "comparison.csv").set_index("algo")
     assert not families["paired"]
-    # What is known of the episodes' variance is that of one model.
-    expected = np.hypot(np.sqrt(np.mean(np.square([maml.std(ddof=1)] * 2)) / 200) * 1.96, table.loc["protonet", "ci95"])
+    expected = np.hypot(1.972 * maml.std(ddof=1) / 200**0.5, table.loc["protonet", "ci95"])
     assert families["ci95"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_an_unpaired_difference_of_models_holds_what_is_particular_to_each_seed(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0.5, 0.1, (3, 200))
+    for seed, own in enumerate(scores):
+        make_run(tmp_path, f"maml{seed}", "maml", "agnostic", seed, own)
+    other = rng.normal(0.5, 0.01, 200)
+    make_run(tmp_path, "protonet", "protonet", "dependent", 0, other, episodes_hash="other")
+    compare([tmp_path], tmp_path)
+    families = pd.read_csv(tmp_path / "families.csv").iloc[0]
+    assert not families["about_methods"]
+    variance = (scores.mean(0).var(ddof=1) + other.var(ddof=1)) / 200
+    assert families["ci95"] == pytest.approx(1.97 * variance**0.5, rel=1e-3)
 
 
 def test_settings_and_datasets_are_never_mixed(runs):
@@ -199,6 +237,34 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
     assert str(stopped.value).startswith("metarun-compare: ")
 
 
+def test_a_filter_takes_values_with_commas_as_they_are(runs):
+    root, maml, _ = runs
+    make_run(root, "e", "maml", "agnostic", 0, maml, ("model.widths=[64,64]",), dataset="a,b")
+    make_run(root, "f", "maml", "agnostic", 0, maml, dataset="a")
+    for wanted in ("dataset=a,b", "model.widths=[64, 64]"):
+        compare([root], root, filters=[wanted])
+        assert list(pd.read_csv(root / "comparison.csv")["dataset"]) == ["a,b"]
+    compare([root], root, filters=["dataset=a,procedural"])
+    assert set(pd.read_csv(root / "comparison.csv")["dataset"]) == {"a", "procedural"}
+
+
+def test_a_filter_does_not_hide_that_runs_have_failed(runs):
+    root, maml, _ = runs
+    make_run(root, "g", "maml", "agnostic", 2, maml, status="failed", score=None)
+    assert "Note: runs without a usable result: 1;" in compare([root], root, filters=["algo=maml"])
+
+
+def test_what_an_earlier_comparison_has_written_is_not_left_with_other_numbers(runs):
+    root, maml, _ = runs
+    (root / "ranks.png").write_text("of other runs")
+    (root / "comparison.tex").write_text("of other runs")
+    compare([root], root, filters=["algo=maml"])
+    assert not (root / "ranks.png").exists()
+    assert f"{100 * maml.mean():.2f}" in (root / "comparison.tex").read_text()
+    # With one family, the table of differences has a header and no row.
+    assert pd.read_csv(root / "families.csv").empty
+
+
 def test_every_row_against_a_reference(runs, capsys, monkeypatch):
     root, maml, protonet = runs
     monkeypatch.setattr(sys, "argv", ["metarun-compare", str(root), "--against", "protonet"])
@@ -206,7 +272,7 @@ def test_every_row_against_a_reference(runs, capsys, monkeypatch):
     table = pd.read_csv(root / "comparison.csv").set_index("algo")
     difference = maml - protonet
     assert table.loc["maml", "against"] == pytest.approx(difference.mean())
-    assert table.loc["maml", "against_ci95"] == pytest.approx(1.96 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
+    assert table.loc["maml", "against_ci95"] == pytest.approx(1.972 * difference.std(ddof=1) / 200**0.5, rel=1e-4)
     assert table.loc["maml", "against_better"] == (difference > 0).mean()
     assert np.isnan(table.loc["protonet", "against_p"])
     assert table.loc["maml", "against_paired"]
@@ -369,6 +435,16 @@ def test_runs_without_a_result_are_listed(seeds):
     assert "maml1" not in compare([again, seeds / "maml1"], seeds)
 
 
+def test_runs_whose_configuration_is_not_known_are_all_kept(seeds):
+    for path in seeds.glob("*/result.csv"):
+        pd.read_csv(path).assign(config_hash="", episodes_hash="").to_csv(path, index=False)
+    compare([seeds], seeds)
+    assert pd.read_csv(seeds / "comparison.csv").set_index("algo")["seeds"].to_dict() == {
+        **{"maml": 3, "protonet": 3},
+        "scratch": 1,
+    }
+
+
 def test_a_table_of_the_first_version_is_read(seeds):
     path = seeds / "maml1" / "result.csv"
     table = pd.read_csv(path).drop(columns=["metrics", "percent", "reason", "replica", "varied", "engine", "task_map"])
@@ -377,3 +453,40 @@ def test_a_table_of_the_first_version_is_read(seeds):
     row = pd.read_csv(seeds / "comparison.csv").set_index("algo").loc["maml"]
     assert row["seeds"] == 3
     assert row["from_episodes"]
+
+
+def test_runs_with_other_defaults_are_not_taken_for_seeds_of_one_method(tmp_path):
+    scores = np.random.default_rng(0).normal(0.8, 0.1, 50)
+    for seed, rate in enumerate((0.1, 0.1, 0.001)):
+        run = make_run(tmp_path, f"maml{seed}", "maml", "agnostic", seed, scores, (f"seed={seed}",))
+        # The tracker, a key that an older version did not have yet and one that refers to another change no numbers.
+        older = "  final: ${x}\n" if seed else "  clip: null\n  final: 0\n"
+        (run / ".hydra" / "config.yaml").write_text(f"seed: {seed}\ntracker: {seed}\ntrain:\n  lr: {rate}\n{older}")
+    compare([tmp_path], tmp_path)
+    table = pd.read_csv(tmp_path / "comparison.csv").set_index("variant")
+    assert table["seeds"].to_dict() == {"train.lr=0.1": 2, "train.lr=0.001": 1}
+
+
+def test_names_in_pictures_are_short_and_different():
+    long = "algo.inner_lr=0.1 algo.inner_steps=5 eval.adapt_steps=10 train.lr="
+    variants = [f"{long}0.1", f"{long}0.01", "x" * 90, "x" * 80, ""]
+    names = short_names([pd.Series({"algo": "maml", "variant": variant}) for variant in variants], 40)
+    assert names == ["maml … train.lr=0.1", "maml … train.lr=0.01", "maml … #1", "maml … #2", "maml"]
+
+
+def test_what_a_narrow_picture_says_is_not_cut(seeds):
+    for seed in range(3):
+        scores = np.random.default_rng(seed).normal(0.9, 0.1, 20)
+        make_run(
+            seeds, f"anil{seed}", "anil", "agnostic", seed, scores, ("train.optimizer=a.long.name",), train_seconds=9
+        )
+    (one,) = compared([seeds]).settings
+    figure = blank_figure(5.4, 3)
+    left, right = figure.subplots(1, 1), blank_figure(5.4, 3).subplots()
+    draw_comparison(left, one.metric, one.drawable)
+    draw_costs(right, one.metric, one.drawable, "train_seconds", "pareto_training")
+    for axis in (left, right):
+        axis.figure.canvas.draw()
+        written = [axis.xaxis.label, *axis.texts]
+        assert all(text.get_window_extent().x1 <= axis.figure.bbox.width for text in written)
+        assert all(text.get_window_extent().x0 >= 0 for text in written)

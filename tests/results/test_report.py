@@ -91,6 +91,16 @@ def test_every_picture_has_a_text_alternative(page):
     assert "Last values: maml 55.00 %, protonet 55.00 %" in images[2]["alt"]
 
 
+def test_methods_whose_long_names_begin_alike_are_all_in_the_pictures(tmp_path):
+    for rate in (1, 2):
+        overrides = ("algo.inner_steps=5", "eval.adapt_steps=10", "train.eval_every=100", f"train.lr={rate}")
+        make_run(tmp_path, f"maml {rate}", "maml", "agnostic", 0, np.linspace(0, 1, 9) / rate, overrides)
+    make_run(tmp_path, "protonet", "protonet", "dependent", 0, np.linspace(0, 1, 9))
+    report([tmp_path], tmp_path / "report.html")
+    (histograms,) = (x["alt"] for x in Page((tmp_path / "report.html").read_text()).all("img") if "Hist" in x["alt"])
+    assert "maml … train.lr=1 50.00 %, maml … train.lr=2 25.00 %" in histograms
+
+
 def test_links_lead_to_the_runs(page, runs):
     links = {unquote(link["href"]) for link in page.all("a")}
     assert links == {f"../{algo} {seed}" for algo in ("maml", "protonet") for seed in range(2)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.coverage import coverage
-from metarun.results.comparison.distributions import f_upper, studentised_range, t_quantile, t_two_sided
+from metarun.results.comparison.distributions import incomplete_beta, studentised_range, t_quantile, t_two_sided
 from metarun.results.comparison.pictures import groups_without_difference
 from metarun.results.comparison.statistics import (
     difference_of_methods,
@@ -33,9 +33,6 @@ def test_quantiles_are_those_of_the_tables():
     ):
         assert t_quantile(df, level) == pytest.approx(t, abs=6e-4)
         assert t_two_sided(t_quantile(df, level), df) == pytest.approx(level)
-    # Fisher's F, upper 5 % points.
-    for df1, df2, f in ((1, 1, 161.45), (3, 10, 3.708), (8, 24, 2.355)):
-        assert f_upper(f, df1, df2) == pytest.approx(0.05, abs=3e-5)
     # Demšar 2006, table 5(a): the critical values of Nemenyi's test are these divided by √2.
     for count, critical in ((2, 1.960), (3, 2.344), (5, 2.728), (10, 3.164)):
         assert studentised_range(count) / math.sqrt(2) == pytest.approx(critical, abs=6e-4)
@@ -125,16 +122,37 @@ def test_effect_sizes():
 
 
 def test_ranks_against_the_formulas_without_ties():
-    scores = np.random.default_rng(0).normal(size=(7, 4)) + np.arange(4)
+    scores = np.random.default_rng(0).normal(size=(7, 4)) + np.arange(4) / 4
     found = ranks_of(scores, [True] * 7)
     ranks = (-scores).argsort(1).argsort(1) + 1.0
     np.testing.assert_allclose(found.mean, ranks.mean(0))
     chi = 12 * 7 / (4 * 5) * ((ranks.mean(0) ** 2).sum() - 4 * 25 / 4)
     f = 6 * chi / (7 * 3 - chi)
-    assert found.p == pytest.approx(f_upper(f, 3, 18))
+    # Iman and Davenport's approximation by F, with 3 and 18 degrees of freedom.
+    assert found.p == pytest.approx(incomplete_beta(9, 1.5, 18 / (18 + 3 * f)), rel=0.25)
     assert found.critical_difference == pytest.approx(2.569 * math.sqrt(4 * 5 / (6 * 7)), abs=1e-3)
     tied = ranks_of(np.array([[1.0, 1.0, 0.0], [1.0, 2.0, 2.0]]), [True, False])
     np.testing.assert_allclose(tied.mean, [(1.5 + 1) / 2, (1.5 + 2.5) / 2, (3 + 2.5) / 2])
+
+
+def test_of_few_episodes_the_difference_of_two_models_is_students_paired_test():
+    a, b = np.random.default_rng(0).normal(size=(2, 1, 6))
+    a += 1
+    found, difference = difference_of_methods(a, b, same_seeds=False), (a - b)[0]
+    error = difference.std(ddof=1) / 6**0.5
+    # The upper 2.5 % point for five degrees of freedom is 2.571.
+    assert found.ci95 == pytest.approx(2.571 * error, rel=1e-3)
+    assert found.p == pytest.approx(t_two_sided(difference.mean() / error, 5), rel=1e-3)
+
+
+def test_friedmans_test_is_exact_for_few_settings():
+    same_order = np.array([[0.3, 0.2, 0.1]])
+    assert ranks_of(np.repeat(same_order[:, :2], 2, axis=0), [True] * 2).p == pytest.approx(1 / 2)
+    assert ranks_of(np.repeat(same_order, 2, axis=0), [True] * 2).p == pytest.approx(1 / 6)
+    # Tables of Friedman's χ² (Hollander and Wolfe, table A.22): 3 methods, 4 settings, χ² = 6.5 and 4.5.
+    for orders, p in (([[1, 2, 3]] * 3 + [[2, 1, 3]], 0.042), ([[1, 2, 3]] * 2 + [[1, 3, 2], [2, 1, 3]], 0.125)):
+        assert ranks_of(np.array(orders, dtype=float), [False] * 4).p == pytest.approx(p, abs=6e-4)
+    assert math.isnan(ranks_of(np.ones((2, 3)), [True] * 2).p)
 
 
 def test_labels_of_a_logarithmic_axis_are_plain_numbers():
@@ -161,3 +179,22 @@ def test_intervals_cover_and_verdicts_are_rarely_false(seeds, spread, shape):
     assert max(share for name, share in found.items() if name.startswith("false")) < 0.08
     # What the interval over episodes would claim about methods.
     assert found["episodes alone"] < 0.93
+
+
+@pytest.mark.parametrize(
+    ("score", "half_width", "error", "accuracy"),
+    [
+        (0.12, 0.0151, "0.120 ± 0.015", "12.00 ± 1.51 %"),
+        (0.0, 0.0, "0.000 ± 0.000", "0.00 ± 0.00 %"),
+        (0.2, 1e-17, "0.200 ± 0.000", "20.00 ± 0.00 %"),
+        # A loss that would look like a tie.
+        (-0.00031, 0.00012, "-0.00031 ± 0.00012", "-0.03 ± 0.01 %"),
+        (0.99999, 0.000012, "0.999990 ± 0.000012", "99.9990 ± 0.0012 %"),
+        (3e-5, 0.0, "0.000030 ± 0.000000", "0.0030 ± 0.0000 %"),
+        (2.34e-11, 1.2e-12, "2.3e-11 ± 1.2e-12", "2.3e-09 ± 1.2e-10 %"),
+    ],
+)
+def test_what_is_not_zero_is_not_rounded_to_zero(score, half_width, error, accuracy):
+    assert Metric("mse", False).interval(score, half_width) == error
+    assert Metric("accuracy", True, percent=True).interval(score, half_width) == accuracy
+    assert Metric("mse", False).text(score) != "0.000" or score == 0

@@ -42,7 +42,7 @@ def test_a_task_has_different_lines_of_one_author_and_the_control_those_of_anoth
         asked, other = texts(family, tasks.query["y"][i]), texts(family, tasks.query["control"]["y"][i])
         counts.add(len(shown))
         own = {authors[text] for text in shown + asked}
-        assert len(own) == 1
+        assert own == set(tasks.query["unit"][i].tolist())
         assert {authors[text] for text in other if text} != own
         assert len(set(shown + asked)) == len(shown) + 6
     assert counts == {2, 3, 4}

@@ -82,6 +82,7 @@ def test_support_and_query_turns_are_of_different_dialogues_of_one_service():
         support = [turns[j] for j in tasks.support["turn"][i][tasks.support["weight"][i] > 0].tolist()]
         query = [turns[j] for j in tasks.query["turn"][i].tolist()]
         assert len({turn.service for turn in support + query}) == 1
+        assert {turn.service for turn in query} == {family.splits["test"].names[tasks.query["unit"][i][0]]}
         assert not {turn.dialogue for turn in support} & {turn.dialogue for turn in query}
         assert len(support) in (2, 3)
     own = {split: set(services.names) for split, services in family.splits.items()}

@@ -558,6 +558,7 @@ def test_algorithms_run_on_tables_of_numbers_and_of_classes(algo, target, path, 
     run(*composed(*keys, "task.shots=2", "task.smallest=3", "task.queries=5", *SHORT), tmp_path)
     assert "the episodes are of 2 different tasks, and the intervals are not about further ones" in caplog.text
     row = pd.read_csv(tmp_path / "result.csv").iloc[0]
+    assert row["different_tests"] == pd.read_csv(tmp_path / "episodes.csv")["task"].nunique() <= 2
     further = ["mae", "r2"] if target == "level" else ["macro-f1", "negative-log-likelihood", "calibration-error"]
     assert np.isfinite([row["score"], *(row[name] for name in further)]).all()
     if target == "stage":

@@ -1,4 +1,4 @@
-"""Student's t, Fisher's F and the studentised range, from their integrals, so that no further package is needed."""
+"""Student's t and the studentised range, from their integrals, so that no further package is needed."""
 
 import math
 from collections.abc import Callable
@@ -39,13 +39,6 @@ def t_two_sided(t: float, df: float) -> float:
     if math.isinf(df):
         return math.erfc(abs(t) / math.sqrt(2))
     return incomplete_beta(df / 2, 0.5, df / (df + t * t)) if math.isfinite(t) else 0.0
-
-
-def f_upper(f: float, df1: float, df2: float) -> float:
-    """Return the probability that Fisher's F is at least ``f``."""
-    if math.isinf(f):
-        return 0.0
-    return incomplete_beta(df2 / 2, df1 / 2, df2 / (df2 + df1 * f)) if f > 0 else 1.0
 
 
 def crossing(falling: Callable[[float], float], level: float) -> float:

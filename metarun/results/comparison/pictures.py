@@ -1,7 +1,8 @@
 """The pictures of a comparison."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,9 +20,29 @@ LARGEST = 40
 """Rows of a panel that can still be read; a sweep may have hundreds."""
 
 
-def short_name(row: pd.Series) -> str:
-    """Return the name of a row; a long list of overrides would leave no room for the picture."""
-    return shorten(name_of(row), 48, placeholder=" …")
+def short_names(rows: Iterable[pd.Series], width: int = 48) -> list[str]:
+    """Return different names for rows; a long list of overrides would leave no room for the picture.
+
+    Where names begin alike, what they share is left out.
+    """
+    words = [name_of(row).split() for row in rows]
+    names = [shorten(" ".join(own), width, placeholder=" …") for own in words]
+    for alike in equal_ones(names):
+        shared = set.intersection(*(set(words[i]) for i in alike))
+        for i in alike:
+            differs = [word for word in words[i] if word not in shared]
+            cut = shorten(" ".join([words[i][0], "…", *differs]), width - 4, placeholder=" …")
+            names[i] = cut.replace("… …", "…")
+    for alike in equal_ones(names):
+        for number, i in enumerate(alike, 1):
+            names[i] += f" #{number}"
+    return names
+
+
+def equal_ones(names: Sequence[str]) -> list[list[int]]:
+    """Return the places of each name that occurs more than once."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    return [[i for i, own in enumerate(names) if own == name] for name in repeated]
 
 
 def label_of(family: str) -> str:
@@ -73,7 +94,7 @@ def draw_comparison(axis: Any, metric: Metric, table: pd.DataFrame) -> None:
                 linewidth=3,
                 alpha=0.45,
             )
-    axis.set_yticks(list(rows), [short_name(row) for _, row in table.iterrows()])
+    axis.set_yticks(list(rows), short_names(row for _, row in table.iterrows()))
     axis.set_ylim(len(table) - 0.4, -0.6)
     low = scale * (table["score"] - whole.where(whole > table["ci95"], table["ci95"])).min()
     high = scale * (table["score"] + whole).max()
@@ -83,7 +104,8 @@ def draw_comparison(axis: Any, metric: Metric, table: pd.DataFrame) -> None:
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     several_seeds = bool(table["method_ci95"].notna().any())
-    over = "over seeds and episodes (thick), of one model (thin)" if several_seeds else "over episodes"
+    # Three lines, since long names of methods leave a narrow axis, and what does not fit below it is cut.
+    over = "over seeds and episodes (thick),\nof one model (thin)" if several_seeds else "over episodes"
     axis.set_xlabel(f"test {metric.label}\n95 % interval {over}", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
 
@@ -125,19 +147,23 @@ def draw_costs(axis: Any, metric: Metric, table: pd.DataFrame, column: str, fron
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#eeeeee", linewidth=0.6)
     named = best.head(15) if len(drawn) > 15 else drawn
-    label_apart(axis, [(row[column], metric.scale * row["score"], short_name(row)) for _, row in named.iterrows()])
+    rows = [row for _, row in named.iterrows()]
+    places = [(row[column], metric.scale * row["score"]) for row in rows]
+    label_apart(axis, [(*place, name) for place, name in zip(places, short_names(rows), strict=True)])
 
 
 def label_apart(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write a name next to each point, on the side where it covers no other name, if there is one."""
+    """Write a name next to each point, on the side where it covers no other name and fits, if there is one."""
     # In points of 1/72 inch; the layout may still move the axis a little.
     places = [tuple(axis.transData.transform((x, y)) * 72 / axis.figure.dpi) for x, y, _ in points]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
+    edge = 72 * axis.figure.get_figwidth()
     for (x, y, name), (across, up) in zip(points, places, strict=True):
         width = 4.6 * len(name)
         for dx, dy in ((5, 4), (5, -11), (-5 - width, 4), (-5 - width, -11)):
             box = (across + dx, up + dy, across + dx + width, up + dy + 9)
-            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            covers = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+            if not covers and box[0] > 0 and box[2] < edge:
                 break
         taken.append(box)
         left = dx > 0

@@ -37,7 +37,7 @@ def whole(value: float) -> str:
 
 def probability(p: float) -> str:
     """Return a p-value in human-readable form."""
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "is not defined" if math.isnan(p) else "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def main_interval(row: pd.Series, metric: Metric) -> str:
@@ -190,6 +190,16 @@ def footnotes(table: pd.DataFrame, printed: str) -> str:
         " (u)": "(u): not paired, for want of common test episodes.",
     }
     found = [note for mark, note in notes.items() if mark in printed]
+    few = table["different_tests"].min()
+    if not math.isnan(few):
+        others = (
+            f"intervals over seeds and intervals of differences are over these {few:.0f}, ± one model and (m) over "
+            "their episodes"
+        )
+        found.append(
+            f"The test episodes are of {'one task' if few == 1 else of_tasks(few)}: "
+            + ("no interval says anything about other tasks." if few == 1 else f"{others}.")
+        )
     if compared and "*" in printed:
         count = int(table["against_p"].notna().sum())
         found.insert(
@@ -220,15 +230,21 @@ def sentence(difference: FamilyDifference | None, table: pd.DataFrame, metric: M
     )
 
 
+def of_tasks(count: float) -> str:
+    """Return the number of different tasks in words."""
+    return "one task, and says nothing about others" if count == 1 else f"{count:.0f} different tasks"
+
+
 def how_compared(d: FamilyDifference) -> str:
     """Return what the difference of the two families is taken over."""
+    few = "" if math.isnan(d.different_tests) else f" of {of_tasks(d.different_tests)}"
     if not d.paired:
         how = "It is not paired: the runs lack common test episodes"
     elif d.about_methods:
         by = "both" if d.paired_seeds else "episodes"
-        how = f"It is over seeds and {d.n_episodes} episodes, paired by {by}"
+        how = f"It is over seeds and {d.n_episodes} episodes{few}, paired by {by}"
     else:
-        how = f"It is paired on {d.n_episodes} episodes"
+        how = f"It is paired on {d.n_episodes} episodes{few}"
     choice = f"; the interval allows for the choice among {d.candidates} pairs" if d.candidates > 1 else ""
     return f"{how}{choice}."
 
@@ -258,7 +274,7 @@ def ranks_text(ranking: Ranking | None) -> str:
     few = " With so few settings the test finds large differences only." if ranking.settings < 10 else ""
     return (
         f"## Average ranks over {ranking.settings} settings\n\n{names}.\n\n"
-        f"Friedman's test: p = {probability(ranking.p)}. Ranks that are further apart than "
+        f"Friedman's test: p {probability(ranking.p)}. Ranks that are further apart than "
         f"{ranking.critical_difference:.2f} differ at the level of 5 % (Nemenyi).{few}{left_out}"
     )
 

@@ -22,18 +22,18 @@ from metarun.system.terminal import printable
 SETTING = ["task", "dataset", "ways", "shots", "queries", "metric"]
 FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "baseline": "baseline"}
 NOT_A_VARIANT = (
-    *("algo", "task", "seed", "device", "data_dir", "resume", "task.download"),
+    *("algo", "task", "seed", "device", "data_dir", "resume", "tracker", "task.download"),
     *("replicas.count", "replicas.over", "engine.threads", "engine.keep_memory", "train.task_chunk"),
 )
 TEXTS = (
     *("run", "algo", "family", "task", "dataset", "model", "metric", "device", "config_hash", "episodes_hash"),
-    *("engine", "varied", "metrics", "percent", "reason"),
+    *("engine", "varied", "metrics", "percent", "reason", "tested", "metarun_version"),
 )
 """Columns that hold text, which is empty where it is missing."""
 NUMBERS = (
     *("seed", "ways", "shots", "queries", "adapt_steps", "score_before", "score", "ci95", "n_episodes", "val_score"),
     *("selected_step", "meta_steps", "meta_batch", "train_seconds", "test_seconds", "adapt_ms_per_task"),
-    *("peak_memory_mb", "meta_parameters", "adapted_parameters", "replica"),
+    *("peak_memory_mb", "meta_parameters", "adapted_parameters", "replica", "different_tests"),
 )
 NEEDED = ("status", "algo", "family", "task", "dataset", "seed", "shots", "metric", "score", "ci95", "n_episodes")
 """Columns that every version has written."""
@@ -166,6 +166,15 @@ def with_varied(given: frozenset[str], varied: str) -> frozenset[str]:
     return frozenset(kept | {word for word in own if word.partition("=")[0] not in NOT_A_VARIANT})
 
 
+def with_later_test(overrides: frozenset[str], tested: str) -> frozenset[str]:
+    """Return the overrides of a run, told apart from those with which a run was only ``tested`` later.
+
+    A model that was trained on one shot and tested on five is no model that was trained on five.
+    """
+    later = tested.split(SEPARATOR) if tested else []
+    return frozenset(overrides - set(later) | ({f"tested with {' '.join(later)}"} if later else set()))
+
+
 def read_run(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a run, with its directory and overrides.
 
@@ -178,7 +187,10 @@ def read_run(path: Path) -> list[dict[str, Any]]:
     given = overrides_of(path.parent)
     asked = " ".join(sorted(override for override in given if override.startswith("engine")))
     together = {"directory": str(path.parent), "asked": asked, "modified": path.stat().st_mtime}
-    return [{**row, **together, "overrides": with_varied(given, row["varied"])} for row in rows]
+    return [
+        {**row, **together, "overrides": with_later_test(with_varied(given, row["varied"]), row["tested"])}
+        for row in rows
+    ]
 
 
 def without_result(paths: Sequence[Path], known: set[Path]) -> Iterator[str]:
@@ -234,9 +246,11 @@ def read_runs(paths: Sequence[Path]) -> Runs:
 
 def newest_of_each(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Return the newest run of each configuration, and a sentence if any are left out."""
-    newest = results.sort_values("modified", kind="stable").drop_duplicates(
-        ["config_hash", "asked", "episodes_hash", *SETTING], keep="last"
-    )
+    # Without a hash it is not known of which configuration a run is.
+    place = results["directory"] + " " + results["replica"].astype(str)
+    known = results.assign(identity=results["config_hash"].where(results["config_hash"] != "", place))
+    same = ["identity", "asked", "episodes_hash", *SETTING]
+    newest = results.loc[known.sort_values("modified", kind="stable").drop_duplicates(same, keep="last").index]
     older = len(results) - len(newest)
     notes = [f"{older} older runs of the same configuration are left out"] if older else []
     return newest.sort_index(), notes
@@ -247,7 +261,29 @@ def same(value: Any, wanted: str) -> bool:
     try:
         return float(value) == float(wanted)
     except (TypeError, ValueError):
-        return str(value).casefold() == wanted.casefold()
+        # A list is written with or without spaces.
+        return str(value).replace(" ", "").casefold() == wanted.replace(" ", "").casefold()
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Return the leaves of a configuration by their dotted keys, as text."""
+    if isinstance(tree, Mapping) and tree:
+        found: dict[str, str] = {}
+        for key, value in tree.items():
+            found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return {prefix: "null" if tree is None else str(tree)}
+
+
+def configuration_of(directory: str) -> dict[str, str]:
+    """Return the keys of a run's configuration that may distinguish it from others; empty if it cannot be read."""
+    config = loaded(Path(directory) / ".hydra" / "config.yaml")
+    found = flat(config) if isinstance(config, dict) else {}
+    return {
+        printable(key): printable(value)
+        for key, value in found.items()
+        if key not in NOT_A_VARIANT and key.partition(".")[0] not in ("tracker", "engine", "replicas")
+    }
 
 
 def configured(directory: str, key: str) -> Any:
@@ -280,7 +316,9 @@ def chosen(results: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
             ]
             if all(value is None for value in own):
                 raise UserError(f"--filter: no run has a column or a key {key}.")
-        kept = [any(same(value, wanted) for wanted in values.split(",")) for value in own]
+        # A value may have commas itself: a list, or the name of a file.
+        known = [values] if any(same(value, values) for value in own) else values.split(",")
+        kept = [any(same(value, wanted) for wanted in known) for value in own]
         if not any(kept):
             there = sorted({str(value) for value in own})
             raise UserError(f"--filter {one} leaves no run; {key} is one of {', '.join(there[:20])}.")
@@ -307,7 +345,8 @@ def pooled_scores(directory: str) -> dict[int, dict[str, Array]]:
 def final_scores(directory: str) -> dict[int, dict[str, Array]]:
     """Return each replica's scores by metric ``[episodes]``, after the last adaptation step and in order of episodes.
 
-    It is empty if the file is missing or damaged.
+    Where the file says of which task each episode is, this is under ``UNIT``. The result is empty if the file is
+    missing or damaged.
     """
     try:
         # Through numpy, because filtering by pandas takes longer than reading.

@@ -28,11 +28,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metarun.results.comparison.distributions import f_upper, studentised_range, t_quantile, t_two_sided
+from metarun.results.comparison.distributions import studentised_range, t_quantile, t_two_sided
 
 Array = NDArray[np.float64]
 
@@ -99,9 +100,12 @@ class Estimate:
 
 
 def over_episodes(scores: Array) -> Estimate:
-    """Return the mean of one trained model's scores ``[episodes]``, with the normal interval of ``result.csv``."""
+    """Return the mean of one trained model's scores ``[episodes]``, with Student's interval.
+
+    It is the normal interval of ``result.csv`` but for few episodes, of which that one holds the truth less often.
+    """
     variance = float(scores.var(ddof=1)) / len(scores) if len(scores) > 1 else math.nan
-    return Estimate(float(scores.mean()), ((variance, math.inf),))
+    return Estimate(float(scores.mean()), ((variance, max(len(scores) - 1, 1)),))
 
 
 def mean_squares(scores: Array) -> tuple[float, float, float]:
@@ -177,19 +181,18 @@ def welch(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return total, float(f"{total**2 / spread:.3g}") if spread > 0 else min(df for _, df in parts)
 
 
-def of_summaries(means: Array, variances: Array, about_methods: bool) -> Estimate:
+def of_summaries(means: Array, variances: Array, episodes: int, about_methods: bool) -> Estimate:
     """Return the mean of models of which only the mean over episodes and its variance are known ``[seeds]``.
 
     The part of the episodes is the variance of one model, which for several seeds is rather too large.
     """
     by_seed = ((float(means.var(ddof=1)) / len(means), len(means) - 1),) if about_methods else ()
-    return Estimate(float(means.mean()), (*by_seed, (float(variances.mean()), math.inf)))
+    return Estimate(float(means.mean()), (*by_seed, (float(variances.mean()), max(episodes - 1, 1))))
 
 
 def unpaired(a: Estimate, b: Estimate) -> Estimate:
-    """Return the difference of two independent means; over seeds only if both are."""
-    kinds = zip(a.parts, b.parts, strict=True) if len(a.parts) == len(b.parts) else [(a.parts[-1], b.parts[-1])]
-    return Estimate(a.mean - b.mean, tuple(welch(pair) for pair in kinds))
+    """Return the difference of two independent means, both over seeds and episodes, or both over episodes alone."""
+    return Estimate(a.mean - b.mean, tuple(welch(pair) for pair in zip(a.parts, b.parts, strict=True)))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -226,7 +229,7 @@ class Ranks:
     mean: Array
     """The average rank of each method; 1 is the best."""
     p: float
-    """Of Friedman's test, in the form of Iman and Davenport (1980): are all methods equally good?"""
+    """Of Friedman's test: are all methods equally good?"""
     critical_difference: float
     """Nemenyi's: average ranks that are further apart differ at the level of 5 %."""
 
@@ -238,12 +241,37 @@ def ranks_of(scores: Array, higher_is_better: Sequence[bool]) -> Ranks:
     below = (signed[:, :, None] > signed[:, None, :]).sum(-1)
     equal = (signed[:, :, None] == signed[:, None, :]).sum(-1)
     ranks = below + (equal + 1) / 2
-    mean = ranks.mean(0)
-    # With ties the variance of the ranks is smaller than that of 1, …, k.
-    between = settings * float(((mean - (methods + 1) / 2) ** 2).sum())
-    chi = between * (methods - 1) / (float(((ranks - (methods + 1) / 2) ** 2).sum()) / settings or math.nan)
-    left = settings * (methods - 1) - chi
-    f = math.inf if left <= 1e-12 else (settings - 1) * chi / left
-    p = math.nan if math.isnan(chi) else f_upper(f, methods - 1, (methods - 1) * (settings - 1))
     critical = studentised_range(methods) / math.sqrt(2) * math.sqrt(methods * (methods + 1) / (6 * settings))
-    return Ranks(mean, p, critical)
+    return Ranks(ranks.mean(0), friedman(ranks), critical)
+
+
+DRAWN = 20_000
+"""Permutations from which the p-value of Friedman's test is taken where there are more."""
+
+
+def friedman(ranks: Array) -> float:
+    """Return the p-value of Friedman's test for ``ranks [settings, methods]``; NaN if all ranks are tied.
+
+    It is the share of permutations within the settings whose average ranks are as far apart: of all permutations where
+    these are few, else of random ones. The usual approximations by χ² and F are for more settings than there often are:
+    for two methods in the same order in two settings, Iman and Davenport's p is 0, while every other time chance gives
+    the same.
+    """
+    settings, methods = ranks.shape
+    middle = (methods + 1) / 2
+    if not (ranks != middle).any():
+        return math.nan
+    found = float(((ranks.mean(0) - middle) ** 2).sum())
+    # The order of the first setting can be held, since only the others relative to it count.
+    if math.lgamma(methods + 1) * (settings - 1) <= math.log(DRAWN):
+        orders = [np.array(order) for order in permutations(range(methods))]
+        sums = ranks[0][None]
+        for own in ranks[1:]:
+            sums = (sums[:, None] + np.stack([own[order] for order in orders])).reshape(-1, methods)
+        return float((((sums / settings - middle) ** 2).sum(1) >= found - 1e-9).mean())
+    drawn = np.zeros((DRAWN, methods))
+    generator = np.random.default_rng(0)
+    for own in ranks:
+        drawn += generator.permuted(np.broadcast_to(own, drawn.shape), axis=1)
+    extreme = int((((drawn / settings - middle) ** 2).sum(1) >= found - 1e-9).sum())
+    return (1 + extreme) / (1 + DRAWN)

@@ -4,10 +4,11 @@ A setting consists of task, data set, ways, shots, queries and metric. Within a 
 keys in which its runs differ from the others, over all its seeds. ``statistics.py`` says what the intervals are.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,9 +17,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from metarun.results.comparison import statistics
-from metarun.results.comparison.reading import FAMILIES, final_scores, pooled_scores
+from metarun.results.comparison.reading import FAMILIES, configuration_of, final_scores, pooled_scores
 from metarun.results.comparison.statistics import Estimate
-from metarun.results.tables import metrics_of
+from metarun.results.tables import UNIT, metrics_of
 
 Array = NDArray[np.float64]
 Replicas = tuple[tuple[str, int, float], ...]
@@ -38,6 +39,8 @@ class Difference:
     about_methods: bool
     """Whether the interval holds for other seeds too: both methods have several, or none that would matter."""
     n_episodes: int
+    different_tests: float
+    """The number of tasks over which the interval is, where the episodes are of the same few; else NaN."""
     paired: bool
     """Whether it is taken episode by episode."""
     paired_seeds: bool
@@ -66,13 +69,47 @@ def best_first(table: pd.DataFrame, column: str) -> pd.Series:
     return table[column].where(~table["higher_is_better"], -table[column])
 
 
+MOST_KEYS = 3
+"""How many keys with other defaults a row's name has."""
+
+
+def different_defaults(runs: pd.DataFrame) -> list[str]:
+    """Return the keys in which runs with the same overrides differ all the same, with their values, for each run.
+
+    The defaults that a run was started with may have been changed before the next one: in a file of the configuration,
+    or by another version. A key that one of the runs does not have yet distinguishes none, nor does one that refers to
+    another key.
+    """
+    configs = {directory: configuration_of(directory) for directory in runs["directory"].unique()}
+    readable = [config for config in configs.values() if config]
+    keys = set.intersection(*map(set, readable)) if readable else set[str]()
+    keys -= {override.partition("=")[0].lstrip("+") for override in runs["overrides"].iloc[0]}
+    values = {key: {config[key] for config in readable} for key in keys}
+    different = sorted(key for key, own in values.items() if len(own) > 1 and not any("${" in one for one in own))
+    found = []
+    for config in (configs[directory] for directory in runs["directory"]):
+        own = [f"{key}={config[key]}" for key in different] if config else []
+        short = hashlib.sha256(" ".join(own).encode()).hexdigest()[:6]
+        found.append(" ".join(own) if len(own) <= MOST_KEYS else f"configuration={short}")
+    return found
+
+
 def with_variants(group: pd.DataFrame) -> pd.DataFrame:
     """Add ``variant``: the overrides of each run that not every run of the setting shares.
 
-    Runs that differ only in their test episodes are distinguished by these episodes, and never averaged.
+    Runs that differ in other keys all the same, or only in their test episodes, are distinguished by these, and never
+    averaged.
     """
     shared = frozenset.intersection(*group["overrides"])
     group = group.assign(variant=[" ".join(sorted(overrides - shared)) for overrides in group["overrides"]])
+    further = pd.Series("", index=group.index)
+    for _, own in group.groupby(["algo", "model", "variant"]):
+        if own["directory"].nunique() > 1:
+            further[own.index] = different_defaults(own)
+    group = group.assign(variant=(group["variant"] + " " + further).str.strip())
+    models = group.groupby(["algo", "variant"])["model"].transform("nunique") > 1
+    named = (group["variant"] + " model=" + group["model"]).str.strip()
+    group = group.assign(variant=group["variant"].where(~models, named))
     mixed = group.groupby(["algo", "model", "variant"])["episodes_hash"].transform("nunique") > 1
     named = (group["variant"] + " episodes=" + group["episodes_hash"].replace("", "unknown")).str.strip()
     return group.assign(variant=group["variant"].where(~mixed, named))
@@ -112,6 +149,21 @@ def scores_of(
     return np.array([np.mean(by_seed[seed], axis=0) for seed in seeds]), seeds
 
 
+def over_tasks(scores: Array, replicas: Replicas) -> Array:
+    """Return means per task ``[seeds, tasks]`` of ``scores [seeds, episodes]`` if episodes are of the same few tasks.
+
+    Such episodes are not independent: those of one patient are alike. Over several tasks the intervals are therefore
+    over tasks. Where there is only one, they can only be over its episodes.
+    """
+    found = scores_of(replicas[:1], UNIT)
+    if found is None or found[0].shape[1] != scores.shape[1]:
+        return scores
+    _, place, count = np.unique(found[0][0], return_inverse=True, return_counts=True)
+    if len(count) == 1:
+        return scores
+    return np.stack([np.bincount(place, own) for own in scores]) / count
+
+
 def read_ahead(results: pd.DataFrame) -> None:
     """Read the episodes of every method that has several seeds, by several threads."""
     several = results.groupby(["algo", "model", "overrides"])["seed"].transform("nunique") > 1
@@ -128,11 +180,13 @@ def estimate_of(runs: pd.DataFrame, replicas: Replicas, metric: str | None = Non
     # Only several seeds are worth reading every episode for.
     found = scores_of(replicas, metric) if several and all(runs["episodes_hash"] != "") else None
     if found is not None and found[0].shape[1] > 1:
-        return statistics.over_seeds_and_episodes(found[0]), True
+        estimate = statistics.over_seeds_and_episodes(over_tasks(found[0], replicas))
+        return replace(estimate, mean=float(found[0].mean())), True
     columns = ("score", "ci95") if metric is None else (metric, f"{metric}_ci95")
     by_seed = runs.groupby("seed")[list(columns)].agg(lambda values: values.mean(skipna=False))
     means, half_widths = (by_seed[column].to_numpy(dtype=float) for column in columns)
-    return statistics.of_summaries(means, (half_widths / 1.96) ** 2, several), not several
+    episodes = int(runs["n_episodes"].min())
+    return statistics.of_summaries(means, (half_widths / 1.96) ** 2, episodes, several), not several
 
 
 def no_seed_matters(runs: pd.DataFrame) -> bool:
@@ -167,6 +221,7 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
                 "seed_std": runs["score"].std(ddof=1, skipna=False),
                 "val_score": runs["val_score"].mean(),
                 "n_episodes": runs["n_episodes"].min(),
+                "different_tests": runs["different_tests"].min(),
                 "transductive": runs["transductive"].any(),
                 "meta_steps": runs["meta_steps"].mean(),
                 "train_seconds": runs["train_seconds"].mean(),
@@ -199,11 +254,12 @@ def further(runs: pd.DataFrame, replicas: Replicas, metric: str) -> tuple[float,
     """Return mean and half-width of a metric besides the first; NaN where a run does not have it."""
     if metric not in runs or f"{metric}_ci95" not in runs:
         return math.nan, math.nan
-    # Of a pooled metric, one seed has all that is needed in its row.
-    several = len({seed for *_, seed in replicas}) > 1 and runs["episodes_hash"].nunique() == 1
-    pooled = scores_of(replicas, metric, cached_pooled) if several else None
+    mean, several = float(runs[metric].mean(skipna=False)), len({seed for *_, seed in replicas}) > 1
+    if not several:
+        return mean, float(runs[f"{metric}_ci95"].mean(skipna=False))
+    pooled = scores_of(replicas, metric, cached_pooled) if runs["episodes_hash"].nunique() == 1 else None
     estimate = statistics.of_pooled(pooled[0]) if pooled else estimate_of(runs, replicas, metric)[0]
-    return float(runs[metric].mean(skipna=False)), estimate.ci95
+    return mean, estimate.ci95
 
 
 def pareto(table: pd.DataFrame, cost: str) -> list[bool]:
@@ -231,13 +287,18 @@ def subtracted(
     a: tuple[Array, tuple[float, ...]],
     b: tuple[Array, tuple[float, ...]],
     about_methods: bool,
+    replicas: Replicas = (),
     difference: Callable[[Array, Array, bool], Estimate] = statistics.difference_of_methods,
 ) -> Estimate:
-    """Return ``a − b``, scores with their seeds, over the seeds where it is about methods, else over their mean."""
+    """Return ``a − b``, scores with their seeds, over the seeds where it is about methods, else over their mean.
+
+    ``replicas`` are those of one of the rows, whose episodes are of the same tasks; empty for pooled scores.
+    """
     (first, first_seeds), (second, second_seeds) = a, b
     if not about_methods:
         first, second = first.mean(0, keepdims=True), second.mean(0, keepdims=True)
-    return difference(first, second, first_seeds == second_seeds)
+    found = difference(over_tasks(first, replicas), over_tasks(second, replicas), first_seeds == second_seeds)
+    return replace(found, mean=float(first.mean() - second.mean())) if replicas else found
 
 
 def further_difference(a: pd.Series, b: pd.Series, metric: str) -> Estimate | None:
@@ -252,7 +313,8 @@ def further_difference(a: pd.Series, b: pd.Series, metric: str) -> Estimate | No
         if found[0] is None or found[1] is None or found[0][0].shape[1] != found[1][0].shape[1]:
             continue
         of = statistics.difference_of_pooled if read is cached_pooled else statistics.difference_of_methods
-        return subtracted(found[0], found[1], bool(a["about_method"] and b["about_method"]), of)
+        replicas = a["replicas"] if read is cached_scores else ()
+        return subtracted(found[0], found[1], bool(a["about_method"] and b["about_method"]), replicas, of)
     return None
 
 
@@ -260,6 +322,21 @@ def further_differences(a: pd.Series, b: pd.Series) -> dict[str, tuple[float, fl
     """Return mean and half-width of the differences in all metrics besides the first that have one."""
     found = {metric.name: further_difference(a, b, metric.name) for metric in a["metrics"][1:]}
     return {name: (estimate.mean, estimate.ci95) for name, estimate in found.items() if estimate is not None}
+
+
+def of_models(row: pd.Series) -> Estimate:
+    """Return the mean of the trained models of a row, over episodes alone.
+
+    The part of the episodes in an interval over seeds would be too small for it: what a seed and an episode have to do
+    with each other counts there among the seeds.
+    """
+    of_tasks = not math.isnan(row["different_tests"])
+    found = scores_of(row["replicas"]) if row["from_episodes"] and (row["seeds"] > 1 or of_tasks) else None
+    if found is not None:
+        own = statistics.over_episodes(over_tasks(found[0].mean(0, keepdims=True), row["replicas"])[0])
+        return replace(own, mean=float(found[0].mean()))
+    estimate: Estimate = row["estimate"]
+    return Estimate(estimate.mean, estimate.parts[-1:])
 
 
 def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference:
@@ -275,10 +352,10 @@ def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference
         (first, first_seeds), (second, second_seeds) = found[0], found[1]
         paired = first.shape[1] == second.shape[1] > 1
     if not paired:
-        estimate = statistics.unpaired(a["estimate"], b["estimate"])
+        estimate = statistics.unpaired(*(row["estimate"] if about_methods else of_models(row) for row in (a, b)))
         sizes = (math.nan, math.nan)
     else:
-        estimate = subtracted((first, first_seeds), (second, second_seeds), about_methods)
+        estimate = subtracted((first, first_seeds), (second, second_seeds), about_methods, a["replicas"])
         better = statistics.share_better(first, second, bool(a["higher_is_better"]))
         sizes = (statistics.effect_size(first, second), better)
     choices = candidates if about_methods else 1
@@ -288,6 +365,7 @@ def difference_of(a: pd.Series, b: pd.Series, candidates: int = 1) -> Difference
         min(1.0, choices * estimate.p) if not math.isnan(estimate.p) else math.nan,
         about_methods,
         int(min(a["n_episodes"], b["n_episodes"])),
+        float(np.fmin(a["different_tests"], b["different_tests"])),
         paired,
         paired and about_methods and first_seeds == second_seeds,
         *sizes,

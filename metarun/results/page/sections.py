@@ -2,10 +2,9 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 
 from metarun.results.compare import Compared, Comparison
 from metarun.results.comparison import printing
-from metarun.results.comparison.pictures import draw_comparison, draw_costs, rank_figure, shown_rows
+from metarun.results.comparison.pictures import draw_comparison, draw_costs, rank_figure, short_names, shown_rows
+from metarun.results.comparison.reading import flat
 from metarun.results.comparison.summary import best_first, cached_scores, name_of
 from metarun.results.page import html, pictures
 from metarun.results.page.html import Cell
@@ -38,11 +38,6 @@ def shown_methods(one: Compared, most: int) -> list[pd.Series]:
     keys = best_first(one.table, "val_score").fillna(math.inf)
     kept = set(keys.sort_values(kind="stable").index[:most])
     return [row for index, row in one.table.iterrows() if index in kept]
-
-
-def short(row: pd.Series) -> str:
-    """Return the name of a method for a picture."""
-    return shorten(name_of(row), 40, placeholder=" …")
 
 
 def table_of(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
@@ -83,18 +78,19 @@ def pictures_of(one: Compared) -> list[str]:
     """Return the pictures of a setting as HTML. What has no numbers has no picture."""
     rows = shown_methods(one, pictures.MOST)
     metric, found = one.metric, list[str]()
-    colours = dict(zip(map(short, rows), pictures.COLOURS, strict=False))
+    named = dict(zip(short_names(rows, 40), rows, strict=True))
+    colours = dict(zip(named, pictures.COLOURS, strict=False))
     some = (
         "" if len(rows) == len(one.table) else f" The {len(rows)} methods of {len(one.table)} with the best validation."
     )
     for lines, x, what in (
-        ({short(row): training_lines(row, "step") for row in rows}, "meta-step", "over training"),
+        ({name: training_lines(row, "step") for name, row in named.items()}, "meta-step", "over training"),
         (
-            {short(row): training_lines(row, "seconds") for row in rows},
+            {name: training_lines(row, "seconds") for name, row in named.items()},
             "seconds of training",
             "over the time of training",
         ),
-        ({short(row): adaptation_lines(row) for row in rows}, "adaptation step", "over adaptation"),
+        ({name: adaptation_lines(row) for name, row in named.items()}, "adaptation step", "over adaptation"),
     ):
         drawn = {name: own for name, own in lines.items() if own}
         if drawn:
@@ -104,7 +100,7 @@ def pictures_of(one: Compared) -> list[str]:
             caption = f"{kind.capitalize()} {metric.label} {what}; a thin line per run.{some}"
             picture = pictures.curves(drawn, colours, metric, x, f"{kind} {metric.label}")
             found.append(html.figure(picture, alternative, caption))
-    scores = {short(row): finite(episode_scores(row)) for row in rows}
+    scores = {name: finite(episode_scores(row)) for name, row in named.items()}
     scores = {name: own for name, own in scores.items() if len(own)}
     if scores:
         medians = {name: float(np.median(own)) for name, own in scores.items()}
@@ -113,7 +109,7 @@ def pictures_of(one: Compared) -> list[str]:
         )
         caption = f"How the test {metric.name} of episodes is distributed.{some}"
         found.append(html.figure(pictures.histograms(scores, colours, metric), alternative, caption))
-    by_seed = {short(row): finite(runs_of(one, row)["score"].to_numpy(dtype=float)) for row in rows}
+    by_seed = {name: finite(runs_of(one, row)["score"].to_numpy(dtype=float)) for name, row in named.items()}
     if any(len(own) > 1 for own in by_seed.values()):
         spread = {name: float(own.std(ddof=1)) if len(own) > 1 else math.nan for name, own in by_seed.items()}
         alternative = f"Test {metric.name} of each seed. Standard deviations: {pictures.summary_of(spread, metric)}."
@@ -203,16 +199,6 @@ def run_table(one: Compared, out: Path) -> str:
             ]
         )
     return html.table(header, rows, f"Runs: {one.title}")
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Return the leaves of a configuration by their dotted keys, as text."""
-    if isinstance(tree, Mapping) and tree:
-        found: dict[str, str] = {}
-        for key, value in tree.items():
-            found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return {prefix: "null" if tree is None else str(tree)}
 
 
 def configurations(one: Compared) -> str:
