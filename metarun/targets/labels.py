@@ -52,7 +52,8 @@ class Labels(Classes):
     def further(self, output: Tensor, data: Tree) -> Scores:
         """Return the other metrics, which only tests need.
 
-        An output that is not finite has no likelihood, which is then not a number, and is a certain error to calibration.
+        The likelihood of an output that is not finite is not a number, and to calibration such an output is a certain
+        error.
         """
         output, weight = own_classes(output.detach(), data), weight_of(data)
         sound = output.isfinite().all(-1, keepdim=True)
