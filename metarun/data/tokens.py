@@ -38,6 +38,11 @@ def small(text: str) -> str:
     return lower if lower.isascii() else unicodedata.normalize("NFC", lower)
 
 
+def plain(text: str) -> str:
+    """A text in lower case with single spaces: the same for texts that tokens cannot tell apart."""
+    return " ".join(small(text).split())
+
+
 def words(sentence: str) -> list[str]:
     """The words of a sentence in lower case, and its punctuation marks one by one."""
     text = small(sentence)

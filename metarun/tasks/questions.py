@@ -39,6 +39,7 @@ from metarun.data.passages import (
 )
 from metarun.data.portable import portable
 from metarun.data.splits import SHARES, dealt, listed
+from metarun.data.tokens import plain
 from metarun.data.toy_questions import toy_questions
 from metarun.errors import UserError, require
 from metarun.targets.metric import Metric
@@ -361,6 +362,36 @@ def _files(
     return {"train": own, "val": list(val or own), "test": list(test or others or names)}
 
 
+def _joined(questions: Sequence[squad.Question]) -> tuple[squad.Question, ...]:
+    """Return the different questions of a passage, each with all answers that it has been given."""
+    found = dict[str, squad.Question]()
+    for one in questions:
+        first = found.setdefault(plain(one.text), one)
+        found[plain(one.text)] = first._replace(answers=tuple(dict.fromkeys((*first.answers, *one.answers))))
+    return tuple(found.values())
+
+
+def _without_copies(corpus: Mapping[Split, Corpus], name: str) -> dict[Split, Corpus]:
+    """Return a corpus whose splits share no passage, and in which no passage has a question twice.
+
+    A passage of several splits stays in the test articles, or else in those of validation.
+    """
+    later, left, result = set[str](), 0, dict[Split, Corpus]()
+    for split in reversed(SPLITS):
+        result[split], own = {}, set[str]()
+        for file, articles in corpus[split].items():
+            result[split][file] = kept = []
+            for article in articles:
+                new = [passage for passage in article.passages if plain(passage.text) not in later]
+                left += len(article.passages) - len(new)
+                own |= {plain(passage.text) for passage in new}
+                kept.append(article._replace(passages=tuple(p._replace(questions=_joined(p.questions)) for p in new)))
+        later |= own
+    if left:
+        log.info("%s: %d passages of training or validation are copies of later splits' and are left out.", name, left)
+    return {split: result[split] for split in SPLITS}
+
+
 def questions(
     shots: int = 10,
     queries: int = 10,
@@ -437,6 +468,8 @@ def questions(
         split: {file: [a for a in articles[file] if a.title in of_split[split]] for file in files[split]}
         for split in SPLITS
     }
+    if path is not None:
+        corpus = _without_copies(corpus, name)
     for split, of_file in corpus.items():
         for file, parts in of_file.items():
             if not any(passage.questions for article in parts for passage in article.passages):

@@ -238,8 +238,7 @@ def of_table(path: str, data_dir: str, split: str, smallest: int, ways: int) -> 
         "sentences",
         [row.values["label"] for row in rows],
         [split_in(row, str(place)) for row in rows],
-        # What tokens cannot tell apart is the same text.
-        [" ".join(tokens.small(row.values["text"]).split()) for row in rows],
+        [tokens.plain(row.values["text"]) for row in rows],
     )
     positions, name = splits.by_class(examples, examples.rows_of(smallest), split, LABEL_SPLIT_SEED, ways)
     corpus: dict[str, Sentences] = {

@@ -247,6 +247,13 @@ def test_copies_of_training_sentences_are_left_out_of_tests():
     assert {s.tags[0] for s in left.query} == {"B-Y"}
 
 
+def test_no_task_asks_for_a_sentence_that_it_shows(folder):
+    for path in folder.glob("*.conll"):
+        path.write_text(path.read_text().rstrip() + "\n\n" + path.read_text())
+    pool = entities(**FEW, path=str(folder), test=["sv"], val=["da"]).pools["test"]["sv"]
+    assert len(pool.sentences) == len({s.words for s in pool.sentences}) == 30
+
+
 def test_pooled_scores_are_those_of_all_entities_and_the_mean_over_sources(toy):
     counts = torch.zeros(2, len(toy.names), 4)
     counts[0, 0], counts[1, 1] = torch.tensor([1.0, 2, 2, 2]), torch.tensor([0.0, 0, 4, 0])

@@ -122,7 +122,7 @@ def own_file(folder, sizes, name="squad.en.json"):
     """A file with articles of so many questions."""
     articles = []
     for number, size in enumerate(sizes):
-        text = " ".join(f"Name{i} has thing{i}." for i in range(size))
+        text = " ".join([*(f"Name{i} has thing{i}." for i in range(size)), f"Story{number} ends."])
         asked = []
         for i in range(size):
             answers = [{"text": f"thing{i}", "answer_start": text.index(f"thing{i}")}]
@@ -144,6 +144,26 @@ def test_too_few_articles_or_questions_are_named(tmp_path, caplog):
     with caplog.at_level("INFO"):
         questions(path=str(tmp_path), shots=2)
     assert "tasks with fewer than 3 questions are left out: en: article 12 (1)." in caplog.text
+
+
+def test_no_passage_of_a_test_is_trained_on_and_no_question_is_asked_twice(tmp_path, caplog):
+    own_file(tmp_path, [3] * 12)
+    file = next(tmp_path.glob("*.json"))
+    content = json.loads(file.read_text())
+    text = "Everybody has seen the red house."
+    asked = [{"question": f"What colour {i % 3}?", "answers": [{"text": "red", "answer_start": 23}]} for i in range(6)]
+    asked[0]["answers"] = [{"text": "seen", "answer_start": 14}]
+    for record in content["data"]:
+        record["paragraphs"].append({"context": text, "qas": asked})
+    file.write_text(json.dumps(content))
+    with caplog.at_level("INFO"):
+        family = questions(path=str(tmp_path), shots=2)
+    holding = {split for split, pool in family.pools.items() for p in pool.passages if p.text == text}
+    assert holding == {"test"}
+    assert "6 passages of training or validation are copies of later splits' and are left out." in caplog.text
+    first, *others = (item.question for item in family.pools["test"].items if item.question.text == "What colour 0?")
+    assert first.answers == ((14, "seen"), (23, "red"))
+    assert len(others) == len(family.pools["test"].groups) - 1
 
 
 def test_a_language_that_is_tested_is_not_trained_on_unless_it_is_named(tmp_path):
