@@ -114,7 +114,7 @@ def lists_in(folder: Path, labels: Iterable[str], usable: Collection[str]) -> di
     for part in SHARES:
         path = folder / f"{part}.txt"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); put lists of classes there, or choose task.split=random."

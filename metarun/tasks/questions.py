@@ -378,14 +378,15 @@ def _without_copies(corpus: Mapping[Split, Corpus], name: str) -> dict[Split, Co
     """
     later, left, result = set[str](), 0, dict[Split, Corpus]()
     for split in reversed(SPLITS):
-        result[split], own = {}, set[str]()
+        own, kept = set[str](), {file: list[squad.Article]() for file in corpus[split]}
         for file, articles in corpus[split].items():
-            result[split][file] = kept = []
             for article in articles:
                 new = [passage for passage in article.passages if plain(passage.text) not in later]
                 left += len(article.passages) - len(new)
                 own |= {plain(passage.text) for passage in new}
-                kept.append(article._replace(passages=tuple(p._replace(questions=_joined(p.questions)) for p in new)))
+                passages = tuple(passage._replace(questions=_joined(passage.questions)) for passage in new)
+                kept[file].append(article._replace(passages=passages))
+        result[split] = kept
         later |= own
     if left:
         log.info("%s: %d passages of training or validation are copies of later splits' and are left out.", name, left)

@@ -134,7 +134,8 @@ def test_lists_of_classes_name_one_class_each_and_small_ones_are_left_out(tmp_pa
     folder, lists = drawn(tmp_path / "data", "{label}/{i}.png", EACH | {"c03": 1}), tmp_path / "lists"
     lists.mkdir()
     for part, numbers in {"train": range(6), "val": range(6, 9), "test": range(9, 12)}.items():
-        (lists / f"{part}.txt").write_text("\n".join(f"c{i:02}" for i in numbers))
+        # As Windows saves text.
+        (lists / f"{part}.txt").write_text("\r\n".join(f"c{i:02}" for i in numbers), encoding="utf-8-sig")
     family = Images(str(folder), **SMALL, split=str(lists))
     assert family.classes["train"] == [f"c{i:02}" for i in range(6) if i != 3]
     assert "c03 (1)" in caplog.text

@@ -17,6 +17,7 @@ from metarun.algos.agnostic.maml import maml
 from metarun.algos.baselines.reference import reference
 from metarun.algos.dependent.shared_params import shared_params
 from metarun.data import squad
+from metarun.data.files import json_of
 from metarun.data.passages import (
     FEATURES,
     PASSAGE,
@@ -129,6 +130,14 @@ def own_file(folder, sizes, name="squad.en.json"):
             asked.append({"id": f"{number}-{i}", "question": f"What has Name{i}?", "answers": answers})
         articles.append({"title": f"article {number}", "paragraphs": [{"context": text, "qas": asked}]})
     (folder / name).write_text(json.dumps({"data": articles}))
+
+
+def test_half_a_character_is_read_as_an_unknown_one(tmp_path):
+    content = json.dumps({"data": [article(text="A \ud83d cat. It ate a fish.", start=17, question="What? \ud83d")]})
+    (tmp_path / "a.json").write_text(content)
+    passage = squad.read(tmp_path / "a.json")[0].passages[0]
+    assert (passage.text, passage.questions[0].text) == ("A \ufffd cat. It ate a fish.", "What? \ufffd")
+    assert json_of('["\\ud83d\\ude00"]') == ["\U0001f600"]
 
 
 def test_too_few_articles_or_questions_are_named(tmp_path, caplog):
