@@ -133,7 +133,7 @@ def own_file(folder, sizes, name="squad.en.json"):
 
 
 def test_half_a_character_is_read_as_an_unknown_one(tmp_path):
-    content = json.dumps({"data": [article(text="A \ud83d cat. It ate a fish.", start=17, question="What? \ud83d")]})
+    content = json.dumps({"data": [article(text="A \ud83d cat. It ate a fish.", start=16, question="What? \ud83d")]})
     (tmp_path / "a.json").write_text(content)
     passage = squad.read(tmp_path / "a.json")[0].passages[0]
     assert (passage.text, passage.questions[0].text) == ("A \ufffd cat. It ate a fish.", "What? \ufffd")
