@@ -94,6 +94,11 @@ class Pictures:
     std: tuple[float, ...] = ()
     """Standard deviation of each channel; empty: 1."""
 
+    @property
+    def key(self) -> str:
+        """All that determines the pixels of a given file, for a cache."""
+        return f"{self} {DECODER}"
+
     def pixels(self, picture: bytes | Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a picture, or the content of its file, resized: ``[channels, size, size]`` of 0 to 255.
 

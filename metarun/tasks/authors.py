@@ -24,6 +24,7 @@ from torch import Tensor
 from metarun.contracts import Predict, Samples, Scores, Sequences, Sizes, Spec, Split, Task, Tree
 from metarun.data import lines, pieces
 from metarun.data.acts import before
+from metarun.data.files import found
 from metarun.data.lines import Author
 from metarun.data.ngram_prior import Prior, prior_of
 from metarun.data.ngrams import Ngrams
@@ -33,7 +34,7 @@ from metarun.errors import require
 from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
 from metarun.targets.text import BITS, Text
-from metarun.tasks.few_shot import Cells, Dealt, Shots, cells_of, sizes_without_classes
+from metarun.tasks.few_shot import Cells, Dealt, Shots, cells_of, sizes_without_classes, units_of
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,8 @@ class Authors:
         for part, authors in parts.items():
             train = part == "train"
             parts[part] = lines.of_size(authors, self.sizes[train].examples, f"{name} ({part})", train)
+        source = name if path is None else found(path, data_dir).resolve()
+        self.units = {part: units_of(source, {author.work for author in authors}) for part, authors in parts.items()}
         content = sha256(repr(sorted(parts.items())).encode()).hexdigest()[:6]
         if converter is None:
             tokenizer = pieces.fit((line for author in parts["train"] for line in author.lines), merges)

@@ -16,9 +16,9 @@ from metarun.contracts import Sizes, Split, Task
 from metarun.data.boxes import Annotated, annotated, within
 from metarun.data.files import Files, found
 from metarun.data.objects import Objects, shape_of
-from metarun.data.pictures import DECODER, Pictures
+from metarun.data.pictures import Pictures
 from metarun.data.splits import SHARES, dealt, listed
-from metarun.data.store import Bytes, stored
+from metarun.data.store import Bytes, different, stored
 from metarun.errors import UserError, require
 from metarun.targets.boxes import Boxes
 from metarun.tasks.box_family import BoxFamily, leaves
@@ -360,13 +360,12 @@ def _decoded(
     row = 3 * size * size
     store = stored(
         "boxes",
-        f"{files.stamp(names)} {form} {DECODER}",
+        f"{files.stamp(names)} {form.key}",
         *(len(pictures), (row + NUMBERS,)),
         made,
         f"Reading {len(pictures)} pictures of {source}, once.",
     )
-    first = {digest: i for i, digest in reversed(list(enumerate(store.digests)))}
-    kept = sorted(first.values())
+    kept = different(store.digests)
     if copies := sorted(set(range(len(pictures))) - set(kept)):
         log.info(
             "%s: %d pictures are copies of others and are left out with their boxes: %s.",

@@ -15,7 +15,7 @@ from metarun.data import splits
 from metarun.data.augment import AUGMENTATIONS, augmented
 from metarun.data.embedding import Embedded, cached_features, fitted
 from metarun.data.files import Files, found
-from metarun.data.pictures import DECODER, Pictures, decoded, found_in
+from metarun.data.pictures import Pictures, decoded, found_in
 from metarun.data.portable import portable
 from metarun.data.sources import check_source
 from metarun.data.store import Store, stored
@@ -299,7 +299,7 @@ def _read(source: Path, class_of: str | None, form: Pictures) -> tuple[splits.Ex
         shape = (form.channels, form.size, form.size)
         store = stored(
             "images",
-            f"{files.stamp(names)} {form} {DECODER}",
+            f"{files.stamp(names)} {form.key}",
             len(names),
             shape,
             lambda: decoded(files, pictures, form),

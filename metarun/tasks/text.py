@@ -408,6 +408,7 @@ def text_crosslingual(
         sentences = toy_languages()
     else:
         sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
-    return Text(
-        _parallel_splits(sentences), f"{dataset}:languages", asked, grams, buckets, device, typed, embed, converter
-    )
+    corpus = _parallel_splits(sentences)
+    family = Text(corpus, f"{dataset}:languages", asked, grams, buckets, device, typed, embed, converter)
+    family.units = {split: units_of(dataset, languages) for split, languages in corpus.items()}
+    return family

@@ -164,6 +164,9 @@ def test_cognates_share_n_grams_and_other_words_do_not():
 
 def test_tasks_of_the_parallel_corpus_stay_inside_one_language():
     family = text_crosslingual(dataset="toy")
+    # What a later test must not have of training are languages; labels are the same in all.
+    assert "toy00 of toy" in frozenset.union(*family.units.values())
+    assert not family.units["train"] & family.units["test"]
     pool = family.pools["test"]
     language_of = torch.arange(len(pool.cells.size)).repeat_interleave(pool.cells.size.sum(1))
     tasks = family.sample("test", 20, generator())
