@@ -51,6 +51,8 @@ FOLDS = 5
 """Number of tables of the n-gram model for training lines; each leaves out a fifth of the works."""
 DIGITS = 3
 """Digits of its nats per line, since the last bits of a logarithm differ between machines."""
+MOST_UNKNOWN = 0.01
+"""Share of unknown characters above which a warning says what bits per character are worth."""
 SHOWN = 4
 """Number of lines of an author that samples show, and of lines that they write."""
 
@@ -133,6 +135,8 @@ class Authors:
             tokenizer = converter.tokenizer
         self.tokenizer = tokenizer
         self.shelves = {part: Shelf(authors, tokenizer, length, device) for part, authors in parts.items()}
+        for part in ("val", "test"):
+            warn_of_unknown(self.shelves[part].ids, f"{name} ({part})")
         require(
             len(self.shelves["test"].names) >= 2,
             f"{name} has a single author to test, and the control needs another; add some, or lower shots and queries",
@@ -281,6 +285,17 @@ class Authors:
             for when, tree in made.items():
                 text += ["", f"Written {when} adaptation:", "", *shown(tree["lines"][task])]
         return "\n".join(text) + "\n"
+
+
+def warn_of_unknown(ids: Tensor, where: str) -> None:
+    """Warn if many characters of ``ids`` are unknown, since bits per character take them for a single character."""
+    share = float((ids == pieces.UNKNOWN).sum() / (ids > 0).sum())
+    if share > MOST_UNKNOWN:
+        log.warning(
+            "%s: %.1f %% of the characters are in no training line. They count as one unknown character, which is easy "
+            "to predict, so that bits per character are too few; train on authors of the same script.",
+            *(where, 100 * share),
+        )
 
 
 def _together(parts: list[Dealt]) -> Dealt:
