@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metarun.data.tokens import WORD, grams_of, small, spread
+from metarun.data.spelling import small
+from metarun.data.tokens import WORD, grams_of, spread
 
 Array = NDArray[Any]
 

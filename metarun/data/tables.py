@@ -282,17 +282,17 @@ def require_points(values: pd.Series, source: Source, remedy: str) -> None:
 
 
 def word(value: Any) -> str:
-    """Return a cell as text; 1, 1.0, true and "1" are the same."""
+    """Return a cell as text without spaces around it; 1, 1.0, true and "1" are the same."""
     if isinstance(value, Integral | np.bool_):
         return str(int(value))
     if isinstance(value, Real):
         number = float(value)
         return str(int(number)) if number.is_integer() else f"{number:.15g}"
-    return str(value)
+    return str(value).strip()
 
 
 def words(values: pd.Series) -> pd.Series:
-    """Return the cells of a column as text, None where a cell is empty; 1, 1.0, true and "1" are the same."""
+    """Return the cells of a column as text, None where a cell is empty (see ``word``)."""
     try:
         codes, unique = pd.factorize(values)
     except TypeError:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metarun.data.portable import portable
+from metarun.data.spelling import small
 from metarun.nn.ops import unit_rows
 
 UNKNOWN = 1024
@@ -30,17 +31,6 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 JOINERS = "\u200c\u200d"
 """Characters without width that stand inside words of Persian and of Indian languages."""
-
-
-def small(text: str) -> str:
-    """A text in lower case, in which a letter and its accent are one character however they were written."""
-    lower = text.lower()
-    return lower if lower.isascii() else unicodedata.normalize("NFC", lower)
-
-
-def plain(text: str) -> str:
-    """A text in lower case with single spaces: the same for texts that tokens cannot tell apart."""
-    return " ".join(small(text).split())
 
 
 def words(sentence: str) -> list[str]:

@@ -38,8 +38,8 @@ from metarun.data.passages import (
     Text,
 )
 from metarun.data.portable import portable
+from metarun.data.spelling import plain
 from metarun.data.splits import SHARES, dealt, listed
-from metarun.data.tokens import plain
 from metarun.data.toy_questions import toy_questions
 from metarun.errors import UserError, require
 from metarun.targets.metric import Metric

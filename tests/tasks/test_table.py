@@ -235,6 +235,17 @@ def test_copies_of_rows_are_said(path, tmp_path, caplog):
     assert tables.copies_in(pd.DataFrame({"a": [[1], [1], [2]]})) == 1
 
 
+def test_a_name_with_spaces_after_it_is_the_same_and_one_in_another_case_is_warned_of(tmp_path, caplog):
+    rows = visits()
+    other = rows["patient"].where(rows.index % 2 == 0, rows["patient"] + " ")
+    other = other.where(rows["patient"] != "p03", rows["patient"].where(rows.index % 2 == 0, "P03"))
+    rows.assign(patient=other).to_csv(tmp_path / "rows.csv", index=False)
+    units = table(str(tmp_path / "rows.csv"), "patient", "level", shots=2).units
+    names = {one.partition(" of ")[0] for own in units.values() for one in own}
+    assert names == {*rows["patient"], "P03"}
+    assert "'P03' and 'p03' are different tasks, which may be in different splits" in caplog.text
+
+
 def test_random_splits_keep_groups_together(tmp_path):
     rows = visits().assign(visit=lambda table: table.patient + "-" + (table.day // 6).astype(int).astype(str))
     rows.to_csv(tmp_path / "visits.csv", index=False)

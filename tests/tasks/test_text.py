@@ -63,6 +63,15 @@ def test_texts_that_differ_in_what_tokens_cannot_tell_apart_are_copies(tmp_path,
     assert sum(len(pool.texts) for pool in family.pools.values()) == 72
 
 
+def test_labels_that_differ_in_case_alone_are_warned_of(tmp_path, caplog):
+    rows = [
+        f"text number {i},{'Refund' if i % 16 == 8 else f'class {i % 8}' if i % 8 else 'refund'}" for i in range(64)
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    text(path=str(tmp_path / "rows.csv"), ways=2, queries=1)
+    assert "'Refund' and 'refund' are different classes, which may be in different splits" in caplog.text
+
+
 def test_the_vocabulary_is_of_training_and_unknown_words_still_equal_themselves():
     tokenizer = tokens.fit(["pay my bill", "pay the bill", "once"], 16, (3, 5))
     assert tokenizer.vocabulary == ("bill", "pay")
