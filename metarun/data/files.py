@@ -45,6 +45,11 @@ def _visible(name: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """Return what matches a pattern below a folder, sorted, without what systems hide or add by themselves."""
+    return sorted(path for path in folder.glob(pattern) if _visible(path.relative_to(folder).as_posix()))
+
+
 def _walked(root: Path) -> Iterator[str]:
     """Yield the paths of all files below ``root``, through links to folders, each folder once."""
     seen = set()

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from metarun.contracts import Examples
-from metarun.data.files import PARTS, Files, read_file, split_in, table
+from metarun.data.files import PARTS, Files, read_file, split_in, table, visible
 from metarun.data.portable import portable
 from metarun.errors import UserError, require
 
@@ -213,7 +213,7 @@ def is_picture(name: str) -> bool:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Return the pictures directly in a folder, in the order of their names."""
-    return sorted(path for path in folder.iterdir() if is_picture(path.name))
+    return [path for path in visible(folder) if is_picture(path.name)]
 
 
 def read_pictures(path: Path) -> Examples:
@@ -228,9 +228,7 @@ def read_pictures(path: Path) -> Examples:
     loose = pictures_in(path)
     if loose:
         return Examples(loose, None, [found.name for found in loose])
-    of_class = [
-        (found, folder.name) for folder in sorted(path.iterdir()) if folder.is_dir() for found in pictures_in(folder)
-    ]
+    of_class = [(found, folder.name) for folder in visible(path) if folder.is_dir() for found in pictures_in(folder)]
     require(
         len(of_class) > 0,
         f"{path} has neither pictures ({', '.join(ENDINGS)}) nor folders with pictures, one per class",

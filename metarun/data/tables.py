@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from metarun.data.files import found
+from metarun.data.files import found, visible
 from metarun.errors import UserError
 
 BINARY = (".parquet", ".pq")
@@ -29,7 +29,7 @@ def files_of(path: str | Mapping[str, str], data_dir: str) -> dict[str, Path]:
     place = found(path, data_dir)
     if not place.is_dir():
         return {place.stem: place}
-    inside = sorted(p for p in place.iterdir() if p.suffix in (".csv", *BINARY))
+    inside = [path for path in visible(place) if path.suffix in (".csv", *BINARY)]
     if not inside:
         raise UserError(f"{place} has no .csv and no .parquet file; set task.path to one file, or to a folder of them.")
     return {p.stem: p for p in inside}

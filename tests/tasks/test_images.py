@@ -18,12 +18,13 @@ from scenarios import generator
 from metarun import evaluation
 from metarun.assemble import assemble
 from metarun.checks.family import check_tasks
-from metarun.data import augment
+from metarun.data import augment, pieces, squad, tables
 from metarun.data.converters import Drawings
 from metarun.data.files import LARGEST_FILE, Files, table
 from metarun.data.objects import listed_pictures
-from metarun.data.pictures import Pictures
+from metarun.data.pictures import Pictures, read_pictures
 from metarun.data.splits import dealt
+from metarun.data.writing import Lines
 from metarun.errors import UserError
 from metarun.results.status import rows_of
 from metarun.run import run
@@ -646,6 +647,20 @@ def test_broken_sentences_are_named(tmp_path, make, words):
         text(ways=2, queries=2, buckets=64, path=str(make(tmp_path / "mine.csv")))
     for word in words:
         assert word in str(refused.value), str(refused.value)
+
+
+def test_no_reader_takes_what_systems_add_to_folders(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for name in ("cat/a.png", "rows.csv", "lines.txt", "squad.en.json"):
+        (tmp_path / name).write_text("real")
+        # As macOS and notebooks leave them.
+        for added in (tmp_path / name).with_name(f"._{Path(name).name}"), tmp_path / ".ipynb_checkpoints" / name:
+            added.parent.mkdir(parents=True, exist_ok=True)
+            added.write_text("not real")
+    assert read_pictures(tmp_path).names == ["cat/a.png"]
+    assert list(tables.files_of(str(tmp_path), "data")) == ["rows"]
+    assert list(squad.files_of(tmp_path)) == ["en"]
+    assert Lines(pieces.Pieces(()), 8).read(tmp_path).x == ["real"]
 
 
 def test_tables_are_read_as_they_are_written():
