@@ -139,7 +139,10 @@ class SpriteDetection(BoxFamily):
             rows = torch.tensor([i for i, own in enumerate(self.photos.classes) if own in places[split]])
             require(len(rows) > 0, "backgrounds must be photos in at least three folders; add some, or choose noise")
             pools[split] = Pool(classes, int(split == "test" and designs == "apart"), rows)
-        units = {split: units_of(name, groups[split]) | units_of(place, places[split]) for split in SHARES}
+        units = {
+            split: units_of(name, groups[split]) | units_of(place, (f"background {one}" for one in places[split]))
+            for split in SHARES
+        }
         return pools, units
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
