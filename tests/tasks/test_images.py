@@ -277,7 +277,7 @@ def test_a_picture_that_occurs_twice_is_used_once_and_small_classes_are_named(tm
     assert "classes with fewer than 7 pictures are left out: c05 (3)." in caplog.messages[-1]
 
 
-def test_test_classes_may_come_from_other_data(tmp_path):
+def test_test_classes_may_come_from_other_data(tmp_path, caplog):
     first = drawn(tmp_path / "first")
     second = tmp_path / "second"
     for number in range(12):
@@ -292,6 +292,10 @@ def test_test_classes_may_come_from_other_data(tmp_path):
     assert not content(family)["test"] & (content(family)["train"] | content(family)["val"])
     assert family.sample("test", 2, generator()).query["x"].shape == (2, 4, 3, 16, 16)
     assert Images(str(first), **SMALL).converter != family.converter  # statistics of other training classes
+    assert not caplog.text
+    (second / "d0").rename(second / "C00")
+    Images(str(first), **SMALL, test_path=str(second))
+    assert "second: test classes have names of training classes of first: C00." in caplog.text
 
 
 @pytest.mark.parametrize(("count", "ways"), [(12, 5), (7, 5), (100, 5), (3, 2)])
