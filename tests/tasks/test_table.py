@@ -525,6 +525,18 @@ def test_new_molecules_are_in_no_training_task(tmp_path):
     assert not seen["train"] & (seen["val"] | seen["test"])
 
 
+def test_a_copy_of_a_training_molecule_is_not_new(tmp_path, caplog):
+    bits = np.random.default_rng(1).integers(0, 2, (30, 32), dtype=np.uint8)
+    packed = np.packbits(np.concatenate([bits, bits[:10], bits[:20]]), axis=1)
+    found = molecules(fingerprints(tmp_path, fp_packed=packed), shots=1, queries=None, smallest=None, new_molecules=0.5)
+    assert "30 molecules have the fingerprints of others" in caplog.text
+    seen = {}
+    for part in ("train", "test"):
+        tasks = found.sample(part, 20, generator())
+        seen[part] = {row[:-2] for i in range(20) for half in tasks[:2] for row in rows_of(half, i)}
+    assert not seen["train"] & seen["test"]
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
@@ -533,6 +545,7 @@ def test_new_molecules_are_in_no_training_task(tmp_path):
         ({"labels": np.zeros((60, 7))}, r"labels must be \[molecules, assays\], \[60, 8\]"),
         ({"fp_packed": np.zeros((60, 32))}, "fp_packed must be .* of uint8"),
         ({"labels": np.zeros((60, 8))}, "no task has 4 rows in each of at least two classes"),
+        ({"tasks": np.array(["t0"] * 8)}, "tasks has two assays t0; rename one of them"),
         ({"tasks": np.array([{}] * 8, dtype=object)}, "m.npz is not an .npz file of arrays"),
     ],
 )
