@@ -17,7 +17,7 @@ from metarun.data.boxes import Annotated, annotated, within
 from metarun.data.files import Files, found
 from metarun.data.objects import Objects, shape_of
 from metarun.data.pictures import Pictures
-from metarun.data.splits import SHARES, dealt, listed
+from metarun.data.splits import SHARES, dealt, listed, warn_of_like
 from metarun.data.store import Bytes, different, stored
 from metarun.errors import UserError, require
 from metarun.targets.boxes import Boxes
@@ -112,6 +112,7 @@ class Detection(BoxFamily):
         self.classes = sorted({box.label for one in pictures for box in one.boxes})
         if not self.classes:
             raise UserError(f"{source} has pictures without a single box; set task.path to annotated ones.")
+        warn_of_like(self.classes, str(source), "classes")
         most = max(map(len, boxes))
         number = {name: index for index, name in enumerate(self.classes)}
         self.boxes, self.label = torch.zeros(len(pictures), most, 4), torch.full((len(pictures), most), -1)

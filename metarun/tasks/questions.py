@@ -39,7 +39,7 @@ from metarun.data.passages import (
 )
 from metarun.data.portable import portable
 from metarun.data.spelling import plain
-from metarun.data.splits import SHARES, dealt, listed
+from metarun.data.splits import SHARES, dealt, listed, warn_of_like
 from metarun.data.toy_questions import toy_questions
 from metarun.errors import UserError, require
 from metarun.targets.metric import Metric
@@ -464,6 +464,7 @@ def questions(
     titles = {article.title for file in used for article in articles[file]}
     if len(titles) < len(SPLITS):
         raise UserError(f"{name} has {len(titles)} articles, and each of the three splits needs one; add some.")
+    warn_of_like(titles, name, "articles")
     of_split = dealt(titles, split_seed, dict(zip(SPLITS, shares, strict=True)), 1)
     corpus: dict[Split, Corpus] = {
         split: {file: [a for a in articles[file] if a.title in of_split[split]] for file in files[split]}

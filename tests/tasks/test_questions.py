@@ -175,6 +175,14 @@ def test_no_passage_of_a_test_is_trained_on_and_no_question_is_asked_twice(tmp_p
     assert len(others) == len(family.pools["test"].groups) - 1
 
 
+def test_titles_that_differ_in_case_alone_are_warned_of(tmp_path, caplog):
+    own_file(tmp_path, [3] * 12)
+    file = next(tmp_path.glob("*.json"))
+    (tmp_path / "squad.de.json").write_text(file.read_text().replace("article 3", "Article 3"))
+    questions(path=str(tmp_path), shots=2)
+    assert "'Article 3' and 'article 3' are different articles, which may be in different splits" in caplog.text
+
+
 def test_a_language_that_is_tested_is_not_trained_on_unless_it_is_named(tmp_path):
     for language in ("de", "en", "fr", "ru"):
         own_file(tmp_path, [4, 4, 4], f"squad.{language}.json")
