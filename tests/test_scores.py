@@ -110,3 +110,15 @@ def test_labels_score_what_padding_and_broken_outputs_do_not_change():
     broken = output[:3].clone()
     broken[1] = torch.nan
     assert target.scores(broken, whole)["auroc"] == 0.5
+
+
+@pytest.mark.parametrize("names", [("no", "yes"), ("no", "perhaps", "yes")])
+def test_a_learner_that_diverged_is_neither_calibrated_nor_right_about_any_class(names):
+    target, y = Labels.of(names), torch.eye(len(names)).repeat(4, 1)
+    for value in (torch.nan, torch.inf):
+        output = torch.full_like(y, value)
+        found = {**target.scores(output, {"y": y}), **target.further(output, {"y": y})}
+        assert found["negative-log-likelihood"].isnan()
+        assert found["calibration-error"] == 1
+        assert found.get("macro-f1", 0) == 0
+        assert target.confusion(output, {"y": y}).sum() == 0

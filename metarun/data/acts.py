@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metarun.contracts import Examples, Predict, Request, Tree
 from metarun.data.dialogues import PLACES, Prompts, Turn, action_of, filled, system_turns
-from metarun.data.files import read_file
+from metarun.data.files import read_file, visible
 from metarun.data.pieces import BOUNDARY, PADDING, Pieces, symbol
 from metarun.data.portable import portable
 from metarun.data.responses import WAYS
@@ -222,7 +222,7 @@ class Acts:
             ValueError: there is no such file.
             UserError: a file is broken; the sentence names the place.
         """
-        files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+        files = [path] if path.is_file() else visible(path, "**/*.json")
         files = [file for file in files if file.name != "schema.json"]
         require(len(files) > 0, f"{path} has no JSON file of dialogues; name one")
         turns = [turn for file in files for turn in system_turns(read_file(file), str(file), said=False)]

@@ -162,7 +162,7 @@ def _listed_splits(files: Files, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         path = PurePosixPath(name)
         if path.parts[-3:-1] == ("ImageSets", "Main") and path.suffix == ".txt" and path.stem in PARTS:
-            for line in files.read(name).decode("utf-8", "replace").split("\n"):
+            for line in files.read(name).decode("utf-8-sig", "replace").split("\n"):
                 if line.split():
                     found[line.split()[0]] = PARTS[path.stem]
     return found

@@ -87,10 +87,15 @@ def read(path: Path, column: int | None, scheme: Scheme) -> dict[str, dict[str, 
 def source_of(by_part: Mapping[str, Sequence[Sentence]]) -> Source:
     """Return a source that supports with its training and validation files and asks with its test files.
 
-    Where it lacks one of the two, both are drawn from all of its sentences.
+    Where it lacks one of the two, both are drawn from all of its sentences. A sentence that occurs several times is
+    used once, so that no task shows what it asks for.
     """
-    support = [sentence for part, own in by_part.items() for sentence in own if part != "test"]
-    query = list(by_part.get("test", ()))
+    different = dict[tuple[str, ...], tuple[str, Sentence]]()
+    for part, own in sorted(by_part.items(), key=lambda item: item[0] == "test"):
+        for sentence in own:
+            different.setdefault(sentence.words, (part, sentence))
+    support = [sentence for part, sentence in different.values() if part != "test"]
+    query = [sentence for part, sentence in different.values() if part == "test"]
     return Source(support, query) if support and query else Source([*support, *query])
 
 
@@ -106,7 +111,11 @@ def of_path(
         UserError: a file is broken, a named source is not there, or a split lacks sources.
     """
     place = found(path, data_dir)
-    sources = {name: source_of(parts) for name, parts in read(place, column, scheme).items()}
+    files = read(place, column, scheme)
+    sources = {name: source_of(parts) for name, parts in files.items()}
+    whole = sum(len(own) for parts in files.values() for own in parts.values())
+    if copies := whole - sum(len(source.sentences()) for source in sources.values()):
+        log.info("%s: %d sentences are copies of others of their source and are left out.", place.name, copies)
     given = {name.partition("/")[0] for name in sources} <= set(SHARES) and any("/" in name for name in sources)
     if given:
         require(not val and not test, f"{place} has folders for its splits, so task.val and task.test must be empty")

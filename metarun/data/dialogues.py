@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metarun.data.files import PARTS, Files, found
+from metarun.data.files import PARTS, Files, found, json_of
 from metarun.data.lines import text_of
 from metarun.data.pieces import SYMBOLS, symbol
 from metarun.data.splits import SHARES, dealt, listed
@@ -172,7 +172,7 @@ def system_turns(content: bytes, place: str, said: bool = True) -> Iterator[Turn
     """
     text = text_of(content, place)
     try:
-        dialogues = json.loads(text)
+        dialogues = json_of(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{place}, line {error.lineno}, column {error.colno}, is not JSON ({error.msg}); it may be cut "

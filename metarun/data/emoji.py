@@ -66,7 +66,7 @@ def emoji(folder: Path, form: Pictures) -> Emoji:
         names = [picture.name for picture in pictures]
         store = stored(
             "emoji",
-            f"{files.stamp(names)} {form}",
+            f"{files.stamp(names)} {form.key}",
             len(names),
             (form.channels, form.size, form.size),
             lambda: decoded(files, pictures, form),

@@ -3,12 +3,14 @@
 import csv
 import hashlib
 import io
+import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metarun.errors import UserError
 
@@ -41,6 +43,11 @@ def found(path: str, data_dir: str, key: str = "task.path") -> Path:
 def _visible(name: str) -> bool:
     """Whether a path has no part that systems hide, or add to archives by themselves."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """Return what matches a pattern below a folder, sorted, without what systems hide or add by themselves."""
+    return sorted(path for path in folder.glob(pattern) if _visible(path.relative_to(folder).as_posix()))
 
 
 def _walked(root: Path) -> Iterator[str]:
@@ -142,6 +149,24 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable, or choose another.") from error
+
+
+def json_of(text: str) -> Any:
+    """Return what a JSON text holds. Halves of characters (lone surrogates), which no encoding has, become U+FFFD.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+    """
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, str):
+            return re.sub("[\ud800-\udfff]", "\ufffd", value)
+        if isinstance(value, list):
+            return [whole(one) for one in value]
+        return {whole(key): whole(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+    found = json.loads(text)
+    return whole(found) if re.search(r"\\u[dD][89a-fA-F]", text) else found
 
 
 def _hash(texts: Iterable[str]) -> str:

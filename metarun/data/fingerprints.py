@@ -5,6 +5,7 @@ A ``.npz`` file holds ``fp_packed [molecules, bytes]``, the bits of a fingerprin
 """
 
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,9 @@ def read_molecules(path: Path) -> Molecules:
             f"{path}: labels must be [molecules, assays], {[len(packed), len(tasks)]} by fp_packed and tasks, not "
             f"{list(labels.shape)}."
         )
+    names = [str(task) for task in tasks]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{path}: tasks has two assays {twice[0]}; rename one of them, or leave it out.")
     wrong = ~np.isin(labels, (-1, 0, 1))
     if (place := first_where(wrong)) is not None:
         row, column = divmod(place, labels.shape[1])
@@ -58,7 +62,7 @@ def read_molecules(path: Path) -> Molecules:
             f"{path}: labels must be 1 (active), 0 (inactive) or −1 (not measured), and molecule {row} of the assay "
             f"{tasks[column]!s} has {labels[row, column]}."
         )
-    return Molecules(packed, labels.astype(np.int8), [str(task) for task in tasks])
+    return Molecules(packed, labels.astype(np.int8), names)
 
 
 def unpacked(packed: Tensor) -> Tensor:

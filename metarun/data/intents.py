@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metarun.data.files import visible
 from metarun.errors import UserError
 
 PARTS = {"train": "train", "val": "valid", "test": "test"}
@@ -169,7 +170,7 @@ def _english(header: Mapping[str, str], english: list[str]) -> str:
 def xsid(data_dir: str) -> list[Sentence]:
     """All sentences of the validation and test files of every language; the training files are machine translations."""
     folder = Path(data_dir) / "xsid"
-    languages = sorted({path.name.split(".")[0] for path in folder.glob("*.conll")})
+    languages = sorted({path.name.split(".")[0] for path in visible(folder, "*.conll")})
     if not languages:
         raise UserError(f"{folder} holds no LANGUAGE.test.conll; put the files of {SOURCES['xsid']} there.")
     sentences = []
@@ -186,7 +187,7 @@ def xsid(data_dir: str) -> list[Sentence]:
 def nusax(data_dir: str) -> list[Sentence]:
     """All sentences of every language; sentences with the same published id are translations of each other."""
     folder = Path(data_dir) / "nusax_senti"
-    languages = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    languages = [path.name for path in visible(folder) if path.is_dir()]
     if not languages:
         raise UserError(f"{folder} holds no folder of a language; put the files of {SOURCES['nusax']} there.")
     return [

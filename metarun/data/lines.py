@@ -7,6 +7,7 @@ author of the user's has written. Training, validation and test share no work.
 import logging
 import re
 import textwrap
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -56,10 +57,13 @@ def text_of(content: bytes, place: str) -> str:
 
 
 def lines_of(texts: Iterable[str], longest: int) -> list[str]:
-    """Return the different lines of texts, without blank ones; longer ones are broken between words."""
+    """Return the different lines of texts, without blank ones; longer ones are broken between words.
+
+    A letter and its accent are one character however they were written.
+    """
     found = dict[str, None]()
     for text in texts:
-        for line in text.splitlines():
+        for line in unicodedata.normalize("NFC", text).splitlines():
             # Runs of spaces and tabs show how a text was set, and not how it was written.
             found |= dict.fromkeys(textwrap.wrap(re.sub(r"\s+", " ", line).strip(), longest))
     return list(found)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from metarun.data.spelling import small
 from metarun.data.tokens import WORD, grams_of, spread
 
 Array = NDArray[Any]
@@ -231,7 +232,7 @@ class Lexicon:
         """Cut a text into words."""
         words = words_of(text)
         own = [text[word.start : word.end] for word in words]
-        shown = [word.lower() for word in own]
+        shown = [small(word) for word in own]
         grams = grams_at(words, shown)
         gram = np.array([self.number(one) for one in grams], dtype=np.int64)
         sentence = np.array(sentences_of(text, words), dtype=np.int64)

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from metarun.contracts import Examples
-from metarun.data.files import PARTS, Files, read_file, split_in, table
+from metarun.data.files import PARTS, Files, read_file, split_in, table, visible
 from metarun.data.portable import portable
 from metarun.errors import UserError, require
 
@@ -93,6 +93,11 @@ class Pictures:
     """Mean of each channel of the training pictures, with white as 1; empty: 0."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel; empty: 1."""
+
+    @property
+    def key(self) -> str:
+        """All that determines the pixels of a given file, for a cache."""
+        return f"{self} {DECODER}"
 
     def pixels(self, picture: bytes | Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a picture, or the content of its file, resized: ``[channels, size, size]`` of 0 to 255.
@@ -208,7 +213,7 @@ def is_picture(name: str) -> bool:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Return the pictures directly in a folder, in the order of their names."""
-    return sorted(path for path in folder.iterdir() if is_picture(path.name))
+    return [path for path in visible(folder) if is_picture(path.name)]
 
 
 def read_pictures(path: Path) -> Examples:
@@ -223,9 +228,7 @@ def read_pictures(path: Path) -> Examples:
     loose = pictures_in(path)
     if loose:
         return Examples(loose, None, [found.name for found in loose])
-    of_class = [
-        (found, folder.name) for folder in sorted(path.iterdir()) if folder.is_dir() for found in pictures_in(folder)
-    ]
+    of_class = [(found, folder.name) for folder in visible(path) if folder.is_dir() for found in pictures_in(folder)]
     require(
         len(of_class) > 0,
         f"{path} has neither pictures ({', '.join(ENDINGS)}) nor folders with pictures, one per class",

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from metarun.data.spelling import plain
 from metarun.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def lists_in(folder: Path, labels: Iterable[str], usable: Collection[str]) -> di
     for part in SHARES:
         path = folder / f"{part}.txt"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); put lists of classes there, or choose task.split=random."
@@ -156,6 +157,18 @@ def given(examples: Examples, rows: Mapping[str, Sequence[int]]) -> dict[str, se
     return split
 
 
+def warn_of_like(names: Iterable[str], where: str, what: str) -> None:
+    """Warn of names that differ in case, spaces or the encoding of accents alone; they may be in different splits."""
+    alike: dict[str, set[str]] = {}
+    for name in names:
+        alike.setdefault(plain(name), set()).add(name)
+    if several := [sorted(own) for own in alike.values() if len(own) > 1]:
+        log.warning(
+            "%s: %s are different %s, which may be in different splits; if they are the same, write them alike.",
+            *(where, " and ".join(map(repr, several[0])), what),
+        )
+
+
 def by_class(
     examples: Examples,
     rows: Mapping[str, Sequence[int]],
@@ -179,6 +192,7 @@ def by_class(
     Raises:
         UserError: the data do not name their splits, or a split has no class.
     """
+    warn_of_like(rows, examples.name, "classes")
     has_splits = any(part is not None for part in examples.splits)
     if option == "given" and not has_splits:
         raise UserError(f"{examples.name} names no splits; choose task.split=random.")

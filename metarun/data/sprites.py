@@ -15,7 +15,7 @@ from torch.nn.functional import grid_sample, interpolate
 
 from metarun.data.files import Files
 from metarun.data.pictures import Pictures, is_picture, opened
-from metarun.data.store import Bytes, stored
+from metarun.data.store import Bytes, different, stored
 from metarun.errors import UserError
 
 EDGE = 32
@@ -57,7 +57,7 @@ def emoji(folder: Path) -> Sprites:
     """Return a class per emoji, and a group per subcategory, of a folder with ``emoji.json`` and ``img/DESIGN/64/``.
 
     The npm packages emoji-datasource have them (https://github.com/iamcal/emoji-data). Subcategories of fewer than ten
-    emoji are left out.
+    emoji are left out, and so are emoji that look like an earlier one in one of the designs, as many families do.
 
     Raises:
         UserError: a file is missing or broken.
@@ -85,8 +85,10 @@ def emoji(folder: Path) -> Sprites:
             made,
             f"Reading {len(names)} emoji of {folder}, once.",
         )
-    pixels = store.rows.view(len(used), len(DESIGNS), 4, EDGE, EDGE)
-    return Sprites(pixels, [group for group, _, _ in used])
+    of_design = [different(store.digests[first :: len(DESIGNS)]) for first in range(len(DESIGNS))]
+    kept = sorted(set.intersection(*map(set, of_design)))
+    pixels = store.rows.view(len(used), len(DESIGNS), 4, EDGE, EDGE)[kept]
+    return Sprites(pixels, [used[i][0] for i in kept])
 
 
 GROUPS, MEMBERS = 60, 8
@@ -143,7 +145,7 @@ class Photos(NamedTuple):
 
 
 def photos(folder: Path, size: int) -> Photos:
-    """Return all pictures below a folder, resized to squares.
+    """Return all different pictures below a folder, resized to squares.
 
     Raises:
         UserError: there is none, or one is broken.
@@ -163,12 +165,15 @@ def photos(folder: Path, size: int) -> Photos:
 
         store = stored(
             "backgrounds",
-            f"{files.stamp(names)} {form}",
+            f"{files.stamp(names)} {form.key}",
             *(len(names), (3, size, size)),
             made,
             f"Reading {len(names)} photos of {folder}, once.",
         )
-    return Photos(store.rows, [Path(name).parent.name for name in names])
+    kept = different(store.digests)
+    # Rows that are left as they are stay on the disk until they are used.
+    rows = store.rows if len(kept) == len(names) else store.rows[kept]
+    return Photos(rows, [Path(names[i]).parent.name for i in kept])
 
 
 NOISES = 300

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metarun.data.files import read_file
+from metarun.data.files import json_of, read_file, visible
 from metarun.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def files_of(path: Path) -> dict[str, Path]:
     Raises:
         UserError: there is none, or two have the same name.
     """
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = visible(path, "*.json") if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .json; put files in the format of SQuAD there, one per language or domain.")
     found: dict[str, Path] = {}
@@ -78,7 +78,7 @@ def _parsed(path: Path) -> Any:
     """
     content = read_file(path)
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json_of(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}, is not text in UTF-8; save the file in this encoding.") from error

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,14 @@ class Store(NamedTuple):
 def digest(row: Bytes) -> bytes:
     """Return the hash of a row."""
     return hashlib.blake2b(row.tobytes(), digest_size=DIGEST).digest()
+
+
+def different(digests: Sequence[bytes]) -> list[int]:
+    """Return the rows that are no copies of earlier ones, given the hashes of all."""
+    first = dict[bytes, int]()
+    for row, own in enumerate(digests):
+        first.setdefault(own, row)
+    return list(first.values())
 
 
 def _read(path: Path, count: int, shape: tuple[int, ...]) -> Store | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from metarun.data.files import found
+from metarun.data.files import found, visible
 from metarun.errors import UserError
 
 BINARY = (".parquet", ".pq")
@@ -29,7 +29,7 @@ def files_of(path: str | Mapping[str, str], data_dir: str) -> dict[str, Path]:
     place = found(path, data_dir)
     if not place.is_dir():
         return {place.stem: place}
-    inside = sorted(p for p in place.iterdir() if p.suffix in (".csv", *BINARY))
+    inside = [path for path in visible(place) if path.suffix in (".csv", *BINARY)]
     if not inside:
         raise UserError(f"{place} has no .csv and no .parquet file; set task.path to one file, or to a folder of them.")
     return {p.stem: p for p in inside}
@@ -282,17 +282,17 @@ def require_points(values: pd.Series, source: Source, remedy: str) -> None:
 
 
 def word(value: Any) -> str:
-    """Return a cell as text; 1, 1.0, true and "1" are the same."""
+    """Return a cell as text without spaces around it; 1, 1.0, true and "1" are the same."""
     if isinstance(value, Integral | np.bool_):
         return str(int(value))
     if isinstance(value, Real):
         number = float(value)
         return str(int(number)) if number.is_integer() else f"{number:.15g}"
-    return str(value)
+    return str(value).strip()
 
 
 def words(values: pd.Series) -> pd.Series:
-    """Return the cells of a column as text, None where a cell is empty; 1, 1.0, true and "1" are the same."""
+    """Return the cells of a column as text, None where a cell is empty (see ``word``)."""
     try:
         codes, unique = pd.factorize(values)
     except TypeError:

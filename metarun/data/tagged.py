@@ -82,8 +82,11 @@ def is_comment(line: str) -> bool:
 
 
 def cells_of(line: str) -> list[str]:
-    """Return the columns of a line, separated by tabs, or by spaces where there is no tab."""
-    return line.split("\t") if "\t" in line else line.split()
+    """Return the columns of a line, separated by tabs, or by spaces where there is no tab.
+
+    Spaces that never separate, as in a number of a French text, belong to words.
+    """
+    return line.split("\t") if "\t" in line else [cell for cell in line.split(" ") if cell]
 
 
 def sentences_of(content: bytes, place: str, column: int | None = None, scheme: Scheme = "iob2") -> list[Sentence]:

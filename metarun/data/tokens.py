@@ -8,6 +8,7 @@ N-grams are taken within words that carry one space on either side, as in scikit
 """
 
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metarun.data.portable import portable
+from metarun.data.spelling import small
 from metarun.nn.ops import unit_rows
 
 UNKNOWN = 1024
@@ -27,9 +29,18 @@ MAX_WORDS, MAX_GRAMS = 48, 512
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
+JOINERS = "\u200c\u200d"
+"""Characters without width that stand inside words of Persian and of Indian languages."""
+
+
 def words(sentence: str) -> list[str]:
     """The words of a sentence in lower case, and its punctuation marks one by one."""
-    return WORD.findall(sentence.lower())
+    text = small(sentence)
+    if text.isascii():
+        return WORD.findall(text)
+    # Vowel signs, accents and dots that are characters by themselves belong to words, but not to Python's letters.
+    marks = {c for c in text if unicodedata.category(c)[0] == "M" or c in JOINERS}
+    return re.findall(rf"[\w{re.escape(''.join(sorted(marks)))}]+|[^\w\s]", text) if marks else WORD.findall(text)
 
 
 def grams_of(part: str, lengths: tuple[int, int]) -> list[str]:
@@ -47,7 +58,7 @@ def is_cut(sentence: str, lengths: tuple[int, int]) -> bool:
     """Whether a sentence has more words or n-grams than a row holds."""
     shortest, longest = lengths
     grams = 0
-    for size in (len(part) + 2 for part in sentence.lower().split()):
+    for size in (len(part) + 2 for part in small(sentence).split()):
         # As many as `grams_of` the word.
         grams += sum(max(size - n, 0) + 1 for n in range(shortest, min(longest, max(size, shortest)) + 1))
     return grams > MAX_GRAMS or len(words(sentence)) > MAX_WORDS
@@ -104,7 +115,7 @@ class Tokenizer:
         rows = []
         for sentence in sentences:
             known = [word_id(word) for word in words(sentence)][:MAX_WORDS]
-            hashed = [i for part in sentence.lower().split() for i in gram_ids(part)][:MAX_GRAMS]
+            hashed = [i for part in small(sentence).split() for i in gram_ids(part)][:MAX_GRAMS]
             rows.append(known + [0] * (MAX_WORDS - len(known)) + hashed)
         width = max(map(len, rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
@@ -171,10 +182,10 @@ def looks_of(word: str, first: bool) -> tuple[int, ...]:
     The features are the word in lower case, its shape by itself and by its place, then its prefixes, suffixes and inner
     trigrams in lower case.
     """
-    shape, small = shape_of(word), word.lower()
-    inside, lengths = f" {small} ", range(1, min(AFFIX, len(small)) + 1)
-    parts = [f"word {small}", f"shape {shape}", f"{'first' if first else 'later'} {shape[:3]}"]
-    parts += [f"prefix {small[:n]}" for n in lengths] + [f"suffix {small[-n:]}" for n in lengths]
+    shape, lower = shape_of(unicodedata.normalize("NFC", word)), small(word)
+    inside, lengths = f" {lower} ", range(1, min(AFFIX, len(lower)) + 1)
+    parts = [f"word {lower}", f"shape {shape}", f"{'first' if first else 'later'} {shape[:3]}"]
+    parts += [f"prefix {lower[:n]}" for n in lengths] + [f"suffix {lower[-n:]}" for n in lengths]
     parts += [f"trigram {inside[i : i + 3]}" for i in range(1, len(inside) - 3)][:TRIGRAMS]
     return (*(zlib.crc32(part.encode()) for part in parts), *[-1] * (COLUMNS - len(parts)))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from metarun.contracts import Examples, Predict, Request, Tree
 from metarun.data.acts import before
 from metarun.data.converters import row_names
-from metarun.data.files import read_file
+from metarun.data.files import read_file, visible
 from metarun.data.lines import lines_of, text_of
 from metarun.data.ngram_prior import Prior
 from metarun.data.pieces import Pieces
@@ -111,7 +111,7 @@ class Lines:
             ValueError: there is none.
             UserError: a file is not in UTF-8; the sentence names the line.
         """
-        files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+        files = [path] if path.is_file() else visible(path, "**/*.txt")
         found = [line for file in files for line in own_lines(read_file(file), str(file))]
         require(len(found) > 0, f"{path} has no line of text; name a text file, or a folder of files named *.txt")
         return Examples(found, None, row_names(len(found)))

@@ -152,7 +152,8 @@ def say(experiment: Experiment, row: dict[str, Any], tested: Tested) -> None:
         log.info("  %s of all test episodes together, %s   %s", other.name, after, shown)
     few = getattr(experiment.family, "different_tests", None)
     if few is not None and few < row["n_episodes"]:
-        log.info("  the episodes are of %d different tasks, and the intervals are not about further ones", few)
+        which = f"{few} different tasks" if few > 1 else "a single task"
+        log.info("  the episodes are of %s, and the intervals are not about further ones", which)
     diverged = int((~scores[:, -1].isfinite()).sum())
     if diverged:
         log.warning("  %d of %d episodes diverged: their score is not a number", diverged, row["n_episodes"])

@@ -35,7 +35,7 @@ def confusion(chosen: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Return the weight of the examples of each class that each class was chosen for: ``[classes, chosen classes]``.
 
     Args:
-        chosen: index of the class that was chosen ``[examples]``.
+        chosen: index of the class that was chosen, −1 where none was ``[examples]``.
         y: one-hot classes ``[examples, classes]``.
         weight: weight of each example ``[examples]``.
     """

@@ -59,8 +59,8 @@ class Classes:
 
     def scores(self, output: Tensor, data: Tree) -> Scores:
         """Return the accuracy, a fraction; an output that is not finite counts as wrong."""
-        chosen = own_classes(output, data).argmax(-1)
-        correct = (chosen == data["y"].argmax(-1)) & output.isfinite().all(-1)
+        output = own_classes(output, data)
+        correct = (output.argmax(-1) == data["y"].argmax(-1)) & output.isfinite().all(-1)
         return {ACCURACY.name: mean_over(correct.to(output.dtype), data)}
 
     def rows(self, z: Tensor, data: Tree) -> Rows:

@@ -50,9 +50,14 @@ class Labels(Classes):
         return {AUROC.name: auroc(self.margin(output), data["y"][:, 1], weight_of(data)), **found}
 
     def further(self, output: Tensor, data: Tree) -> Scores:
-        """Return the other metrics, which only tests need."""
-        output, weight = own_classes(output.detach().nan_to_num(), data), weight_of(data)
-        probability = output.softmax(-1)
+        """Return the other metrics, which only tests need.
+
+        The likelihood of an output that is not finite is not a number, and to calibration such an output is a certain
+        error.
+        """
+        output, weight = own_classes(output.detach(), data), weight_of(data)
+        sound = output.isfinite().all(-1, keepdim=True)
+        probability = torch.where(sound, output.softmax(-1), 1 - data["y"])
         nats = cross_entropy(output, data["y"], reduction="none")
         found = {
             LOG_LOSS.name: mean_over(nats, data),
@@ -70,5 +75,10 @@ class Labels(Classes):
         return torch.where(odds.isfinite(), odds, -torch.inf)
 
     def confusion(self, output: Tensor, data: Tree) -> Tensor:
-        """Return the number of examples of each class that each class was chosen for ``[classes, classes]``."""
-        return confusion(own_classes(output, data).argmax(-1), data["y"], weight_of(data))
+        """Return the number of examples of each class that each class was chosen for ``[classes, classes]``.
+
+        An output that is not finite chooses none.
+        """
+        output = own_classes(output, data)
+        chosen = torch.where(output.isfinite().all(-1), output.argmax(-1), -1)
+        return confusion(chosen, data["y"], weight_of(data))

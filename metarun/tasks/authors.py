@@ -24,6 +24,7 @@ from torch import Tensor
 from metarun.contracts import Predict, Samples, Scores, Sequences, Sizes, Spec, Split, Task, Tree
 from metarun.data import lines, pieces
 from metarun.data.acts import before
+from metarun.data.files import found
 from metarun.data.lines import Author
 from metarun.data.ngram_prior import Prior, prior_of
 from metarun.data.ngrams import Ngrams
@@ -33,7 +34,7 @@ from metarun.errors import require
 from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
 from metarun.targets.text import BITS, Text
-from metarun.tasks.few_shot import Cells, Dealt, Shots, cells_of, sizes_without_classes
+from metarun.tasks.few_shot import Cells, Dealt, Shots, cells_of, sizes_without_classes, units_of
 from metarun.tasks.units import with_unit
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ FOLDS = 5
 """Number of tables of the n-gram model for training lines; each leaves out a fifth of the works."""
 DIGITS = 3
 """Digits of its nats per line, since the last bits of a logarithm differ between machines."""
+MOST_UNKNOWN = 0.01
+"""Share of unknown characters above which a warning says what bits per character are worth."""
 SHOWN = 4
 """Number of lines of an author that samples show, and of lines that they write."""
 
@@ -124,6 +127,8 @@ class Authors:
         for part, authors in parts.items():
             train = part == "train"
             parts[part] = lines.of_size(authors, self.sizes[train].examples, f"{name} ({part})", train)
+        source = name if path is None else found(path, data_dir).resolve()
+        self.units = {part: units_of(source, {author.work for author in authors}) for part, authors in parts.items()}
         content = sha256(repr(sorted(parts.items())).encode()).hexdigest()[:6]
         if converter is None:
             tokenizer = pieces.fit((line for author in parts["train"] for line in author.lines), merges)
@@ -131,6 +136,8 @@ class Authors:
             tokenizer = converter.tokenizer
         self.tokenizer = tokenizer
         self.shelves = {part: Shelf(authors, tokenizer, length, device) for part, authors in parts.items()}
+        for part in ("val", "test"):
+            warn_of_unknown(self.shelves[part].ids, f"{name} ({part})")
         require(
             len(self.shelves["test"].names) >= 2,
             f"{name} has a single author to test, and the control needs another; add some, or lower shots and queries",
@@ -279,6 +286,17 @@ class Authors:
             for when, tree in made.items():
                 text += ["", f"Written {when} adaptation:", "", *shown(tree["lines"][task])]
         return "\n".join(text) + "\n"
+
+
+def warn_of_unknown(ids: Tensor, where: str) -> None:
+    """Warn if many characters of ``ids`` are unknown, since bits per character take them for a single character."""
+    share = float((ids == pieces.UNKNOWN).sum() / (ids > 0).sum())
+    if share > MOST_UNKNOWN:
+        log.warning(
+            "%s: %.1f %% of the characters are in no training line. They count as one unknown character, which is easy "
+            "to predict, so that bits per character are too few; train on authors of the same script.",
+            *(where, 100 * share),
+        )
 
 
 def _together(parts: list[Dealt]) -> Dealt:

@@ -16,9 +16,9 @@ from metarun.contracts import Sizes, Split, Task
 from metarun.data.boxes import Annotated, annotated, within
 from metarun.data.files import Files, found
 from metarun.data.objects import Objects, shape_of
-from metarun.data.pictures import DECODER, Pictures
-from metarun.data.splits import SHARES, dealt, listed
-from metarun.data.store import Bytes, stored
+from metarun.data.pictures import Pictures
+from metarun.data.splits import SHARES, dealt, listed, warn_of_like
+from metarun.data.store import Bytes, different, stored
 from metarun.errors import UserError, require
 from metarun.targets.boxes import Boxes
 from metarun.tasks.box_family import BoxFamily, leaves
@@ -112,6 +112,7 @@ class Detection(BoxFamily):
         self.classes = sorted({box.label for one in pictures for box in one.boxes})
         if not self.classes:
             raise UserError(f"{source} has pictures without a single box; set task.path to annotated ones.")
+        warn_of_like(self.classes, str(source), "classes")
         most = max(map(len, boxes))
         number = {name: index for index, name in enumerate(self.classes)}
         self.boxes, self.label = torch.zeros(len(pictures), most, 4), torch.full((len(pictures), most), -1)
@@ -360,13 +361,12 @@ def _decoded(
     row = 3 * size * size
     store = stored(
         "boxes",
-        f"{files.stamp(names)} {form} {DECODER}",
+        f"{files.stamp(names)} {form.key}",
         *(len(pictures), (row + NUMBERS,)),
         made,
         f"Reading {len(pictures)} pictures of {source}, once.",
     )
-    first = {digest: i for i, digest in reversed(list(enumerate(store.digests)))}
-    kept = sorted(first.values())
+    kept = different(store.digests)
     if copies := sorted(set(range(len(pictures))) - set(kept)):
         log.info(
             "%s: %d pictures are copies of others and are left out with their boxes: %s.",

@@ -26,7 +26,7 @@ from metarun.data import corpora, tokens
 from metarun.data.corpora import Corpus, Source
 from metarun.data.files import found
 from metarun.data.sources import check_source
-from metarun.data.splits import SHARES, dealt, listed
+from metarun.data.splits import SHARES, dealt, listed, warn_of_like
 from metarun.data.tagged import Scheme, Sentence, TaggedWords
 from metarun.data.toy_entities import toy_entities
 from metarun.data.word_vectors import different, embedded, fit_vectors, places, table_of
@@ -464,6 +464,7 @@ def _types(corpus: Corpus, types: str | Sequence[str]) -> dict[str, list[str]]:
     }
     every = sorted({name for names in of_split.values() for name in names})
     require(bool(every), "the data hold no entity; every word has the tag O")
+    warn_of_like(every, "The tags", "types")
     if not isinstance(types, str):
         unknown = [name for name in types if name not in every]
         require(not unknown, f"types names {unknown[:1]}, and the data have {listed(every)}")

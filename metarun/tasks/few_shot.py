@@ -268,10 +268,14 @@ def sizes_for(
     """
     asked.sizes()
     possible = asked if typed is None else _lowered(asked, pools, typed)
+    # Of the keys that may be null, only train_queries can become a number.
+    before = (
+        asked if possible.train_queries is None else asked._replace(train_queries=asked.train_queries or asked.queries)
+    )
     changes = [
-        f"task.{key}={new} instead of {getattr(asked, key) or asked.queries}"
+        f"task.{key}={new} instead of {getattr(before, key)}"
         for key, new in possible._asdict().items()
-        if new != getattr(asked, key)
+        if new != getattr(before, key)
     ]
     if changes:
         log.info("%s cannot serve larger tasks, so %s.", dataset, " and ".join(changes))

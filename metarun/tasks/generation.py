@@ -20,6 +20,7 @@ from metarun.contracts import Pooled, Predict, Samples, Sequences, Sizes, Spec, 
 from metarun.data import dialogues, pieces
 from metarun.data.acts import Acts, before, draft_of, padded, prompt_of, said
 from metarun.data.dialogues import Prompts, Turn, filled, slot_errors
+from metarun.data.files import found
 from metarun.data.responses import WAYS
 from metarun.data.toy_writing import toy_turns
 from metarun.errors import require
@@ -27,7 +28,7 @@ from metarun.targets.bleu import COUNTS, bleu, bleu_counts
 from metarun.targets.decoding import written
 from metarun.targets.metric import Metric
 from metarun.targets.text import NATS, Text
-from metarun.tasks.few_shot import Shots, TaskSizes, sizes_without_classes
+from metarun.tasks.few_shot import Shots, TaskSizes, sizes_without_classes, units_of
 from metarun.tasks.units import with_unit
 
 log = logging.getLogger(__name__)
@@ -165,6 +166,8 @@ class Generation:
             size = self.sizes[part == "train"]
             large = dialogues.of_size(services, size.shots.most, size.queries, f"{name} ({part})")
             self.splits[part] = Services(large, describe, self.tokenizer, (prompt, length))
+        source = name if path is None else found(path, data_dir).resolve()
+        self.units = {part: units_of(source, own.names) for part, own in self.splits.items()}
         self.different_tests = len(self.splits["test"].names)
         self.dataset = ":".join(
             [

@@ -1,6 +1,7 @@
 """Few-shot classification of pictures that the user has: a folder per class, an index, or an archive of these."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,17 @@ from metarun.data import splits
 from metarun.data.augment import AUGMENTATIONS, augmented
 from metarun.data.embedding import Embedded, cached_features, fitted
 from metarun.data.files import Files, found
-from metarun.data.pictures import DECODER, Pictures, decoded, found_in
+from metarun.data.pictures import Pictures, decoded, found_in
 from metarun.data.portable import portable
 from metarun.data.sources import check_source
+from metarun.data.spelling import plain
 from metarun.data.store import Store, stored
 from metarun.errors import require
 from metarun.nn.ops import unit_rows
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, draw_tasks, ordered, range_of, sizes_for, units_of
+
+log = logging.getLogger(__name__)
 
 LARGEST_SIZE = 512
 MEASURED = 5000
@@ -279,6 +283,13 @@ def pools_of(
     stores, name = dict.fromkeys(rows, store), [own.name, split_name]
     if other is not None and other_store is not None:
         rows["test"], stores["test"] = other.rows_of(wanted.smallest), other_store
+        known = {plain(label) for part in ("train", "val") for label in rows[part]}
+        if alike := [label for label in rows["test"] if plain(label) in known]:
+            log.warning(
+                "%s: test classes have names of training classes of %s: %s. If they are the same, they are no new "
+                "classes.",
+                *(other.name, own.name, splits.listed(alike)),
+            )
         name.append(f"test={other.name}")
     content, pools, classes = hashlib.sha256(), {}, {}
     for part, by_label in rows.items():
@@ -299,7 +310,7 @@ def _read(source: Path, class_of: str | None, form: Pictures) -> tuple[splits.Ex
         shape = (form.channels, form.size, form.size)
         store = stored(
             "images",
-            f"{files.stamp(names)} {form} {DECODER}",
+            f"{files.stamp(names)} {form.key}",
             len(names),
             shape,
             lambda: decoded(files, pictures, form),

@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 CLASSES = ("inactive", "active")
 
 
+def first_copies(packed: Any) -> Any:
+    """Return the number of the first molecule with each one's fingerprint ``[molecules]``."""
+    first = dict[bytes, int]()
+    return np.array([first.setdefault(row.tobytes(), i) for i, row in enumerate(packed)])
+
+
 def molecules(
     path: str,
     shots: Shots = 16,
@@ -49,7 +55,8 @@ def molecules(
         smallest: assays with fewer molecules in a class are left out, at least 2; null: one more than ``shots``.
         shares: of training, validation and test assays in a random split, above 0.
         new_molecules: share of the molecules, drawn at random, that validation and test tasks consist of and that no
-            training task contains, from 0 to below 1; 0: all tasks are about the same molecules.
+            training task contains, from 0 to below 1; 0: all tasks are about the same molecules. Those with the
+            fingerprint of a molecule that was not drawn are not new.
         split_seed: seed of the random splits.
         split_file: a CSV file with a line per assay: its name and train, val or test.
         drop: assays that are not used.
@@ -72,7 +79,14 @@ def molecules(
     assay, molecule = assay[kept], molecule[kept]
     label = data.labels[molecule, assay].astype(np.int64)
     least = max(smallest or 0, of_shots.most + 1)
+    first = first_copies(data.packed)
+    if copies := int((first < np.arange(len(first))).sum()):
+        log.warning(
+            "%s: %d molecules have the fingerprints of others; a task may both show and ask for them.", place, copies
+        )
     new = np.random.default_rng(split_seed).random(len(data.packed)) < new_molecules
+    # To a learner, molecules of one fingerprint are the same.
+    new &= ~np.isin(first, first[~new])
 
     def of(chosen: Any, least: int) -> Cells:
         shape = (len(data.tasks), len(CLASSES))

@@ -38,7 +38,8 @@ from metarun.data.passages import (
     Text,
 )
 from metarun.data.portable import portable
-from metarun.data.splits import SHARES, dealt, listed
+from metarun.data.spelling import plain
+from metarun.data.splits import SHARES, dealt, listed, warn_of_like
 from metarun.data.toy_questions import toy_questions
 from metarun.errors import UserError, require
 from metarun.targets.metric import Metric
@@ -363,6 +364,37 @@ def _files(
     return {"train": own, "val": list(val or own), "test": list(test or others or names)}
 
 
+def _joined(questions: Sequence[squad.Question]) -> tuple[squad.Question, ...]:
+    """Return the different questions of a passage, each with all answers that it has been given."""
+    found = dict[str, squad.Question]()
+    for one in questions:
+        first = found.setdefault(plain(one.text), one)
+        found[plain(one.text)] = first._replace(answers=tuple(dict.fromkeys((*first.answers, *one.answers))))
+    return tuple(found.values())
+
+
+def _without_copies(corpus: Mapping[Split, Corpus], name: str) -> dict[Split, Corpus]:
+    """Return a corpus whose splits share no passage, and in which no passage has a question twice.
+
+    A passage of several splits stays in the test articles, or else in those of validation.
+    """
+    later, left, result = set[str](), 0, dict[Split, Corpus]()
+    for split in reversed(SPLITS):
+        own, kept = set[str](), {file: list[squad.Article]() for file in corpus[split]}
+        for file, articles in corpus[split].items():
+            for article in articles:
+                new = [passage for passage in article.passages if plain(passage.text) not in later]
+                left += len(article.passages) - len(new)
+                own |= {plain(passage.text) for passage in new}
+                passages = tuple(passage._replace(questions=_joined(passage.questions)) for passage in new)
+                kept[file].append(article._replace(passages=passages))
+        result[split] = kept
+        later |= own
+    if left:
+        log.info("%s: %d passages of training or validation are copies of later splits' and are left out.", name, left)
+    return {split: result[split] for split in SPLITS}
+
+
 def questions(
     shots: int = 10,
     queries: int = 10,
@@ -434,11 +466,14 @@ def questions(
     titles = {article.title for file in used for article in articles[file]}
     if len(titles) < len(SPLITS):
         raise UserError(f"{name} has {len(titles)} articles, and each of the three splits needs one; add some.")
+    warn_of_like(titles, name, "articles")
     of_split = dealt(titles, split_seed, dict(zip(SPLITS, shares, strict=True)), 1)
     corpus: dict[Split, Corpus] = {
         split: {file: [a for a in articles[file] if a.title in of_split[split]] for file in files[split]}
         for split in SPLITS
     }
+    if path is not None:
+        corpus = _without_copies(corpus, name)
     for split, of_file in corpus.items():
         for file, parts in of_file.items():
             if not any(passage.questions for article in parts for passage in article.passages):

@@ -18,7 +18,7 @@ from metarun.data.sprites import Photos, Placed, Sprites, apart, emoji, noise, p
 from metarun.errors import require
 from metarun.targets.boxes import Boxes
 from metarun.tasks.box_family import BoxFamily, leaves
-from metarun.tasks.few_shot import draw
+from metarun.tasks.few_shot import draw, units_of
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class SpriteDetection(BoxFamily):
         self.objects, self.distractors = objects, distractors
         self.sprites, name = _sprites(sprites, data_dir)
         self.photos, place = _backgrounds(backgrounds, data_dir, round(ROOM * image_size))
-        self.pools = self._split(split_seed, designs, name)
+        self.pools, self.units = self._split(split_seed, designs, name, place)
         keys = [
             name,
             place,
@@ -123,8 +123,10 @@ class SpriteDetection(BoxFamily):
         form = Pictures(image_size, 3, mean=(MEAN,) * 3, std=(STD,) * 3)
         super().__init__(target, Sizes(shots, queries, ways), form)
 
-    def _split(self, seed: int, designs: str, name: str) -> dict[str, Pool]:
-        """Deal groups of classes, and folders of photos, to training, validation and test."""
+    def _split(
+        self, seed: int, designs: str, name: str, place: str
+    ) -> tuple[dict[str, Pool], dict[str, frozenset[str]]]:
+        """Deal groups of classes, and folders of photos, to training, validation and test; return their names, too."""
         groups = dealt(set(self.sprites.groups), seed, SHARES)
         places = dealt(set(self.photos.classes), seed, SHARES, 1)
         pools = {}
@@ -137,7 +139,11 @@ class SpriteDetection(BoxFamily):
             rows = torch.tensor([i for i, own in enumerate(self.photos.classes) if own in places[split]])
             require(len(rows) > 0, "backgrounds must be photos in at least three folders; add some, or choose noise")
             pools[split] = Pool(classes, int(split == "test" and designs == "apart"), rows)
-        return pools
+        units = {
+            split: units_of(name, groups[split]) | units_of(place, (f"background {one}" for one in places[split]))
+            for split in SHARES
+        }
+        return pools, units
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> Task:
         """Draw ``count`` tasks; leaves ``[count, pictures, ...]``."""

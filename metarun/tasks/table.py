@@ -19,7 +19,7 @@ from metarun.contracts import Numbers, Predict, Report, Scores, Sizes, Spec, Spl
 from metarun.data import tables
 from metarun.data.columns import Columns, fitted, said
 from metarun.data.recipe import History, Recipe, TableRows, class_names
-from metarun.data.splits import listed
+from metarun.data.splits import listed, warn_of_like
 from metarun.errors import UserError, require
 from metarun.targets.labels import Labels
 from metarun.targets.metric import Metric
@@ -396,6 +396,7 @@ def table(
     names = classes_of(data, kind, threshold)
     task, of_task = pd.factorize(tables.words(data.rows[by]), sort=True)
     tasks_by_name = [str(one) for one in of_task]
+    warn_of_like(tasks_by_name, str(data.source), "tasks")
     recipe = Recipe(Columns([], []), data.goal, names, threshold, history=data.history)
     classes = 1 if names is None else len(names)
     label = np.zeros(len(task), dtype=np.int64) if names is None else recipe.class_of(data.rows[data.goal])

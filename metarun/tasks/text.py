@@ -21,6 +21,7 @@ from metarun.data.embedding import Embedded, Texts, cached_features, fitted
 from metarun.data.files import found, read_file, split_in, table
 from metarun.data.portable import portable
 from metarun.data.sources import check_source
+from metarun.data.spelling import plain
 from metarun.data.splits import SHARES
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.errors import require
@@ -238,7 +239,7 @@ def of_table(path: str, data_dir: str, split: str, smallest: int, ways: int) -> 
         "sentences",
         [row.values["label"] for row in rows],
         [split_in(row, str(place)) for row in rows],
-        [row.values["text"].casefold() for row in rows],
+        [plain(row.values["text"]) for row in rows],
     )
     positions, name = splits.by_class(examples, examples.rows_of(smallest), split, LABEL_SPLIT_SEED, ways)
     corpus: dict[str, Sentences] = {
@@ -408,6 +409,7 @@ def text_crosslingual(
         sentences = toy_languages()
     else:
         sentences = intents.xsid(data_dir) if dataset == "xsid" else intents.nusax(data_dir)
-    return Text(
-        _parallel_splits(sentences), f"{dataset}:languages", asked, grams, buckets, device, typed, embed, converter
-    )
+    corpus = _parallel_splits(sentences)
+    family = Text(corpus, f"{dataset}:languages", asked, grams, buckets, device, typed, embed, converter)
+    family.units = {split: units_of(dataset, languages) for split, languages in corpus.items()}
+    return family

@@ -14,11 +14,14 @@ from metarun.after.later_test import check_units
 from metarun.data.columns import Columns, Number
 from metarun.data.recipe import History, Recipe, TableRows
 from metarun.errors import UserError
+from metarun.tasks.authors import Authors
 from metarun.tasks.completion import Completion
 from metarun.tasks.entities import entities
 from metarun.tasks.features import Features
+from metarun.tasks.generation import Generation
 from metarun.tasks.omniglot import Omniglot
 from metarun.tasks.questions import questions
+from metarun.tasks.sprites import SpriteDetection
 from metarun.tasks.table import table
 from metarun.tasks.text import text
 
@@ -186,7 +189,10 @@ def test_a_later_test_does_not_take_what_the_run_has_seen(tmp_path):
     def of_articles(seed):
         return questions(dataset="toy", shots=1, queries=1, split_seed=seed)
 
-    for of in (of_vectors, of_rows, of_articles):
+    def of_sprites(seed):
+        return SpriteDetection(sprites="shapes", backgrounds="noise", image_size=32, split_seed=seed)
+
+    for of in (of_vectors, of_rows, of_articles, of_sprites):
         check_units(of(0), of(0))
         check_units(None, of(1))
         with pytest.raises(UserError, match="The run was trained on"):
@@ -199,6 +205,9 @@ def test_a_later_test_does_not_take_what_the_run_has_seen(tmp_path):
         Omniglot(dataset="procedural"),
         Completion("procedural", image_size=16),
         entities(dataset="toy", shots=2, queries=2),
+        Authors(dataset="toy", shots=2, queries=2),
+        Generation(dataset="toy", shots=2, queries=2, merges=0),
+        SpriteDetection(sprites="shapes", backgrounds="noise", image_size=32),
     ):
         assert not family.units["train"] & family.units["test"]
         assert all(family.units.values())

@@ -222,7 +222,7 @@ def test_splits_of_the_data_are_kept(tmp_path):
     lists = root / "ImageSets" / "Main"
     lists.mkdir(parents=True)
     for part, numbers in {"train": range(15), "val": range(15, 21), "test": range(21, 48)}.items():
-        (lists / f"{part}.txt").write_text("".join(f"p{i:02}\n" for i in numbers))
+        (lists / f"{part}.txt").write_text("".join(f"p{i:02}\n" for i in numbers), encoding="utf-8-sig")
     own = family(root)
     assert "given" in own.dataset
     assert {int(row) for row in own.pools["test"].holding[own.classes.index("hen")]} <= set(range(21, 48))

@@ -116,6 +116,17 @@ def test_a_folder_has_a_folder_or_a_file_per_author(tmp_path):
     assert split is None
 
 
+def test_a_script_that_training_lacks_is_warned_of(tmp_path, caplog):
+    for part, letters in {"train": "abcd", "val": "abcd", "test": "абвг"}.items():
+        for author in "12":
+            (tmp_path / part / f"{part}{author}").mkdir(parents=True)
+            lines = [" ".join(letters[(i >> k) % 4] * 3 for k in range(0, 6, 2)) for i in range(40)]
+            (tmp_path / part / f"{part}{author}" / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    Authors(path=str(tmp_path), shots=5, queries=5)
+    assert caplog.text.count("of the characters are in no training line") == 1
+    assert "(test): 75.0 %" in caplog.text
+
+
 def test_folders_may_name_the_splits(tmp_path):
     parts = {"train": "ab", "dev": "cd", "test": "ef"}
     path = folder(tmp_path, {f"{part}/{name}.txt": many(name) for part, names in parts.items() for name in names})

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import boxes_by_hand as by_hand
 import numpy as np
@@ -18,7 +19,9 @@ from metarun.algos.agnostic.maml import maml
 from metarun.algos.dependent.protonet import protonet
 from metarun.checks.family import check_tasks
 from metarun.contracts import Numbers, Sizes, Spec
-from metarun.data.sprites import EDGE, Placed, pasted
+from metarun.data import pictures
+from metarun.data.emoji import emoji as every_emoji
+from metarun.data.sprites import EDGE, Placed, emoji, pasted, photos
 from metarun.engine.batch import meta_gradient
 from metarun.errors import UserError
 from metarun.inner import Parted, by_row, rows_together
@@ -385,12 +388,39 @@ def test_photographs_are_split_by_folder(tmp_path, monkeypatch):
     for kind in range(6):
         (tmp_path / "photos" / str(kind)).mkdir(parents=True)
         for number in range(2):
-            Image.new("RGB", (50, 40), (40 * kind, 100, 20)).save(tmp_path / "photos" / str(kind) / f"{number}.jpg")
+            colour = (40 * kind, 100 * number, 20)
+            Image.new("RGB", (50, 40), colour).save(tmp_path / "photos" / str(kind) / f"{number}.png")
+    # A copy in another folder could be in two splits.
+    shutil.copy(tmp_path / "photos" / "0" / "0.png", tmp_path / "photos" / "5" / "copy.png")
     family = tiny(backgrounds=str(tmp_path / "photos"))
     shares = [len(parts(family, split)[1]) for split in ("train", "val", "test")]
     assert (sum(shares), [share % 2 for share in shares]) == (12, [0, 0, 0])
     with pytest.raises(UserError, match="holds no pictures"):
         tiny(backgrounds=str(tmp_path / "cache"))
+
+
+def test_emoji_that_look_alike_are_one_class(tmp_path, monkeypatch):
+    monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path / "cache"))
+    known = []
+    for number in range(20):
+        name = f"{number}.png"
+        known.append({"subcategory": f"kind {number // 10}", "short_name": name, "image": name})
+        for place, design in enumerate(("twitter", "google")):
+            folder = tmp_path / "emoji" / "img" / design / "64"
+            folder.mkdir(parents=True, exist_ok=True)
+            # The last emoji is a copy of the first one in one of the designs.
+            shade = 10 * (number % 19 if place else number) + 5 * place
+            Image.new("RGBA", (12, 12), (shade, 0, 0, 255)).save(folder / name)
+    (tmp_path / "emoji" / "emoji.json").write_text(json.dumps(known))
+    for decoder in (1, 2):
+        monkeypatch.setattr(pictures, "DECODER", decoder)
+        found = emoji(tmp_path / "emoji")
+        assert found.groups == ["kind 0"] * 10 + ["kind 1"] * 9
+        assert len(photos(tmp_path / "emoji" / "img", 16).classes) == 39
+        every_emoji(tmp_path / "emoji", pictures.Pictures(16, 3))
+    # What was decoded in another way is not read from the cache.
+    names = sorted(path.name.partition("-")[0] for path in (tmp_path / "cache").glob("*.bytes"))
+    assert names == ["backgrounds", "backgrounds", "emoji", "emoji", "sprites"]
 
 
 def test_broken_emoji_are_named(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ def test_files_of_three_kinds_are_read():
     assert [s.tags for s in sentences_of(CONLL, "x.conll")] == [("B-PER", "O"), ("B-LOC",)]
     assert sentences_of(XSID, "x.conll")[0].tags == ("B-weather/attribute", "O")
     assert sentences_of(b"\xef\xbb\xbfAda\tB-PER\r\n\r\n#\tO\r\n", "x.txt")[1].words == ("#",)
+    assert sentences_of("10\u00a0000 B-NUM\n".encode(), "x.txt")[0].words == ("10\u00a0000",)
     # A range is the number of a line of several words in CoNLL-U, and a word where there are no numbers of lines.
     assert sentences_of(b"In\tO\n1914-1918\tB-EVENT\n", "x.txt")[0].words == ("In", "1914-1918")
     assert sentences_of(b"1-2\tdu\tO\n1\tde\tO\n2\tle\tO\n", "x.conll")[0].words == ("de", "le")
@@ -245,6 +246,13 @@ def test_copies_of_training_sentences_are_left_out_of_tests():
     left = corpora.without_copies(corpus)["test"]["b"]
     assert not left.support
     assert {s.tags[0] for s in left.query} == {"B-Y"}
+
+
+def test_no_task_asks_for_a_sentence_that_it_shows(folder):
+    for path in folder.glob("*.conll"):
+        path.write_text(path.read_text().rstrip() + "\n\n" + path.read_text())
+    pool = entities(**FEW, path=str(folder), test=["sv"], val=["da"]).pools["test"]["sv"]
+    assert len(pool.sentences) == len({s.words for s in pool.sentences}) == 30
 
 
 def test_pooled_scores_are_those_of_all_entities_and_the_mean_over_sources(toy):

@@ -57,6 +57,9 @@ def test_what_a_preset_asks_gives_way_and_what_was_typed_is_refused(caplog):
     caplog.clear()
     assert lowered(asked._replace(train_ways=16), counts)[True].ways == 16
     assert not caplog.messages
+    # What stays as it was is no change, even where it was null.
+    lowered(Asked(2, 1, 1, train_shots=9), pools((6,) * 16))
+    assert caplog.messages == ["data cannot serve larger tasks, so task.train_shots=5 instead of 9."]
 
 
 def test_queries_give_way_to_what_half_of_the_classes_have():

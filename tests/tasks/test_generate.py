@@ -180,6 +180,16 @@ def test_a_density_of_the_support_pictures_copies_them_and_real_pictures_do_not(
     assert none["accuracy-generated"] > copies["accuracy-support"] - 0.05
 
 
+@pytest.mark.parametrize("value", [-1.0, torch.nan])
+def test_the_same_picture_of_every_class_and_no_picture_tell_nothing_apart(tiny, value, monkeypatch):
+    tasks = sampled(tiny, "test", 6, generator(3))
+    monkeypatch.setattr(tiny, "made", lambda predict, task, count: torch.full((count, 1, 16, 16), value))
+    scores = tiny.pooled.scores(torch.stack([tiny._counts(None, tree_map(lambda x: x[i], tasks)) for i in range(6)]))  # noqa: B023
+    # A diverged generator does not even guess.
+    assert scores["accuracy-generated"] == pytest.approx(0.2 if value == -1 else 0)
+    assert np.isnan(scores[COPIES.name]) == np.isnan(value)
+
+
 def test_kernel_distance_equals_its_double_sum():
     a, b = torch.randn(5, 3, generator=generator()), torch.randn(4, 3, generator=generator(1))
 

@@ -18,12 +18,13 @@ from scenarios import generator
 from metarun import evaluation
 from metarun.assemble import assemble
 from metarun.checks.family import check_tasks
-from metarun.data import augment
+from metarun.data import augment, pieces, squad, tables
 from metarun.data.converters import Drawings
 from metarun.data.files import LARGEST_FILE, Files, table
 from metarun.data.objects import listed_pictures
-from metarun.data.pictures import Pictures
+from metarun.data.pictures import Pictures, read_pictures
 from metarun.data.splits import dealt
+from metarun.data.writing import Lines
 from metarun.errors import UserError
 from metarun.results.status import rows_of
 from metarun.run import run
@@ -134,7 +135,8 @@ def test_lists_of_classes_name_one_class_each_and_small_ones_are_left_out(tmp_pa
     folder, lists = drawn(tmp_path / "data", "{label}/{i}.png", EACH | {"c03": 1}), tmp_path / "lists"
     lists.mkdir()
     for part, numbers in {"train": range(6), "val": range(6, 9), "test": range(9, 12)}.items():
-        (lists / f"{part}.txt").write_text("\n".join(f"c{i:02}" for i in numbers))
+        # As Windows saves text.
+        (lists / f"{part}.txt").write_text("\r\n".join(f"c{i:02}" for i in numbers), encoding="utf-8-sig")
     family = Images(str(folder), **SMALL, split=str(lists))
     assert family.classes["train"] == [f"c{i:02}" for i in range(6) if i != 3]
     assert "c03 (1)" in caplog.text
@@ -275,7 +277,7 @@ def test_a_picture_that_occurs_twice_is_used_once_and_small_classes_are_named(tm
     assert "classes with fewer than 7 pictures are left out: c05 (3)." in caplog.messages[-1]
 
 
-def test_test_classes_may_come_from_other_data(tmp_path):
+def test_test_classes_may_come_from_other_data(tmp_path, caplog):
     first = drawn(tmp_path / "first")
     second = tmp_path / "second"
     for number in range(12):
@@ -290,6 +292,10 @@ def test_test_classes_may_come_from_other_data(tmp_path):
     assert not content(family)["test"] & (content(family)["train"] | content(family)["val"])
     assert family.sample("test", 2, generator()).query["x"].shape == (2, 4, 3, 16, 16)
     assert Images(str(first), **SMALL).converter != family.converter  # statistics of other training classes
+    assert not caplog.text
+    (second / "d0").rename(second / "C00")
+    Images(str(first), **SMALL, test_path=str(second))
+    assert "second: test classes have names of training classes of first: C00." in caplog.text
 
 
 @pytest.mark.parametrize(("count", "ways"), [(12, 5), (7, 5), (100, 5), (3, 2)])
@@ -645,6 +651,20 @@ def test_broken_sentences_are_named(tmp_path, make, words):
         text(ways=2, queries=2, buckets=64, path=str(make(tmp_path / "mine.csv")))
     for word in words:
         assert word in str(refused.value), str(refused.value)
+
+
+def test_no_reader_takes_what_systems_add_to_folders(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for name in ("cat/a.png", "rows.csv", "lines.txt", "squad.en.json"):
+        (tmp_path / name).write_text("real")
+        # As macOS and notebooks leave them.
+        for added in (tmp_path / name).with_name(f"._{Path(name).name}"), tmp_path / ".ipynb_checkpoints" / name:
+            added.parent.mkdir(parents=True, exist_ok=True)
+            added.write_text("not real")
+    assert read_pictures(tmp_path).names == ["cat/a.png"]
+    assert list(tables.files_of(str(tmp_path), "data")) == ["rows"]
+    assert list(squad.files_of(tmp_path)) == ["en"]
+    assert Lines(pieces.Pieces(()), 8).read(tmp_path).x == ["real"]
 
 
 def test_tables_are_read_as_they_are_written():

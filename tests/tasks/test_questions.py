@@ -17,6 +17,7 @@ from metarun.algos.agnostic.maml import maml
 from metarun.algos.baselines.reference import reference
 from metarun.algos.dependent.shared_params import shared_params
 from metarun.data import squad
+from metarun.data.files import json_of
 from metarun.data.passages import (
     FEATURES,
     PASSAGE,
@@ -122,13 +123,21 @@ def own_file(folder, sizes, name="squad.en.json"):
     """A file with articles of so many questions."""
     articles = []
     for number, size in enumerate(sizes):
-        text = " ".join(f"Name{i} has thing{i}." for i in range(size))
+        text = " ".join([*(f"Name{i} has thing{i}." for i in range(size)), f"Story{number} ends."])
         asked = []
         for i in range(size):
             answers = [{"text": f"thing{i}", "answer_start": text.index(f"thing{i}")}]
             asked.append({"id": f"{number}-{i}", "question": f"What has Name{i}?", "answers": answers})
         articles.append({"title": f"article {number}", "paragraphs": [{"context": text, "qas": asked}]})
     (folder / name).write_text(json.dumps({"data": articles}))
+
+
+def test_half_a_character_is_read_as_an_unknown_one(tmp_path):
+    content = json.dumps({"data": [article(text="A \ud83d cat. It ate a fish.", start=16, question="What? \ud83d")]})
+    (tmp_path / "a.json").write_text(content)
+    passage = squad.read(tmp_path / "a.json")[0].passages[0]
+    assert (passage.text, passage.questions[0].text) == ("A \ufffd cat. It ate a fish.", "What? \ufffd")
+    assert json_of('["\\ud83d\\ude00"]') == ["\U0001f600"]
 
 
 def test_too_few_articles_or_questions_are_named(tmp_path, caplog):
@@ -144,6 +153,34 @@ def test_too_few_articles_or_questions_are_named(tmp_path, caplog):
     with caplog.at_level("INFO"):
         questions(path=str(tmp_path), shots=2)
     assert "tasks with fewer than 3 questions are left out: en: article 12 (1)." in caplog.text
+
+
+def test_no_passage_of_a_test_is_trained_on_and_no_question_is_asked_twice(tmp_path, caplog):
+    own_file(tmp_path, [3] * 12)
+    file = next(tmp_path.glob("*.json"))
+    content = json.loads(file.read_text())
+    text = "Everybody has seen the red house."
+    asked = [{"question": f"What colour {i % 3}?", "answers": [{"text": "red", "answer_start": 23}]} for i in range(6)]
+    asked[0]["answers"] = [{"text": "seen", "answer_start": 14}]
+    for record in content["data"]:
+        record["paragraphs"].append({"context": text, "qas": asked})
+    file.write_text(json.dumps(content))
+    with caplog.at_level("INFO"):
+        family = questions(path=str(tmp_path), shots=2)
+    holding = {split for split, pool in family.pools.items() for p in pool.passages if p.text == text}
+    assert holding == {"test"}
+    assert "6 passages of training or validation are copies of later splits' and are left out." in caplog.text
+    first, *others = (item.question for item in family.pools["test"].items if item.question.text == "What colour 0?")
+    assert first.answers == ((14, "seen"), (23, "red"))
+    assert len(others) == len(family.pools["test"].groups) - 1
+
+
+def test_titles_that_differ_in_case_alone_are_warned_of(tmp_path, caplog):
+    own_file(tmp_path, [3] * 12)
+    file = next(tmp_path.glob("*.json"))
+    (tmp_path / "squad.de.json").write_text(file.read_text().replace("article 3", "Article 3"))
+    questions(path=str(tmp_path), shots=2)
+    assert "'Article 3' and 'article 3' are different articles, which may be in different splits" in caplog.text
 
 
 def test_a_language_that_is_tested_is_not_trained_on_unless_it_is_named(tmp_path):

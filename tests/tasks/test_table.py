@@ -235,6 +235,17 @@ def test_copies_of_rows_are_said(path, tmp_path, caplog):
     assert tables.copies_in(pd.DataFrame({"a": [[1], [1], [2]]})) == 1
 
 
+def test_a_name_with_spaces_after_it_is_the_same_and_one_in_another_case_is_warned_of(tmp_path, caplog):
+    rows = visits()
+    other = rows["patient"].where(rows.index % 2 == 0, rows["patient"] + " ")
+    other = other.where(rows["patient"] != "p03", rows["patient"].where(rows.index % 2 == 0, "P03"))
+    rows.assign(patient=other).to_csv(tmp_path / "rows.csv", index=False)
+    units = table(str(tmp_path / "rows.csv"), "patient", "level", shots=2).units
+    names = {one.partition(" of ")[0] for own in units.values() for one in own}
+    assert names == {*rows["patient"], "P03"}
+    assert "'P03' and 'p03' are different tasks, which may be in different splits" in caplog.text
+
+
 def test_random_splits_keep_groups_together(tmp_path):
     rows = visits().assign(visit=lambda table: table.patient + "-" + (table.day // 6).astype(int).astype(str))
     rows.to_csv(tmp_path / "visits.csv", index=False)
@@ -514,6 +525,18 @@ def test_new_molecules_are_in_no_training_task(tmp_path):
     assert not seen["train"] & (seen["val"] | seen["test"])
 
 
+def test_a_copy_of_a_training_molecule_is_not_new(tmp_path, caplog):
+    bits = np.random.default_rng(1).integers(0, 2, (30, 32), dtype=np.uint8)
+    packed = np.packbits(np.concatenate([bits, bits[:10], bits[:20]]), axis=1)
+    found = molecules(fingerprints(tmp_path, fp_packed=packed), shots=1, queries=None, smallest=None, new_molecules=0.5)
+    assert "30 molecules have the fingerprints of others" in caplog.text
+    seen = {}
+    for part in ("train", "test"):
+        tasks = found.sample(part, 20, generator())
+        seen[part] = {row[:-2] for i in range(20) for half in tasks[:2] for row in rows_of(half, i)}
+    assert not seen["train"] & seen["test"]
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
@@ -522,6 +545,7 @@ def test_new_molecules_are_in_no_training_task(tmp_path):
         ({"labels": np.zeros((60, 7))}, r"labels must be \[molecules, assays\], \[60, 8\]"),
         ({"fp_packed": np.zeros((60, 32))}, "fp_packed must be .* of uint8"),
         ({"labels": np.zeros((60, 8))}, "no task has 4 rows in each of at least two classes"),
+        ({"tasks": np.array(["t0"] * 8)}, "tasks has two assays t0; rename one of them"),
         ({"tasks": np.array([{}] * 8, dtype=object)}, "m.npz is not an .npz file of arrays"),
     ],
 )

@@ -1,7 +1,9 @@
 """Tokens, pools and published splits of sentences."""
 
 import json
+import logging
 import math
+import unicodedata
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from metarun.algos.agnostic.maml import maml
 from metarun.algos.baselines.centroid import centroid
 from metarun.algos.dependent.protonet import protonet
 from metarun.data import intents, tokens
+from metarun.data.lines import lines_of
+from metarun.data.passages import Lexicon
 from metarun.data.toy_text import toy_classes, toy_languages
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
@@ -33,6 +37,39 @@ def test_words_and_character_grams():
     assert tokens.grams_of("ab", (3, 5)) == [" ab", "ab ", " ab "]
     assert tokens.grams_of("cde", (3, 5)) == [" cd", "cde", "de ", " cde", "cde ", " cde "]
     assert tokens.grams_of("a", (3, 5)) == [" a "]
+
+
+def test_words_keep_their_marks_and_do_not_depend_on_how_accents_are_written():
+    assert tokens.words("हिन्दी में") == ["हिन्दी", "में"]
+    assert tokens.words("İstanbul, می‌خواهم") == ["i̇stanbul", ",", "می‌خواهم"]
+    composed, apart = (unicodedata.normalize(form, "Un café déjà fermé") for form in ("NFC", "NFD"))
+    assert composed != apart
+    tokenizer = tokens.fit([composed, composed], 64, (3, 5))
+    assert (tokenizer([composed]) == tokenizer([apart])).all()
+    assert tokens.looks_of(composed, True) == tokens.looks_of(apart, True)
+    lexicon = Lexicon(8)
+    assert (lexicon.text(composed).gram == lexicon.text(apart).gram).all()
+    assert lines_of([apart], 63) == [composed]
+
+
+def test_texts_that_differ_in_what_tokens_cannot_tell_apart_are_copies(tmp_path, caplog):
+    rows = [f"text number {i},c{i % 8}" for i in range(64)]
+    for i in range(8):
+        rows += [unicodedata.normalize("NFC", f"café {i},c0"), unicodedata.normalize("NFD", f"Café  {i},c1")]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    with caplog.at_level(logging.INFO):
+        family = text(path=str(tmp_path / "rows.csv"), ways=2, queries=1)
+    assert "8 sentences are copies of others" in caplog.text
+    assert sum(len(pool.texts) for pool in family.pools.values()) == 72
+
+
+def test_labels_that_differ_in_case_alone_are_warned_of(tmp_path, caplog):
+    rows = [
+        f"text number {i},{'Refund' if i % 16 == 8 else f'class {i % 8}' if i % 8 else 'refund'}" for i in range(64)
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    text(path=str(tmp_path / "rows.csv"), ways=2, queries=1)
+    assert "'Refund' and 'refund' are different classes, which may be in different splits" in caplog.text
 
 
 def test_the_vocabulary_is_of_training_and_unknown_words_still_equal_themselves():
@@ -136,6 +173,9 @@ def test_cognates_share_n_grams_and_other_words_do_not():
 
 def test_tasks_of_the_parallel_corpus_stay_inside_one_language():
     family = text_crosslingual(dataset="toy")
+    # What a later test must not have of training are languages; labels are the same in all.
+    assert "toy00 of toy" in frozenset.union(*family.units.values())
+    assert not family.units["train"] & family.units["test"]
     pool = family.pools["test"]
     language_of = torch.arange(len(pool.cells.size)).repeat_interleave(pool.cells.size.sum(1))
     tasks = family.sample("test", 20, generator())
