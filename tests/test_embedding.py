@@ -161,6 +161,29 @@ def test_libraries_are_asked_for_features_instead_of_classes(pictures, monkeypat
     torch.testing.assert_close(embedding.features("timm:any", "pictures", x), torch.ones(2, 3))
 
 
+def test_features_of_eight_views_do_not_change_when_a_picture_is_turned(pictures):
+    x = torch.rand(3, 3, 16, 16, generator=generator())
+    turned, mirrored = x.rot90(1, (2, 3)), x.flip(3)
+    for views, same in {1: [x], 2: [x, mirrored], 8: [x, mirrored, turned, turned.flip(2), x.rot90(2, (2, 3))]}.items():
+        found = [embedding.features("embedders:beside_the_corner", "pictures", y, views=views) for y in same]
+        for z in found:
+            torch.testing.assert_close(z, found[0])
+        other = embedding.features("embedders:beside_the_corner", "pictures", turned, views=views)
+        assert torch.allclose(other, found[0]) == (views == 8)
+    how = {**SMALL, "embed": "embedders:beside_the_corner", "embed_views": 8}
+    family = Images(str(pictures), **how)
+    assert family.dataset != Images(str(pictures), **{**how, "embed_views": 1}).dataset
+    path = pictures / family.classes["test"][0] / "0.png"
+    picture = Image.open(path)
+    picture.rotate(90).save(pictures.parent / "turned.png")
+    again = rebuilt(plain(family.converter)).inputs([path, pictures.parent / "turned.png"])
+    torch.testing.assert_close(again[0], again[1])
+    test = family.pools["test"]
+    torch.testing.assert_close(again[0], test.rows[test.order][0])
+    with pytest.raises(ValueError, match="embed_views must be one of 1, 2, 8"):
+        Images(str(pictures), **{**how, "embed_views": 4})
+
+
 def test_augmentation_gives_way_only_if_the_user_did_not_type_it(pictures):
     with pytest.raises(ValueError, match="set augment="):
         Images(str(pictures), **SMALL, augment=["flip"])

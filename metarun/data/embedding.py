@@ -5,7 +5,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -171,7 +171,20 @@ def frozen(source: str, kind: Kind, device: str) -> Frozen:
     return found
 
 
-def features(source: str, kind: Kind, examples: Any, device: str = "cpu") -> Tensor:
+VIEWS = (1, 2, 8)
+"""Numbers of views over which the features of a picture can be averaged."""
+
+
+def views_of(x: Tensor, count: int) -> Iterator[Tensor]:
+    """Yield pictures ``[n, c, h, h]`` as they are, with 2 views also mirrored, and with 8 also turned by quarters."""
+    for turns in range(4 if count == 8 else 1):
+        turned = x.rot90(turns, (2, 3))
+        yield turned
+        if count > 1:
+            yield turned.flip(3)
+
+
+def features(source: str, kind: Kind, examples: Any, device: str = "cpu", views: int = 1) -> Tensor:
     """Return the features of examples on the CPU ``[n, d]``, computed in batches.
 
     Args:
@@ -179,6 +192,7 @@ def features(source: str, kind: Kind, examples: Any, device: str = "cpu") -> Ten
         kind: ``pictures`` or ``sentences``.
         examples: pixels ``[n, 3, h, w]``, of 0 to 255 as bytes or of 0 to 1; or a list of sentences.
         device: where the model computes.
+        views: number of views of each picture (`views_of`) whose features are averaged.
 
     Raises:
         UserError: the model cannot be loaded, or returns something else.
@@ -191,7 +205,8 @@ def features(source: str, kind: Kind, examples: Any, device: str = "cpu") -> Ten
                 x = x.to(device).float() / 255 if x.dtype == torch.uint8 else x.to(device).float()
                 mean, std = (x.new_tensor(values)[:, None, None] for values in (model.mean, model.std))
                 x = (x - mean) / std
-            z = torch.as_tensor(model.call(x)).detach().cpu().float()
+            seen = views_of(x, views) if kind == "pictures" else [x]
+            z = torch.stack([torch.as_tensor(model.call(view)).detach().cpu().float() for view in seen]).mean(0)
             if z.ndim != 2 or len(z) != len(x) or not bool(z.isfinite().all()):
                 raise UserError(
                     f"task.embed={source} must return finite numbers [{len(x)}, d] for {len(x)} {kind}, not "
@@ -214,7 +229,9 @@ def _version(source: str, kind: Kind, examples: Any, device: str) -> str:
     return hashlib.sha256(features(source, kind, examples[:PROBE], device).numpy().tobytes()).hexdigest()
 
 
-def cached_features(source: str, kind: Kind, examples: Any, content: str, device: str = "cpu") -> Tensor:
+def cached_features(
+    source: str, kind: Kind, examples: Any, content: str, device: str = "cpu", views: int = 1
+) -> Tensor:
     """Return `features`, read from the cache if it holds them.
 
     Args:
@@ -223,13 +240,14 @@ def cached_features(source: str, kind: Kind, examples: Any, content: str, device
         examples: see `features`.
         content: a text that says what the examples are.
         device: where the model computes.
+        views: see `features`.
     """
 
     def made() -> dict[str, Tensor]:
         log.info("Embedding %d %s by %s, once.", len(examples), kind, source)
-        return {"features": features(source, kind, examples, device)}
+        return {"features": features(source, kind, examples, device, views)}
 
-    key = f"{source} {_version(source, kind, examples, device)} {content}"
+    key = f"{source} {_version(source, kind, examples, device)} {content}{f' {views} views' if views > 1 else ''}"
     return cached("features", key, made)["features"]
 
 
@@ -267,6 +285,8 @@ class Embedded:
     """Mean of each feature over the training classes."""
     std: tuple[float, ...]
     """Standard deviation of each feature, 1 where it never changes."""
+    views: int = 1
+    """Number of views of a picture whose features are averaged."""
 
     def standardised(self, z: Tensor) -> Tensor:
         """Return features ``[n, d]`` with mean 0 and standard deviation 1 over the training classes."""
@@ -280,7 +300,7 @@ class Embedded:
             ValueError: they cannot be read, or the model cannot be loaded.
         """
         kind: Kind = "pictures" if isinstance(self.source, Pictures) else "sentences"
-        z = features(self.embed, kind, self.source.inputs(x))
+        z = features(self.embed, kind, self.source.inputs(x), views=self.views)
         require(
             z.shape[1] == len(self.mean),
             f"task.embed={self.embed} returns {z.shape[1]} features now, and the learner was trained on "
@@ -293,8 +313,8 @@ class Embedded:
         return self.source.read(path)
 
 
-def fitted(source: Pictures | Texts, embed: str, training: Tensor) -> Embedded:
+def fitted(source: Pictures | Texts, embed: str, training: Tensor, views: int = 1) -> Embedded:
     """Return the converter whose means and deviations are those of training features ``[n, d]``."""
     mean, std = training.double().mean(0), training.double().std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)
-    return Embedded(source, embed, tuple(mean.tolist()), tuple(std.tolist()))
+    return Embedded(source, embed, tuple(mean.tolist()), tuple(std.tolist()), views)

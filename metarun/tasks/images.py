@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metarun.contracts import Facts, Numbers, Sizes, Spec, Split, Task
+from metarun.contracts import Facts, Numbers, Pooled, Predict, Sizes, Spec, Split, Task
 from metarun.data import splits
 from metarun.data.augment import AUGMENTATIONS, augmented
-from metarun.data.embedding import Embedded, cached_features, fitted
+from metarun.data.embedding import VIEWS, Embedded, cached_features, fitted
 from metarun.data.files import Files, found
 from metarun.data.pictures import Pictures, decoded, found_in
 from metarun.data.portable import portable
@@ -23,6 +23,7 @@ from metarun.data.spelling import plain
 from metarun.data.store import Store, stored
 from metarun.errors import require
 from metarun.nn.ops import unit_rows
+from metarun.targets import verification
 from metarun.targets.classes import ACCURACY, Classes
 from metarun.tasks.few_shot import Asked, Cells, Shots, Ways, draw_tasks, ordered, range_of, sizes_for, units_of
 
@@ -125,6 +126,9 @@ class Images:
         embed: a frozen pretrained model (see `metarun.data.sources`) whose features replace pictures, which are
             embedded once and without ``augment``; null: pictures stay pixels.
         embed_size: edge in pixels of the pictures that this model sees, in place of ``image_size``, 16 to 512.
+        embed_views: number of views of each picture whose features are averaged: 1 (as it is), 2 (mirrored as well) or
+            8 (turned by quarters too, for pictures that have no upper side).
+        verify: whether tests also say how well claims of a class are verified (see `metarun.targets.verification`).
         device: where the pictures live.
         data_dir: where paths are looked up that do not exist here.
         typed: the keys that the user set; other sizes give way to what the data can serve. None: all.
@@ -154,6 +158,8 @@ class Images:
         augment: Sequence[str] = (),
         embed: str | None = None,
         embed_size: int = 224,
+        embed_views: int = 1,
+        verify: bool = False,
         device: str = "cpu",
         data_dir: str = "data",
         typed: Collection[str] | None = None,
@@ -163,6 +169,8 @@ class Images:
         asked.sizes()
         for key, size in {"image_size": image_size, "embed_size": embed_size}.items():
             require(16 <= size <= LARGEST_SIZE, f"{key} must be 16 to {LARGEST_SIZE}, not {size}")
+        require(embed_views in VIEWS, f"embed_views must be one of {', '.join(map(str, VIEWS))}, not {embed_views}")
+        require(embed_views == 1 or embed is not None, "embed_views averages features; set embed too")
         require(channels in (1, 3), f"channels must be 3 (RGB) or 1 (grey), not {channels}")
         left, top, right, bottom = crop
         require(
@@ -193,6 +201,7 @@ class Images:
         self.units = {part: units_of(places[part].resolve(), own) for part, own in self.classes.items()}
         name += [f"{image_size}px" + ("" if channels == 3 else ":grey"), digests]
         name += [] if embed is None else [embed]
+        name += [] if embed_views == 1 else [f"{embed_views} views"]
         counts = {part: pool.cells.size for part, pool in self.pools.items()}
         self.sizes = sizes_for(asked, counts, ":".join(name), "pictures", typed, self.classes)
         others = self.sizes[False]
@@ -205,9 +214,11 @@ class Images:
             inputs: tuple[int, ...] = (channels, image_size, image_size)
             facts = Facts(features=Colours(self.converter)) if channels == 3 else Facts()
         else:
-            self.converter = self._embed(form, embed, device, converter)
+            self.converter = self._embed(form, embed, embed_views, device, converter)
             inputs, facts = (len(self.converter.mean),), Facts()
         self.class_names = tuple(self.classes["test"])
+        if verify:
+            self.pooled = Pooled(verification.METRICS, _claims, verification.scores)
         if device != "cpu":
             held = {id(pool.rows): pool.rows.to(device) for pool in self.pools.values()}
             self.pools = {part: pool._replace(rows=held[id(pool.rows)]) for part, pool in self.pools.items()}
@@ -219,19 +230,21 @@ class Images:
             facts=facts,
         )
 
-    def _embed(self, form: Pictures, embed: str, device: str, known: Pictures | Embedded | None) -> Embedded:
+    def _embed(
+        self, form: Pictures, embed: str, views: int, device: str, known: Pictures | Embedded | None
+    ) -> Embedded:
         """Replace the pixels of all pools by standardised features, and return the converter of what users have.
 
         It is the one that is ``known``, or fitted to training pictures.
         """
         stores = {id(pool.rows): pool for pool in self.pools.values()}
         found = {
-            key: cached_features(embed, "pictures", pool.rows, f"{form} {pool.content}", device)
+            key: cached_features(embed, "pictures", pool.rows, f"{form} {pool.content}", device, views)
             for key, pool in stores.items()
         }
         train = self.pools["train"]
         own = known if isinstance(known, Embedded) else None
-        converter = own or fitted(form, embed, found[id(train.rows)][train.order])
+        converter = own or fitted(form, embed, found[id(train.rows)][train.order], views)
         ready = {key: converter.standardised(z) for key, z in found.items()}
         self.pools = {part: pool._replace(rows=ready[id(pool.rows)]) for part, pool in self.pools.items()}
         return converter
@@ -249,6 +262,10 @@ class Images:
             return self.converter.normalised(pixels)
 
         return draw_tasks(pool.cells, self.sizes[split == "train"], count, generator, inputs, split == "train")
+
+
+def _claims(predict: Predict, task: Task) -> Tensor:
+    return verification.claims(predict(task.query["x"]), task.query)
 
 
 def _has_one_group(pattern: str | None) -> bool:

@@ -184,13 +184,19 @@ def test_imaml_solves_one_system_where_the_model_has_dropout(monkeypatch):
 def test_conjugate_gradients_stop_at_negative_curvature():
     """On a diagonal system the iterates are known; along a first direction that curves downward b is kept."""
 
-    def solve(diagonal, b, steps):
-        return conjugate_gradients(lambda v: {"w": torch.tensor(diagonal) * v["w"]}, {"w": torch.tensor(b)}, steps)["w"]
+    def solve(diagonal, b, steps, least=0.0):
+        def product(v):
+            return {"w": torch.tensor(diagonal) * v["w"]}
+
+        return conjugate_gradients(product, {"w": torch.tensor(b)}, steps, least)["w"]
 
     torch.testing.assert_close(solve([1.0, 4.0], [1.0, 1.0], 2), torch.tensor([1.0, 0.25]))
     torch.testing.assert_close(solve([1.0, -4.0], [1.0, 1.0], 2), torch.tensor([1.0, 1.0]))
     # Along b the curvature is 4 for a squared length of 2, so that x = b / 2; along the second, (2, 6), it is −48.
     torch.testing.assert_close(solve([6.0, -2.0], [1.0, 1.0], 2), torch.tensor([0.5, 0.5]))
+    # An almost singular system is solved by a huge step, or not at all.
+    torch.testing.assert_close(solve([1.0, 0.01], [0.0, 1.0], 2), torch.tensor([0.0, 100.0]))
+    torch.testing.assert_close(solve([1.0, 0.01], [0.0, 1.0], 2, 0.5), torch.tensor([0.0, 1.0]))
 
 
 def test_first_and_second_order_differ():

@@ -18,9 +18,10 @@ omniglot_implicit_maml.py`` and ``implicit_maml/learner_model.py``), which diffe
 - ``damping``: 1 is added to the system's identity.
 
 The paper's equations are ``inner="proximal"``, which minimises the whole inner objective in training and test alike,
-with ``hessian_damping=0`` and ``damping=0``. Unlike the official code, our conjugate gradients stop where the Hessian
-has negative curvature. Policies are not supported: the loss of a rollout changes with each step, so it has no fixed
-minimum to differentiate implicitly.
+with ``hessian_damping=0`` and ``damping=0``. Unlike the official code, our conjugate gradients stop before a direction
+along which the Hessian is so negative that less than half of the identity's part is left: an almost singular system
+would give a huge step, and the equations hold at a minimum, where the Hessian is not negative. Policies are not
+supported: the loss of a rollout changes with each step, so it has no fixed minimum to differentiate implicitly.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,17 +41,18 @@ from metarun.random import drawing_again, drawn_so_far
 from metarun.tree import dot, mean
 
 
-def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps: int) -> Weights:
+def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps: int, least: float = 0.0) -> Weights:
     """Return an approximate solution of A x = b for symmetric A, starting from x = 0.
 
-    Iteration stops once the system is solved, or where A is not positive along the next direction: far from a minimum
-    the Hessian of the support loss need not be positive definite. If A is not positive along the first direction, ``b``
+    Iteration stops once the system is solved, or where vᵀ A v ≤ ``least`` vᵀ v for the next direction v: far from a
+    minimum the Hessian of the support loss need not be positive definite. If that is so for the first direction, ``b``
     itself is returned.
 
     Args:
         product: the map x → A x.
         b: the right-hand side.
         steps: number of products; with 0 the result is ``b``.
+        least: the smallest vᵀ A v of a vector of length 1 that is trusted.
     """
     x, residual, direction = {name: torch.zeros_like(value) for name, value in b.items()}, b, b
     squared = dot(b, b)
@@ -59,7 +61,7 @@ def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps
     for _ in range(steps):
         along = product(direction)
         curvature = dot(direction, along)
-        going = going & (curvature > 0) & (squared > solved)
+        going = going & (curvature > least * dot(direction, direction)) & (squared > solved)
         moved = moved | going
         step = torch.where(going, squared / curvature, 0.0)
         x = {name: x[name] + step * direction[name] for name in x}
@@ -145,7 +147,7 @@ def imaml(
                 scale = strength + hessian_damping
                 return {name: (1 + damping) * v[name] + hessian_v[name] / scale for name in v}
 
-            return conjugate_gradients(product, slope, cg_steps), value, scores
+            return conjugate_gradients(product, slope, cg_steps, (1 + damping) / 2), value, scores
 
         with torch.no_grad():
             grads, losses, scores = over_tasks(one_task, tasks, training=True)
