@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from commands import metarun, started, without_timing
 from conftest import leave_pictures_out
+from hydra.errors import HydraException
 
 from metarun.command import sweep
 from metarun.config import config_hash
@@ -127,6 +128,27 @@ def test_what_is_not_this_sweep_is_refused(undisturbed, arguments, words):
     assert all(word in refused.stderr for word in words), refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_a_sweep_over_a_pattern_has_a_plan_and_a_table(tmp_path):
+    done = metarun("-m", "algo=glob(scr*)", "train.lr=-1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 failed." in done.stdout
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"] == [["algo=scratch", "train.lr=-1"]]
+
+
+@pytest.mark.parametrize("error", [HydraException("No loader"), RuntimeError("No loader")])
+def test_a_sweep_that_cannot_be_owned_does_not_run(tmp_path, monkeypatch, error):
+    """Hydra would make a warning of the error, and nobody would say how the jobs have ended."""
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("metarun.command.directories.jobs_of", fail)
+    refused = metarun("-m", "seed=0,1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "No loader" in refused.stderr
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_sweep_whose_defaults_have_changed_does_not_write_them_next_to_old_results(undisturbed, tmp_path):

@@ -25,7 +25,7 @@ PROGRAM = "import pathlib; pathlib.Path('executed').touch()\n"
         *("replicas.over={algo.inner_lr: [0.1, 0.03]}", "task.amplitude=[0.1,5.0]", "task.environment=Pendulum-v1"),
         *("data_dir='/data/with = sign'", "hydra/launcher=joblib", "hydra.launcher.n_jobs=4", "preset/by_model=null"),
         *("hydra.launcher.cluster=local", "hydra.launcher.slurm.partition=gpu-long", "hydra.launcher.cluster=null"),
-        "seed=range(0,5)",
+        *("seed=range(0,5)", "algo=glob(ma*)", "algo=glob([m*,r*],exclude=maml)"),
     ],
 )
 def test_plain_values_for_keys_that_exist_are_taken(text):
@@ -41,6 +41,7 @@ def test_plain_values_for_keys_that_exist_are_taken(text):
         *("hydra.callbacks.evil={_target_: os.system}", "+hydra.callbacks.evil.a=1", "hydra.job.env_set.PATH=."),
         *("hydra.launcher.setup=[touch executed]", "hydra.launcher.python=./evil", "+hydra.launcher.n_jobs=4"),
         *("hydra.launcher.slurm.partition='gpu --wrap=evil'", "+hydra.launcher.slurm.wrap=evil"),
+        *("algo=glob(../evil*)", "algo=glob(*,exclude=../evil)"),
         *("hydra/launcher=../evil", "algo=../evil", "algo='../evil'", "task=maml,../evil", "preset/by_model=../../x"),
         *("task@hydra.callbacks=evil", "+experiment@hydra=evil", "~hydra.callbacks", "~train", "+other=1"),
         *("task.environment=evil:Env-v0", "train.lr=[", "--config-dir=evil", "++hydra.mode=RUN", "+train.x=1"),

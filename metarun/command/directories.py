@@ -1,6 +1,8 @@
 """Taking possession of directories before Hydra writes into them: one owner and one run per directory."""
 
+import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -18,11 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metarun import launch
 from metarun.command import sweep
+from metarun.command.sentences import sentence_of
 from metarun.config import config_hash
 from metarun.errors import UserError
 from metarun.results.status import PLAN, rows_of, runs_under
 from metarun.system import lock
 from metarun.system.files import has_checkpoint
+from metarun.system.terminal import printable
 
 UNIQUE_SUBDIR = ("${hydra:job.num}_", "${hydra:job.num}/", "${hydra:job.num}-", "${hydra.job.num}_")
 """Beginnings of ``hydra.sweep.subdir`` with which no two jobs can share a folder."""
@@ -43,7 +47,9 @@ def jobs_of(config: DictConfig) -> list[list[str]] | None:
     if config.hydra.sweeper._target_ != "hydra._internal.core_plugins.basic_sweeper.BasicSweeper":
         return None
     fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*fixed, *config.hydra.overrides.task])
+    # A pattern such as algo=glob(ma*) stands for members, which the loader knows.
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*fixed, *config.hydra.overrides.task])
     return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
 
 
@@ -163,14 +169,19 @@ class OneOwner(Callback):
         sweep.begin(directory, plan)
 
     def leave_if_refused(self, take: Callable[[DictConfig, Path], None], config: DictConfig, key: str) -> None:
-        """Exit the process if ``take`` raises an error."""
-        directory = directory_under(config, key)
+        """Exit the process if ``take`` raises an error, whatever it is: nobody would own the directory."""
         try:
-            take(config, directory)
+            take(config, directory_under(config, key))
         except UserError as error:
             sys.exit(f"metarun: {error}")
+        except (HydraException, OmegaConfBaseException) as error:
+            sys.exit(printable(f"metarun: {sentence_of(error)}"))
         except OSError as error:
             sys.exit(
                 f"metarun: the output directory cannot be written ({error.strerror or error}: {error.filename}); "
                 f"choose another with {key}=DIR."
             )
+        except Exception as error:
+            if os.environ.get("METARUN_FULL_ERROR") == "1":
+                traceback.print_exc()
+            sys.exit(printable(f"metarun: {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)."))

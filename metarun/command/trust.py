@@ -6,9 +6,10 @@ SECURITY.md says what is trusted and what is not.
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException
 
 from metarun.data.sources import names_code
@@ -53,7 +54,10 @@ def imports(key: str, value: object) -> bool:
 
 def values_of(override: Override) -> list[object]:
     """Return the value of an override, or the values that it sweeps over."""
-    value = override._value
+    value: Any = override._value
+    if isinstance(value, Glob):
+        # Patterns stand for members that are installed, whatever the stars stand for.
+        return [re.sub("[*?]", "_", pattern) for pattern in (*value.include, *value.exclude)]
     return list(value.list) if isinstance(value, ChoiceSweep) else [value]
 
 
