@@ -189,6 +189,8 @@ class Objects:
 
     pictures: Pictures
     target: Boxes
+    without_area: str = "error"
+    """Whether boxes without an area in files are an ``error``, or are left out (``drop``)."""
 
     def task(self, x: Any, y: Any) -> InPictures:
         """Return a user's task.
@@ -216,7 +218,7 @@ class Objects:
             return Examples(found.x, None, found.names)
         if path.is_file() and path.suffix.lower() not in (".json", ".zip"):
             return read_pictures(path)
-        pictures, files = annotated(path)
+        pictures, files = annotated(path, self.without_area)
         with files:
             x = [files.read(one.name) for one in pictures]
         return Examples(x, [one.boxes for one in pictures], [one.name for one in pictures])

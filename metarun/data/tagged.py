@@ -246,6 +246,10 @@ class TaggedWords:
     """Numbers of a frozen model that follow what words look like."""
     target: Tags | None = None
     """How outputs become tags; None: word by word."""
+    column: int | None = None
+    """The column of the tag in files, counted from 1; None: see `sentences_of`."""
+    scheme: Scheme = "iob2"
+    """Whether entities in files may begin with an I- tag (``iob1``)."""
 
     @property
     def embed(self) -> str | None:
@@ -339,10 +343,10 @@ class TaggedWords:
         return found.to(torch.get_default_dtype())
 
     def read(self, path: Path) -> Examples:
-        """Read a CoNLL or IOB2 file.
+        """Read a CoNLL or IOB2 file as the run has read its own.
 
         Raises:
             UserError: the file is broken; the sentence names the line.
         """
-        found = sentences_of(path.read_bytes(), str(path))
+        found = sentences_of(path.read_bytes(), str(path), self.column, self.scheme)
         return Examples([s.words for s in found], [s.tags for s in found], [s.name for s in found])

@@ -33,14 +33,20 @@ JOINERS = "\u200c\u200d"
 """Characters without width that stand inside words of Persian and of Indian languages."""
 
 
+@cache
+def with_marks() -> re.Pattern[str]:
+    """The pattern of words with all that belongs to a letter before it, and of single other characters.
+
+    Vowel signs, accents and dots that are characters by themselves are no letters to Python.
+    """
+    marks = [c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M"]
+    return re.compile(rf"\w[\w{''.join(marks)}{JOINERS}]*|[^\w\s]")
+
+
 def words(sentence: str) -> list[str]:
     """The words of a sentence in lower case, and its punctuation marks one by one."""
     text = small(sentence)
-    if text.isascii():
-        return WORD.findall(text)
-    # Vowel signs, accents and dots that are characters by themselves belong to words, but not to Python's letters.
-    marks = {c for c in text if unicodedata.category(c)[0] == "M" or c in JOINERS}
-    return re.findall(rf"[\w{re.escape(''.join(sorted(marks)))}]+|[^\w\s]", text) if marks else WORD.findall(text)
+    return (WORD if text.isascii() else with_marks()).findall(text)
 
 
 def grams_of(part: str, lengths: tuple[int, int]) -> list[str]:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -130,6 +131,7 @@ class Detection(BoxFamily):
         mean, std = (known.mean, known.std) if known else _measured(self.pixels[part == "train"])
         target = Boxes(ways, image_size, most=most, most_found=most_found)
         super().__init__(target, Sizes(shots, queries, ways), Pictures(image_size, 3, mean=mean, std=std))
+        self.converter = replace(self.converter, without_area=without_area)
 
     def _split_of_classes(
         self, test_classes: Sequence[str] | None, seed: int, source: Path

@@ -544,7 +544,9 @@ def entities(
         require(dataset == "auto", f"path and dataset={dataset} are two data sets; choose one")
         corpus = corpora.of_path(path, data_dir, column, scheme, val, test)
         place = str(found(path, data_dir).resolve())
-        return Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device, converter, place)
+        family = Entities(corpora.without_copies(corpus), Path(path).name, sizes, how, device, converter, place)
+        family.converter = replace(family.converter, column=column, scheme=scheme)
+        return family
     if dataset == "auto":
         dataset = "universal_ner" if corpora.is_there(data_dir, "universal_ner") else "toy"
         if dataset == "toy":

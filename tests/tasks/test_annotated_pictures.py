@@ -231,6 +231,13 @@ def test_splits_of_the_data_are_kept(tmp_path):
         family(root)
 
 
+def test_a_learner_reads_boxes_as_its_run_did(tmp_path):
+    root = voc(tmp_path / "voc")
+    box(5, 5, 5, 40)(root)
+    own = family(root, without_area="drop")
+    assert own.converter.read(root).y[3] == ()
+
+
 def edit_xml(change):
     def broken(root):
         path = root / "Annotations" / "p03.xml"

@@ -324,6 +324,14 @@ def test_a_later_test_keeps_what_training_has_learned_of_words_and_types(toy):
     assert other.spec.target.types == toy.spec.target.types
 
 
+def test_a_learner_reads_tags_as_its_run_did(folder):
+    for path in folder.glob("*.conll"):
+        path.write_text(path.read_text().replace("B-", "I-").replace("I-PER", "I-PER\t-").replace("I-LOC", "I-LOC\t-"))
+        path.write_text(path.read_text().replace("in\tO", "in\tO\t-"))
+    family = entities(**FEW, path=str(folder), test=["sv"], val=["da"], column=2, scheme="iob1")
+    assert family.converter.read(folder / "sv.conll").y[0] == ("B-PER", "O", "B-LOC")
+
+
 def real(name):
     if not corpora.is_there(str(DATA_DIR), name):
         pytest.skip(f"{name} is not in METARUN_DATA_DIR")

@@ -42,6 +42,7 @@ def test_words_and_character_grams():
 def test_words_keep_their_marks_and_do_not_depend_on_how_accents_are_written():
     assert tokens.words("हिन्दी में") == ["हिन्दी", "में"]
     assert tokens.words("İstanbul, می‌خواهم") == ["i̇stanbul", ",", "می‌خواهم"]
+    assert tokens.words("❤\ufe0fhello") == ["❤", "\ufe0f", "hello"]
     composed, apart = (unicodedata.normalize(form, "Un café déjà fermé") for form in ("NFC", "NFD"))
     assert composed != apart
     tokenizer = tokens.fit([composed, composed], 64, (3, 5))
