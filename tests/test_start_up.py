@@ -76,6 +76,16 @@ def test_composing_once_gives_what_hydra_composes_twice(composed, arguments, job
     assert times - fewer_times == fewer
 
 
+def test_a_sweep_over_tasks_may_set_a_key_that_the_default_task_lacks(composed):
+    jobs, _ = composed(
+        "-m", "algo=protonet", "task=grocery,cells", "task.image_size=48", "hydra.sweep.dir=s", once=True
+    )
+    tasks = [OmegaConf.create(config).task for config, _ in jobs]
+    assert [(task.get("test_path"), task.image_size) for task in tasks] == [(None, 48), ("chula_cells", 48)]
+    with pytest.raises(HydraException, match="image_size"):
+        composed("-m", "task=grocery,sinusoid", "task.image_size=48", "hydra.sweep.dir=t", once=True)
+
+
 def test_sweeps_without_m_are_refused_as_ever(composed):
     with pytest.raises(HydraException, match="add --multirun"):
         composed(*RUN, "seed=0,1", once=True)

@@ -2,6 +2,9 @@
 
 Hydra's entry point composes the whole configuration to read ``hydra.mode`` from it, and then again with the mode that
 it has chosen as a further override. The two differ in that key alone.
+
+A sweep's own configuration is composed with the first of several choices, where Hydra takes the default, which may lack
+keys that all of the choices have: ``-m task=grocery,cells task.image_size=32``.
 """
 
 from collections.abc import Iterator
@@ -11,8 +14,20 @@ from hydra._internal import hydra as entry
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.types import RunMode
 from omegaconf import DictConfig
+
+
+def with_first_choices(overrides: list[str]) -> list[str]:
+    """Return overrides in which keys without a dot, such as the groups of a configuration, have their first choice."""
+    found = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.get_key_element()
+        several = isinstance(override.value(), ChoiceSweep) and "." not in key and not override.is_hydra_override()
+        first = next(iter(override.sweep_string_iterator())) if several else ""
+        found.append(f"{key}={first}" if several else str(override.input_line))
+    return found
 
 
 class LoadsOnce(ConfigLoaderImpl):
@@ -36,10 +51,10 @@ class LoadsOnce(ConfigLoaderImpl):
         """Compose a configuration, or return the kept one if it is of these overrides and this mode."""
         if not validate_sweep_overrides:
             try:
-                config = super().load_configuration(config_name, overrides, self.expected, from_shell, False)
+                config = self.composed(config_name, overrides, self.expected, from_shell, False)
             except Exception:
                 # Only a sweep may leave a choice open, and the configuration may ask for one.
-                return super().load_configuration(config_name, overrides, run_mode, from_shell, False)
+                return self.composed(config_name, overrides, run_mode, from_shell, False)
             self.kept = config_name, list(overrides), config
             return config
         kept, self.kept = self.kept, None
@@ -53,13 +68,27 @@ class LoadsOnce(ConfigLoaderImpl):
                 (kept[0], [*kept[1], chosen]),
             )
         ):
-            return super().load_configuration(config_name, overrides, run_mode, from_shell)
+            return self.composed(config_name, overrides, run_mode, from_shell, True)
         parsed = OverridesParser.create().parse_overrides(overrides)
         self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
         config = kept[2]
         if overrides != kept[1]:
             config.hydra.mode = run_mode
             config.hydra.overrides.hydra.append(chosen)
+        return config
+
+    def composed(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, from_shell: bool, validate: bool
+    ) -> DictConfig:
+        """Compose a configuration; that of a sweep with the first of several choices."""
+        if run_mode != RunMode.MULTIRUN:
+            return super().load_configuration(config_name, overrides, run_mode, from_shell, validate)
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        if validate:
+            self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
+        config = super().load_configuration(config_name, with_first_choices(overrides), run_mode, from_shell, False)
+        # What the sweeper goes through.
+        config.hydra.overrides.task = [one.input_line for one in parsed if not one.is_hydra_override()]
         return config
 
 
