@@ -170,7 +170,7 @@ def test_imaml_solves_one_system_where_the_model_has_dropout(monkeypatch):
     monkeypatch.setattr(
         importlib.import_module("metarun.algos.agnostic.imaml"),
         "conjugate_gradients",
-        lambda product, b, steps: subtract(product(b), product(b)),
+        lambda product, b, steps, least: subtract(product(b), product(b)),
     )
     family = Sinusoid(shots=5)
     model = MLP(family.spec, (8,))
