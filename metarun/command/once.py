@@ -7,22 +7,22 @@ A sweep's own configuration is composed with the first of several choices, where
 keys that all of the choices have: ``-m task=grocery,cells task.image_size=32``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hydra._internal import hydra as entry
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 
-def with_first_choices(overrides: list[str]) -> list[str]:
-    """Return overrides in which keys without a dot, such as the groups of a configuration, have their first choice."""
+def with_first_choices(overrides: Sequence[Override]) -> list[str]:
+    """Return the lines of overrides; keys without a dot, such as groups of a configuration, have their first choice."""
     found = []
-    for override in OverridesParser.create().parse_overrides(overrides):
+    for override in overrides:
         key = override.get_key_element()
         several = isinstance(override.value(), ChoiceSweep) and "." not in key and not override.is_hydra_override()
         first = next(iter(override.sweep_string_iterator())) if several else ""
@@ -86,7 +86,7 @@ class LoadsOnce(ConfigLoaderImpl):
         parsed = OverridesParser.create().parse_overrides(overrides)
         if validate:
             self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
-        config = super().load_configuration(config_name, with_first_choices(overrides), run_mode, from_shell, False)
+        config = super().load_configuration(config_name, with_first_choices(parsed), run_mode, from_shell, False)
         # What the sweeper goes through.
         config.hydra.overrides.task = [one.input_line for one in parsed if not one.is_hydra_override()]
         return config

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,18 @@ log = logging.getLogger(__name__)
 
 class OtherShapes(CannotRecord):
     """A recording is given what it was not made for."""
+
+
+def leaves_of_shapes(given: Tree, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return the leaves of a tree; sizes are constants of a recording.
+
+    Raises:
+        OtherShapes: they have other shapes, and what is compiled would read beyond its inputs.
+    """
+    values = list(leaves(given))
+    if [value.shape for value in values] != shapes:
+        raise OtherShapes("batches of tasks differ in their shapes")
+    return values
 
 
 Function = Callable[[Tree], Tree]
@@ -69,12 +81,9 @@ class Recording:
         """Return what the function returns for ``given``, a tree of the shapes that it was recorded with.
 
         Raises:
-            OtherShapes: the tree has other shapes; sizes are constants of a recording, and a compiled one would read
-                beyond its inputs.
+            OtherShapes: the tree has other shapes.
         """
-        values = list(leaves(given))
-        if [value.shape for value in values] != self.shapes:
-            raise OtherShapes("batches of tasks differ in their shapes")
+        values = leaves_of_shapes(given, self.shapes)
         with torch.no_grad():
             return like(self.outputs, iter(self.run(*values)))
 
@@ -277,10 +286,7 @@ class Captured:
 
     def __call__(self, given: Tree) -> Tree:
         """Copy ``given`` in, launch the graph, and copy the results out; raise as a recording does."""
-        values = list(leaves(given))
-        if [value.shape for value in values] != self.shapes:
-            raise OtherShapes("batches of tasks differ in their shapes")
-        for own, new in zip(leaves(self.inputs), values, strict=True):
+        for own, new in zip(leaves(self.inputs), leaves_of_shapes(given, self.shapes), strict=True):
             own.copy_(new, non_blocking=True)
         self.graph.replay()
         return tree_map(torch.clone, self.outputs)

@@ -17,7 +17,7 @@ Watcher: TypeAlias = Callable[[Sequence[Row]], None]
 METRICS_COLUMNS = ("step", "train_loss", "train_score", "val_loss", "val_score", "seconds", "replica")
 EPISODES_COLUMNS = ("episode", "adapt_step", "loss", "score", "replica")
 """Columns of ``episodes.csv``. ``score`` is the first metric; a column with the name of each further metric follows."""
-UNIT = "task"
+TASK = "task"
 """The column after them with the number of the task, where episodes are other examples of the same few tasks."""
 POOLED_COLUMNS = ("replica", "resampling")
 """Columns of ``pooled.csv``; a column with the name of each metric follows. Resampling 0 is all test episodes as they
@@ -96,13 +96,13 @@ def write_episodes(directory: Path, replicas: Sequence[tuple[int, Scored]], metr
     for replica, scored in replicas:
         losses, scores = scored.losses.tolist(), {name: values.tolist() for name, values in scored.scores.items()}
         known = scored.units is not None
-        units = [{UNIT: unit} for unit in scored.units.tolist()] if known else [{}] * len(losses)
+        units = [{TASK: unit} for unit in scored.units.tolist()] if known else [{}] * len(losses)
         for episode, of_steps in enumerate(losses):
             for i, step in enumerate(scored.adapt_steps):
                 values = (episode, step, of_steps[i], scores[first][episode][i], replica)
                 row = dict(zip(EPISODES_COLUMNS, values, strict=True))
                 rows.append(row | {name: scores[name][episode][i] for name in further} | units[episode])
-    write_csv(directory / "episodes.csv", (*EPISODES_COLUMNS, *further, *([UNIT] if known else [])), rows)
+    write_csv(directory / "episodes.csv", (*EPISODES_COLUMNS, *further, *([TASK] if known else [])), rows)
 
 
 class PooledScore(NamedTuple):

@@ -15,7 +15,7 @@ PRECISION_GAIN = Metric("average-precision-gain", higher_is_better=True)
 """Average precision minus the share of positives, which is what a random order gives."""
 
 
-def _caught(score: Tensor, positive: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def caught(score: Tensor, positive: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return, by falling score: weights of positives and negatives, and how much of both each threshold lets pass."""
     score, order = score.sort(descending=True)
     own = torch.stack([weight * positive, weight * (1 - positive)])[:, order]
@@ -37,8 +37,8 @@ def auroc(score: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
         positive: 1 for positives, 0 for negatives ``[examples]``.
         weight: weight of each example ``[examples]``.
     """
-    positives, negatives, _, above_or_tied = _caught(score, positive, weight)
-    _, _, _, below_or_tied = _caught(-score, positive, weight)
+    positives, negatives, _, above_or_tied = caught(score, positive, weight)
+    _, _, _, below_or_tied = caught(-score, positive, weight)
     # Of the negatives, above + tied + below are all, and below + tied / 2 is what a positive wins.
     wins = (below_or_tied.flip(0) + negatives.sum() - above_or_tied) / 2
     pairs = positives.sum() * negatives.sum()
@@ -50,7 +50,7 @@ def average_precision(score: Tensor, positive: Tensor, weight: Tensor) -> Tensor
 
     It is Σ (R_n − R_{n−1}) P_n over the thresholds, without interpolation. Arguments as for ``auroc``.
     """
-    positives, _, true, false = _caught(score, positive, weight)
+    positives, _, true, false = caught(score, positive, weight)
     precision = true / (true + false).clamp(min=1e-12)
     return (positives * precision).sum() / positives.sum().clamp(min=1e-12)
 

@@ -14,6 +14,7 @@ from torch.nn.functional import log_softmax
 from metarun.contracts import Tree
 from metarun.targets.classes import own_classes
 from metarun.targets.metric import Metric
+from metarun.targets.ranking import caught
 
 FALSE_ACCEPTS = 0.01
 """Share of impostors' claims that may be accepted where true accepts are counted."""
@@ -39,18 +40,17 @@ def claims(output: Tensor, data: Tree) -> Tensor:
 def errors(score: Tensor, genuine: Tensor) -> tuple[Tensor, Tensor]:
     """Return the shares of false accepts and of false rejects at each threshold, from the strictest on.
 
+    Claims of the same score have the same point of the curve, which is there once for each of them.
+
     Args:
         score: of each claim ``[claims]``.
         genuine: whether it is genuine ``[claims]``; some are, and some are not.
     """
-    score, order = score.double().sort(descending=True)
-    genuine = genuine[order].double()
-    # A threshold accepts all claims of a score or none, so only the last of equal scores is a point of the curve.
-    last = torch.cat([score[1:] != score[:-1], torch.ones(1, dtype=torch.bool)])
-    accepted = torch.stack([1 - genuine, genuine]).cumsum(-1)
-    accepted = accepted[:, last] / accepted[:, -1:]
-    accepted = torch.cat([accepted.new_zeros(2, 1), accepted], -1)
-    return accepted[0], 1 - accepted[1]
+    genuine = genuine.double()
+    _, _, accepted, intruded = caught(score, genuine, torch.ones_like(genuine))
+    # The strictest threshold accepts nothing.
+    shares = [torch.cat([part.new_zeros(1), part / part[-1]]) for part in (intruded, accepted)]
+    return shares[0], 1 - shares[1]
 
 
 def equal_error_rate(false_accepts: Tensor, false_rejects: Tensor) -> float:

@@ -345,7 +345,7 @@ def pooled_scores(directory: str) -> dict[int, dict[str, Array]]:
 def final_scores(directory: str) -> dict[int, dict[str, Array]]:
     """Return each replica's scores by metric ``[episodes]``, after the last adaptation step and in order of episodes.
 
-    Where the file says of which task each episode is, this is under ``UNIT``. The result is empty if the file is
+    Where the file says of which task each episode is, this is under ``TASK``. The result is empty if the file is
     missing or damaged.
     """
     try:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from metarun.results.comparison import statistics
 from metarun.results.comparison.reading import FAMILIES, configuration_of, final_scores, pooled_scores
 from metarun.results.comparison.statistics import Estimate
-from metarun.results.tables import UNIT, metrics_of
+from metarun.results.tables import TASK, metrics_of
 
 Array = NDArray[np.float64]
 Replicas = tuple[tuple[str, int, float], ...]
@@ -155,7 +155,7 @@ def over_tasks(scores: Array, replicas: Replicas) -> Array:
     Such episodes are not independent: those of one patient are alike. Over several tasks the intervals are therefore
     over tasks. Where there is only one, they can only be over its episodes.
     """
-    found = scores_of(replicas[:1], UNIT)
+    found = scores_of(replicas[:1], TASK)
     if found is None or found[0].shape[1] != scores.shape[1]:
         return scores
     _, place, count = np.unique(found[0][0], return_inverse=True, return_counts=True)
