@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from metarun.contracts import Algorithm, Loss, MetaGradient, Scores, Task, Tree, Weights
 from metarun.errors import require
 from metarun.inner import at_step, inner_loop, padding_first, support_gradient
-from metarun.nn.functional import forward_of, parameters_of
+from metarun.nn.functional import forward_of, number_like, parameters_of
 from metarun.nn.transforms import over_tasks
 from metarun.tree import mean, subtract, tree_map
 
@@ -87,7 +87,7 @@ def reptile(
 
     def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(model)
-        step = next(iter(weights.values())).new_zeros(())
+        step = number_like(model, 0.0)
         carried = {"second_moment": tree_map(torch.zeros_like, weights), "step": step}
         return {"weights": weights, "carried": carried}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metarun.contracts import Algorithm, Loss, Tree, Weights
 from metarun.errors import require
 from metarun.inner import descent, gradient_descent
-from metarun.nn.functional import forward_of, parameters_of
+from metarun.nn.functional import forward_of, number_like, parameters_of
 
 STEP_SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -43,7 +43,7 @@ def scratch(model: nn.Module, step_sizes: Sequence[float] = STEP_SIZES) -> Algor
 
     def init(generator: torch.Generator) -> Tree:
         weights = parameters_of(model)
-        step_size = next(iter(weights.values())).new_tensor(step_sizes[0])
+        step_size = number_like(model, step_sizes[0])
         return {"weights": weights, "carried": {"step_size": step_size}}
 
     def adapt(theta: Tree, support: Tree, loss: Loss) -> Iterator[Weights]:
