@@ -1,12 +1,15 @@
 import os
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from commands import QUICK, process
 from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.assemble import assemble
@@ -96,11 +99,21 @@ def without_pictures(monkeypatch):
     leave_pictures_out(monkeypatch)
 
 
-def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+@cache
+def chosen(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     with initialize_config_module("metarun.conf", version_base="1.3"):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)
     names = {group: str(config.hydra.runtime.choices[group]) for group in ("algo", "task", "model")}
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), names
+
+
+def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """Choose groups once in a test run, which takes Hydra a tenth of a second, and set keys as Hydra does."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    keys = [one for one in parsed if "." in one.key_or_group and not (one.is_delete() or one.is_hydra_override())]
+    config, names = deepcopy(chosen(*(str(one.input_line) for one in parsed if one not in keys)))
+    ConfigLoaderImpl._apply_overrides_to_config(keys, config)
+    return config, names
 
 
 def experiment_of(*overrides: str):
