@@ -44,7 +44,7 @@ def own_network(
 
     def drawn(generator: torch.Generator) -> Weights:
         with seeded(generator):
-            return parameters_of(build().to(next(model.parameters())))
+            return parameters_of(build().to(number_like(model, 0.0)))
 
     return forward, drawn
 
@@ -55,8 +55,13 @@ def parameters_of(module: nn.Module) -> Weights:
 
 
 def number_like(model: nn.Module, value: float) -> Tensor:
-    """``value`` as a scalar in the dtype and on the device of the parameters of ``model``, frozen ones included."""
-    return next(model.parameters()).detach().new_tensor(value)
+    """``value`` as a scalar in the dtype and on the device of what ``model`` learns, or of its frozen parameters.
+
+    A frozen parameter may be of another dtype, such as whole numbers, in which ``value`` would be rounded.
+    """
+    learned_first = sorted(model.parameters(), key=lambda p: not p.requires_grad)
+    first = next((p for p in learned_first if p.is_floating_point()), torch.empty(0))
+    return first.detach().new_tensor(value)
 
 
 def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Linear]:
