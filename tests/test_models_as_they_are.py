@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from metarun.algos.agnostic.anil import anil
 from metarun.algos.agnostic.maml import maml
 from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
@@ -447,3 +448,26 @@ def test_a_model_of_other_numbers_or_results_is_refused(model, words, tmp_path):
     experiment = experiment_of("algo=maml", "task=sinusoid", f"model._target_={model.__module__}.{model.__name__}")
     with pytest.raises(UserError, match=words):
         meta_train(experiment, tmp_path, resume=False)
+
+
+class Tied(nn.Module):
+    """A head whose weight is also that of the body."""
+
+    def __init__(self, head_first):
+        super().__init__()
+        parts = {"trunk": nn.Linear(6, 6), "head": nn.Linear(6, 6)}
+        parts["head"].weight = parts["trunk"].weight
+        for name in sorted(parts, reverse=not head_first):
+            self.add_module(name, parts[name])
+
+    def forward(self, x):
+        return self.head(self.trunk(x))
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_a_head_that_is_tied_to_the_body_is_refused_by_what_adapts_one_of_them(head_first):
+    with pytest.raises(ValueError, match=r"they share trunk\.weight"):
+        anil(Tied(head_first))
+    aliased = Model(FLAT, nn.ReLU())
+    aliased.also = nn.Sequential(aliased.head)
+    anil(aliased)
