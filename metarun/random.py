@@ -66,7 +66,7 @@ def uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     z = mixed(seed[..., None] + counter * GOLDEN)
     bits = (z >> 41) & ((1 << 23) - 1)
     numbers = (bits.to(torch.get_default_dtype()) + 0.5) / 2**23
-    return numbers.reshape(*seed.shape, *shape)
+    return numbers.reshape((*seed.shape, *shape))
 
 
 def normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:

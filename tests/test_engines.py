@@ -1,6 +1,7 @@
 """Every engine, map over tasks and number of replicas gives what the plain step gives."""
 
 import logging
+import random
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -224,6 +225,17 @@ class Remembering(nn.Module):
         return self.head(self.trunk(x)) * (1 + Leave.apply(self.trunk.weight))
 
 
+class Skipping(nn.Module):
+    """A model that leaves a layer out by a number of Python's, so seldom that a comparison misses it."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return x if random.random() < 1e-9 else self.layer(x)
+
+
 def reading(algorithm):
     """The algorithm with a meta-gradient that reads a value, as a line search would."""
 
@@ -234,13 +246,16 @@ def reading(algorithm):
     return algorithm._replace(meta_grad=meta_grad)
 
 
-@pytest.mark.parametrize("kind", ["of the tasks", "of a single task", "of a parameter", "reading"])
+@pytest.mark.parametrize("kind", ["of the tasks", "of a single task", "of a parameter", "reading", "skipping"])
 def test_what_cannot_be_recorded_stays_eager_and_says_why(kind, caplog):
     experiment = experiment_of("engine=replay", *TINY, *["train.meta_batch=1"] * (kind == "of a single task"))
     first, spec = experiment.replicas[0], experiment.family.spec
     why, model = "its results differ from those of eager", Detour(spec)
     if kind == "reading":
         why, model, algorithm = "no replay: ", first.model, reading(first.algorithm)
+    elif kind == "skipping":
+        why, model = "random numbers of Python or NumPy", Skipping(spec)
+        algorithm = maml(model)
     elif kind == "of a parameter":
         model = Remembering(spec)
         algorithm = anil(model)

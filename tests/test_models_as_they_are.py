@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from metarun.algos.agnostic.anil import anil
 from metarun.algos.agnostic.maml import maml
 from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
@@ -312,3 +313,161 @@ def test_a_run_is_not_resumed_on_other_frozen_weights(tmp_path):
     torch.save(torch.nn.Linear(1, 4).state_dict(), tmp_path / "backbone.pt")
     with pytest.raises(UserError, match="other frozen parameters or buffers"):
         run(config, names, tmp_path / "run", resume=True)
+
+
+class Shaken(nn.Module):
+    """Noise and a draw that is skipped, as people write them: while the module is training."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(6), nn.Linear(6, WAYS)
+
+    def forward(self, x):
+        if self.training:
+            x = x + 5 * torch.randn_like(x)
+        return self.linear(self.norm(x))
+
+
+def test_what_a_module_does_in_training_alone_it_does_not_in_test():
+    """Batch normalisation goes on using the statistics of the batch, and the module is left as it was."""
+    model, x = Shaken().train(), torch.randn(7, 6, generator=generator())
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    plain = model.linear(F.batch_norm(x, None, None, training=True))
+    with drawing(torch.tensor(5), training=False):
+        torch.testing.assert_close(forward_of(model)(weights, x), plain)
+    with drawing(torch.tensor(5), training=True):
+        assert not torch.allclose(forward_of(model)(weights, x), plain)
+    assert all(part.training for part in model.modules())
+
+
+def test_a_transformer_masks_padding_in_eval_mode_too():
+    """Where torch's own would look for nested tensors, which cannot be mapped over tasks."""
+    layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)
+    encoder, x = nn.TransformerEncoder(layer, 2), torch.randn(2, 3, 5, 6, generator=generator())
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    model = Applied(lambda x, encoder: encoder(x, src_key_padding_mask=padding), encoder)
+    model.linear = nn.Identity()
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    expected = torch.stack([functional_call(model.train(), weights, (one,)) for one in x])
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(lambda x: forward_of(model)(weights, x))(x), expected)
+
+
+class KeepsApart(nn.Module):
+    """A module that keeps its weight a second time, outside of its parameters."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, WAYS)
+        weight = self.first.weight
+        self.kept = {"in a list": [weight], "as a view": [weight.t()[:]], "in its own memory": []}[how]
+        if how == "in its own memory":
+            self.second = nn.Linear(6, 6, bias=False)
+            self.second.weight = nn.Parameter(weight.t())
+
+    def forward(self, x):
+        return self.last(F.linear(self.first(x), *(self.kept or [self.second.weight])))
+
+
+@pytest.mark.parametrize("how", ["in a list", "as a view", "in its own memory"])
+def test_a_weight_that_is_kept_twice_is_refused_since_one_of_the_two_would_not_be_learned(how):
+    words = "share their memory" if how == "in its own memory" else "uses its parameter first.weight by a reference"
+    with pytest.raises(UserError, match=words):
+        meta_gradient(*prepared(KeepsApart(how)), tasks_of(FLAT), classification_loss)
+
+
+def test_random_numbers_of_other_types_are_what_they_are_in_torch():
+    """Whole numbers and truth values are drawn with their probability; what would be another draw is refused."""
+
+    def drawn(function):
+        model = Applied(function)
+        model.linear = nn.Identity()
+        with drawing(torch.tensor(5), training=True):
+            return forward_of(model)({}, torch.zeros(4000)).double()
+
+    for kind in (torch.long, torch.bool, torch.float32):
+        mean = drawn(lambda x, kind=kind: x.to(kind).bernoulli(0.3))
+        assert mean.mean().item() == pytest.approx(0.3, abs=0.03)
+    assert drawn(lambda x: torch.rand(()) + 0 * x).unique().numel() == 1
+    for words, function in {
+        "from a generator": lambda x: torch.rand(3, generator=generator()),
+        "not torch.complex64": lambda x: torch.randn(3, dtype=torch.complex64),
+    }.items():
+        with pytest.raises(UserError, match=words):
+            drawn(function)
+
+
+class Selected(HalfFrozen):
+    """Its first parameter is frozen and of whole numbers."""
+
+    def __init__(self, spec, **of_another_model):
+        super().__init__(spec)
+        self.trunk = nn.ParameterList([nn.Parameter(torch.tensor([0]), requires_grad=False)])
+        self.head = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.head(x[:, self.trunk[0]])
+
+
+def test_a_number_next_to_the_weights_is_no_whole_number():
+    torch.set_default_dtype(torch.float32)
+    model = f"{Selected.__module__}.Selected"
+    experiment = experiment_of("algo=scratch", "task=sinusoid", f"model._target_={model}", "algo.step_sizes=[0.01]")
+    step_size = experiment.initial_thetas()[0]["carried"]["step_size"]
+    assert step_size.item() == pytest.approx(0.01)
+
+
+def test_instance_normalisation_of_single_values_is_refused():
+    model = nn.Sequential(nn.Unflatten(1, (6, 1)), nn.InstanceNorm1d(6), nn.Flatten(), nn.Linear(6, WAYS))
+    with pytest.raises(UserError, match="one value per channel and example"):
+        meta_gradient(*prepared(model), tasks_of(FLAT), classification_loss)
+
+
+class Complex(nn.Module):
+    """All of its numbers are complex."""
+
+    def __init__(self, spec, **of_another_model):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(torch.complex64) @ self.weight).real
+
+
+class Two(HalfFrozen):
+    """It returns its features too."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(("model", "words"), [(Complex, "must be real numbers"), (Two, "gives a tuple where one tens")])
+def test_a_model_of_other_numbers_or_results_is_refused(model, words, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    experiment = experiment_of("algo=maml", "task=sinusoid", f"model._target_={model.__module__}.{model.__name__}")
+    with pytest.raises(UserError, match=words):
+        meta_train(experiment, tmp_path, resume=False)
+
+
+class Tied(nn.Module):
+    """A head whose weight is also that of the body."""
+
+    def __init__(self, head_first):
+        super().__init__()
+        parts = {"trunk": nn.Linear(6, 6), "head": nn.Linear(6, 6)}
+        parts["head"].weight = parts["trunk"].weight
+        for name in sorted(parts, reverse=not head_first):
+            self.add_module(name, parts[name])
+
+    def forward(self, x):
+        return self.head(self.trunk(x))
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_a_head_that_is_tied_to_the_body_is_refused_by_what_adapts_one_of_them(head_first):
+    with pytest.raises(ValueError, match=r"they share trunk\.weight"):
+        anil(Tied(head_first))
+    aliased = Model(FLAT, nn.ReLU())
+    aliased.also = nn.Sequential(aliased.head)
+    anil(aliased)

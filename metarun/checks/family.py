@@ -352,6 +352,11 @@ def check_predictions(experiment: Experiment, tasks: Task) -> None:
     def watched_loss(predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
         def watched(x: Any) -> Any:
             output = predict(x)
+            if family.spec.offers("rows") and not isinstance(output, Tensor):
+                raise UserError(
+                    f"model={names['model']} with algo={names['algo']} gives a {type(output).__name__} where one "
+                    "tensor is needed; let its forward return the outputs for the task's examples alone."
+                )
             if family.spec.offers("rows") and output.shape != data["y"].shape:
                 raise UserError(
                     f"model={names['model']} with algo={names['algo']} gives outputs of shape {list(output.shape)} for "

@@ -41,7 +41,7 @@ class Layout:
         """Record the shapes of ``theta``.
 
         Raises:
-            UserError: the leaves are of more than one dtype.
+            UserError: the leaves are of more than one dtype, or are no real numbers.
         """
         self.template = learned(theta)
         self.names = names_of(self.template)
@@ -49,6 +49,11 @@ class Layout:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.size = size(self.template)
         types = {leaf.dtype for leaf in leaves(self.template)}
+        if unreal := sorted(str(kind) for kind in types if not kind.is_floating_point):
+            raise UserError(
+                f"Learned parameters must be real numbers, and the model has {', '.join(unreal)}: keep real and "
+                "imaginary parts as one real parameter, and join them in forward with torch.view_as_complex."
+            )
         if len(types) > 1:
             raise UserError(f"Learned parameters must all be of one type, and the model has {sorted(map(str, types))}.")
 

@@ -11,6 +11,7 @@ back. Callers therefore first compare a recording with the function on other inp
 
 import logging
 import os
+import random
 import tempfile
 import threading
 import warnings
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -52,6 +54,12 @@ Function = Callable[[Tree], Tree]
 """A tree of tensors → a tree of tensors, without side effects."""
 
 
+def drawn_outside_torch() -> tuple[Any, ...]:
+    """Return what changes whenever Python's or NumPy's global generator gives a number."""
+    kind, key, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), kind, np.asarray(key).tobytes(), *rest
+
+
 class Recording:
     """The operations of ``function``, as a function of the same trees."""
 
@@ -62,7 +70,7 @@ class Recording:
             CannotRecord: something in the function depends on values, or torch cannot trace it.
         """
         values = [leaf.detach() for leaf in leaves(given)]
-        recorder = Recorder(values)
+        recorder, before = Recorder(values), drawn_outside_torch()
         try:
             with recorder:
                 out = function(like(given, iter(values)))
@@ -70,6 +78,9 @@ class Recording:
             raise
         except Exception as error:
             raise CannotRecord(first_line(error)) from error
+        if drawn_outside_torch() != before:
+            # Compared with the function, a recording that holds a rare event's absence would seem right.
+            raise CannotRecord("it draws random numbers of Python or NumPy; take random numbers from metarun.random")
         recorder.graph.output([recorder.node_of(leaf) for leaf in leaves(out)])
         self.graph, self.constants = simplified(recorder.graph), recorder.constants
         self.shapes = [value.shape for value in values]

@@ -44,7 +44,7 @@ def own_network(
 
     def drawn(generator: torch.Generator) -> Weights:
         with seeded(generator):
-            return parameters_of(build().to(next(model.parameters())))
+            return parameters_of(build().to(number_like(model, 0.0)))
 
     return forward, drawn
 
@@ -55,8 +55,13 @@ def parameters_of(module: nn.Module) -> Weights:
 
 
 def number_like(model: nn.Module, value: float) -> Tensor:
-    """``value`` as a scalar in the dtype and on the device of the parameters of ``model``, frozen ones included."""
-    return next(model.parameters()).detach().new_tensor(value)
+    """``value`` as a scalar in the dtype and on the device of what ``model`` learns, or of its frozen parameters.
+
+    A frozen parameter may be of another dtype, such as whole numbers, in which ``value`` would be rounded.
+    """
+    learned_first = sorted(model.parameters(), key=lambda p: not p.requires_grad)
+    first = next((p for p in learned_first if p.is_floating_point()), torch.empty(0))
+    return first.detach().new_tensor(value)
 
 
 def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Linear]:
@@ -71,12 +76,31 @@ def trunk_and_head(model: nn.Module, algorithm: str) -> tuple[nn.Module, nn.Line
     return trunk, head
 
 
+def require_own_head(model: nn.Module, algorithm: str) -> None:
+    """Raise ``ValueError`` if ``model.head`` shares a parameter with the body, from which ``algorithm`` tells it."""
+    head = getattr(model, "head", None)
+    inside = set(head.modules()) if isinstance(head, nn.Module) else set()
+    own = {id(parameter) for part in inside for parameter in part.parameters(recurse=False)}
+    shared = [
+        f"{name}.{key}".lstrip(".")
+        for name, part in model.named_modules()
+        for key, parameter in part.named_parameters(recurse=False)
+        if part not in inside and id(parameter) in own
+    ]
+    require(
+        not shared,
+        f"{algorithm} tells the head from the body, and in {type(model).__name__} they share {', '.join(shared)}; give "
+        "the head its own parameters, or choose an algorithm that adapts the whole model, such as maml",
+    )
+
+
 def head_names(model: nn.Module, algorithm: str) -> set[str]:
     """The names of the parameters of ``model.head``.
 
     Raises:
-        ValueError: the model has no head, or nothing but a head.
+        ValueError: the model has no head, nothing but a head, or a head that shares a parameter with its body.
     """
+    require_own_head(model, algorithm)
     names = {name for name, _ in model.named_parameters()}
     heads = {name for name in names if name.startswith("head.")}
     kind = type(model).__name__

@@ -90,22 +90,35 @@ def drawn(
     """Random numbers from the task's seed.
 
     A call may be ``torch.rand(2, 3)``, ``torch.rand((2, 3))`` or ``torch.rand(size=(2, 3))``.
+
+    Raises:
+        UserError: the call asks for what is not drawn here.
     """
-    refuse_out(options.get("out"))
+    refuse_options(options)
     if not size and "size" in options:
         size = (options["size"],)
-    shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-    return numbers(random.fresh_seed(), shape).to(dtype=options.get("dtype"), device=options.get("device"))
+    shape = tuple(size[0]) if len(size) == 1 and isinstance(size[0], tuple | list) else size
+    whole = tuple(map(int, shape))
+    return numbers(random.fresh_seed(), whole).to(dtype=options.get("dtype"), device=options.get("device"))
 
 
-def refuse_out(out: Any) -> None:
-    """Raise an error if random numbers are to be written to a tensor.
+def refuse_options(options: dict[str, Any]) -> None:
+    """Raise an error if random numbers are to be of another kind, from another source or at another place.
 
     Raises:
         UserError: they are.
     """
-    if out is not None:
+    if options.get("out") is not None:
         raise UserError("Random numbers cannot be written to a tensor with out= here; take what the function returns.")
+    if options.get("generator") is not None:
+        raise UserError(
+            "Random numbers are drawn from the task's seed here, not from a generator; leave generator= out, and keep "
+            "numbers that shall stay the same in a buffer."
+        )
+    if (dtype := options.get("dtype")) is not None and not dtype.is_floating_point:
+        raise UserError(
+            f"Random numbers are real numbers with a point here, not {dtype}; draw them so, and convert them."
+        )
 
 
 def rand(*size: Any, **options: Any) -> Tensor:
@@ -128,8 +141,9 @@ def randn_like(input: Tensor, **options: Any) -> Tensor:
     return drawn(random.normal, tuple(input.shape), like_options(input, options))
 
 
-def bernoulli(input: Tensor, p: float | None = None, *, generator: Any = None, out: Any = None) -> Tensor:
+def bernoulli(input: Tensor, p: float | Tensor | None = None, *, generator: Any = None, out: Any = None) -> Tensor:
     """``torch.bernoulli`` from the task's seed; ``input`` contains probabilities, unless all are ``p``."""
-    refuse_out(out)
+    refuse_options({"generator": generator, "out": out})
     chance = input if p is None else p
-    return (random.uniform(random.fresh_seed(), tuple(input.shape)).to(input) < chance).to(input.dtype)
+    # Compared as they are drawn: in the type of the result, they might all be 0.
+    return (random.uniform(random.fresh_seed(), tuple(input.shape)).to(input.device) < chance).to(input.dtype)

@@ -82,6 +82,11 @@ def instance_norm(
     """Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022; arguments of ``F.instance_norm``."""
     if running_mean is not None and running_var is not None and (not use_input_stats or all_frozen(weight, bias)):
         return with_variance(input - along_channels(running_mean, input), running_var, weight, bias, eps)
+    if input.numel() == input.shape[0] * input.shape[1]:
+        raise UserError(
+            "Instance normalisation of one value per channel and example has no variance to divide by; give it larger "
+            "inputs, or take another normalisation."
+        )
     return scaled(normalised(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 

@@ -9,17 +9,21 @@ A module's ``train()`` and ``eval()`` mean what they mean in torch: batch statis
 and none. Three things differ, because a task must not influence the next one:
 
 - running statistics are read, never written;
-- dropout is on only in meta-training; in validation and test it is off, as if ``eval()`` had been called;
+- dropout is on only in meta-training; in validation and test it is off, as if ``eval()`` had been called on all modules
+  but those with buffers and torch's own normalisations, which go on using the statistics of the batch;
 - a normalisation whose parameters are all frozen (``requires_grad=False``) uses its running statistics.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from metarun.errors import UserError
@@ -40,6 +44,7 @@ from metarun.nn.normalisation import all_frozen, batch_norm, instance_norm, laye
 from metarun.nn.padding import present_weight
 from metarun.nn.recurrent import gru_cell, lstm_cell, plain_cell, recurrent, single_step
 from metarun.nn.transforms import plain
+from metarun.random import in_training
 
 Formula = Callable[..., Any]
 
@@ -86,6 +91,8 @@ FORMULAS: dict[Any, Formula] = {
     torch.rnn_relu_cell: single_step(plain_cell(torch.relu)),
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention_forward,
+    # Asked in eval mode, to decide on a fast path that works on nested tensors, which cannot be mapped.
+    torch._nested_tensor_from_mask_left_aligned: lambda *given: False,
     torch._weight_norm: weight_norm,
     F.prelu: prelu,
     torch.prelu: prelu,
@@ -208,10 +215,14 @@ class Substituted(TorchFunctionMode):
     With plain autograd (`metarun.nn.transforms.plainly`), only the functions that torch itself cannot handle are.
     """
 
-    def __init__(self, buffers: dict[int, str], of: str) -> None:
-        """``buffers`` maps the identities of the module's buffers to their names; ``of`` is the name of its class."""
+    def __init__(self, buffers: dict[int, str], replaced: dict[int, str], of: str) -> None:
+        """``of`` is the name of the module's class.
+
+        ``buffers`` maps the identities of its buffers to their names, and ``replaced`` those of its parameters for
+        which others are given.
+        """
         super().__init__()
-        self.buffers, self.of = buffers, of
+        self.buffers, self.replaced, self.of = buffers, replaced, of
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -219,6 +230,8 @@ class Substituted(TorchFunctionMode):
             if written.rpartition(".")[2] == "num_batches_tracked":
                 return args[0]
             raise UserError(refusal_of_writing(self.of, written))
+        if self.replaced:
+            self.refuse_replaced(function, args, named)
         formula = FORMULAS.get(function)
         if formula is not None and plain.get() and by_torch(function, args, named):
             formula = BY_TORCH.get(function, function)
@@ -230,12 +243,40 @@ class Substituted(TorchFunctionMode):
             )
         return function(*args, **named)
 
+    def refuse_replaced(self, function: Any, args: Any, named: dict[str, Any]) -> None:
+        """Raise an error if a call uses a parameter itself, or a view of it, where another is given for it.
+
+        Raises:
+            UserError: it does; the output would not depend on what is learned.
+        """
+        if getattr(function, "__name__", "") == "__get__" and getattr(function, "__self__", None) not in VIEWING:
+            return
+        for given in (*args, *named.values()):
+            for value in given if type(given) in (list, tuple) else (given,):
+                if isinstance(value, Tensor) and (
+                    name := self.replaced.get(id(value)) or self.replaced.get(base(value))
+                ):
+                    raise UserError(
+                        f"model: the forward pass of {self.of} uses its parameter {name} by a reference or a view that "
+                        "was kept outside of the module's parameters, such as in a list; then it would not be learned. "
+                        "Take it from the module that has it in forward, or keep it in an nn.ParameterList."
+                    )
+
     def written(self, function: Any, args: Any, named: dict[str, Any]) -> str | None:
         """The name of the buffer that a call would write to, if any."""
         name = getattr(function, "__name__", "")
         in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
         target = named.get("out", args[0] if in_place and args else None)
         return self.buffers.get(id(target))
+
+
+VIEWING = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data, Tensor.real, Tensor.imag)
+"""The properties of a tensor that are tensors of the same numbers."""
+
+
+def base(value: Tensor) -> int:
+    """The identity of the tensor of which ``value`` is a view."""
+    return id(value._base) if value._is_view() else 0
 
 
 def refusal_of_writing(of: str, buffer: str) -> str:
@@ -246,22 +287,34 @@ def refusal_of_writing(of: str, buffer: str) -> str:
     )
 
 
+def nothing() -> None:
+    """Stand in for ``flatten_parameters``, which would ask for the memory address of weights inside a transform."""
+
+
 class SafeForward:
     """The forward pass of a module with substituted functions and guarded buffers."""
 
     def __init__(self, module: nn.Module) -> None:
+        """Prepare ``module``.
+
+        Raises:
+            UserError: two parameters share memory.
+        """
         self.module, self.of = module, type(module).__name__
         for part in module.modules():
             if isinstance(part, nn.RNNBase):
-                # It would ask for the memory address of weights, which they lack inside a transform.
-                part.flatten_parameters = lambda: None  # type: ignore[method-assign]
+                part.flatten_parameters = nothing  # type: ignore[method-assign]
         self.owners = [(name, part) for name, part in module.named_modules() if part._buffers]
+        self.parameters = dict(module.named_parameters(remove_duplicate=False))
+        self.quiet = [part for part in module.modules() if not (part._buffers or isinstance(part, _NormBase))]
+        refuse_shared_memory(module)
 
     def __call__(self, weights: Any, x: Any) -> Any:
         """The output for ``x``, with ``weights`` in place of the parameters of the same names.
 
         Raises:
-            UserError: the forward pass writes to a buffer, or calls a function that is refused.
+            UserError: the forward pass writes to a buffer, uses a parameter that is replaced, or calls a function that
+                is refused.
         """
         held = [
             (f"{name}.{key}" if name else key, part, key, buffer, buffer._version)
@@ -269,10 +322,43 @@ class SafeForward:
             for key, buffer in part._buffers.items()
             if buffer is not None
         ]
-        with Substituted({id(buffer): name for name, _, _, buffer, _ in held}, self.of):
+        buffers = {id(buffer): name for name, _, _, buffer, _ in held}
+        replaced = {id(p): name for name, p in self.parameters.items() if weights.get(name, p) is not p}
+        with Substituted(buffers, replaced, self.of), quietly(() if in_training() else self.quiet):
             out = torch.func.functional_call(self.module, weights, (x,))
         for name, part, key, buffer, version in held:
             if part._buffers.get(key) is not buffer or buffer._version != version:
                 part._buffers[key] = buffer
                 raise UserError(refusal_of_writing(self.of, name))
         return out
+
+
+@contextmanager
+def quietly(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, ``modules`` are in eval mode."""
+    changed = [module for module in modules if module.training]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
+def refuse_shared_memory(module: nn.Module) -> None:
+    """Raise an error if two parameters, of which one is learned, begin at the same place in memory.
+
+    Raises:
+        UserError: they do, and would be learned separately.
+    """
+    there: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter) or not parameter.numel() or not parameter.data_ptr():
+            continue
+        other, first = there.setdefault(parameter.data_ptr(), (name, parameter))
+        if first is not parameter and (first.requires_grad or parameter.requires_grad):
+            raise UserError(
+                f"model: the parameters {other} and {name} of {type(module).__name__} share their memory and would be "
+                f"learned separately here; let forward compute one from the other, or make both the same nn.Parameter."
+            )

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from metarun.algos.baselines.scratch import STEP_SIZES, scratch
 from metarun.contracts import Algorithm, Loss, MetaLoss, Spec, Task, Tree
 from metarun.inner import both
-from metarun.nn.functional import forward_of, number_like, trunk_and_head
+from metarun.nn.functional import forward_of, number_like, require_own_head, trunk_and_head
 from metarun.nn.padding import weighing
 from metarun.targets.weights import mean_over
 from metarun.tree import size
@@ -57,6 +57,7 @@ def transfer(model: nn.Module, spec: Spec, step_sizes: Sequence[float] = STEP_SI
     if classes is None:
         return fine_tuning._replace(meta_loss=joint_task)
     trunk, head = trunk_and_head(model, "transfer")
+    require_own_head(model, "transfer")
     embed = forward_of(trunk)
 
     def init(generator: torch.Generator) -> Tree:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from metarun.contracts import Algorithm, Loss, Spec, Tree, Weights
 from metarun.errors import require
-from metarun.nn.functional import forward_of, parameters_of, seeded, trunk_and_head
+from metarun.nn.functional import forward_of, parameters_of, require_own_head, seeded, trunk_and_head
 from metarun.nn.ops import class_means, mean_row
 from metarun.nn.padding import weighing
 from metarun.tree import size
@@ -73,6 +73,8 @@ def shared_model(model: nn.Module, spec: Spec, code: int = 32, rank: int = 8, wi
     trunk, head = trunk_and_head(model, "shared_model")
     forward, embed, features = forward_of(model), forward_of(trunk), head.in_features
     classes = spec.offers("classes")
+    if classes:
+        require_own_head(model, "shared_model")
 
     def encoder() -> nn.Module:
         return perceptron(features if classes else features + spec.target.outputs, width, code)
