@@ -140,6 +140,11 @@ def test_a_later_test_calls_replicas_by_their_own_numbers(tmp_path):
     assert [row["seed"] for row in rows(out / "result.csv")] == ["0", "2"]
 
 
+def test_predictions_for_a_folder_are_refused(tmp_path):
+    code, said = command(predict, tmp_path, "--support", "s.csv", "--query", "q.csv", "--out", ".", cwd=tmp_path)
+    assert (code, said) == (1, "metarun-predict: . is a folder; name a file for the predictions with --out.\n")
+
+
 def test_a_later_test_leaves_out_what_the_run_calls_failed(tmp_path):
     """A replica that diverged after validation had selected something, and the share of the time of the others."""
     few = ("task.shots=2", "task.queries=2", "eval.episodes=2", "eval.adapt_steps=1", "replicas.count=3")
