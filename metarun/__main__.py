@@ -6,7 +6,9 @@ an interrupted import would print a traceback.
 
 import os
 import signal
+import sys
 from importlib import import_module
+from io import TextIOWrapper
 from types import FrameType
 
 
@@ -30,6 +32,9 @@ def _run(module: str) -> None:
     """Run the command of a module."""
     from metarun.system.importing import importing
 
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A terminal or a pipe that knows no ± still gets the line.
+        sys.stdout.reconfigure(errors="backslashreplace")
     with importing():
         command = import_module(module).main
     command()

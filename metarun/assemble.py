@@ -146,7 +146,8 @@ def hash_of_constants(model: nn.Module) -> str:
 @cache
 def _read_member(group: str, name: str) -> Any:
     """The content of a file of metarun's own configuration as it is written, which must not be changed."""
-    return OmegaConf.to_container(OmegaConf.create((files("metarun.conf") / group / f"{name}.yaml").read_text()))
+    text = (files("metarun.conf") / group / f"{name}.yaml").read_text(encoding="utf-8")
+    return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def _member(group: str, name: str) -> Any:
@@ -166,7 +167,7 @@ def aliases() -> dict[str, str]:
     """Map each alias to the algorithm whose configuration it takes; an alias itself has no ``_target_``."""
     found = {}
     for path in (files("metarun.conf") / "algo").iterdir():
-        if path.name.endswith(".yaml") and "_target_:" not in (text := path.read_text()):
+        if path.name.endswith(".yaml") and "_target_:" not in (text := path.read_text(encoding="utf-8")):
             found[path.name.removesuffix(".yaml")] = str(cast(DictConfig, OmegaConf.create(text)).defaults[0])
     return found
 

@@ -34,7 +34,7 @@ from metarun.errors import Pruned, Stopped, UserError
 from metarun.results import drawer, trackers
 from metarun.results.status import mark, rows_of
 from metarun.system import lock
-from metarun.system.files import has_checkpoint, remove_leftovers
+from metarun.system.files import has_checkpoint, remove_leftovers, write_text
 from metarun.system.importing import importing
 from metarun.system.signals import handled_by, install, stop
 from metarun.system.terminal import PrintableRecord, printable
@@ -154,7 +154,7 @@ def why_it_failed(error: Exception, directory: Path) -> str:
         return sentence
     place = directory / "error.txt"
     try:
-        place.write_text(traceback.format_exc())
+        write_text(place, traceback.format_exc())
     except OSError:
         return f"{type(error).__name__}: {error}."
     return f"{type(error).__name__}: {error} (the traceback is in {place})."

@@ -112,6 +112,18 @@ def children(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+def test_a_job_whose_folder_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "1_maml_sinusoid").touch()
+    done = process(
+        "-m", *QUICK, "engine=eager", "seed=0,1", "hydra.sweep.dir=sweep", "hydra.launcher.n_jobs=2", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "metarun: the folder of a job cannot be written (File exists: sweep/1_maml_sinusoid)" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert [job.state for job in jobs_of_sweep(tmp_path / "sweep")] == ["completed", "not begun"]
+
+
 LONG_SWEEP = ("-m", *LONG, "seed=0,1,2", "hydra.sweep.dir=sweep", "hydra.launcher.n_jobs=2")
 
 

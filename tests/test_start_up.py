@@ -7,7 +7,7 @@ import sys
 
 import hydra
 import pytest
-from commands import put_back
+from commands import environment, process, put_back
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from metarun import launch
 from metarun.command.once import composing_once
 from metarun.config import register_schema
+from metarun.system.files import write_csv
 from metarun.system.importing import importing
 
 RUN = ("algo=maml", "task=sinusoid", "train.steps=1", "hydra.run.dir=run", "hydra.sweep.dir=sweep")
@@ -118,3 +119,29 @@ def test_threads_hardly_spin_unless_the_user_says_so_and_before_torch_reads_it(g
         [sys.executable, "-c", asks], env={**unset, **given}, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [expected, "False"]
+
+
+def test_lines_with_signs_that_the_output_does_not_know_are_written_all_the_same(tmp_path):
+    """``±`` stands in every line with a score, and the line would be lost or end the command in a traceback."""
+    run = ("algo=random", "task=bandit", "train.steps=0", "train.val_episodes=2", "eval.episodes=2")
+    done = process(*run, "engine=eager", "hydra.run.dir=run", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert r"\xb1" in done.stdout
+    asks = "import sys; sys.argv[1:] = ['run']; from metarun.__main__ import compare; compare()"
+    said = subprocess.run(
+        [sys.executable, "-c", asks],
+        cwd=tmp_path,
+        env=environment(PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert r"\xb1" in said.stdout
+    # Files are in UTF-8 whatever the output is.
+    assert "±" in (tmp_path / "run" / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_names_of_files_that_are_no_text_can_be_written(tmp_path):
+    write_csv(tmp_path / "table.csv", ["name"], [{"name": os.fsdecode(b"a\xff, b")}])
+    assert (tmp_path / "table.csv").read_bytes() == b'name\n"a\\udcff, b"\n'

@@ -12,6 +12,7 @@ Sizes are fixed: ``support_x [shots · ways, *input]``, ``support_y [shots · wa
 ``[queries, outputs]``. The file's extra file ``sizes.json`` says these shapes and what was exported.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def export(
     ways: int | None = None,
     steps: int | None = None,
 ) -> Path:
-    """Write the program, load it again and compare it with the learner; see ``Learner.export``.
+    """Write the program, after it was loaded again and compared with the learner; see ``Learner.export``.
 
     Raises:
         UserError: the method cannot be exported, or the program does not agree with the learner.
@@ -106,14 +107,16 @@ def export(
         raise UserError(f"{what} cannot be exported ({first_line(error)}).") from error
     shapes = {name: list(leaf.shape) for name, leaf in zip(("support_x", "support_y", "query_x"), task, strict=True)}
     told = {**names, "dataset": learned.dataset, **sizes, **shapes}
-    with atomic_write(path) as file:
-        torch.export.save(program, file, extra_files={"sizes.json": json.dumps(told, indent=1)})
-    again = torch.export.load(path).module()
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"sizes.json": json.dumps(told, indent=1)})
+    content.seek(0)
+    again = torch.export.load(content).module()
     apart = max(difference(again, adapt_and_predict, random_task(learned, sizes, seed)) for seed in (1, 2))
     if not apart <= TOLERANCE:
-        path.unlink()
         raise UserError(
-            f"The exported program of algo={names['algo']} differs from the learner by {apart:.1e}, and was deleted: "
-            "its computation depends on values in a way that cannot be traced."
+            f"The exported program of algo={names['algo']} differs from the learner by {apart:.1e}, and is not "
+            "written: its computation depends on values in a way that cannot be traced."
         )
+    with atomic_write(path) as file:
+        file.write(content.getvalue())
     return path

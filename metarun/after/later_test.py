@@ -32,7 +32,7 @@ from metarun.results.of_run import (
     write_confusion,
     write_reports,
 )
-from metarun.results.status import TESTS, loaded, number, rows_of
+from metarun.results.status import TESTS, loaded, number, rows_of, state_of
 from metarun.results.tables import SEPARATOR, write_episodes, write_pooled, write_results
 from metarun.system.files import write_text
 from metarun.system.terminal import PrintableRecord, printable
@@ -135,15 +135,37 @@ def overrides_of_run(directory: Path) -> list[str]:
     return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
 
-def training_columns(directory: Path, trained: Learned) -> dict[str, Any]:
-    """Return what ``result.csv`` of a run says about the training of a replica, or what its checkpoint says."""
+def failed_replicas(directory: Path) -> set[str]:
+    """Return the numbers of the replicas that a completed run calls failed; none if there is no ``result.csv``.
+
+    ``best.pt`` also holds what was selected before a replica diverged, and what a run has that has not ended yet.
+
+    Raises:
+        UserError: the run has not completed, so that its parameters are not those of its configuration.
+    """
+    rows = rows_of(directory / "result.csv") if directory.is_dir() else []
+    state, reason = state_of(directory, rows) if rows else ("completed", "")
+    if state != "completed":
+        raise UserError(
+            f"The run in {directory} has not completed ({': '.join(part for part in (state, reason) if part)}): let it "
+            f"end, continue it with metarun resume='{directory}', or test a copy of its checkpoints/best.pt with --out."
+        )
+    return {row.get("replica") or "0" for row in rows if row.get("status") == "failed"}
+
+
+def training_columns(directory: Path, trained: Learned, tested: int) -> dict[str, Any]:
+    """Return what ``result.csv`` of a run says about the training of a replica, or what its checkpoint says.
+
+    The seconds are those of the ``tested`` replicas together, as a comparison shares them out among a table's rows.
+    """
     rows = rows_of(directory / "result.csv") if directory.is_dir() else []
     row = next((row for row in rows if row.get("replica") == str(trained.replica)), {})
     found: dict[str, Any] = {}
     for name in OF_TRAINING:
-        text = row.get(name)
-        value = number(text)
-        found[name] = text if value is None else int(value) if value.is_integer() else value
+        value = number(row.get(name))
+        found[name] = (row.get(name) or None) if value is None else int(value) if value.is_integer() else value
+    if rows and isinstance(found["train_seconds"], int | float):
+        found["train_seconds"] = round(found["train_seconds"] * tested / len(rows), 3)
     return found | {"val_score": trained.val_score, "selected_step": trained.step}
 
 
@@ -185,6 +207,7 @@ def later_test(
     if path.is_dir() and not trust:
         for folder in (path, path / TESTS, out):
             refuse_links(folder)
+    failed = failed_replicas(path)
     device_given = [one.partition("=")[2] for one in overrides if key_of(one) == "device"]
     device = choose_device(device_given[-1] if device_given else "auto")
     content, place = read_best(path, device), best_file(path)
@@ -197,7 +220,7 @@ def later_test(
         found = [
             learned_in(content, place, as_trained, content["names"], device, index)
             for index, best in enumerate(best_of(content))
-            if best is not None
+            if best is not None and str(index) not in failed
         ]
         if not found:
             raise UserError(f"{place} has no parameters that validation selected; train again.")
@@ -255,7 +278,7 @@ def test_and_write(
     name = (path if path.is_dir() else best_file(path)).resolve().name
     for index, one in enumerate(found):
         tested = meta_test(experiment, experiment.replicas[index], one.theta)
-        row = identity_columns(experiment, index, name) | training_columns(path, one)
+        row = identity_columns(experiment, index, name) | training_columns(path, one, len(found))
         row |= tested_columns(experiment, experiment.replicas[index], one.theta, tested)
         row |= identity_of_test(trained[one.replica], str(row["config_hash"]), changes)
         finished.append((row, tested))

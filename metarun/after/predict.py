@@ -96,6 +96,8 @@ def predict(
     Raises:
         UserError: anything that the user can fix.
     """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file for the predictions with --out.")
     learner = load(run, device, trust, config_dir)
     converter, names = learner.learned.converter, learner.learned.names
     if converter is None or learner.spec.offers("policy"):

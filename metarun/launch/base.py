@@ -52,8 +52,19 @@ class Call:
         setup_globals()
         # A job is composed already, so nothing loads configurations any more.
         context = HydraContext(config_loader=cast(ConfigLoader, None), callbacks=Callbacks(self.config))
-        done = run_job(self.task, self.config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
-        return float(done.return_value)
+        try:
+            done = run_job(self.task, self.config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
+            return float(done.return_value)
+        except OSError as error:
+            # Of the job's folder, in which Hydra writes first; whatever the job itself comes upon it says by itself.
+            if os.environ.get("METARUN_FULL_ERROR") == "1":
+                raise
+            log.error(
+                "metarun: the folder of a job cannot be written (%s: %s); make room there, and continue the sweep.",
+                error.strerror or error,
+                error.filename,
+            )
+            return math.nan
 
 
 class InOtherProcesses(Launcher):

@@ -60,7 +60,7 @@ class Job:
 def rows_of(path: Path) -> list[dict[str, str]]:
     """Return the rows of a table; no rows if the table is missing or cannot be read."""
     try:
-        with path.open(newline="", errors="replace") as file:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
             return list(csv.DictReader(file))
     except (OSError, csv.Error):
         return []
@@ -69,7 +69,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def loaded(path: Path) -> Any:
     """Return the content of a YAML or JSON file as plain, unresolved values; None if it cannot be read."""
     try:
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
         return json.loads(text) if path.suffix == ".json" else yaml.load(text, SAFE_LOADER)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None

@@ -80,9 +80,9 @@ def held_or_made(path: Path, read: Callable[[], Held | None], make: Callable[[],
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` atomically."""
+    """Write ``text`` atomically; bytes of file names that are no text are escaped."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -6,7 +6,7 @@ import io
 import logging
 import subprocess
 import sys
-from shutil import copytree
+from shutil import copyfile, copytree
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from metarun.data.converters import Arrays
 from metarun.results.compare import compare, compared
 from metarun.results.status import jobs_in
 from metarun.state import Best, Training, save_best
+from metarun.system.files import write_csv
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -137,6 +138,38 @@ def test_a_later_test_calls_replicas_by_their_own_numbers(tmp_path):
     for name in ("result", "episodes", "architectures"):
         assert list(dict.fromkeys(row["replica"] for row in rows(out / f"{name}.csv"))) == ["0", "2"], name
     assert [row["seed"] for row in rows(out / "result.csv")] == ["0", "2"]
+
+
+def test_predictions_for_a_folder_are_refused(tmp_path):
+    code, said = command(predict, tmp_path, "--support", "s.csv", "--query", "q.csv", "--out", ".", cwd=tmp_path)
+    assert (code, said) == (1, "metarun-predict: . is a folder; name a file for the predictions with --out.\n")
+
+
+def test_a_later_test_leaves_out_what_the_run_calls_failed(tmp_path):
+    """A replica that diverged after validation had selected something, and the share of the time of the others."""
+    few = ("task.shots=2", "task.queries=2", "eval.episodes=2", "eval.adapt_steps=1", "replicas.count=3")
+    experiment = experiment_of("algo=maml", "task=sinusoid", "model.widths=[4]", *few)
+    best = [Best(1, 0.5, theta) for theta in experiment.initial_thetas()]
+    save_best(experiment, Training({}, best, [[]] * 3), tmp_path)
+    states = ("completed", "failed", "completed")
+    own = [{"replica": i, "status": state, "train_seconds": 9} for i, state in enumerate(states)]
+    write_csv(tmp_path / "result.csv", ("replica", "status", "train_seconds"), own)
+    tested = rows(later_test.later_test(tmp_path) / "result.csv")
+    assert [(row["replica"], row["train_seconds"]) for row in tested] == [("0", "6.0"), ("2", "6.0")]
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed", "pruned"])
+def test_a_run_that_has_not_completed_is_not_tested_in_its_name(trained, tmp_path, status):
+    """Its parameters have the hash of the configuration of the completed run, whose test they would pass for."""
+    run = copytree(trained.directory, tmp_path / "run")
+    write_csv(run / "result.csv", ("replica", "status"), [{"replica": 0, "status": status}])
+    code, said = command(later_test, run, cwd=tmp_path)
+    assert code == 1
+    assert f"has not completed ({status.replace('running', 'cut off')})" in said
+    assert not (run / "tests").exists()
+    copy = copyfile(run / "checkpoints" / "best.pt", tmp_path / "best.pt")
+    code, said = command(later_test, copy, "--out", tmp_path / "own", cwd=tmp_path)
+    assert code == 0, said
 
 
 def test_a_later_test_is_not_taken_for_a_run_that_was_trained_that_way(trained, tmp_path, monkeypatch):

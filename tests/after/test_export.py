@@ -70,9 +70,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
         learner.export(tmp_path / "a.pt2", ways=4)
     with pytest.raises(ValueError, match="queries must be at least 1"):
         learner.export(tmp_path / "a.pt2", queries=0)
-    # A program that does not agree is not left behind.
+    # A program that does not agree is not written, and an earlier one stays.
+    (tmp_path / "a.pt2").write_bytes(b"earlier")
     monkeypatch.setattr("metarun.after.export.difference", lambda *given: difference(*given) + 1e-3)
     with pytest.raises(metarun.UserError, match=r"differs from the learner by 1\.0e-03"):
         learner.export(tmp_path / "a.pt2", steps=0)
-    assert not (tmp_path / "a.pt2").exists()
+    assert (tmp_path / "a.pt2").read_bytes() == b"earlier"
     assert torch.is_grad_enabled()

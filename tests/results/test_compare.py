@@ -467,6 +467,23 @@ def test_runs_with_other_defaults_are_not_taken_for_seeds_of_one_method(tmp_path
     assert table["seeds"].to_dict() == {"train.lr=0.1": 2, "train.lr=0.001": 1}
 
 
+def test_a_seed_that_has_run_twice_counts_once(tmp_path):
+    """With a key that changes no number, such as task.download, or in a version that had fewer keys."""
+    episodes = np.linspace(0, 0.1, 20)
+    for name, seed, level in (("a", 0, 0.2), ("b", 1, 0.8), ("again", 1, 0.8)):
+        make_run(tmp_path, name, "maml", "agnostic", seed, level + episodes, config_hash=name)
+    for seed in (0, 1):
+        make_run(tmp_path, f"other{seed}", "protonet", "dependent", seed, 0.5 + 2 * episodes)
+    table = compared([tmp_path], "protonet").settings[0].table.set_index("algo")
+    assert table["score"]["maml"] == pytest.approx(0.55)
+    assert table["seed_std"]["maml"] == pytest.approx(np.std([0.2, 0.8], ddof=1))
+    assert table["against"]["maml"] == pytest.approx(table["score"]["maml"] - table["score"]["protonet"])
+    make_run(tmp_path, "twice", "reptile", "agnostic", 0, episodes, config_hash="one")
+    make_run(tmp_path, "more", "reptile", "agnostic", 0, episodes, config_hash="two")
+    table = compared([tmp_path]).settings[0].table.set_index("algo")
+    assert np.isnan(table["seed_std"]["reptile"])
+
+
 def test_names_in_pictures_are_short_and_different():
     long = "algo.inner_lr=0.1 algo.inner_steps=5 eval.adapt_steps=10 train.lr="
     variants = [f"{long}0.1", f"{long}0.01", "x" * 90, "x" * 80, ""]

@@ -171,6 +171,14 @@ def read_ahead(results: pd.DataFrame) -> None:
         list(pool.map(cached_scores, results["directory"][several].unique()))
 
 
+def per_seed(runs: pd.DataFrame, column: str) -> pd.Series:
+    """Return a column's mean for each seed, so that a seed that has run twice does not count twice.
+
+    A diverged run must be visible instead of vanishing from the mean, so that NaN stays.
+    """
+    return runs.groupby("seed")[column].agg(lambda values: values.mean(skipna=False))
+
+
 def estimate_of(runs: pd.DataFrame, replicas: Replicas, metric: str | None = None) -> tuple[Estimate, bool]:
     """Return the mean score of a method, and whether its interval comes from the scores of single episodes.
 
@@ -183,8 +191,7 @@ def estimate_of(runs: pd.DataFrame, replicas: Replicas, metric: str | None = Non
         estimate = statistics.over_seeds_and_episodes(over_tasks(found[0], replicas))
         return replace(estimate, mean=float(found[0].mean())), True
     columns = ("score", "ci95") if metric is None else (metric, f"{metric}_ci95")
-    by_seed = runs.groupby("seed")[list(columns)].agg(lambda values: values.mean(skipna=False))
-    means, half_widths = (by_seed[column].to_numpy(dtype=float) for column in columns)
+    means, half_widths = (per_seed(runs, column).to_numpy(dtype=float) for column in columns)
     episodes = int(runs["n_episodes"].min())
     return statistics.of_summaries(means, (half_widths / 1.96) ** 2, episodes, several), not several
 
@@ -210,16 +217,15 @@ def summarise(group: pd.DataFrame) -> pd.DataFrame:
                 "algo": algo,
                 "variant": variant,
                 "model": model,
-                "score_before": runs["score_before"].mean(),
+                "score_before": runs.groupby("seed")["score_before"].mean().mean(),
                 "adapt_steps": runs["adapt_steps"].max(),
-                # A diverged run must be visible instead of vanishing from the mean.
-                "score": runs["score"].mean(skipna=False),
+                "score": per_seed(runs, "score").mean(skipna=False),
                 "method_ci95": estimate.ci95 if several else math.nan,
-                "ci95": runs["ci95"].mean(skipna=False),
+                "ci95": per_seed(runs, "ci95").mean(skipna=False),
                 "seeds": runs["seed"].nunique(),
                 "about_method": several or settled,
-                "seed_std": runs["score"].std(ddof=1, skipna=False),
-                "val_score": runs["val_score"].mean(),
+                "seed_std": per_seed(runs, "score").std(ddof=1, skipna=False),
+                "val_score": runs.groupby("seed")["val_score"].mean().mean(),
                 "n_episodes": runs["n_episodes"].min(),
                 "different_tests": runs["different_tests"].min(),
                 "transductive": runs["transductive"].any(),
@@ -254,9 +260,9 @@ def further(runs: pd.DataFrame, replicas: Replicas, metric: str) -> tuple[float,
     """Return mean and half-width of a metric besides the first; NaN where a run does not have it."""
     if metric not in runs or f"{metric}_ci95" not in runs:
         return math.nan, math.nan
-    mean, several = float(runs[metric].mean(skipna=False)), len({seed for *_, seed in replicas}) > 1
+    mean, several = float(per_seed(runs, metric).mean(skipna=False)), len({seed for *_, seed in replicas}) > 1
     if not several:
-        return mean, float(runs[f"{metric}_ci95"].mean(skipna=False))
+        return mean, float(per_seed(runs, f"{metric}_ci95").mean(skipna=False))
     pooled = scores_of(replicas, metric, cached_pooled) if runs["episodes_hash"].nunique() == 1 else None
     estimate = statistics.of_pooled(pooled[0]) if pooled else estimate_of(runs, replicas, metric)[0]
     return mean, estimate.ci95

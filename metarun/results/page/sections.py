@@ -15,7 +15,7 @@ from metarun.results.compare import Compared, Comparison
 from metarun.results.comparison import printing
 from metarun.results.comparison.pictures import draw_comparison, draw_costs, rank_figure, short_names, shown_rows
 from metarun.results.comparison.reading import flat
-from metarun.results.comparison.summary import best_first, cached_scores, name_of
+from metarun.results.comparison.summary import best_first, cached_scores, name_of, per_seed
 from metarun.results.page import html, pictures
 from metarun.results.page.html import Cell
 from metarun.results.plots import blank_figure
@@ -109,7 +109,7 @@ def pictures_of(one: Compared) -> list[str]:
         )
         caption = f"How the test {metric.name} of episodes is distributed.{some}"
         found.append(html.figure(pictures.histograms(scores, colours, metric), alternative, caption))
-    by_seed = {name: finite(runs_of(one, row)["score"].to_numpy(dtype=float)) for name, row in named.items()}
+    by_seed = {name: finite(per_seed(runs_of(one, row), "score").to_numpy(float)) for name, row in named.items()}
     if any(len(own) > 1 for own in by_seed.values()):
         spread = {name: float(own.std(ddof=1)) if len(own) > 1 else math.nan for name, own in by_seed.items()}
         alternative = f"Test {metric.name} of each seed. Standard deviations: {pictures.summary_of(spread, metric)}."
