@@ -129,6 +129,7 @@ def test_a_learner_embeds_the_pictures_of_its_user(pictures, tmp_path, without_p
         ("no_such_package:x", "put it where Python finds it"),
         ("embedders:nothing", "cannot be loaded"),
         ("embedders:failing", "no network"),
+        ("embedders:unfit", r"cannot embed pictures of \[3, 16, 16\] .*224.*set task.embed_size"),
         ("embedders:flat", r"must return finite numbers \[2, d\] for 2 pictures"),
     ],
 )

@@ -146,8 +146,11 @@ def fitted(
             own = values[training]
             known = own[~np.isnan(own)]
             std = float(known.std()) if len(known) else 0.0
+            if len(known) and std <= 1e-9 * np.abs(known).max():
+                # Rounding leaves deviations of equal numbers from their mean.
+                std = 0.0
             missing = bool(np.isnan(own).any())
-            if not len(known) or (std <= 1e-9 * np.abs(known).max() and not missing):
+            if not len(known) or (std == 0 and not missing):
                 dropped[name] = "the same in all training rows" if len(known) else "empty"
             else:
                 numbers.append(Number(name, float(known.mean()), std if std > 0 else 1.0, missing))

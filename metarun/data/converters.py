@@ -29,19 +29,29 @@ TARGET_NAMES = ("y", "target", "label", "class")
 """Names of the column that holds the target, in any case; y1, y2, … where there are several."""
 
 
-def numbers_of(x: Any) -> Tensor:
-    """Return arrays, tensors, tables or nested lists of numbers as a tensor of the default dtype.
+def numbers_of(x: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return arrays, tensors, tables or nested lists of numbers as a tensor, by default of the default dtype.
 
     Raises:
         ValueError: there is something that is not a number.
     """
+    dtype = dtype or torch.get_default_dtype()
     if isinstance(x, Tensor):
-        return x.detach().to(torch.get_default_dtype())
+        return x.detach().to(dtype)
     try:
         array = np.array(x, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"these inputs are arrays, tables or lists of numbers, and this is not ({error})") from None
-    return torch.from_numpy(array).to(torch.get_default_dtype())
+    return torch.from_numpy(array).to(dtype)
+
+
+def moments(training: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each column of ``training [rows, columns]``, 1 where it never changes."""
+    training = training.double()
+    mean, std = training.mean(0), training.std(0, correction=0)
+    # Rounding leaves deviations of equal numbers from their mean.
+    varies = std > 1e-12 * training.abs().amax(0)
+    return tuple(mean.tolist()), tuple(torch.where(varies, std, 1.0).tolist())
 
 
 def table_of(path: Path, missing: Sequence[str] = (), na: bool = True) -> Any:
@@ -83,13 +93,13 @@ class Arrays:
     outputs: int = 1
     """Number of columns of a table that are targets."""
 
-    def inputs(self, x: Any) -> Tensor:
+    def inputs(self, x: Any, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``x`` as ``[examples, *shape]``; where an input is one number, ``[examples]`` will do.
 
         Raises:
             ValueError: ``x`` has another shape, or holds something that is not a finite number.
         """
-        found = numbers_of(x)
+        found = numbers_of(x, dtype)
         if found.ndim == 1 and math.prod(self.shape) == 1:
             found = found.reshape(-1, *self.shape)
         wanted = f"[examples{''.join(f', {size}' for size in self.shape)}]"

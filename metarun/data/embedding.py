@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from metarun.contracts import Examples
 from metarun.data.cache import cached
-from metarun.data.converters import read_sentences, sentences_of
+from metarun.data.converters import moments, read_sentences, sentences_of
 from metarun.data.pictures import Pictures
 from metarun.data.portable import portable
 from metarun.data.sources import LIBRARIES, PACKAGES, Kind, check_source
@@ -195,7 +195,7 @@ def features(source: str, kind: Kind, examples: Any, device: str = "cpu", views:
         views: number of views of each picture (`views_of`) whose features are averaged.
 
     Raises:
-        UserError: the model cannot be loaded, or returns something else.
+        UserError: the model cannot be loaded, fails, or returns something else.
     """
     model, found = frozen(source, kind, device), []
     with torch.no_grad():
@@ -206,7 +206,15 @@ def features(source: str, kind: Kind, examples: Any, device: str = "cpu", views:
                 mean, std = (x.new_tensor(values)[:, None, None] for values in (model.mean, model.std))
                 x = (x - mean) / std
             seen = views_of(x, views) if kind == "pictures" else [x]
-            z = torch.stack([torch.as_tensor(model.call(view)).detach().cpu().float() for view in seen]).mean(0)
+            try:
+                z = torch.stack([torch.as_tensor(model.call(view)).detach().cpu().float() for view in seen]).mean(0)
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                what, remedy = str(kind), "choose another"
+                if kind == "pictures":
+                    what = f"pictures of {list(x.shape[1:])} numbers"
+                    remedy = f"set task.embed_size to the edge that it was made for, such as 224, or {remedy}"
+                said = first_line(error).rstrip(".")
+                raise UserError(f"task.embed={source} cannot embed {what} ({said}); {remedy}.") from error
             if z.ndim != 2 or len(z) != len(x) or not bool(z.isfinite().all()):
                 raise UserError(
                     f"task.embed={source} must return finite numbers [{len(x)}, d] for {len(x)} {kind}, not "
@@ -315,6 +323,4 @@ class Embedded:
 
 def fitted(source: Pictures | Texts, embed: str, training: Tensor, views: int = 1) -> Embedded:
     """Return the converter whose means and deviations are those of training features ``[n, d]``."""
-    mean, std = training.double().mean(0), training.double().std(0, correction=0)
-    std = torch.where(std > 0, std, 1.0)
-    return Embedded(source, embed, tuple(mean.tolist()), tuple(std.tolist()), views)
+    return Embedded(source, embed, *moments(training), views)

@@ -4,7 +4,6 @@ A ``.npz`` file holds ``fp_packed [molecules, bytes]``, the bits of a fingerprin
 ``labels [molecules, assays]``: 1 active, 0 inactive, −1 not measured; and ``tasks [assays]``, the names of the assays.
 """
 
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarun.data.arrays import plain_array
+from metarun.data.files import DAMAGED
 from metarun.data.tables import first_where
 from metarun.errors import UserError
 
@@ -39,8 +40,8 @@ def read_molecules(path: Path) -> Molecules:
                 raise UserError(f"{path} holds a single array; save {', '.join(ARRAYS)} with numpy.savez.")
             if lacking := [name for name in ARRAYS if name not in file.files]:
                 raise UserError(f"{path} lacks the array {lacking[0]!r}; it must hold {', '.join(ARRAYS)}.")
-            packed, labels, tasks = (file[name] for name in ARRAYS)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            packed, labels, tasks = (plain_array(file[name]) for name in ARRAYS)
+    except DAMAGED as error:
         raise UserError(f"{path} is not an .npz file of arrays ({error}); save {', '.join(ARRAYS)} in one.") from error
     if packed.dtype != np.uint8 or packed.ndim != 2:
         raise UserError(

@@ -136,7 +136,7 @@ def own_texts(path: str, data_dir: str, longest: int) -> tuple[list[Author], dic
     if not place.is_dir():
         raise UserError(f"{place} is a file; set task.path to a folder with a folder or a text file per author.")
     with Files(place) as files:
-        names = [name for name in files.names() if name.endswith(".txt")]
+        names = [name for name in files.names() if name.lower().endswith(".txt")]
         if not names:
             raise UserError(
                 f"{place} has no file that ends in .txt; put a folder of such files or one per author there."
@@ -145,7 +145,8 @@ def own_texts(path: str, data_dir: str, longest: int) -> tuple[list[Author], dic
         texts, split = dict[str, list[str]](), dict[str, str]()
         for name in names:
             part, _, rest = name.partition("/") if given else ("", "", name)
-            author = PurePosixPath(rest).parts[0].removesuffix(".txt")
+            author = PurePosixPath(rest).parts[0]
+            author = author[: -len(".txt")] if author.lower().endswith(".txt") else author
             if given and split.setdefault(author, PARTS[part.lower()]) != PARTS[part.lower()]:
                 raise UserError(
                     f"{place}: author {author} is in {split[author]} and {PARTS[part.lower()]}, but test authors must "

@@ -266,6 +266,16 @@ def in_folders(names: Sequence[str], source: str, class_of: str | None) -> list[
     below = {name: name.removeprefix(base) for name in names}
     tops = {path.partition("/")[0].lower() for path in below.values() if "/" in path}
     are_splits = len(tops) > 1 and tops <= PARTS.keys() and all("/" in path for path in below.values())
+    # Otherwise train/cat and test/cat would be two classes.
+    splits = sorted(
+        {top for top, *rest in (path.split("/") for path in below.values()) if len(rest) > 1 and top.lower() in PARTS}
+    )
+    others = [path.partition("/")[0] for path in below.values() if path.partition("/")[0].lower() not in PARTS]
+    if class_of is None and len(splits) > 1 and others:
+        raise UserError(
+            f"{source}: the folders {' and '.join(splits)} are splits, and {base}{others[0]} beside them is not; take "
+            "it out of the data, or say in task.class_of which part of a path is the class."
+        )
     found = []
     for name, path in below.items():
         top, _, rest = path.partition("/")

@@ -1,6 +1,7 @@
 """Tables from files: what is read, and what is wrong with it, by file, line and column."""
 
 import csv
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -13,6 +14,8 @@ import pandas as pd
 from metarun.data.files import found, visible
 from metarun.errors import UserError
 
+log = logging.getLogger(__name__)
+
 BINARY = (".parquet", ".pq")
 FILE = "file"
 """The column that says which file a row comes from, where a table has several files."""
@@ -22,17 +25,23 @@ def files_of(path: str | Mapping[str, str], data_dir: str) -> dict[str, Path]:
     """Return the files of a table by name: one file, those of a folder by their stems, or those that are named.
 
     Raises:
-        UserError: a file does not exist, or a folder has no tables.
+        UserError: a file does not exist, or a folder has no tables, or two of one name.
     """
     if not isinstance(path, str):
         return {name: found(one, data_dir) for name, one in path.items()}
     place = found(path, data_dir)
     if not place.is_dir():
         return {place.stem: place}
-    inside = [path for path in visible(place) if path.suffix in (".csv", *BINARY)]
+    inside = [path for path in visible(place) if path.suffix.lower() in (".csv", *BINARY)]
     if not inside:
         raise UserError(f"{place} has no .csv and no .parquet file; set task.path to one file, or to a folder of them.")
-    return {p.stem: p for p in inside}
+    by_name: dict[str, Path] = {}
+    for one in inside:
+        if (other := by_name.setdefault(one.stem, one)) is not one:
+            raise UserError(
+                f"{place} has two tables named {one.stem!r}, {other.name} and {one.name}; take one away, or rename it."
+            )
+    return by_name
 
 
 def _names(path: Path, separator: str, columns: Sequence[str] | None, several: bool = True) -> list[str]:
@@ -120,13 +129,16 @@ def read(path: Path, separator: str, columns: Sequence[str] | None, missing: Seq
         columns: names of the columns of a text file that has no header; None: the first line is the header.
         missing: what a cell holds where nothing is known, besides nothing and NA.
 
+    A column without a name is that of the numbers of rows which tools write, and is left out.
+
     Raises:
         UserError: the file is not such a table; the sentence names the file and, where there is one, the line.
     """
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         raise UserError(f"{path} is not a table; choose task=molecules for packed fingerprints with labels.")
     try:
-        table = _parquet(path) if path.suffix in BINARY else _csv(path, separator, columns, missing)
+        binary = path.suffix.lower() in BINARY
+        table = _parquet(path) if binary else _csv(path, separator, columns, missing)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as CSV in UTF-8.") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as error:
@@ -136,6 +148,10 @@ def read(path: Path, separator: str, columns: Sequence[str] | None, missing: Seq
         raise UserError(f"{path} cannot be read ({error}); set task.path to a CSV or Parquet file.") from error
     if not len(table):
         raise UserError(f"{path} has a header and no rows; it must hold a line per row.")
+    if "" in table:
+        # Where rows lie in a file tells nothing of further rows, and much of a target by which they are sorted.
+        log.info("%s: the column without a name numbers the rows, and is left out; a name would keep it.", path)
+        table = table.drop(columns="")
     return table
 
 
@@ -155,7 +171,7 @@ class Source:
         place, ends = int(self.rows[row]), np.cumsum(self.sizes)
         index = int(np.searchsorted(ends, place, side="right"))
         path, within = self.paths[index], place - int(ends[index]) + self.sizes[index]
-        if path.suffix in BINARY:
+        if path.suffix.lower() in BINARY:
             return f"{path} row {within + 1}"
         return f"{path} line {within + 1 + self.header}"
 

@@ -196,6 +196,7 @@ class Entities:
             self.features.longest == how.longest,
             f"the learner was trained with task.longest={self.features.longest}; test it with the same",
         )
+        self._check_places(dataset)
         vectors, self.vectors = self.converter.vectors, None
         if vectors is not None and found is not None:
             self.vectors = table_of(vectors.projected(found)).to(device)
@@ -277,6 +278,19 @@ class Entities:
                 listed(rare),
             )
         pool.types = common
+
+    def _check_places(self, dataset: str) -> None:
+        """Require a place for each type of a validation or test task that training lacks."""
+        for split in ("val", "test"):
+            for name, pool in self.pools[split].items():
+                lacking = [kind for kind in pool.types if kind not in self.columns]
+                needs = self.how.ways if self.new else len(lacking)
+                require(
+                    needs <= self.strange_columns,
+                    f"{dataset}: source {name} of {split} has the types {listed(lacking)}, which the learner was not "
+                    f"trained with, and {needs} of a task are more than its {self.strange_columns} places for such; "
+                    f"{'lower task.ways' if self.new else 'name the types that count in task.types'}",
+                )
 
     def _columns(self) -> tuple[tuple[str, ...], int]:
         """Return the names of the types with separate places, and the number of further places.
@@ -363,9 +377,9 @@ class Entities:
             free = torch.randperm(self.strange_columns, generator=generator) + len(self.columns)
             moved = torch.tensor([name not in self.columns for name in pool.types])
             if strange and self.strange_columns:
-                # As many types of training move as there are places for, at most.
-                moving = torch.rand(number, generator=generator) < 0.5
-                moved = moved | (moving & (moving.cumsum(0) <= len(free)))
+                # As many types of training move as the others leave places for, at most.
+                moving = (torch.rand(number, generator=generator) < 0.5) & ~moved
+                moved = moved | (moving & (moving.cumsum(0) <= len(free) - moved.sum()))
             own = torch.tensor([self.columns.index(name) if name in self.columns else 0 for name in pool.types])
             columns = torch.where(moved, free[(moved.cumsum(0) - 1).clamp(min=0)] if len(free) else own, own)
         for offset in range(2):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from metarun.contracts import Examples, Numbers, Sizes, Spec, Split, Task
 from metarun.data import splits
-from metarun.data.converters import Arrays, row_names
+from metarun.data.arrays import plain_array
+from metarun.data.converters import Arrays, moments, row_names
 from metarun.data.files import DAMAGED, PARTS, found
 from metarun.data.portable import portable
 from metarun.errors import UserError
@@ -43,8 +44,9 @@ class Vectors:
         Raises:
             ValueError: they have another width, or are not finite numbers.
         """
-        found = Arrays((len(self.mean),)).inputs(x)
-        return (found - found.new_tensor(self.mean)) / found.new_tensor(self.std)
+        # In the default dtype, numbers far from 0 would lose what tells them apart before their mean is subtracted.
+        found = Arrays((len(self.mean),)).inputs(x, torch.float64)
+        return ((found - found.new_tensor(self.mean)) / found.new_tensor(self.std)).to(torch.get_default_dtype())
 
     def read(self, path: Path) -> Examples:
         """Read the arrays ``x`` and, if there, ``y`` of an ``.npz``, or a table with one column per number.
@@ -53,7 +55,7 @@ class Vectors:
             ValueError: the file cannot be read, or has another number of columns.
             UserError: an array is missing or damaged.
         """
-        if path.suffix != ".npz":
+        if path.suffix.lower() != ".npz":
             return Arrays((len(self.mean),)).read(path)
         held = arrays(path)
         return Examples(held["x"], held["y"].tolist(), row_names(len(held["x"])))
@@ -99,7 +101,7 @@ def arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             if name != "x" and own != shape[:1]:
                 raise UserError(f"{path}: {name} must have shape {list(shape[:1])}, as x has rows, not {list(own)}.")
         with np.load(path, allow_pickle=False) as loaded:
-            return {name: loaded[name] for name in declared}
+            return {name: plain_array(loaded[name]) for name in declared}
     except DAMAGED as error:
         raise UserError(f"{path} is not a file of numpy.savez, or is damaged ({error}); save it again.") from error
 
@@ -160,7 +162,8 @@ class Features:
         asked.sizes()
         place = found(path, data_dir)
         held = arrays(place)
-        x = torch.as_tensor(held["x"], dtype=torch.get_default_dtype())
+        # Numbers that float32 cannot hold stay as they are until they are standardised.
+        x = torch.from_numpy(held["x"].astype(np.result_type(held["x"].dtype, np.float32)))
         if not bool((finite := x.isfinite().all(1)).all()):
             row = int((~finite).nonzero()[0])
             raise UserError(f"{place}: row {row} (from 0) of x holds a number that is not finite; mend or remove it.")
@@ -182,12 +185,8 @@ class Features:
         self.classes = {part: own.classes for part, own in parts.items()}
         self.class_names = tuple(self.classes["test"])
         self.units = {part: units_of(place.resolve(), own) for part, own in self.classes.items()}
-        training = x[parts["train"].order].double()
-        mean, std = training.mean(0), training.std(0, correction=0)
-        std = torch.where(std > 0, std, 1.0)
-        if not standardise:
-            mean, std = torch.zeros_like(mean), torch.ones_like(std)
-        self.converter = converter or Vectors(tuple(mean.tolist()), tuple(std.tolist()))
+        unit = ((0.0,) * x.shape[1], (1.0,) * x.shape[1])
+        self.converter = converter or Vectors(*(moments(x[parts["train"].order]) if standardise else unit))
         self.rows = {part: self.converter.inputs(x[own.order]).to(device) for part, own in parts.items()}
         self.device = device
         counts = {part: cells.size for part, cells in self.cells.items()}

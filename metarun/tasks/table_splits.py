@@ -94,14 +94,20 @@ def split_file_of(path: str, data_dir: str) -> dict[str, str]:
     """Return the split of each task, from a CSV file with two columns: task and split.
 
     Raises:
-        UserError: the file does not exist or has other columns.
+        UserError: the file does not exist or has other columns, or a task has two splits.
     """
     place = found(path, data_dir, "task.split_file")
     table = tables.read(place, ",", None, ())
     if table.shape[1] != 2:
         raise UserError(f"{place} must have two columns, the task and its split, and has {table.shape[1]}.")
     keys, values = (tables.words(table[name]) for name in table.columns)
-    return dict(zip(keys, values, strict=True))
+    split: dict[str, str] = {}
+    for key, value in zip(keys, values, strict=True):
+        if split.setdefault(key, value) != value:
+            raise UserError(
+                f"{place} gives {split[key]!r} and {value!r} for the task {key!r}; leave one of these lines out."
+            )
+    return split
 
 
 def left_out(groups: Sequence[str], value: str | int | float, column: str, source: str) -> tuple[Any, Any]:

@@ -110,7 +110,7 @@ def many(name, count=12):
 
 
 def test_a_folder_has_a_folder_or_a_file_per_author(tmp_path):
-    path = folder(tmp_path, {"ann/1.txt": many("ann"), "ann/2.txt": "more\n", "bob.txt": many("bob")})
+    path = folder(tmp_path, {"ann/1.txt": many("ann"), "ann/2.txt": "more\n", "bob.TXT": many("bob")})
     authors, split, _ = lines.own_texts(path, ".", 63)
     assert [(author.name, len(author.lines)) for author in authors] == [("ann", 13), ("bob", 12)]
     assert split is None

@@ -324,6 +324,32 @@ def test_a_later_test_keeps_what_training_has_learned_of_words_and_types(toy):
     assert other.spec.target.types == toy.spec.target.types
 
 
+def test_a_later_test_refuses_types_that_have_no_place(tmp_path):
+    """They would pass for types that the learner knows."""
+    for path, kind in (("run/train", "Y"), ("run/test", "Y"), ("later/train", "Y"), ("later/test", "Z")):
+        (tmp_path / path).mkdir(parents=True)
+        text = "".join(f"{path}a{i}\tB-X\n{path}b{i}\tB-{kind}\n\n" for i in range(30))
+        (tmp_path / path / f"{path[-4:]}.conll").write_text(text)
+    learned = entities(path=str(tmp_path / "run"), **FEW).converter
+    assert learned.places == 0
+    with pytest.raises(ValueError, match=r"has the types Z, which the learner was not trained with.*task.types"):
+        entities(path=str(tmp_path / "later"), converter=learned, **FEW)
+    family = entities(path=str(tmp_path / "later"), converter=learned, types=["X"], **FEW)
+    assert sampled(family, "test", 1, generator()).query["y"].sum((0, 1, 2))[3:].sum() == 0
+
+
+def test_a_rare_type_of_the_sentences_that_are_held_out_has_its_place_whatever_else_moves():
+    words = [Sentence((f"a{i}", f"b{i}"), ("B-X", "B-Y" if i < 32 else "B-Z"), str(i)) for i in range(40)]
+    size = TaskSizes(1, Range(4, 4), 4)
+    corpus = {"train": {"a": Source(words)}, "val": {}, "test": {"b": Source(words[:20])}}
+    family = Entities(corpus, "made", {False: size, True: size}, How("shared", 2, 4, 32, unfamiliar=1.0))
+    assert family.spec.target.types == ("X", "Y", "new0")
+    task = sampled(family, "val", 40, generator())
+    begins = task.query["y"].sum((1, 2))[:, 1::2]
+    # Each query has an X and a Z, and Z is where there is a place for it.
+    assert (begins[:, 2] == 4).all()
+
+
 def test_a_learner_reads_tags_as_its_run_did(folder):
     for path in folder.glob("*.conll"):
         path.write_text(path.read_text().replace("B-", "I-").replace("I-PER", "I-PER\t-").replace("I-LOC", "I-LOC\t-"))

@@ -456,6 +456,11 @@ BROKEN_PICTURES = {
     "no text": (with_file("index.csv", b"path,class\n\xff\xfe,a\n"), {}, ["index.csv, line 2, is not text in UTF-8"]),
     "no row": (with_file("index.csv", "path,class\n"), {}, ["has no row after its first line"]),
     "folders share a class": (both_splits, {}, ["class c00 is in test and train"]),
+    "splits and more": (
+        lambda folder: shutil.copytree(both_splits(folder) / "test", folder / "predict").parent,
+        {},
+        ["the folders test and train are splits, and predict beside them is not", "task.class_of"],
+    ),
     "few classes": (few, {}, ["data has 2 classes with enough pictures, and train, val, test each need one"]),
     "one example each": (one_each, {}, ["data has 0 classes with enough pictures", "lower task.shots"]),
     "given, but none": (lambda folder: folder, {"split": "given"}, ["data names no splits"]),
@@ -559,6 +564,35 @@ def test_vectors_are_standardised_by_training_classes_and_drawn_by_class(tmp_pat
     parts = np.repeat(["train", "val", "test"], 30)
     given = Features(str(vectors(tmp_path / "g.npz", split=parts)), ways=3, queries=2, standardise=False)
     assert torch.equal(given.rows["val"], torch.from_numpy(held["x"][30:60]))
+
+
+def test_vectors_far_from_zero_keep_what_tells_them_apart(tmp_path):
+    near = np.random.default_rng(0).normal(size=(90, 5))
+    rows = [Features(str(vectors(tmp_path / "v.npz", x=x)), ways=3, queries=2) for x in (near, near + 1e9)]
+    for part in ("train", "test"):
+        torch.testing.assert_close(rows[1].rows[part], rows[0].rows[part], atol=1e-5, rtol=0)
+    x, learner = near[:3], rows[1].converter
+    torch.testing.assert_close(learner.inputs(x + 1e9), rows[0].converter.inputs(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_number_that_training_never_changes_is_not_scaled_by_its_rounding(tmp_path):
+    parts = np.repeat(["train", "val", "test"], [60, 12, 18])
+    x = np.where(parts == "test", 0.3, 0.1)[:, None]
+    assert torch.from_numpy(x[:60]).std(0, correction=0) > 0
+    family = Features(str(vectors(tmp_path / "v.npz", x=x, split=parts)), ways=2, queries=2)
+    torch.testing.assert_close(family.rows["test"], torch.full((18, 1), 0.2))
+
+
+def test_vectors_may_be_of_any_type_that_holds_numbers_and_labels_bytes(tmp_path):
+    x, parts = np.random.default_rng(0).integers(0, 99, (90, 5)), np.repeat(["train", "val", "test"], 30)
+    y = np.array([f"ü{i // 6:02}" for i in range(90)])
+    usual = Features(str(vectors(tmp_path / "v.npz", x=x.astype("f4"), y=y, split=parts)), ways=3, queries=2)
+    for kind in (">f4", ">i8", "u2", "f2", np.longdouble):
+        changed = {"y": np.char.encode(y, "utf-8"), "split": np.char.encode(parts, "utf-8")}
+        other = Features(str(vectors(tmp_path / "v.npz", x=x.astype(kind), **changed)), ways=3, queries=2)
+        assert other.class_names == usual.class_names
+        assert torch.equal(other.rows["test"], usual.rows["test"])
 
 
 def lying(place: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from metarun.checks.family import check_tasks
 from metarun.data import tables
 from metarun.data.columns import fitted
 from metarun.data.converters import read_sentences, table_of
+from metarun.data.fingerprints import read_molecules
 from metarun.data.portable import plain, rebuilt
 from metarun.data.recipe import History
 from metarun.data.tables import Source
@@ -412,6 +414,27 @@ def test_other_broken_files(tmp_path):
     half = write(tmp_path, "task,split\na,train\nb,val\nc,test\n", "half.csv")
     with pytest.raises(UserError, match=r"half.csv gives no split for the task 'd'"):
         table(write(tmp_path, lines()), "who", "y", shots=2, split_file=half)
+    twice = write(tmp_path, "task,split\na,train\nb,val\nc,test\nd,train\na,test\n", "twice.csv")
+    with pytest.raises(UserError, match=r"twice.csv gives 'train' and 'test' for the task 'a'"):
+        table(write(tmp_path, lines()), "who", "y", shots=2, split_file=twice)
+
+
+def test_no_table_of_a_folder_is_lost(tmp_path):
+    for name in ("a.csv", "B.CSV", "c.csv", "d.csv"):
+        write(tmp_path, lines(), name)
+    found = table(str(tmp_path), by="file", target="y", shots=2)
+    assert sum(len(draws.tasks) for draws in found.draws.values()) == 4
+    (tmp_path / "c.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"two tables named 'c', c.csv and c.parquet"):
+        table(str(tmp_path), by="file", target="y", shots=2)
+
+
+def test_numbers_of_rows_that_tools_write_are_no_feature(path, tmp_path, caplog):
+    caplog.set_level("INFO")
+    visits().sort_values("level").to_csv(tmp_path / "numbered.csv")
+    found = family(str(tmp_path / "numbered.csv"))
+    assert set(found.recipe.columns.names) == set(family(path).recipe.columns.names)
+    assert "the column without a name numbers the rows, and is left out" in caplog.text
 
 
 def test_a_table_in_several_files_names_the_file_and_line(tmp_path):
@@ -503,6 +526,9 @@ def fingerprints(folder: Path, **changed) -> str:
     return str(folder / "m.npz")
 
 
+BYTES = np.array([f"t{i}".encode() for i in range(8)])
+
+
 def test_molecules_are_the_measured_ones_with_their_labels(tmp_path):
     place = fingerprints(tmp_path)
     found = molecules(place, shots=3, queries=None, smallest=None)
@@ -560,6 +586,20 @@ def test_a_file_of_fingerprints_is_no_table_and_text_is_no_fingerprints(tmp_path
     (tmp_path / "m.npz").write_text("no")
     with pytest.raises(UserError, match=r"m.npz is not an .npz file"):
         molecules(str(tmp_path / "m.npz"))
+    with np.load(fingerprints(tmp_path)) as file:
+        np.savez_compressed(tmp_path / "m.npz", **file)
+    with zipfile.ZipFile(tmp_path / "m.npz") as archive:
+        begin = archive.getinfo("labels.npy").header_offset + 50
+    content = bytearray((tmp_path / "m.npz").read_bytes())
+    content[begin : begin + 30] = bytes(byte ^ 255 for byte in content[begin : begin + 30])
+    (tmp_path / "m.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"m.npz is not an .npz file"):
+        molecules(str(tmp_path / "m.npz"))
+
+
+def test_names_of_assays_may_be_bytes(tmp_path):
+    texts, data = (read_molecules(Path(fingerprints(tmp_path, **own))) for own in ({}, {"tasks": BYTES}))
+    assert data.tasks == texts.tasks
 
 
 SHORT = (
@@ -599,6 +639,16 @@ def test_columns_without_a_name_for_a_value_are_left_out_and_said():
     found, left = fitted(rows, np.ones(4, dtype=bool), list(rows), (), Source([Path("t.csv")], [4], True))
     assert found.names == ["a=x", "a=y", "flag=0", "flag=1"]
     assert left == {"same": "the same in all training rows", "empty": "empty"}
+
+
+def test_a_number_that_training_never_changes_is_not_scaled_by_its_rounding():
+    values = np.full(102, 0.1)
+    values[0] = np.nan
+    rows = pd.DataFrame({"same": values})
+    assert np.nanstd(values) != 0
+    found, _ = fitted(rows, np.ones(102, dtype=bool), ["same"], (), Source([Path("t.csv")], [102], True))
+    further = found.encode(pd.DataFrame({"same": [0.1, 0.35, np.nan]}))
+    torch.testing.assert_close(further, torch.tensor([[0.0, 0.0], [0.25, 0.0], [0.0, 1.0]]))
 
 
 def published(folder: Path) -> None:
