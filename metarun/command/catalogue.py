@@ -57,8 +57,8 @@ FAMILIES = {"agnostic": "model-agnostic", "dependent": "model-dependent", "basel
 OPENINGS = {
     "agnostic": """# Model-agnostic methods
 
-These methods adapt the weights of any differentiable model, and `metanas` also its architecture. They need nothing of a
-task but a loss.
+These methods adapt the weights of any differentiable model, and `metanas` also its architecture. Most need nothing of a
+task but a loss; `protomaml` needs classes, and `imaml` a loss that stays the same from one step to the next.
 """,
     "dependent": """# Model-dependent methods
 

@@ -11,6 +11,8 @@ HEAD = """metarun: meta-learning experiments from the command line
                                (--against ALGO adds each run's difference from ALGO)
   metarun-report PATH...       write one HTML page on runs, with tables that sort and pictures
   metarun-status DIR           progress of runs and sweeps: failures, time left
+  metarun-test DIR KEY=VALUE   test a finished run again, with other keys of task and eval
+  metarun-predict DIR ...      adapt to examples of yours (--support) and predict others (--query)
 
 Without arguments: metarun algo=maml task=sinusoid
 """
@@ -43,8 +45,8 @@ Keys
   task.shots               support examples (per class in classification)
   task.queries             query examples of a test task (per class in classification)
   task.path                your own pictures (task=images: a folder, a zip or an index), sentences (task=text: a CSV),
-                           vectors (task=features: a file of numpy.savez), text (task=authors, generation: a folder), or
-                           pictures with boxes (task=detection: Pascal VOC or COCO)
+                           vectors (task=features: a file of numpy.savez), text (task=authors, generation, questions,
+                           entities: a folder), or pictures with boxes (task=detection: Pascal VOC or COCO)
   algo.inner_lr            step size of adaptation
   algo.inner_steps         adaptation steps in training
   algo.first_order         whether to drop second derivatives
