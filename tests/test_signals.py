@@ -12,6 +12,8 @@ from metarun.system import lock
 
 INTERRUPTED_IMPORT = """
 import os, signal, sys
+# A test run that was started in the background ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:

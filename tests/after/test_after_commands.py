@@ -6,7 +6,7 @@ import io
 import logging
 import subprocess
 import sys
-from shutil import copyfile, copytree
+from shutil import copyfile, copytree, ignore_patterns
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from metarun.data.converters import Arrays
 from metarun.results.compare import compare, compared
 from metarun.results.status import jobs_in
 from metarun.state import Best, Training, save_best
+from metarun.system import lock
 from metarun.system.files import write_csv
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -161,7 +162,8 @@ def test_a_later_test_leaves_out_what_the_run_calls_failed(tmp_path):
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed", "pruned"])
 def test_a_run_that_has_not_completed_is_not_tested_in_its_name(trained, tmp_path, status):
     """Its parameters have the hash of the configuration of the completed run, whose test they would pass for."""
-    run = copytree(trained.directory, tmp_path / "run")
+    # Without the lock that this process may hold, with which the copy would pass for a run that goes on.
+    run = copytree(trained.directory, tmp_path / "run", ignore=ignore_patterns(lock.FILE))
     write_csv(run / "result.csv", ("replica", "status"), [{"replica": 0, "status": status}])
     code, said = command(later_test, run, cwd=tmp_path)
     assert code == 1
