@@ -273,7 +273,7 @@ def in_folders(names: Sequence[str], source: str, class_of: str | None) -> list[
     others = [path.partition("/")[0] for path in below.values() if path.partition("/")[0].lower() not in PARTS]
     if class_of is None and len(splits) > 1 and others:
         raise UserError(
-            f"{source}: the folders {' and '.join(splits)} are splits, and {base}{others[0]} beside them is not; take "
+            f"{source}: the folders {' and '.join(splits)} are splits, and {base}{others[0]} next to them is not; take "
             "it out of the data, or say in task.class_of which part of a path is the class."
         )
     found = []

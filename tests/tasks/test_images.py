@@ -459,7 +459,7 @@ BROKEN_PICTURES = {
     "splits and more": (
         lambda folder: shutil.copytree(both_splits(folder) / "test", folder / "predict").parent,
         {},
-        ["the folders test and train are splits, and predict beside them is not", "task.class_of"],
+        ["the folders test and train are splits, and predict next to them is not", "task.class_of"],
     ),
     "few classes": (few, {}, ["data has 2 classes with enough pictures, and train, val, test each need one"]),
     "one example each": (one_each, {}, ["data has 0 classes with enough pictures", "lower task.shots"]),
