@@ -21,6 +21,11 @@ FILE = "file"
 """The column that says which file a row comes from, where a table has several files."""
 
 
+def is_binary(path: Path) -> bool:
+    """Whether a file is a table in Parquet, by its ending in any case."""
+    return path.suffix.lower() in BINARY
+
+
 def files_of(path: str | Mapping[str, str], data_dir: str) -> dict[str, Path]:
     """Return the files of a table by name: one file, those of a folder by their stems, or those that are named.
 
@@ -32,7 +37,7 @@ def files_of(path: str | Mapping[str, str], data_dir: str) -> dict[str, Path]:
     place = found(path, data_dir)
     if not place.is_dir():
         return {place.stem: place}
-    inside = [path for path in visible(place) if path.suffix.lower() in (".csv", *BINARY)]
+    inside = [path for path in visible(place) if path.suffix.lower() == ".csv" or is_binary(path)]
     if not inside:
         raise UserError(f"{place} has no .csv and no .parquet file; set task.path to one file, or to a folder of them.")
     by_name: dict[str, Path] = {}
@@ -104,7 +109,7 @@ def read_further(path: Path, missing: Sequence[str], na: bool = True) -> pd.Data
         UserError: its header is broken.
         ValueError: it cannot be read.
     """
-    if path.suffix.lower() in BINARY:
+    if is_binary(path):
         return _parquet(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         head = file.readline()
@@ -137,8 +142,7 @@ def read(path: Path, separator: str, columns: Sequence[str] | None, missing: Seq
     if path.suffix.lower() == ".npz":
         raise UserError(f"{path} is not a table; choose task=molecules for packed fingerprints with labels.")
     try:
-        binary = path.suffix.lower() in BINARY
-        table = _parquet(path) if binary else _csv(path, separator, columns, missing)
+        table = _parquet(path) if is_binary(path) else _csv(path, separator, columns, missing)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as CSV in UTF-8.") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as error:
@@ -171,7 +175,7 @@ class Source:
         place, ends = int(self.rows[row]), np.cumsum(self.sizes)
         index = int(np.searchsorted(ends, place, side="right"))
         path, within = self.paths[index], place - int(ends[index]) + self.sizes[index]
-        if path.suffix.lower() in BINARY:
+        if is_binary(path):
             return f"{path} row {within + 1}"
         return f"{path} line {within + 1 + self.header}"
 
