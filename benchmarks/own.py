@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from benchmarks.problems import Problem
-from metarun.assemble import Experiment, assemble
+from metarun.assemble import Experiment, assemble, training_tasks
 from metarun.config import register_schema
 from metarun.contracts import Task, Tree
 from metarun.engine.choose import Stepper
@@ -31,7 +31,7 @@ def overrides_of(problem: Problem) -> list[str]:
     found = [f"algo={problem.method}", f"train.meta_batch={problem.tasks}", "train.lr=0.001", "train.clip=null"]
     found += ["train.schedule=constant", "train.steps=1000000"]
     if problem.model == "mlp":
-        found += ["task=sinusoid", f"task.shots={problem.shots}"]
+        found += ["task=sinusoid", f"task.shots={problem.shots}", f"task.train_queries={problem.queries}"]
     else:
         found += ["task=omniglot", "task.dataset=procedural", f"task.ways={problem.ways}", "task.train_ways=null"]
         found += [f"task.shots={problem.shots}", f"task.train_queries={problem.queries}", "task.queries=1"]
@@ -56,6 +56,8 @@ class Own:
         theta = like(template, iter(order))
         weights = self.meta_step.layout.vector(theta)[None]
         self.state: Tree = {**self.meta_step.initial_train_state(), "weights": weights}
+        seeds = [one.config.seed for one in self.experiment.replicas]
+        self.drawn = training_tasks(self.experiment, seeds, problem.tasks, 0)
         self.batches = [self.tasks(problem.batch(i)) for i in range(4)]
         self.stepper = Stepper(self.experiment, self.meta_step)
         for number in range(2):
@@ -64,9 +66,10 @@ class Own:
             raise RuntimeError(f"{engine} with {task_map} could not be made")
 
     def tasks(self, batch: dict[str, Any]) -> Task:
-        """Return a batch as metarun's tasks."""
+        """Return a batch as metarun's tasks, with everything that the tasks of a run have beside inputs and targets."""
         b = {name: torch.from_numpy(value)[None].to(self.device) for name, value in batch.items()}
-        return Task({"x": b["sx"], "y": b["sy"]}, {"x": b["qx"], "y": b["qy"]})
+        support, query, seed = self.drawn
+        return Task({**support, "x": b["sx"], "y": b["sy"]}, {**query, "x": b["qx"], "y": b["qy"]}, seed)
 
     def given(self, number: int) -> Tree:
         """Return the input of a step."""

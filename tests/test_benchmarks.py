@@ -31,7 +31,8 @@ def test_metarun_and_plain_torch_have_the_same_meta_gradient(name):
     whole = PROBLEMS[name]
     problem = replace(whole, tasks=min(whole.tasks, 2), ways=min(whole.ways, 10), queries=3)
     expected = plain_torch(problem, "cpu").gradient()
-    assert np.linalg.norm(Own(problem, "cpu", "eager").gradient() - expected) < 1e-3 * np.linalg.norm(expected)
+    for engine in ("eager", "replay"):
+        assert np.linalg.norm(Own(problem, "cpu", engine).gradient() - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 def test_a_script_scores_what_metarun_scores():
