@@ -292,6 +292,27 @@ def test_a_batch_of_another_shape_is_not_run_by_a_recording(caplog):
     assert caplog.text.count("Batches of tasks differ in their shapes") == 1
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_batch_may_lie_in_memory_in_another_order(recorded):
+    """A recording may hold views that are possible for the layout of its own example only."""
+    turned, found = {stream(0, "train", step).initial_seed() for step in (1, 3)}, []
+    for engine in ("eager", "replay"):
+        experiment = experiment_of(f"engine={engine}", *TINY)
+        sample = experiment.family.sample
+
+        def drawn(split, count, generator, sample=sample):
+            tasks = tree_map(lambda leaf: leaf.contiguous(), sample(split, count, generator))
+            if (generator.initial_seed() in turned) is recorded:
+                return tree_map(lambda leaf: leaf.transpose(0, 1).contiguous().transpose(0, 1), tasks)
+            return tasks
+
+        experiment.family.sample = drawn
+        stepper, out = steps_of(experiment, 4)
+        assert stepper.engine == engine
+        found.append(out)
+    torch.testing.assert_close(*found)
+
+
 def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     from torch._inductor import config as inductor

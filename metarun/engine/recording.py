@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 class OtherShapes(CannotRecord):
     """A recording is given what it was not made for."""
 
+    def __init__(self) -> None:
+        super().__init__("batches of tasks differ in their shapes")
+
 
 def leaves_of_shapes(given: Tree, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Return the leaves of a tree; sizes are constants of a recording.
@@ -46,8 +49,21 @@ def leaves_of_shapes(given: Tree, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """
     values = list(leaves(given))
     if [value.shape for value in values] != shapes:
-        raise OtherShapes("batches of tasks differ in their shapes")
+        raise OtherShapes
     return values
+
+
+def with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return the same numbers in memory as a recording knows them; it may hold views that no other layout allows.
+
+    Raises:
+        OtherShapes: the recording's numbers were stored once for a whole axis, and these are not.
+    """
+    if value.stride() == strides:
+        return value
+    if any(stride == 0 and size > 1 for stride, size in zip(strides, value.shape, strict=True)):
+        raise OtherShapes
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 Function = Callable[[Tree], Tree]
@@ -83,7 +99,7 @@ class Recording:
             raise CannotRecord("it draws random numbers of Python or NumPy; take random numbers from metarun.random")
         recorder.graph.output([recorder.node_of(leaf) for leaf in leaves(out)])
         self.graph, self.constants = simplified(recorder.graph), recorder.constants
-        self.shapes = [value.shape for value in values]
+        self.shapes, self.strides = [value.shape for value in values], [value.stride() for value in values]
         self.outputs = tree_map(lambda leaf: None, out)
         self.operations = sum(node.op == "call_function" for node in self.graph.nodes)
         self.run: Callable[..., list[Tensor]] = GraphModule(self.constants, self.graph)
@@ -94,7 +110,12 @@ class Recording:
         Raises:
             OtherShapes: the tree has other shapes.
         """
-        values = leaves_of_shapes(given, self.shapes)
+        return self.on(
+            [with_strides(*one) for one in zip(leaves_of_shapes(given, self.shapes), self.strides, strict=True)]
+        )
+
+    def on(self, values: Sequence[Tensor]) -> Tree:
+        """Return what the function returns for the leaves of a tree, whatever their layout in memory."""
         with torch.no_grad():
             return like(self.outputs, iter(self.run(*values)))
 
@@ -285,11 +306,11 @@ class Captured:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    recording(self.inputs)
+                    recording.on(list(leaves(self.inputs)))
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.outputs = recording(self.inputs)
+                self.outputs = recording.on(list(leaves(self.inputs)))
         except RuntimeError as error:
             # If a capture ends with an exception, its stream remains the current one.
             torch.cuda.set_stream(before)
