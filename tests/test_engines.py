@@ -20,12 +20,13 @@ from metarun.algos.agnostic.imaml import imaml
 from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
 from metarun.config import build
-from metarun.engine import xla
+from metarun.engine import compiler, xla
 from metarun.engine.batch import meta_gradient
 from metarun.engine.choose import Stepper, agrees
+from metarun.engine.compiler import with_wide_products
 from metarun.engine.meta_step import MetaStep, accumulated, parts_of
 from metarun.engine.recorder import CannotRecord
-from metarun.engine.recording import AsWritten, Captured, Recording, with_wide_products
+from metarun.engine.recording import AsWritten, Captured, Recording
 from metarun.errors import UserError
 from metarun.loop import rates_of, training_tasks
 from metarun.nn.ops import channels_last
@@ -311,6 +312,34 @@ def test_a_batch_may_lie_in_memory_in_another_order(recorded):
         assert stepper.engine == engine
         found.append(out)
     torch.testing.assert_close(*found)
+
+
+def test_a_compiled_step_is_kept_for_every_run_that_has_the_same(tmp_path, monkeypatch):
+    """It is compiled again only if the operations are others, or if the library is damaged."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    built, made = compiler.built, []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return built(*arguments)
+
+    monkeypatch.setattr(compiler, "built", counted)
+    values = {"a": torch.rand(3, 4, dtype=torch.float64), "b": torch.rand(4, 3, dtype=torch.float64).T}
+
+    def found(scale):
+        recording = Recording(lambda tree: {"y": (tree["a"] * tree["b"]).sin() * scale}, values)
+        return recording.compiled(values)(values)["y"]
+
+    for scale, count in ((2.0, 1), (2.0, 1), (3.0, 2)):
+        torch.testing.assert_close(found(scale), (values["a"] * values["b"]).sin() * scale)
+        assert len(made) == count
+    # Elsewhere, since a process does not read a library again that it has read.
+    (elsewhere := tmp_path / "elsewhere" / "steps").mkdir(parents=True)
+    for path in tmp_path.glob("steps/*.so"):
+        (elsewhere / path.name).write_bytes(path.read_bytes()[:1000])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere.parent))
+    torch.testing.assert_close(found(2.0), (values["a"] * values["b"]).sin() * 2.0)
+    assert len(made) == 3
 
 
 def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch, caplog):

@@ -158,7 +158,7 @@ def test_unfinished_files_of_killed_processes_are_removed(tmp_path):
 
 
 def test_our_cache_holds_for_compiled_graphs_unless_the_user_has_named_another(tmp_path, monkeypatch):
-    from metarun.engine.recording import compiler_cache
+    from metarun.engine.compiler import compiler_cache
 
     monkeypatch.setenv("METARUN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)

@@ -420,7 +420,7 @@ class Stepper:
     def compiled_task(self, example: Tree) -> Recording:
         """Compile the gradient of a single task into one graph whose kernels use one thread."""
         with one_thread_each(self.workers):
-            return self.recorded_task(example).compiled(parts_of(example, 1)[0])
+            return self.recorded_task(example).compiled(parts_of(example, 1)[0], in_threads=True)
 
     def threaded(self, gradient: Recording) -> Step:
         """Return a step that distributes the gradients of single tasks over threads."""

@@ -10,24 +10,20 @@ back. Callers therefore first compare a recording with the function on other inp
 """
 
 import logging
-import os
 import random
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch import Tensor
+from torch.fx import GraphModule
 
 from metarun.contracts import Tree
-from metarun.data.cache import cache_dir
-from metarun.engine import xla
-from metarun.engine.recorder import CannotRecord, Recorder, copied, simplified
+from metarun.engine import compiler, xla
+from metarun.engine.recorder import CannotRecord, Recorder, simplified
 from metarun.errors import first_line
 from metarun.tree import leaves, like, tree_map
 
@@ -166,33 +162,26 @@ class Recording:
             raise CannotRecord(first_line(error)) from error
         return other
 
-    def compiled(self, given: Tree) -> "Recording":
+    def compiled(self, given: Tree, in_threads: bool = False) -> "Recording":
         """Compile the same operations into one graph, which is first run on ``given``.
+
+        Args:
+            given: an example of what the graph will be given.
+            in_threads: several threads will run the graph at once.
 
         Raises:
             CannotRecord: there is no compiler, or the compiler refuses the graph.
         """
-        compiler_cache()
-        # The compiler is given the recording itself: with ``torch.compile`` each call would first check that its
-        # surroundings have not changed, which costs as much as half of a small step.
-        import torch._inductor
-
         # The compiler assumes the memory layout of its inputs, and batches of tasks may differ in their layout.
-        values: list[Any] = [leaf.contiguous() for leaf in leaves(given)]
-        more = WITH_RANDOM_NUMBERS if draws_numbers(self.graph) else {}
-        for options in (ON_CPU, {}) if values[0].device.type == "cpu" else ({},):
-            try:
-                with torch.no_grad():
-                    graph = with_wide_products(self.graph, self.constants)
-                    compiled = torch._inductor.compile(graph, values, options=options | more)
-                    other = self.other(on_contiguous(compiled))
-                    other(given)
-                return other
-            except Exception as error:
-                if not options or isinstance(error, MemoryError):
-                    raise CannotRecord(first_line(error)) from error
-                log.debug("The compiler refused %s: %s", options, first_line(error))
-        raise AssertionError("the last attempt returns or raises")
+        values = [leaf.contiguous() for leaf in leaves(given)]
+        try:
+            other = self.other(compiler.compiled(self.graph, self.constants, values, in_threads))
+            other(given)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise CannotRecord(first_line(error)) from error
+        return other
 
 
 class AsWritten:
@@ -218,73 +207,9 @@ class AsWritten:
 AS_WRITTEN = AsWritten()
 
 
-def on_contiguous(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """Return ``run`` with its inputs made contiguous."""
-    return lambda *inputs: run(*(x.contiguous() for x in inputs))
-
-
 LARGEST_SCRIPT = 5000
 """Operations above which TorchScript is not used: it takes a time to prepare that grows with their square, 0.2 s for a
 thousand and 25 s for fifteen thousand."""
-ON_CPU = {"cpp_wrapper": True, "layout_optimization": False}
-"""Calls between kernels are made in C++, which leaves Python's lock to other threads, and images keep their layout.
-With both, tasks in threads take half of the time (docs/performance.md)."""
-WITH_RANDOM_NUMBERS = {"realize_opcount_threshold": 12}
-"""Values that are used twice are stored after fewer operations. The compiler would otherwise compute them again for
-each use, and since a line of ``metarun.random.mixed`` uses its input twice, a normal number would take 8,700
-operations."""
-NARROW = 16
-
-
-def draws_numbers(graph: Graph) -> bool:
-    """Whether the recording contains random numbers from seeds (``metarun.random``)."""
-    return any(node.target is torch.ops.aten.bitwise_xor.Tensor for node in graph.nodes)
-
-
-def with_wide_products(graph: Graph, constants: nn.Module) -> GraphModule:
-    """Return a copy in which batched products with few columns and many rows are computed from transposed factors.
-
-    MKL takes six times as long for ``[25, 40, 40] @ [25, 40, 10]`` as for ``[25, 10, 40] @ [25, 40, 40]``, and second
-    derivatives are full of the former. The compiler makes transposing free.
-    """
-    graph = copied(graph)
-    product, transpose = torch.ops.aten.bmm.default, torch.ops.aten.transpose.int
-    for node in graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            # A product that replaces another has another memory layout, of which some views may be impossible.
-            node.target = torch.ops.aten.reshape.default
-        if node.target is product:
-            (a, b), (_, rows, columns) = node.args, node.meta["shape"]
-            if columns < NARROW <= rows and a.meta["shape"][2] > 1:
-                with graph.inserting_before(node):
-                    call = graph.call_function
-                    flipped = call(product, (call(transpose, (b, 1, 2)), call(transpose, (a, 1, 2))))
-                    node.replace_all_uses_with(call(transpose, (flipped, 1, 2)))
-                graph.erase_node(node)
-    return GraphModule(constants, graph)
-
-
-def compiler_cache() -> Path | None:
-    """Return the folder where compiled graphs are kept between runs; torch's own variable overrides it.
-
-    Return None where our folder cannot be written: the compiler then uses its own, in the system's temporary folder.
-    """
-    variable = "TORCHINDUCTOR_CACHE_DIR"
-    # Importing the compiler sets the variable to that temporary folder, which the user has not asked for.
-    default = str(Path(tempfile.gettempdir(), "torchinductor_"))
-    if not os.environ.get(variable, default).startswith(default):
-        return Path(os.environ[variable])
-    path = (cache_dir() / "compiled").absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        # Only trying to write tells whether writing is allowed.
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        log.debug("The compiler's cache cannot be written: %s", error)
-        os.environ.pop(variable, None)
-        return None
-    os.environ[variable] = str(path)
-    return path
 
 
 class Captured:

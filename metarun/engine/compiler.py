@@ -1,0 +1,217 @@
+"""Compiling a recording with inductor, torch's compiler.
+
+Inductor turns the operations into C++, for which it takes half a minute where a recording has a thousand. On a CPU the
+result is a library, which is kept under a name that stands for everything that it depends on. The same step in another
+run, with another seed, number of steps or learning rate, loads it within milliseconds.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from metarun.data.cache import cache_dir
+from metarun.engine.recorder import copied
+from metarun.errors import first_line
+from metarun.system.files import held_or_made
+
+log = logging.getLogger(__name__)
+
+Options = dict[str, Any]
+"""Inductor's options."""
+Compiled = Callable[..., list[Tensor]]
+"""Leaves of the input → leaves of the output."""
+ON_CPU = {"layout_optimization": False, "cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+"""Images keep their layout. What the processor says of itself is believed (building a program for each of its vector
+instructions takes 10 s), and headers are not compiled by themselves, which pays from the third library on."""
+IN_THREADS = {"cpp_wrapper": True}
+"""Calls between kernels are made in C++, which leaves Python's lock to other threads. Tasks in threads take half of the
+time with this and with images that keep their layout (docs/performance.md)."""
+AS_LIBRARY = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+"""Calls of kernels gain nothing from being optimized, which takes longer than to optimize the kernels."""
+WITH_RANDOM_NUMBERS = {"realize_opcount_threshold": 12}
+"""Values that are used twice are stored after fewer operations. The compiler would otherwise compute them again for
+each use, and since a line of ``metarun.random.mixed`` uses its input twice, a normal number would take 8,700
+operations."""
+NARROW = 16
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compiled(graph: Graph, constants: nn.Module, values: Sequence[Tensor], in_threads: bool) -> Compiled:
+    """Compile the operations of a recording.
+
+    Args:
+        graph: the operations.
+        constants: the tensors that they name.
+        values: contiguous examples of the inputs.
+        in_threads: several threads will run the operations at once.
+
+    Returns:
+        A function of the inputs; it makes them contiguous.
+
+    Raises:
+        Exception: there is no compiler, or it refuses the graph; it has errors of many classes.
+    """
+    folder = compiler_cache()
+    module = with_wide_products(graph, constants)
+    more: dict[str, Any] = WITH_RANDOM_NUMBERS if draws_numbers(graph) else {}
+    if values[0].device.type != "cpu":
+        return on_contiguous(in_memory(module, values, more))
+    try:
+        if in_threads:
+            return on_contiguous(in_memory(module, values, ON_CPU | IN_THREADS | more))
+        return on_contiguous(as_library(module, values, ON_CPU | AS_LIBRARY | more, folder))
+    except MemoryError:
+        raise
+    except Exception as error:
+        log.debug("The compiler refused its settings: %s", first_line(error))
+    return on_contiguous(in_memory(with_wide_products(graph, constants), values, more))
+
+
+def in_memory(module: GraphModule, values: Sequence[Tensor], options: Options) -> Compiled:
+    """Compile operations for this process."""
+    # The compiler is given the recording itself: with ``torch.compile`` each call would first check that its
+    # surroundings have not changed, which costs as much as half of a small step.
+    import torch._inductor
+
+    with torch.no_grad():
+        run: Compiled = torch._inductor.compile(module, list(values), options=options)
+    return run
+
+
+def as_library(module: GraphModule, values: Sequence[Tensor], options: Options, folder: Path | None) -> Compiled:
+    """Compile operations to a library, unless it is there; ``folder``, where libraries are kept, may be None."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as place:
+            return loaded(built(module, values, options, Path(place)))
+    path = path_of(module, values, options, folder)
+
+    def read() -> Compiled | None:
+        try:
+            return loaded(path) if path.exists() else None
+        except RuntimeError as error:
+            log.debug("A compiled step is damaged and is compiled again: %s", first_line(error))
+            path.unlink(missing_ok=True)
+            return None
+
+    return held_or_made(path, read, lambda: loaded(made(module, values, options, path)))
+
+
+def made(module: GraphModule, values: Sequence[Tensor], options: Options, path: Path) -> Path:
+    """Compile operations to the library ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        return built(module, values, options, Path(place)).replace(path)
+
+
+def built(module: GraphModule, values: Sequence[Tensor], options: Options, place: Path) -> Path:
+    """Compile operations to a library in a folder."""
+    import torch._inductor
+    from torch._inductor.compile_fx import compile_fx_aot
+
+    path = place / "step.so"
+    known = set(torch._inductor.list_options())
+    patches = {name: value for name, value in options.items() if name in known}
+    with torch.no_grad(), warnings.catch_warnings():
+        # What the compiler says of its own code.
+        warnings.simplefilter("ignore")
+        compile_fx_aot(module, list(values), config_patches=patches | {"aot_inductor.output_path": str(path)})
+    return path
+
+
+def loaded(path: Path) -> Compiled:
+    """Load a library."""
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+    return lambda *inputs: runner.run(list(inputs))
+
+
+def path_of(module: GraphModule, values: Sequence[Tensor], options: Options, folder: Path) -> Path:
+    """Return where a library is kept, by a hash of operations, sizes, settings, torch and the processor."""
+    held = hashlib.sha256()
+    for text in (module.code, str(options), *surroundings()):
+        held.update(text.encode() + b"\0")
+    for value in (*module.state_dict().values(), *values):
+        held.update(f"{list(value.shape)} {value.dtype} {value.device}".encode())
+    for value in module.state_dict().values():
+        held.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return folder / "steps" / f"{held.hexdigest()[:32]}.so"
+
+
+def surroundings() -> Iterator[str]:
+    """Yield what a compiled step depends on besides its operations."""
+    yield f"{torch.__version__} {torch.version.git_version} {torch.get_num_threads()}"
+    yield f"{torch.get_float32_matmul_precision()} {torch.backends.mkldnn.enabled}"
+    yield f"{torch.are_deterministic_algorithms_enabled()} {platform.machine()} {platform.processor()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        yield from sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    except OSError:
+        pass
+    settings = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "ATEN_CPU_", "CXX")
+    for key, value in sorted(os.environ.items()):
+        if key.startswith(settings) and key != CACHE_VARIABLE:
+            yield f"{key}={value}"
+
+
+def on_contiguous(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Return ``run`` with its inputs made contiguous."""
+    return lambda *inputs: run(*(x.contiguous() for x in inputs))
+
+
+def draws_numbers(graph: Graph) -> bool:
+    """Whether the recording contains random numbers from seeds (``metarun.random``)."""
+    return any(node.target is torch.ops.aten.bitwise_xor.Tensor for node in graph.nodes)
+
+
+def with_wide_products(graph: Graph, constants: nn.Module) -> GraphModule:
+    """Return a copy in which batched products with few columns and many rows are computed from transposed factors.
+
+    MKL takes six times as long for ``[25, 40, 40] @ [25, 40, 10]`` as for ``[25, 10, 40] @ [25, 40, 40]``, and second
+    derivatives are full of the former. The compiler makes transposing free.
+    """
+    graph = copied(graph)
+    product, transpose = torch.ops.aten.bmm.default, torch.ops.aten.transpose.int
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            # A product that replaces another has another memory layout, of which some views may be impossible.
+            node.target = torch.ops.aten.reshape.default
+        if node.target is product:
+            (a, b), (_, rows, columns) = node.args, node.meta["shape"]
+            if columns < NARROW <= rows and a.meta["shape"][2] > 1:
+                with graph.inserting_before(node):
+                    call = graph.call_function
+                    flipped = call(product, (call(transpose, (b, 1, 2)), call(transpose, (a, 1, 2))))
+                    node.replace_all_uses_with(call(transpose, (flipped, 1, 2)))
+                graph.erase_node(node)
+    return GraphModule(constants, graph)
+
+
+def compiler_cache() -> Path | None:
+    """Return the folder where compiled graphs are kept between runs; torch's own variable overrides it.
+
+    Return None where our folder cannot be written: the compiler then uses its own, in the system's temporary folder.
+    """
+    # Importing the compiler sets the variable to that temporary folder, which the user has not asked for.
+    default = str(Path(tempfile.gettempdir(), "torchinductor_"))
+    if not os.environ.get(CACHE_VARIABLE, default).startswith(default):
+        return Path(os.environ[CACHE_VARIABLE])
+    path = (cache_dir() / "compiled").absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Only trying to write tells whether writing is allowed.
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        log.debug("The compiler's cache cannot be written: %s", error)
+        os.environ.pop(CACHE_VARIABLE, None)
+        return None
+    os.environ[CACHE_VARIABLE] = str(path)
+    return path
