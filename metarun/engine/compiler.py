@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule
 from metarun.data.cache import cache_dir
 from metarun.engine.recorder import copied
 from metarun.errors import first_line
-from metarun.system.files import held_or_made
+from metarun.system.files import held_or_made, write_text
 
 log = logging.getLogger(__name__)
 
@@ -96,21 +96,28 @@ def as_library(module: GraphModule, values: Sequence[Tensor], options: Options, 
     path = path_of(module, values, options, folder)
 
     def read() -> Compiled | None:
+        # The system ends a process that loads a damaged library.
         try:
-            return loaded(path) if path.exists() else None
-        except RuntimeError as error:
-            log.debug("A compiled step is damaged and is compiled again: %s", first_line(error))
-            path.unlink(missing_ok=True)
+            whole = checksum(path) == path.with_suffix(".sha256").read_text(encoding="utf-8", errors="replace")
+        except OSError:
             return None
+        return loaded(path) if whole else None
 
     return held_or_made(path, read, lambda: loaded(made(module, values, options, path)))
 
 
 def made(module: GraphModule, values: Sequence[Tensor], options: Options, path: Path) -> Path:
-    """Compile operations to the library ``path``."""
+    """Compile operations to the library ``path``, and write its checksum next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
-        return built(module, values, options, Path(place)).replace(path)
+        library = built(module, values, options, Path(place))
+        write_text(path.with_suffix(".sha256"), checksum(library))
+        return library.replace(path)
+
+
+def checksum(path: Path) -> str:
+    """Return a hash of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def built(module: GraphModule, values: Sequence[Tensor], options: Options, place: Path) -> Path:
