@@ -66,7 +66,7 @@ class Own:
             raise RuntimeError(f"{engine} with {task_map} could not be made")
 
     def tasks(self, batch: dict[str, Any]) -> Task:
-        """Return a batch as metarun's tasks, with everything that the tasks of a run have beside inputs and targets."""
+        """Return a batch as metarun's tasks, with what the tasks of a run have besides inputs and targets."""
         b = {name: torch.from_numpy(value)[None].to(self.device) for name, value in batch.items()}
         support, query, seed = self.drawn
         return Task({**support, "x": b["sx"], "y": b["sy"]}, {**query, "x": b["qx"], "y": b["qy"]}, seed)

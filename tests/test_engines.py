@@ -295,7 +295,7 @@ def test_a_batch_of_another_shape_is_not_run_by_a_recording(caplog):
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_batch_may_lie_in_memory_in_another_order(recorded):
-    """A recording may hold views that are possible for the layout of its own example only."""
+    """A recording may hold views that only the layout of its own example allows."""
     turned, found = {stream(0, "train", step).initial_seed() for step in (1, 3)}, []
     for engine in ("eager", "replay"):
         experiment = experiment_of(f"engine={engine}", *TINY)

@@ -62,18 +62,17 @@ def compiled(graph: Graph, constants: nn.Module, values: Sequence[Tensor], in_th
         Exception: there is no compiler, or it refuses the graph; it has errors of many classes.
     """
     folder = compiler_cache()
-    module = with_wide_products(graph, constants)
-    more: dict[str, Any] = WITH_RANDOM_NUMBERS if draws_numbers(graph) else {}
-    if values[0].device.type != "cpu":
-        return on_contiguous(in_memory(module, values, more))
-    try:
-        if in_threads:
-            return on_contiguous(in_memory(module, values, ON_CPU | IN_THREADS | more))
-        return on_contiguous(as_library(module, values, ON_CPU | AS_LIBRARY | more, folder))
-    except MemoryError:
-        raise
-    except Exception as error:
-        log.debug("The compiler refused its settings: %s", first_line(error))
+    more: Options = WITH_RANDOM_NUMBERS if draws_numbers(graph) else {}
+    if values[0].device.type == "cpu":
+        try:
+            module = with_wide_products(graph, constants)
+            if in_threads:
+                return on_contiguous(in_memory(module, values, ON_CPU | IN_THREADS | more))
+            return on_contiguous(as_library(module, values, ON_CPU | AS_LIBRARY | more, folder))
+        except MemoryError:
+            raise
+        except Exception as error:
+            log.debug("The compiler refused its settings: %s", first_line(error))
     return on_contiguous(in_memory(with_wide_products(graph, constants), values, more))
 
 
@@ -129,7 +128,7 @@ def built(module: GraphModule, values: Sequence[Tensor], options: Options, place
     known = set(torch._inductor.list_options())
     patches = {name: value for name, value in options.items() if name in known}
     with torch.no_grad(), warnings.catch_warnings():
-        # What the compiler says of its own code.
+        # The compiler warns of its own code.
         warnings.simplefilter("ignore")
         compile_fx_aot(module, list(values), config_patches=patches | {"aot_inductor.output_path": str(path)})
     return path

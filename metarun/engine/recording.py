@@ -153,14 +153,7 @@ class Recording:
         Raises:
             CannotRecord: JAX cannot be used, or an operation has no translation.
         """
-        try:
-            other = self.other(xla.compiled(self.graph, self.constants))
-            other(given)
-        except (CannotRecord, MemoryError):
-            raise
-        except Exception as error:
-            raise CannotRecord(first_line(error)) from error
-        return other
+        return self.working(lambda: xla.compiled(self.graph, self.constants), given)
 
     def compiled(self, given: Tree, in_threads: bool = False) -> "Recording":
         """Compile the same operations into one graph, which is first run on ``given``.
@@ -174,10 +167,18 @@ class Recording:
         """
         # The compiler assumes the memory layout of its inputs, and batches of tasks may differ in their layout.
         values = [leaf.contiguous() for leaf in leaves(given)]
+        return self.working(lambda: compiler.compiled(self.graph, self.constants, values, in_threads), given)
+
+    def working(self, make: Callable[[], Callable[..., list[Tensor]]], given: Tree) -> "Recording":
+        """Return a recording whose operations are run by what ``make`` returns, once it has run on ``given``.
+
+        Raises:
+            CannotRecord: it cannot be made, or does not run.
+        """
         try:
-            other = self.other(compiler.compiled(self.graph, self.constants, values, in_threads))
+            other = self.other(make())
             other(given)
-        except MemoryError:
+        except (CannotRecord, MemoryError):
             raise
         except Exception as error:
             raise CannotRecord(first_line(error)) from error
@@ -224,18 +225,18 @@ class Captured:
         if any(not value.is_cuda for value in recording.constants.buffers() if value.numel() > 1):
             raise CannotRecord("it holds values that were computed outside of the GPU")
         self.inputs, self.shapes = tree_map(lambda leaf: leaf.contiguous().clone(), given), recording.shapes
-        before = torch.cuda.current_stream()
+        before, values = torch.cuda.current_stream(), list(leaves(self.inputs))
         try:
             # A capture must not be the first use of a library, so the operations first run on a separate stream.
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    recording.on(list(leaves(self.inputs)))
+                    recording.on(values)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.outputs = recording.on(list(leaves(self.inputs)))
+                self.outputs = recording.on(values)
         except RuntimeError as error:
             # If a capture ends with an exception, its stream remains the current one.
             torch.cuda.set_stream(before)
