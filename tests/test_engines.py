@@ -54,6 +54,9 @@ SETTINGS = {
     "metaoptnet": (*IMAGES, "algo.solver_steps=4"),
     "baselinepp": IMAGES,
     "multitask": (),
+    "shared_params": (),
+    "dkt": (),
+    "matching": IMAGES,
     "shared_model": IMAGES,
     "snail": ("algo.width=8", *FEW),
     "mann": ("algo.slots=6", "algo.width=3", "algo.controller=5", "algo.heads=2", *FEW),
@@ -98,6 +101,8 @@ def test_a_recording_and_chunks_of_tasks_give_what_the_step_gives(name):
     for replayed in (recording, recording.replayed(first)):
         torch.testing.assert_close(replayed(second), expected, rtol=0, atol=0)
         torch.testing.assert_close(second, kept, rtol=0, atol=0)
+    for_the_compiler = recording.other(with_wide_products(recording.graph, recording.constants))
+    torch.testing.assert_close(for_the_compiler(second), expected, rtol=1e-9, atol=1e-12)
     in_chunks = accumulated(meta_step.gradient, meta_step.update, 2)
     torch.testing.assert_close(in_chunks(second), expected, rtol=1e-9, atol=1e-12)
 
@@ -151,22 +156,38 @@ def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
         state = expected["train_state"]
 
 
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_step_of_every_algorithm_compiles_to_what_it_gives(name):
+    """On tasks and weights that the recording has not seen."""
+    experiment = setting(name)
+    meta_step = MetaStep(experiment)
+    first = given(experiment, meta_step, 0)
+    compiled = Recording(meta_step.whole, first).compiled(first)
+    second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
+    torch.testing.assert_close(compiled(second), meta_step.whole(second), rtol=1e-9, atol=1e-11)
+
+
 def test_wide_products_are_the_same_products():
     def products(tree):
-        a, b, c, d = tree["a"], tree["b"], tree["c"], tree["d"]
+        a, b, c, d, e = (tree[name] for name in "abcde")
         return {
             "narrow": a @ b,
             "viewed": (a @ c).view(60, 4) + 1,
             "transposed": (a @ d).transpose(1, 2) * 2,
             "wide": b.transpose(1, 2) @ a,
+            "of a narrow one": (a @ b) @ e,
         }
 
     values = {"a": torch.randn(3, 20, 20)} | {name: torch.randn(3, 20, 4) for name in "bcd"}
+    values["e"] = torch.randn(3, 4, 5)
     recording = Recording(products, values)
     rewritten = with_wide_products(recording.graph, recording.constants)
     shapes = [n.meta.get("shape") for n in rewritten.graph.nodes if n.target is torch.ops.aten.bmm.default]
-    assert len(shapes) == 4
-    assert sum(shape is None for shape in shapes) == 3  # those that were put in place of narrow ones
+    assert len(shapes) == 5
+    assert sum(shape is None for shape in shapes) == 4  # those that were put in place of narrow ones
     expected = list(leaves(products(values)))
     torch.testing.assert_close(list(rewritten(*leaves(values))), expected)
 
@@ -325,20 +346,26 @@ def test_a_compiled_step_is_kept_for_every_run_that_has_the_same(tmp_path, monke
 
     monkeypatch.setattr(compiler, "built", counted)
     values = {"a": torch.rand(3, 4, dtype=torch.float64), "b": torch.rand(4, 3, dtype=torch.float64).T}
+    values["c"] = torch.rand(3, 3, dtype=torch.float64) + 3 * torch.eye(3)
 
     def found(scale):
-        recording = Recording(lambda tree: {"y": (tree["a"] * tree["b"]).sin() * scale}, values)
+        # The library calls torch for linear algebra, by what stands next to it.
+        recording = Recording(
+            lambda tree: {"y": torch.linalg.solve(tree["c"], tree["a"] * tree["b"]).sin() * scale}, values
+        )
         return recording.compiled(values)(values)["y"]
 
+    solved = (values["c"].inverse() @ (values["a"] * values["b"])).sin()
     for scale, count in ((2.0, 1), (2.0, 1), (3.0, 2)):
-        torch.testing.assert_close(found(scale), (values["a"] * values["b"]).sin() * scale)
+        torch.testing.assert_close(found(scale), solved * scale)
         assert len(made) == count
+    assert len(list(tmp_path.glob("steps/*.json"))) == 2
     # Elsewhere, since a process does not read a library again that it has read.
     (elsewhere := tmp_path / "elsewhere" / "steps").mkdir(parents=True)
     for path in tmp_path.glob("steps/*.*"):
         (elsewhere / path.name).write_bytes(path.read_bytes()[:1000])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere.parent))
-    torch.testing.assert_close(found(2.0), (values["a"] * values["b"]).sin() * 2.0)
+    torch.testing.assert_close(found(2.0), solved * 2.0)
     assert len(made) == 3
 
 

@@ -12,6 +12,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,10 @@ def compiled(graph: Graph, constants: nn.Module, values: Sequence[Tensor], in_th
             module = with_wide_products(graph, constants)
             if in_threads:
                 return on_contiguous(in_memory(module, values, ON_CPU | IN_THREADS | more))
-            return on_contiguous(as_library(module, values, ON_CPU | AS_LIBRARY | more, folder))
+            run = as_library(module, values, ON_CPU | AS_LIBRARY | more, folder)
+            with torch.no_grad():
+                run(*values)
+            return on_contiguous(run)
         except MemoryError:
             raise
         except Exception as error:
@@ -107,31 +111,50 @@ def as_library(module: GraphModule, values: Sequence[Tensor], options: Options, 
 
 def made(module: GraphModule, values: Sequence[Tensor], options: Options, path: Path) -> Path:
     """Compile operations to the library ``path``, and write its checksum next to it."""
+    log.info("Compiling the meta-step, which takes up to a minute; later runs with the same step load it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
         library = built(module, values, options, Path(place))
         write_text(path.with_suffix(".sha256"), checksum(library))
+        if (calls := library.with_suffix(".json")).exists():
+            calls.replace(path.with_suffix(".json"))
         return library.replace(path)
 
 
 def checksum(path: Path) -> str:
-    """Return a hash of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return a hash of a library and of what stands next to it."""
+    calls = path.with_suffix(".json")
+    return hashlib.sha256(path.read_bytes() + (calls.read_bytes() if calls.exists() else b"")).hexdigest()
 
 
 def built(module: GraphModule, values: Sequence[Tensor], options: Options, place: Path) -> Path:
-    """Compile operations to a library in a folder."""
+    """Compile operations to a library in a folder; the ``.json`` next to it describes calls that torch has to make."""
     import torch._inductor
     from torch._inductor.compile_fx import compile_fx_aot
 
     path = place / "step.so"
     known = set(torch._inductor.list_options())
     patches = {name: value for name, value in options.items() if name in known}
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), without_warnings("torch._inductor.ir"):
         # The compiler warns of its own code.
         warnings.simplefilter("ignore")
         compile_fx_aot(module, list(values), config_patches=patches | {"aot_inductor.output_path": str(path)})
+    # What torch has no stable C function for, such as linear algebra, is looked up by the library's own name.
+    for calls in place.glob("*.wrapper.json"):
+        calls.replace(path.with_suffix(".json"))
     return path
+
+
+@contextmanager
+def without_warnings(name: str) -> Iterator[None]:
+    """Inside, a logger only logs errors."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def loaded(path: Path) -> Compiled:
@@ -196,7 +219,10 @@ def with_wide_products(graph: Graph, constants: nn.Module) -> GraphModule:
                 with graph.inserting_before(node):
                     call = graph.call_function
                     flipped = call(product, (call(transpose, (b, 1, 2)), call(transpose, (a, 1, 2))))
-                    node.replace_all_uses_with(call(transpose, (flipped, 1, 2)))
+                    same = call(transpose, (flipped, 1, 2))
+                    # A later product may look up its factor's shape.
+                    same.meta.update(node.meta)
+                    node.replace_all_uses_with(same)
                 graph.erase_node(node)
     return GraphModule(constants, graph)
 
