@@ -384,9 +384,11 @@ def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch
     ("steps", "compiler", "jax", "engine"),
     [
         (30, True, True, "eager"),
-        (2000, True, True, "replay"),
-        (10_000, True, False, "replay"),
-        (10_000, True, True, "xla"),
+        (300, True, True, "replay"),
+        (3000, True, False, "replay"),
+        # The default command, whose compiled step is kept for the next one.
+        (5000, True, False, "compile"),
+        (5000, True, True, "xla"),
         (1_000_000, True, True, "compile"),
         (1_000_000, False, False, "replay"),
     ],

@@ -52,7 +52,7 @@ TOLERANCE = 5e-3
 order, and Adam's first steps can enlarge this difference."""
 ONE_THREAD_WORK = 1e8
 """The same, below which a second thread only adds variance to the time of a step."""
-EAGER_OPERATION, ARITHMETIC = 1e-5, 2e10
+EAGER_OPERATION, ARITHMETIC = 1.5e-5, 2e10
 """Seconds that an operation of an eager step takes by itself, and floating-point operations per second and thread:
 docs/performance.md. They decide which engine pays off, and no result depends on their being exact."""
 GPU_ARITHMETIC = 1e13
@@ -63,13 +63,17 @@ SCRIPTING = 1e-7
 """Seconds to prepare a replay in C++, per square of the number of operations."""
 COMPILING = {"compile": (12.0, 0.012), "xla": (1.0, 0.003)}
 """Seconds to compile at all, and to compile an operation."""
+KEPT = 0.5
+"""The part of these seconds that is charged to a run whose compiled step is kept for other runs. A command is seldom
+the last of its kind, and whether it is the first must not decide. What an only run loses is less than the next would
+gain."""
 SHARES = {
     # engine: (of small work, of other work)
     "eager": (1.0, 1.0),
     "replay": (0.33, 0.9),
-    "compile": (0.15, 0.7),
+    "compile": (0.1, 0.7),
     # XLA takes several times as long as torch for convolutions whose weights differ between tasks.
-    "xla": (0.17, 4.0),
+    "xla": (0.13, 4.0),
     "compile threads": (1.0, 0.6),
     "replay threads": (1.0, 0.8),
     "cudagraph": (0.2, 0.7),
@@ -351,8 +355,9 @@ class Stepper:
         making = 0.0 if name == "eager" else RECORDING * self.operations
         if name.startswith("replay") and self.operations <= LARGEST_SCRIPT:
             making += SCRIPTING * self.operations**2
-        anything, operation = COMPILING.get(name.partition(" ")[0], (0.0, 0.0))
-        making += anything + operation * self.operations
+        engine, _, threads = name.partition(" ")
+        anything, operation = COMPILING.get(engine, (0.0, 0.0))
+        making += (1.0 if threads else KEPT) * (anything + operation * self.operations)
         steps: int = self.experiment.config.train.steps
         return 1.3 * making + SHARES[name][0 if small else 1] * step * steps
 
