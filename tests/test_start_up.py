@@ -64,9 +64,11 @@ def composed(monkeypatch, tmp_path):
     ("arguments", "jobs", "fewer"),
     [
         (RUN, 1, 1),
-        (("-m", *RUN, "seed=0,1"), 2, 1),
+        (("-m", *RUN, "seed=0,1"), 2, 1 + 2),
         # The mode is another than the command's, so what was composed for it cannot be used.
-        ((*RUN, "hydra.mode=MULTIRUN", "seed=0,1"), 2, 0),
+        ((*RUN, "hydra.mode=MULTIRUN", "seed=0,1"), 2, 2),
+        # Equal jobs share no configuration, which knows the number of its job.
+        (("-m", *RUN, "seed=0,0"), 2, 1 + 1),
     ],
 )
 def test_composing_once_gives_what_hydra_composes_twice(composed, arguments, jobs, fewer):

@@ -1,7 +1,8 @@
 """Composing the configuration of a command once.
 
 Hydra's entry point composes the whole configuration to read ``hydra.mode`` from it, and then again with the mode that
-it has chosen as a further override. The two differ in that key alone.
+it has chosen as a further override. The two differ in that key alone. The jobs of a sweep are composed to see whether
+they can be, and then again for the launcher.
 
 A sweep's own configuration is composed with the first of several choices, where Hydra takes the default, which may lack
 keys that all of the choices have: ``-m task=grocery,cells task.image_size=32``.
@@ -39,6 +40,20 @@ class LoadsOnce(ConfigLoaderImpl):
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
         self.kept: tuple[str | None, list[str], DictConfig] | None = None
+        self.of_jobs: dict[tuple[str, ...], DictConfig | None] = {}
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """Compose the configuration of a job, or return the one that was composed to see whether it can be.
+
+        A configuration is given away once, since a launcher changes it; jobs that are equal are composed anew.
+        """
+        job = tuple(sweep_overrides)
+        if (kept := self.of_jobs.get(job)) is not None:
+            self.of_jobs[job] = None
+            return kept
+        config = super().load_sweep_config(master_config, sweep_overrides)
+        self.of_jobs.setdefault(job, config)
+        return config
 
     def load_configuration(
         self,
