@@ -373,6 +373,18 @@ def test_a_compiled_step_is_kept_for_every_run_that_has_the_same(tmp_path, monke
     assert len(made) == 3
 
 
+def test_a_library_that_does_not_run_is_replaced_by_what_is_compiled_in_memory(tmp_path, monkeypatch):
+    def fails(*inputs):
+        raise RuntimeError("a call that the library cannot make")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "as_library", lambda *arguments: fails)
+    monkeypatch.setattr(compiler, "in_memory", lambda module, values, options: module)
+    values = {"a": torch.rand(3)}
+    compiled = Recording(lambda tree: {"y": tree["a"].sin()}, values).compiled(values)
+    torch.testing.assert_close(compiled(values)["y"], values["a"].sin())
+
+
 def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     from torch._inductor import config as inductor
@@ -382,6 +394,7 @@ def test_without_a_compiler_a_run_stays_eager_and_says_why(tmp_path, monkeypatch
         stepper, _ = steps_of(experiment_of("engine=compile", "algo=transfer", "model.widths=[7]"))
     assert stepper.engine == "eager"
     assert "no compile: " in caplog.text
+    assert "Compiling" not in caplog.text
 
 
 @pytest.mark.parametrize(

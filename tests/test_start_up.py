@@ -68,7 +68,7 @@ def composed(monkeypatch, tmp_path):
         # The mode is another than the command's, so what was composed for it cannot be used.
         ((*RUN, "hydra.mode=MULTIRUN", "seed=0,1"), 2, 2),
         # Equal jobs share no configuration, which knows the number of its job.
-        (("-m", *RUN, "seed=0,0"), 2, 1 + 1),
+        (("-m", *RUN, "seed=0,0"), 2, 1 + 3),
     ],
 )
 def test_composing_once_gives_what_hydra_composes_twice(composed, arguments, jobs, fewer):

@@ -2,7 +2,7 @@
 
 Hydra's entry point composes the whole configuration to read ``hydra.mode`` from it, and then again with the mode that
 it has chosen as a further override. The two differ in that key alone. The jobs of a sweep are composed to see whether
-they can be, and then again for the launcher.
+they can be, for the names of their folders, and for the launcher.
 
 A sweep's own configuration is composed with the first of several choices, where Hydra takes the default, which may lack
 keys that all of the choices have: ``-m task=grocery,cells task.image_size=32``.
@@ -10,6 +10,7 @@ keys that all of the choices have: ``-m task=grocery,cells task.image_size=32``.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 
 from hydra._internal import hydra as entry
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -17,7 +18,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 def with_first_choices(overrides: Sequence[Override]) -> list[str]:
@@ -31,6 +32,10 @@ def with_first_choices(overrides: Sequence[Override]) -> list[str]:
     return found
 
 
+MOST_JOBS = 500
+"""Jobs whose configurations are kept, at some 100 kilobytes each."""
+
+
 class LoadsOnce(ConfigLoaderImpl):
     """Keeps the configuration in which Hydra looks for the mode, for the run or the sweep that follows."""
 
@@ -40,19 +45,18 @@ class LoadsOnce(ConfigLoaderImpl):
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
         self.kept: tuple[str | None, list[str], DictConfig] | None = None
-        self.of_jobs: dict[tuple[str, ...], DictConfig | None] = {}
+        self.of_jobs: dict[tuple[str, ...], DictConfig] = {}
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """Compose the configuration of a job, or return the one that was composed to see whether it can be.
-
-        A configuration is given away once, since a launcher changes it; jobs that are equal are composed anew.
-        """
-        job = tuple(sweep_overrides)
-        if (kept := self.of_jobs.get(job)) is not None:
-            self.of_jobs[job] = None
-            return kept
-        config = super().load_sweep_config(master_config, sweep_overrides)
-        self.of_jobs.setdefault(job, config)
+        """Compose the configuration of a job, or return a copy of what has been composed for the same job."""
+        job = (*master_config.hydra.overrides.hydra, *sweep_overrides)
+        if job not in self.of_jobs:
+            if len(self.of_jobs) == MOST_JOBS:
+                return super().load_sweep_config(master_config, sweep_overrides)
+            self.of_jobs[job] = super().load_sweep_config(master_config, sweep_overrides)
+        # Who asks numbers it, and sets it read-only.
+        config = deepcopy(self.of_jobs[job])
+        OmegaConf.copy_cache(from_config=master_config, to_config=config)
         return config
 
     def load_configuration(

@@ -65,6 +65,7 @@ def compiled(graph: Graph, constants: nn.Module, values: Sequence[Tensor], in_th
     folder = compiler_cache()
     more: Options = WITH_RANDOM_NUMBERS if draws_numbers(graph) else {}
     if values[0].device.type == "cpu":
+        require_compiler()
         try:
             module = with_wide_products(graph, constants)
             if in_threads:
@@ -76,8 +77,17 @@ def compiled(graph: Graph, constants: nn.Module, values: Sequence[Tensor], in_th
         except MemoryError:
             raise
         except Exception as error:
-            log.debug("The compiler refused its settings: %s", first_line(error))
+            log.debug("Compiled with these settings, the step does not run: %s", first_line(error))
     return on_contiguous(in_memory(with_wide_products(graph, constants), values, more))
+
+
+def require_compiler() -> None:
+    """Raise the error that inductor would raise after half a minute where there is no C++ compiler."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:
+        return
+    get_cpp_compiler()
 
 
 def in_memory(module: GraphModule, values: Sequence[Tensor], options: Options) -> Compiled:
@@ -86,6 +96,7 @@ def in_memory(module: GraphModule, values: Sequence[Tensor], options: Options) -
     # surroundings have not changed, which costs as much as half of a small step.
     import torch._inductor
 
+    log.info("Compiling the meta-step, which takes up to a minute.")
     with torch.no_grad():
         run: Compiled = torch._inductor.compile(module, list(values), options=options)
     return run
