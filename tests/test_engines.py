@@ -363,10 +363,10 @@ def test_a_compiled_step_is_kept_for_every_run_that_has_the_same(tmp_path, monke
     for scale, count in ((2.0, 1), (2.0, 1), (3.0, 2)):
         torch.testing.assert_close(found(scale), solved)
         assert len(made) == count
-    assert len(list(tmp_path.glob("steps/*.json"))) == 2
+    assert len(list(tmp_path.glob("libraries/*.json"))) == 2
     # Elsewhere, since a process does not read a library again that it has read.
-    (elsewhere := tmp_path / "elsewhere" / "steps").mkdir(parents=True)
-    for path in tmp_path.glob("steps/*.*"):
+    (elsewhere := tmp_path / "elsewhere" / "libraries").mkdir(parents=True)
+    for path in tmp_path.glob("libraries/*.*"):
         (elsewhere / path.name).write_bytes(path.read_bytes()[:1000])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere.parent))
     torch.testing.assert_close(found(2.0), solved)

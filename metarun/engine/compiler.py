@@ -183,7 +183,7 @@ def path_of(module: GraphModule, values: Sequence[Tensor], options: Options, fol
         held.update(f"{list(value.shape)} {value.dtype} {value.device}".encode())
     for value in module.state_dict().values():
         held.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
-    return folder / "steps" / f"{held.hexdigest()[:32]}.so"
+    return folder / "libraries" / f"{held.hexdigest()[:32]}.so"
 
 
 def surroundings() -> Iterator[str]:
