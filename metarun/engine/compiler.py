@@ -151,8 +151,9 @@ def built(module: GraphModule, values: Sequence[Tensor], options: Options, place
         warnings.simplefilter("ignore")
         compile_fx_aot(module, list(values), config_patches=patches | {"aot_inductor.output_path": str(path)})
     # What torch has no stable C function for, such as linear algebra, is looked up by the library's own name.
-    for calls in place.glob("*.wrapper.json"):
-        calls.replace(path.with_suffix(".json"))
+    for calls in list(place.glob("*.json")):
+        if not calls.stem.endswith("_metadata"):
+            calls.replace(path.with_suffix(".json"))
     return path
 
 

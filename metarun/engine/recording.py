@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.fx import GraphModule
 
 from metarun.contracts import Tree
@@ -82,6 +83,8 @@ class Recording:
             CannotRecord: something in the function depends on values, or torch cannot trace it.
         """
         values = [leaf.detach() for leaf in leaves(given)]
+        # In torch 2.6 the first map imports torch's compiler, whose imports call operations.
+        vmap(torch.clone)(torch.zeros(1))
         recorder, before = Recorder(values), drawn_outside_torch()
         try:
             with recorder:
