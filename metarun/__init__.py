@@ -8,6 +8,7 @@
 The names below are imported when they are first used, so that ``import metarun`` takes no time.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,13 @@ HOMES = {
     "UserError": "metarun.errors",
 }
 """The module of each name of the public interface."""
+
+
+# Threads of torch that wait for each other spin, by default for so long that two runs on the same cores take several
+# times as long as one after the other. A thousand turns cost a run by itself nothing. Torch reads this when it is
+# imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:

@@ -22,12 +22,6 @@ for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, _name), _leave)
 
 
-# Threads of torch that wait for each other spin, by default for so long that two runs on the same cores take several
-# times as long as one after the other. A thousand turns cost a run by itself nothing.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
 def _run(module: str) -> None:
     """Run the command of a module."""
     from metarun.system.importing import importing

@@ -116,7 +116,7 @@ def test_collection_of_garbage_goes_on_after_imports():
 def test_threads_hardly_spin_unless_the_user_says_so_and_before_torch_reads_it(given, expected):
     """Two runs of navigation at once on two cores take ten times as long with the default of libgomp."""
     unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    asks = "import metarun.__main__, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    asks = "import metarun, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", asks], env={**unset, **given}, capture_output=True, text=True, check=True
     )
