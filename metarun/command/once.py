@@ -50,12 +50,13 @@ class LoadsOnce(ConfigLoaderImpl):
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """Compose the configuration of a job, or return a copy of what has been composed for the same job."""
         job = (*master_config.hydra.overrides.hydra, *sweep_overrides)
-        if job not in self.of_jobs:
-            if len(self.of_jobs) == MOST_JOBS:
-                return super().load_sweep_config(master_config, sweep_overrides)
-            self.of_jobs[job] = super().load_sweep_config(master_config, sweep_overrides)
+        kept = self.of_jobs.get(job)
+        if kept is None:
+            kept = super().load_sweep_config(master_config, sweep_overrides)
+            if len(self.of_jobs) < MOST_JOBS:
+                self.of_jobs[job] = kept
         # Who asks numbers it, and sets it read-only.
-        config = deepcopy(self.of_jobs[job])
+        config = deepcopy(kept)
         OmegaConf.copy_cache(from_config=master_config, to_config=config)
         return config
 
