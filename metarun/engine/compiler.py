@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from torch.fx import Graph, GraphModule
 
 from metarun.data.cache import cache_dir
 from metarun.engine.recorder import copied
-from metarun.errors import first_line
 from metarun.system.files import held_or_made, write_text
 
 log = logging.getLogger(__name__)
@@ -47,38 +47,35 @@ NARROW = 16
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def compiled(graph: Graph, constants: nn.Module, values: Sequence[Tensor], in_threads: bool) -> Compiled:
-    """Compile the operations of a recording.
+def ways(
+    graph: Graph, constants: nn.Module, values: Sequence[Tensor], in_threads: bool
+) -> list[Callable[[], Compiled]]:
+    """Return ways to compile the operations of a recording, of which the first that works is to be taken.
+
+    Each is a function without arguments, which returns a function of the inputs that makes them contiguous. It raises
+    errors of many classes where there is no compiler, or where the compiler refuses the graph.
 
     Args:
         graph: the operations.
         constants: the tensors that they name.
         values: contiguous examples of the inputs.
         in_threads: several threads will run the operations at once.
-
-    Returns:
-        A function of the inputs; it makes them contiguous.
-
-    Raises:
-        Exception: there is no compiler, or it refuses the graph; it has errors of many classes.
     """
     folder = compiler_cache()
     more: Options = WITH_RANDOM_NUMBERS if draws_numbers(graph) else {}
-    if values[0].device.type == "cpu":
-        require_compiler()
-        try:
-            module = with_wide_products(graph, constants)
-            if in_threads:
-                return on_contiguous(in_memory(module, values, ON_CPU | IN_THREADS | more))
-            run = as_library(module, values, ON_CPU | AS_LIBRARY | more, folder)
-            with torch.no_grad():
-                run(*values)
-            return on_contiguous(run)
-        except MemoryError:
-            raise
-        except Exception as error:
-            log.debug("Compiled with these settings, the step does not run: %s", first_line(error))
-    return on_contiguous(in_memory(with_wide_products(graph, constants), values, more))
+    on_cpu = values[0].device.type == "cpu"
+
+    def way(compile_by: Callable[..., Compiled], *arguments: Any) -> Compiled:
+        if on_cpu:
+            require_compiler()
+        return on_contiguous(compile_by(with_wide_products(graph, constants), values, *arguments))
+
+    plain = partial(way, in_memory, more)
+    if not on_cpu:
+        return [plain]
+    if in_threads:
+        return [partial(way, in_memory, ON_CPU | IN_THREADS | more), plain]
+    return [partial(way, as_library, ON_CPU | AS_LIBRARY | more, folder), plain]
 
 
 def require_compiler() -> None:

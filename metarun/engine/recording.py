@@ -156,7 +156,7 @@ class Recording:
         Raises:
             CannotRecord: JAX cannot be used, or an operation has no translation.
         """
-        return self.working(lambda: xla.compiled(self.graph, self.constants), given)
+        return self.working([lambda: xla.compiled(self.graph, self.constants)], given)
 
     def compiled(self, given: Tree, in_threads: bool = False) -> "Recording":
         """Compile the same operations into one graph, which is first run on ``given``.
@@ -170,9 +170,23 @@ class Recording:
         """
         # The compiler assumes the memory layout of its inputs, and batches of tasks may differ in their layout.
         values = [leaf.contiguous() for leaf in leaves(given)]
-        return self.working(lambda: compiler.compiled(self.graph, self.constants, values, in_threads), given)
+        return self.working(compiler.ways(self.graph, self.constants, values, in_threads), given)
 
-    def working(self, make: Callable[[], Callable[..., list[Tensor]]], given: Tree) -> "Recording":
+    def working(self, ways: Sequence[Callable[[], Callable[..., list[Tensor]]]], given: Tree) -> "Recording":
+        """Return a recording whose operations are run by what the first of ``ways`` returns that runs on ``given``.
+
+        Raises:
+            CannotRecord: none can be made, or runs; the reason is that of the last.
+        """
+        *others, last = ways
+        for make in others:
+            try:
+                return self.run_by(make, given)
+            except CannotRecord as error:
+                log.debug("One way to run a recording is none: %s", error)
+        return self.run_by(last, given)
+
+    def run_by(self, make: Callable[[], Callable[..., list[Tensor]]], given: Tree) -> "Recording":
         """Return a recording whose operations are run by what ``make`` returns, once it has run on ``given``.
 
         Raises:
