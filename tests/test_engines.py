@@ -87,15 +87,19 @@ def given(experiment, meta_step, step, state=None):
     }
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_recording_and_chunks_of_tasks_give_what_the_step_gives(name):
-    """On tasks and weights that the recording has not seen."""
+def with_two_inputs(name):
+    """A meta-step, what its first step is given, and other tasks and weights, which a recording of it has not seen."""
     experiment = setting(name)
     meta_step = MetaStep(experiment)
     first = given(experiment, meta_step, 0)
+    return meta_step, first, given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_recording_and_chunks_of_tasks_give_what_the_step_gives(name):
+    meta_step, first, second = with_two_inputs(name)
     recording = Recording(meta_step.whole, first)
-    second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
     kept = tree_map(torch.clone, second)
     expected = meta_step.whole(second)
     for replayed in (recording, recording.replayed(first)):
@@ -125,12 +129,8 @@ IN_THREADS = ("maml", "metasgd", "cnp", "mamlpp", "protonet", "multitask", "inco
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", IN_THREADS)
 def test_the_recording_of_one_task_run_in_threads_gives_what_the_step_gives(name):
-    experiment = setting(name)
-    meta_step = MetaStep(experiment)
-    first = given(experiment, meta_step, 0)
+    meta_step, first, second = with_two_inputs(name)
     task = Recording(meta_step.gradient, parts_of(first, 1)[0]).replayed(parts_of(first, 1)[0])
-    expected = meta_step.whole(first)
-    second = given(experiment, meta_step, 1, expected["train_state"])
     with ThreadPoolExecutor(2) as pool:
         in_threads = accumulated(task, meta_step.update, 1, pool)(second)
     torch.testing.assert_close(in_threads, meta_step.whole(second), rtol=1e-9, atol=1e-12)
@@ -161,12 +161,8 @@ def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_step_of_every_algorithm_compiles_to_what_it_gives(name):
-    """On tasks and weights that the recording has not seen."""
-    experiment = setting(name)
-    meta_step = MetaStep(experiment)
-    first = given(experiment, meta_step, 0)
+    meta_step, first, second = with_two_inputs(name)
     compiled = Recording(meta_step.whole, first).compiled(first)
-    second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
     torch.testing.assert_close(compiled(second), meta_step.whole(second), rtol=1e-9, atol=1e-11)
 
 

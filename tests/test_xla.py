@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from test_engines import SETTINGS, given, setting
+from test_engines import SETTINGS, with_two_inputs
 from torch.func import grad
 from torch.nn import functional
 
 from metarun.engine import xla
-from metarun.engine.meta_step import MetaStep
 from metarun.engine.recorder import CannotRecord
 from metarun.engine.recording import Recording
 
@@ -22,12 +21,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_step_by_xla_gives_what_the_step_gives(name):
-    """On tasks and weights that the recording has not seen."""
-    experiment = setting(name)
-    meta_step = MetaStep(experiment)
-    first = given(experiment, meta_step, 0)
+    meta_step, first, second = with_two_inputs(name)
     compiled = Recording(meta_step.whole, first).by_xla(first)
-    second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
     torch.testing.assert_close(compiled(second), meta_step.whole(second), rtol=1e-9, atol=1e-11)
 
 
