@@ -8,8 +8,10 @@ import torch
 from commands import QUICK, process
 from hydra import compose, initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.assemble import assemble
@@ -44,7 +46,10 @@ def one_thread():
 @pytest.fixture(autouse=True, scope="session")
 def files_of_packages_are_parsed_once():
     """Each composition reads twenty files of metarun and Hydra, and parsing them is a quarter of its time."""
-    read, kept = ImportlibResourcesConfigSource.load_config, {}
+    # Hydra imports its sources itself: what an import statement gives is another class of the same name.
+    Plugins.instance()
+    of_packages = SourcesRegistry.instance().resolve("pkg")
+    read, kept = of_packages.load_config, {}
 
     def load_config(self, config_path):
         place = self.provider, self.path, config_path
@@ -53,8 +58,8 @@ def files_of_packages_are_parsed_once():
         return deepcopy(kept[place])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ImportlibResourcesConfigSource, "load_config", load_config)
-        yield
+        patch.setattr(of_packages, "load_config", load_config)
+        yield kept
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -107,11 +112,16 @@ def chosen(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), names
 
 
+@cache
+def parsed(override: str) -> Override:
+    return OverridesParser.create().parse_overrides([override])[0]
+
+
 def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     """Choose groups once in a test run, which takes Hydra a tenth of a second, and set keys as Hydra does."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    keys = [one for one in parsed if "." in one.key_or_group and not (one.is_delete() or one.is_hydra_override())]
-    config, names = deepcopy(chosen(*(str(one.input_line) for one in parsed if one not in keys)))
+    given = [parsed(override) for override in overrides]
+    keys = [one for one in given if "." in one.key_or_group and not (one.is_delete() or one.is_hydra_override())]
+    config, names = deepcopy(chosen(*(str(one.input_line) for one in given if one not in keys)))
     ConfigLoaderImpl._apply_overrides_to_config(keys, config)
     return config, names
 

@@ -132,6 +132,12 @@ def narrow(model):
             model[key] = small
 
 
+def test_files_are_parsed_once_in_a_test_run(files_of_packages_are_parsed_once):
+    """Or Hydra has moved what reads them, and a test run takes longer in silence."""
+    composed("algo=maml", "task=sinusoid")
+    assert any(path.startswith("algo/maml") for _, _, path in files_of_packages_are_parsed_once)
+
+
 ALIKE = (
     *("teachers", "completion", "text", "text_crosslingual", "mdp", "gymnasium"),
     *("halfcheetah_velocity", "halfcheetah_direction"),
