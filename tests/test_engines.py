@@ -141,19 +141,53 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 
 @needs_compiler
 @pytest.mark.usefixtures("float64")
-def test_compiled_steps_give_what_the_step_gives(tmp_path, monkeypatch):
+def test_a_compiled_step_gives_what_the_step_gives_and_is_kept_for_every_run_that_has_the_same(tmp_path, monkeypatch):
+    """It is compiled again only if the operations are others, or if the library is damaged."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    built, made = compiler.built, []
+
+    def once(module, values, options, place):
+        """Compile what comes first; the rest, which takes ten seconds each, is a copy of it."""
+        if not made:
+            built(module, values, options, first)
+        made.append(module)
+        return shutil.copytree(first, place, dirs_exist_ok=True) / "step.so"
+
+    (first := tmp_path / "first").mkdir()
+    monkeypatch.setattr(compiler, "built", once)
     experiment = experiment_of("algo=maml", "model.widths=[8]", *TINY)
     meta_step = MetaStep(experiment)
-    first = given(experiment, meta_step, 0)
-    recording = Recording(meta_step.whole, first)
-    compiled = recording.compiled(first)
-    state = first["train_state"]
-    for step in range(3):
-        now = given(experiment, meta_step, step, state)
+    values = {"now": given(experiment, meta_step, 0), "a": torch.rand(3, 4), "b": torch.rand(4, 3).T}
+    values["c"] = torch.rand(3, 3) + 3 * torch.eye(3)
+    state = values["now"]["train_state"]
+
+    def compiled(scale):
+        # The library calls torch for linear algebra, by what stands next to it.
+        def step(tree):
+            solved = torch.linalg.solve(tree["c"], tree["a"] * tree["b"])
+            return {"step": meta_step.whole(tree["now"]), "y": solved.sin() * scale}
+
+        return Recording(step, values).compiled(values)
+
+    solved = 2.0 * (values["c"].inverse() @ (values["a"] * values["b"])).sin()
+    for number in range(3):
+        now = given(experiment, meta_step, number, state)
         expected = meta_step.whole(now)
-        torch.testing.assert_close(compiled(now), expected, rtol=1e-9, atol=1e-11)
+        found = compiled(2.0)({**values, "now": now})
+        torch.testing.assert_close(found["step"], expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found["y"], solved)
         state = expected["train_state"]
+        assert len(made) == 1
+    compiled(3.0)
+    assert len(made) == 2
+    assert len(list(tmp_path.glob("libraries/*.json"))) == 2
+    # Elsewhere, since a process does not read a library again that it has read.
+    (elsewhere := tmp_path / "elsewhere" / "libraries").mkdir(parents=True)
+    for path in tmp_path.glob("libraries/*.*"):
+        (elsewhere / path.name).write_bytes(path.read_bytes()[:1000])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere.parent))
+    torch.testing.assert_close(compiled(2.0)(values)["y"], solved)
+    assert len(made) == 3
 
 
 @needs_compiler
@@ -329,46 +363,6 @@ def test_a_batch_may_lie_in_memory_in_another_order(recorded):
         assert stepper.engine == engine
         found.append(out)
     torch.testing.assert_close(*found)
-
-
-def test_a_compiled_step_is_kept_for_every_run_that_has_the_same(tmp_path, monkeypatch):
-    """It is compiled again only if the operations are others, or if the library is damaged."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    built, made = compiler.built, []
-
-    def once(module, values, options, place):
-        """Compile what comes first; the rest, which takes nine seconds each, is a copy of it."""
-        if not made:
-            built(module, values, options, first)
-        made.append(module)
-        return shutil.copytree(first, place, dirs_exist_ok=True) / "step.so"
-
-    (first := tmp_path / "first").mkdir()
-    monkeypatch.setattr(compiler, "built", once)
-    values = {"a": torch.rand(3, 4, dtype=torch.float64), "b": torch.rand(4, 3, dtype=torch.float64).T}
-    values["c"] = torch.rand(3, 3, dtype=torch.float64) + 3 * torch.eye(3)
-
-    def found(scale):
-        # The library calls torch for linear algebra, by what stands next to it.
-        recording = Recording(
-            lambda tree: {"y": torch.linalg.solve(tree["c"], tree["a"] * tree["b"]).sin() * scale}, values
-        )
-        return recording.compiled(values)(values)["y"]
-
-    solved = 2.0 * (values["c"].inverse() @ (values["a"] * values["b"])).sin()
-    for _ in range(2):
-        torch.testing.assert_close(found(2.0), solved)
-        assert len(made) == 1
-    found(3.0)
-    assert len(made) == 2
-    assert len(list(tmp_path.glob("libraries/*.json"))) == 2
-    # Elsewhere, since a process does not read a library again that it has read.
-    (elsewhere := tmp_path / "elsewhere" / "libraries").mkdir(parents=True)
-    for path in tmp_path.glob("libraries/*.*"):
-        (elsewhere / path.name).write_bytes(path.read_bytes()[:1000])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere.parent))
-    torch.testing.assert_close(found(2.0), solved)
-    assert len(made) == 3
 
 
 def test_a_library_that_does_not_run_is_replaced_by_what_is_compiled_in_memory(tmp_path, monkeypatch):
