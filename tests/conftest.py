@@ -104,10 +104,17 @@ def without_pictures(monkeypatch):
     leave_pictures_out(monkeypatch)
 
 
+HYDRAS_OWN = [
+    f"~hydra/{group}"
+    for group in ("help", "hydra_help", "hydra_logging", "job_logging", "launcher", "output", "sweeper")
+]
+"""Groups of Hydra that no experiment is built from, and whose composition takes as long as that of metarun's."""
+
+
 @cache
 def chosen(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     with initialize_config_module("metarun.conf", version_base="1.3"):
-        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+        config = compose("config", overrides=[*overrides, *HYDRAS_OWN], return_hydra_config=True)
     names = {group: str(config.hydra.runtime.choices[group]) for group in ("algo", "task", "model")}
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), names
 

@@ -155,7 +155,7 @@ def test_a_compiled_step_gives_what_the_step_gives_and_is_kept_for_every_run_tha
 
     (first := tmp_path / "first").mkdir()
     monkeypatch.setattr(compiler, "built", once)
-    experiment = experiment_of("algo=maml", "model.widths=[8]", *TINY)
+    experiment = experiment_of("algo=maml", "algo.inner_steps=1", "model.widths=[8]", *TINY)
     meta_step = MetaStep(experiment)
     values = {"now": given(experiment, meta_step, 0), "a": torch.rand(3, 4), "b": torch.rand(4, 3).T}
     values["c"] = torch.rand(3, 3) + 3 * torch.eye(3)
