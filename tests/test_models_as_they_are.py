@@ -1,5 +1,7 @@
 """What a user's module says counts: dropout, frozen parameters, running statistics; what cannot work is refused."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from metarun.algos.agnostic.anil import anil
 from metarun.algos.agnostic.maml import maml
+from metarun.checks.family import check_family
 from metarun.contracts import Task
 from metarun.engine.batch import evaluate, meta_gradient
 from metarun.errors import UserError
+from metarun.evaluation import episodes
 from metarun.loop import meta_train
 from metarun.nn.functional import forward_of
 from metarun.nn.transforms import plainly
@@ -181,6 +185,55 @@ def test_a_buffer_that_is_written_is_refused(how):
     with pytest.raises(UserError, match="writes to its buffer seen"):
         meta_gradient(*prepared(model), tasks_of(FLAT), classification_loss)
     assert model.seen is before
+
+
+class Remembers(nn.Module):
+    """A module that keeps in an attribute what it has seen, and counts how often it was asked; it uses neither."""
+
+    def __init__(self, spec, **of_another_model):
+        super().__init__()
+        self.layer, self.last, self.calls = nn.Linear(1, 1), torch.zeros(1), 0
+
+    def forward(self, x):
+        out = self.layer(x) + self.used()
+        self.last, self.calls = out.mean(0).detach(), self.calls + 1
+        return out
+
+    def used(self):
+        return 0
+
+
+class UsesTheLast(Remembers):
+    def used(self):
+        return self.last
+
+
+class UsesTheCount(Remembers):
+    def used(self):
+        return 0.001 * self.calls
+
+
+class DrawsByPython(Remembers):
+    def used(self):
+        return random.random()
+
+
+@pytest.mark.parametrize("algo", ["maml", "scratch"])
+@pytest.mark.parametrize(("model", "kept"), [(UsesTheLast, "last"), (UsesTheCount, "calls")])
+def test_a_model_whose_answers_depend_on_earlier_calls_is_refused(algo, model, kept):
+    with pytest.raises(UserError, match=f"{model.__name__} changes .*{kept}.* from one call to the next"):
+        checked(algo, model)
+
+
+@pytest.mark.parametrize("model", [Remembers, DrawsByPython])
+def test_a_model_that_keeps_what_it_never_uses_is_not_refused(model):
+    checked("maml", model)
+
+
+def checked(algo, model):
+    target = f"model._target_={model.__module__}.{model.__name__}"
+    experiment = experiment_of(f"algo={algo}", "task=sinusoid", target, "train.meta_batch=2")
+    check_family(experiment, episodes(experiment, "test", 2))
 
 
 def prepared(model):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from metarun.assemble import Experiment
+from metarun.checks.repetition import check_repetition
 from metarun.contracts import Predict, RowTarget, Scores, Sequences, Spec, Split, Task, Tokens, Tree, Words
 from metarun.engine.batch import adapt_and_score
 from metarun.errors import UserError
@@ -409,6 +410,7 @@ def check_family(experiment: Experiment, test_blocks: Iterator[Task]) -> None:
     check_tasks(batch, family.spec, "train", config.train.meta_batch, experiment.device)
     test = next(test_blocks)
     check_draws(experiment, test)
+    check_repetition(experiment, first_tasks(test, 1))
     check_predictions(experiment, test)
 
 
