@@ -19,8 +19,8 @@ from metarun.engine.batch import adapt_and_score
 from metarun.errors import UserError
 from metarun.nn.transforms import plainly
 
-ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
-"""Relative difference of two equal computations that needs no explanation; on most devices there is none."""
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Relative difference of two equal computations that needs no explanation: a GPU may choose another kernel."""
 
 
 @contextmanager
@@ -68,7 +68,8 @@ def check_repetition(experiment: Experiment, task: Task) -> None:
     except Exception:
         # What cannot be scored is reported by the check of predictions.
         return
-    if not bool((once - again).abs() > ROUNDING.get(once.dtype, ROUNDING[torch.float32]) * once.abs()):
+    allowed = ROUNDING.get(once.dtype, ROUNDING[torch.float32]) * once.abs()
+    if not bool(((once - again).abs() > allowed).any()):
         return
     changed = [name for name, value in attributes_of(first.model).items() if before.get(name) is not value]
     if changed:
@@ -77,6 +78,6 @@ def check_repetition(experiment: Experiment, task: Task) -> None:
         who = "The model, the loss or the algorithm keeps something"
     raise UserError(
         f"{who} from one call to the next, and its answers depend on that: the same task has a query loss of "
-        f"{float(once):.6g} and, asked again, of {float(again):.6g}. Tasks would share what is kept; let a forward "
-        "pass depend on its input and its parameters alone."
+        f"{float(once.mean()):.6g} and, asked again, of {float(again.mean()):.6g}. Tasks would share what is kept; let "
+        "a forward pass depend on its input and its parameters alone."
     )
