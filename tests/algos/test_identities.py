@@ -80,24 +80,6 @@ def test_imaml_by_its_equations_has_the_closed_form_of_a_quadratic_and_stands_st
     torch.testing.assert_close(state["w"], theta["weights"]["w"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("strength", [0.0, 2.0])
-def test_the_momentum_of_imaml_is_that_of_torch(strength):
-    """On the support loss alone, and on the whole inner objective."""
-    family = Sinusoid(shots=6)
-    model, support = MLP(family.spec, (8,)), one(family.sample("train", 1, generator()).support)
-    inner = "proximal" if strength else "descent"
-    algorithm = imaml(model, 0.05, strength=strength or 1.0, inner=inner, momentum=0.7)
-    start = {name: w.detach().clone() for name, w in model.named_parameters()}
-    ours = list(islice(algorithm.adapt({"weights": start}, support, loss_of(family)), 6))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.7)
-    for weights in ours:
-        torch.testing.assert_close(dict(model.named_parameters()), weights)
-        away = sum((w - start[name]).square().sum() for name, w in model.named_parameters())
-        optimizer.zero_grad()
-        ((model(support["x"]) - support["y"]).square().mean() + strength / 2 * away).backward()
-        optimizer.step()
-
-
 def test_imaml_as_its_official_code_has_the_closed_form_of_a_quadratic():
     """φ − c = ((1 − αλ)(1 − α)^K + αλ)(θ − c) after K plain steps and one of λ, over 1 + damping + 1/(λ + 10)."""
     model, tasks = Quadratic(), centres()
