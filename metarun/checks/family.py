@@ -340,7 +340,7 @@ def check_draws(experiment: Experiment, test: Task) -> None:
         )
 
 
-def check_predictions(experiment: Experiment, tasks: Task) -> None:
+def check_predictions(experiment: Experiment, theta: Tree, tasks: Task) -> None:
     """Raise an error if a model's outputs would be broadcast against the targets, or a loss is not a single number.
 
     Raises:
@@ -348,7 +348,6 @@ def check_predictions(experiment: Experiment, tasks: Task) -> None:
     """
     family, names = experiment.family, experiment.names
     replica = experiment.replicas[0]
-    theta = experiment.initial_thetas()[0]
 
     def watched_loss(predict: Predict, data: Tree) -> tuple[Tensor, Scores]:
         def watched(x: Any) -> Any:
@@ -410,8 +409,9 @@ def check_family(experiment: Experiment, test_blocks: Iterator[Task]) -> None:
     check_tasks(batch, family.spec, "train", config.train.meta_batch, experiment.device)
     test = next(test_blocks)
     check_draws(experiment, test)
-    check_repetition(experiment, first_tasks(test, 1))
-    check_predictions(experiment, test)
+    theta = experiment.initial_thetas()[0]
+    check_repetition(experiment, theta, first_tasks(test, 1))
+    check_predictions(experiment, theta, test)
 
 
 def largest(tasks: Task) -> float:

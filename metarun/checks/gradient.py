@@ -39,6 +39,11 @@ SMALL = 1e-3
 """Parameters whose share of the whole gradient is smaller are measured against this share."""
 
 
+def rounding(values: Tensor) -> float:
+    """Return the relative difference of tensors like ``values`` that needs no explanation."""
+    return ROUNDING.get(values.dtype, ROUNDING[torch.float32])
+
+
 def plain_gradient(meta_step: MetaStep, given: Tree, jitter: float = 0.0) -> Tensor:
     """Return the first replica's meta-gradient ``[numbers]`` by plain autograd, at parameters changed by a share."""
     own = replica(given, 0)
@@ -107,7 +112,7 @@ def compare_gradients(meta_step: MetaStep, given: Tree) -> None:
     except RuntimeError as error:
         log.info("The meta-gradient cannot be compared with plain autograd's: %s", first_line(error))
         return
-    allowed = ROUNDING.get(expected.dtype, ROUNDING[torch.float32])
+    allowed = rounding(expected)
     if meta_step.experiment.family.spec.offers("policy"):
         allowed *= CANCELLED
     difference = relative(meta_step, found, expected)

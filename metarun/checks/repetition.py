@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from metarun.assemble import Experiment
-from metarun.contracts import Task
+from metarun.checks.gradient import rounding
+from metarun.contracts import Task, Tree
 from metarun.engine.batch import adapt_and_score
 from metarun.errors import UserError
 from metarun.nn.transforms import plainly
-
-ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Relative difference of two equal computations that needs no explanation: a GPU may choose another kernel."""
 
 
 @contextmanager
@@ -45,7 +43,7 @@ def attributes_of(model: nn.Module) -> dict[str, object]:
     }
 
 
-def check_repetition(experiment: Experiment, task: Task) -> None:
+def check_repetition(experiment: Experiment, theta: Tree, task: Task) -> None:
     """Score a task (leaves ``[1, ...]``) twice as it is before adaptation, with equal parameters and random numbers.
 
     Policies are left out: they act in environments that may change by themselves.
@@ -55,7 +53,7 @@ def check_repetition(experiment: Experiment, task: Task) -> None:
     """
     if not experiment.family.spec.offers("examples"):
         return
-    first, theta = experiment.replicas[0], experiment.initial_thetas()[0]
+    first = experiment.replicas[0]
 
     def score() -> Tensor:
         # Plain calls, since a tensor that is kept inside a transform cannot be used outside.
@@ -68,8 +66,7 @@ def check_repetition(experiment: Experiment, task: Task) -> None:
     except Exception:
         # What cannot be scored is reported by the check of predictions.
         return
-    allowed = ROUNDING.get(once.dtype, ROUNDING[torch.float32]) * once.abs()
-    if not bool(((once - again).abs() > allowed).any()):
+    if not bool(((once - again).abs() > rounding(once) * once.abs()).any()):
         return
     changed = [name for name, value in attributes_of(first.model).items() if before.get(name) is not value]
     if changed:
