@@ -3,6 +3,7 @@
 import logging
 import random
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +24,7 @@ from metarun.config import build
 from metarun.engine import compiler, xla
 from metarun.engine.batch import meta_gradient
 from metarun.engine.choose import Stepper, agrees
-from metarun.engine.compiler import with_wide_products
+from metarun.engine.compiler import with_fast_products
 from metarun.engine.meta_step import MetaStep, accumulated, parts_of
 from metarun.engine.recorder import CannotRecord
 from metarun.engine.recording import AsWritten, Captured, Recording
@@ -105,7 +106,7 @@ def test_a_recording_and_chunks_of_tasks_give_what_the_step_gives(name):
     for replayed in (recording, recording.replayed(first)):
         torch.testing.assert_close(replayed(second), expected, rtol=0, atol=0)
         torch.testing.assert_close(second, kept, rtol=0, atol=0)
-    for_the_compiler = recording.other(with_wide_products(recording.graph, recording.constants))
+    for_the_compiler = recording.other(with_fast_products(recording.graph, recording.constants))
     torch.testing.assert_close(for_the_compiler(second), expected, rtol=1e-9, atol=1e-12)
     in_chunks = accumulated(meta_step.gradient, meta_step.update, 2)
     torch.testing.assert_close(in_chunks(second), expected, rtol=1e-9, atol=1e-12)
@@ -191,6 +192,61 @@ def test_a_compiled_step_gives_what_the_step_gives_and_is_kept_for_every_run_tha
 
 
 @needs_compiler
+@pytest.mark.usefixtures("float64")
+def test_threads_run_a_library_at_once_and_what_is_kept_is_loaded_without_the_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def function(tree):
+        return {"y": (tree["a"] @ tree["b"]).relu(), "z": {"sum": tree["a"].sum(1)}}
+
+    def values():
+        return {"a": torch.randn(4, 30, 20), "b": torch.randn(4, 20, 10)}
+
+    recording = Recording(function, first := values())
+    recording.compiled(first, at_once=2)
+    assert len(list(tmp_path.glob("libraries/*.so"))) == 1
+    for needed in ("require_compiler", "built", "in_memory"):
+        monkeypatch.setattr(compiler, needed, None)
+    compiled, others = recording.compiled(first, at_once=2), [values() for _ in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(compiled, others))
+    torch.testing.assert_close(found, [function(other) for other in others], rtol=1e-12, atol=1e-12)
+
+
+def test_calls_of_kernels_are_compiled_while_the_kernels_are_and_linked_once_both_are_there(monkeypatch, tmp_path):
+    from torch._inductor import cpp_builder, cpu_vec_isa
+
+    calls, kernels, link = "g++ a.cpp -c -o a.wrapper.o", "g++ b.cpp -c -o b.kernel.o", "g++ a.o b.o -o step.so"
+    ended, compiling = [], threading.Event()
+
+    def run(command, cwd):
+        if command == kernels:
+            compiling.set()
+        elif command == calls and not compiling.wait(60):
+            raise RuntimeError("the kernels were not compiled at the same time")
+        ended.append(command)
+
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: None)
+    monkeypatch.setattr(cpp_builder, "run_compile_cmd", run)
+    with compiler.on_all_cores({}):
+        for command in (calls, kernels, link):
+            cpp_builder.run_compile_cmd(command, str(tmp_path))
+    assert cpp_builder.run_compile_cmd is run
+    assert ended[-1] == link
+    assert set(ended) == {calls, kernels, link}
+
+    def fails(command, cwd):
+        if command == calls:
+            raise ValueError("calls")
+
+    monkeypatch.setattr(cpp_builder, "run_compile_cmd", fails)
+    with compiler.on_all_cores({}):
+        cpp_builder.run_compile_cmd(calls, str(tmp_path))
+        with pytest.raises(ValueError, match="calls"):
+            cpp_builder.run_compile_cmd(link, str(tmp_path))
+
+
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", SETTINGS)
@@ -209,12 +265,13 @@ def test_wide_products_are_the_same_products():
             "transposed": (a @ d).transpose(1, 2) * 2,
             "wide": b.transpose(1, 2) @ a,
             "of a narrow one": (a @ b) @ e,
+            "column by row": a[:, :, :1] @ d.transpose(1, 2)[:, 2:3],
         }
 
     values = {"a": torch.randn(3, 20, 20)} | {name: torch.randn(3, 20, 4) for name in "bcd"}
     values["e"] = torch.randn(3, 4, 5)
     recording = Recording(products, values)
-    rewritten = with_wide_products(recording.graph, recording.constants)
+    rewritten = with_fast_products(recording.graph, recording.constants)
     shapes = [n.meta.get("shape") for n in rewritten.graph.nodes if n.target is torch.ops.aten.bmm.default]
     assert len(shapes) == 5
     assert sum(shape is None for shape in shapes) == 4  # those that were put in place of narrow ones

@@ -286,6 +286,11 @@ class Stepper:
         if self.tries("cudagraph"):
             yield "cudagraph", captured
 
+    @property
+    def leaves_the_lock(self) -> bool:
+        """Whether a step leaves Python's lock to other threads for most of its time."""
+        return self.experiment.device == "cpu" and self.engine in ("replay", "compile", "xla")
+
     def synchronize(self) -> None:
         """Wait for the GPU, if there is one."""
         if self.experiment.device != "cpu":
@@ -355,9 +360,8 @@ class Stepper:
         making = 0.0 if name == "eager" else RECORDING * self.operations
         if name.startswith("replay") and self.operations <= LARGEST_SCRIPT:
             making += SCRIPTING * self.operations**2
-        engine, _, threads = name.partition(" ")
-        anything, operation = COMPILING.get(engine, (0.0, 0.0))
-        making += (1.0 if threads else KEPT) * (anything + operation * self.operations)
+        anything, operation = COMPILING.get(name.partition(" ")[0], (0.0, 0.0))
+        making += KEPT * (anything + operation * self.operations)
         steps: int = self.experiment.config.train.steps
         return 1.3 * making + SHARES[name][0 if small else 1] * step * steps
 
@@ -425,7 +429,7 @@ class Stepper:
     def compiled_task(self, example: Tree) -> Recording:
         """Compile the gradient of a single task into one graph whose kernels use one thread."""
         with one_thread_each(self.workers):
-            return self.recorded_task(example).compiled(parts_of(example, 1)[0], in_threads=True)
+            return self.recorded_task(example).compiled(parts_of(example, 1)[0], self.workers)
 
     def threaded(self, gradient: Recording) -> Step:
         """Return a step that distributes the gradients of single tasks over threads."""

@@ -12,7 +12,9 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from metarun.data.cache import cache_dir
-from metarun.engine.recorder import copied
+from metarun.engine.library import Library
+from metarun.engine.recorder import CannotRecord, copied
 from metarun.system.files import held_or_made, write_text
 
 log = logging.getLogger(__name__)
@@ -35,10 +38,14 @@ ON_CPU = {"layout_optimization": False, "cpp.vec_isa_ok": True, "cpp_cache_preco
 """Images keep their layout. What the processor says of itself is believed (building a program for each of its vector
 instructions takes 10 s), and headers are not compiled by themselves, which pays from the third library on."""
 IN_THREADS = {"cpp_wrapper": True}
-"""Calls between kernels are made in C++, which leaves Python's lock to other threads. Tasks in threads take half of the
-time with this and with images that keep their layout (docs/performance.md)."""
-AS_LIBRARY = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
-"""Calls of kernels gain nothing from being optimized, which takes longer than to optimize the kernels."""
+"""Calls between kernels are made in C++, which leaves Python's lock to other threads. For what cannot be a library."""
+AS_LIBRARY = {
+    "memory_planning": True,
+    "aot_inductor.precompile_headers": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+"""Calls of kernels gain nothing from being optimized, which takes longer than to optimize the kernels. They are fewer,
+and compile in two thirds of the time, where all intermediate results lie in one block of memory."""
 WITH_RANDOM_NUMBERS = {"realize_opcount_threshold": 12}
 """Values that are used twice are stored after fewer operations. The compiler would otherwise compute them again for
 each use, and since a line of ``metarun.random.mixed`` uses its input twice, a normal number would take 8,700
@@ -47,9 +54,7 @@ NARROW = 16
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def ways(
-    graph: Graph, constants: nn.Module, values: Sequence[Tensor], in_threads: bool
-) -> list[Callable[[], Compiled]]:
+def ways(graph: Graph, constants: nn.Module, values: Sequence[Tensor], at_once: int) -> list[Callable[[], Compiled]]:
     """Return ways to compile the operations of a recording, of which the first that works is to be taken.
 
     Each is a function without arguments, which returns a function of the inputs that makes them contiguous. It raises
@@ -59,23 +64,20 @@ def ways(
         graph: the operations.
         constants: the tensors that they name.
         values: contiguous examples of the inputs.
-        in_threads: several threads will run the operations at once.
+        at_once: how many threads will run the operations at once.
     """
     folder = compiler_cache()
     more: Options = WITH_RANDOM_NUMBERS if draws_numbers(graph) else {}
     on_cpu = values[0].device.type == "cpu"
 
     def way(compile_by: Callable[..., Compiled], *arguments: Any) -> Compiled:
-        if on_cpu:
-            require_compiler()
-        return on_contiguous(compile_by(with_wide_products(graph, constants), values, *arguments))
+        return on_contiguous(compile_by(with_fast_products(graph, constants), values, *arguments))
 
     plain = partial(way, in_memory, more)
     if not on_cpu:
         return [plain]
-    if in_threads:
-        return [partial(way, in_memory, ON_CPU | IN_THREADS | more), plain]
-    return [partial(way, as_library, ON_CPU | AS_LIBRARY | more, folder), plain]
+    library = partial(way, as_library, ON_CPU | AS_LIBRARY | more, folder, at_once)
+    return [library, partial(way, in_memory, ON_CPU | IN_THREADS | more), plain] if at_once > 1 else [library, plain]
 
 
 def require_compiler() -> None:
@@ -93,17 +95,21 @@ def in_memory(module: GraphModule, values: Sequence[Tensor], options: Options) -
     # surroundings have not changed, which costs as much as half of a small step.
     import torch._inductor
 
+    if values[0].device.type == "cpu":
+        require_compiler()
     log.info("Compiling the meta-step, which takes up to a minute.")
     with torch.no_grad():
         run: Compiled = torch._inductor.compile(module, list(values), options=options)
     return run
 
 
-def as_library(module: GraphModule, values: Sequence[Tensor], options: Options, folder: Path | None) -> Compiled:
+def as_library(
+    module: GraphModule, values: Sequence[Tensor], options: Options, folder: Path | None, at_once: int
+) -> Compiled:
     """Compile operations to a library, unless it is there; ``folder``, where libraries are kept, may be None."""
     if folder is None:
         with tempfile.TemporaryDirectory() as place:
-            return loaded(built(module, values, options, Path(place)))
+            return loaded(built(module, values, options, Path(place)), at_once)
     path = path_of(module, values, options, folder)
 
     def read() -> Compiled | None:
@@ -112,13 +118,14 @@ def as_library(module: GraphModule, values: Sequence[Tensor], options: Options, 
             whole = checksum(path) == path.with_suffix(".sha256").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
-        return loaded(path) if whole else None
+        return loaded(path, at_once) if whole else None
 
-    return held_or_made(path, read, lambda: loaded(made(module, values, options, path)))
+    return held_or_made(path, read, lambda: loaded(made(module, values, options, path), at_once))
 
 
 def made(module: GraphModule, values: Sequence[Tensor], options: Options, path: Path) -> Path:
     """Compile operations to the library ``path``, and write its checksum next to it."""
+    require_compiler()
     log.info("Compiling the meta-step, which takes up to a minute; later runs with the same step load it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
@@ -140,10 +147,11 @@ def built(module: GraphModule, values: Sequence[Tensor], options: Options, place
     import torch._inductor
     from torch._inductor.compile_fx import compile_fx_aot
 
+    require_compiler()
     path = place / "step.so"
     known = set(torch._inductor.list_options())
     patches = {name: value for name, value in options.items() if name in known}
-    with torch.no_grad(), warnings.catch_warnings(), without_warnings("torch._inductor.ir"):
+    with torch.no_grad(), warnings.catch_warnings(), without_warnings("torch._inductor.ir"), on_all_cores(patches):
         # The compiler warns of its own code.
         warnings.simplefilter("ignore")
         compile_fx_aot(module, list(values), config_patches=patches | {"aot_inductor.output_path": str(path)})
@@ -152,6 +160,39 @@ def built(module: GraphModule, values: Sequence[Tensor], options: Options, place
         if not calls.stem.endswith("_metadata"):
             calls.replace(path.with_suffix(".json"))
     return path
+
+
+@contextmanager
+def on_all_cores(patches: Options) -> Iterator[None]:
+    """Inside, the C++ compiler works while inductor does, which would wait for it each time.
+
+    While the graph is lowered, small programs find out what the C++ compiler knows of the processor (1.5 s). Later the
+    calls of kernels are compiled next to the kernels themselves (5 s each), and linking waits for both.
+    """
+    import torch._inductor.config
+    import torch._inductor.cpp_builder
+    from torch._inductor import cpu_vec_isa
+
+    cpp_builder: Any = torch._inductor.cpp_builder
+    run, waiting = cpp_builder.run_compile_cmd, list[Future[Any]]()
+
+    def run_or_begin(command: str, cwd: str) -> Any:
+        if ".wrapper.o" in command and " -c " in command:
+            # The caller removes its folder at once, in which nothing is looked for.
+            waiting.append(pool.submit(copy_context().run, run, command, tempfile.gettempdir()))
+            return None
+        if " -c " not in command:
+            while waiting:
+                waiting.pop().result()
+        return run(command, cwd)
+
+    with ThreadPoolExecutor(1) as pool, torch._inductor.config.patch(patches):
+        pool.submit(copy_context().run, cpu_vec_isa.pick_vec_isa)
+        cpp_builder.run_compile_cmd = run_or_begin
+        try:
+            yield
+        finally:
+            cpp_builder.run_compile_cmd = run
 
 
 @contextmanager
@@ -166,8 +207,16 @@ def without_warnings(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def loaded(path: Path) -> Compiled:
-    """Load a library."""
+def loaded(path: Path, at_once: int) -> Compiled:
+    """Load a library, to be run by up to ``at_once`` threads at once.
+
+    Raises:
+        CannotRecord: several threads cannot run it at once.
+    """
+    if not path.with_suffix(".json").exists():
+        return Library(path, at_once)
+    if at_once > 1:
+        raise CannotRecord("it calls operations that only torch can look up, which keep Python's lock")
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     return lambda *inputs: runner.run(list(inputs))
 
@@ -210,11 +259,12 @@ def draws_numbers(graph: Graph) -> bool:
     return any(node.target is torch.ops.aten.bitwise_xor.Tensor for node in graph.nodes)
 
 
-def with_wide_products(graph: Graph, constants: nn.Module) -> GraphModule:
+def with_fast_products(graph: Graph, constants: nn.Module) -> GraphModule:
     """Return a copy in which batched products with few columns and many rows are computed from transposed factors.
 
     MKL takes six times as long for ``[25, 40, 40] @ [25, 40, 10]`` as for ``[25, 10, 40] @ [25, 40, 40]``, and second
-    derivatives are full of the former. The compiler makes transposing free.
+    derivatives are full of the former. The compiler makes transposing free. A product of a column and a row is written
+    as a multiplication, which the compiler merges with what comes before and after it.
     """
     graph = copied(graph)
     product, transpose = torch.ops.aten.bmm.default, torch.ops.aten.transpose.int
@@ -224,9 +274,11 @@ def with_wide_products(graph: Graph, constants: nn.Module) -> GraphModule:
             node.target = torch.ops.aten.reshape.default
         if node.target is product:
             (a, b), (_, rows, columns) = node.args, node.meta["shape"]
-            if columns < NARROW <= rows and a.meta["shape"][2] > 1:
+            call = graph.call_function
+            if a.meta["shape"][2] == 1:
+                node.target = torch.ops.aten.mul.Tensor
+            elif columns < NARROW <= rows:
                 with graph.inserting_before(node):
-                    call = graph.call_function
                     flipped = call(product, (call(transpose, (b, 1, 2)), call(transpose, (a, 1, 2))))
                     same = call(transpose, (flipped, 1, 2))
                     # A later product may look up its factor's shape.

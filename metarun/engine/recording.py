@@ -158,19 +158,19 @@ class Recording:
         """
         return self.working([lambda: xla.compiled(self.graph, self.constants)], given)
 
-    def compiled(self, given: Tree, in_threads: bool = False) -> "Recording":
+    def compiled(self, given: Tree, at_once: int = 1) -> "Recording":
         """Compile the same operations into one graph, which is first run on ``given``.
 
         Args:
             given: an example of what the graph will be given.
-            in_threads: several threads will run the graph at once.
+            at_once: how many threads will run the graph at once.
 
         Raises:
             CannotRecord: there is no compiler, or the compiler refuses the graph.
         """
         # The compiler assumes the memory layout of its inputs, and batches of tasks may differ in their layout.
         values = [leaf.contiguous() for leaf in leaves(given)]
-        return self.working(compiler.ways(self.graph, self.constants, values, in_threads), given)
+        return self.working(compiler.ways(self.graph, self.constants, values, at_once), given)
 
     def working(self, ways: Sequence[Callable[[], Callable[..., list[Tensor]]]], given: Tree) -> "Recording":
         """Return a recording whose operations are run by what the first of ``ways`` returns that runs on ``given``.

@@ -36,8 +36,6 @@ def jax_with_settings() -> Any:
     """
     if not installed():
         raise CannotRecord("it needs JAX; install metarun[xla]")
-    # A step that is worth compiling this way is too small for two threads, which would wait for each other.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
