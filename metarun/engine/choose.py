@@ -67,10 +67,12 @@ KEPT = 0.5
 """The part of these seconds that is charged to a run whose compiled step is kept for other runs. A command is seldom
 the last of its kind, and whether it is the first must not decide. What an only run loses is less than the next would
 gain."""
+REPLAYED = 0.33, 0.55
+"""The share of the time of calling operations that a replay takes to call them in C++, and in Python where they are too
+many. Their arithmetic takes as long."""
 SHARES = {
     # engine: (of small work, of other work)
     "eager": (1.0, 1.0),
-    "replay": (0.33, 0.9),
     "compile": (0.1, 0.7),
     # XLA takes several times as long as torch for convolutions whose weights differ between tasks.
     "xla": (0.13, 4.0),
@@ -356,14 +358,17 @@ class Stepper:
         small = self.work < SMALL_WORK
         count = self.meta_step.count
         rate = ARITHMETIC * self.workers if self.experiment.device == "cpu" else GPU_ARITHMETIC
-        step = EAGER_OPERATION * self.operations + self.work * count / rate
+        calling, arithmetic = EAGER_OPERATION * self.operations, self.work * count / rate
+        steps: int = self.experiment.config.train.steps
         making = 0.0 if name == "eager" else RECORDING * self.operations
         if name.startswith("replay") and self.operations <= LARGEST_SCRIPT:
             making += SCRIPTING * self.operations**2
         anything, operation = COMPILING.get(name.partition(" ")[0], (0.0, 0.0))
         making += KEPT * (anything + operation * self.operations)
-        steps: int = self.experiment.config.train.steps
-        return 1.3 * making + SHARES[name][0 if small else 1] * step * steps
+        if name == "replay":
+            calling *= REPLAYED[self.operations > LARGEST_SCRIPT]
+            return 1.3 * making + (calling + arithmetic) * steps
+        return 1.3 * making + SHARES[name][0 if small else 1] * (calling + arithmetic) * steps
 
     def tries(self, engine: str) -> bool:
         """Whether an engine is configured, or is one of those from which auto chooses on this machine."""

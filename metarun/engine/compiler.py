@@ -77,7 +77,10 @@ def ways(graph: Graph, constants: nn.Module, values: Sequence[Tensor], at_once: 
     if not on_cpu:
         return [plain]
     library = partial(way, as_library, ON_CPU | AS_LIBRARY | more, folder, at_once)
-    return [library, partial(way, in_memory, ON_CPU | IN_THREADS | more), plain] if at_once > 1 else [library, plain]
+    if at_once == 1:
+        return [library, plain]
+    others = [partial(way, in_memory, ON_CPU | IN_THREADS | more), plain]
+    return others if is_looked_up(graph) else [library, *others]
 
 
 def require_compiler() -> None:
@@ -212,11 +215,12 @@ def loaded(path: Path, at_once: int) -> Compiled:
 
     Raises:
         CannotRecord: several threads cannot run it at once.
+        OSError: it cannot be loaded.
     """
     if not path.with_suffix(".json").exists():
         return Library(path, at_once)
     if at_once > 1:
-        raise CannotRecord("it calls operations that only torch can look up, which keep Python's lock")
+        raise CannotRecord("it calls operations that only torch can look up, one thread at a time")
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     return lambda *inputs: runner.run(list(inputs))
 
@@ -252,6 +256,11 @@ def surroundings() -> Iterator[str]:
 def on_contiguous(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """Return ``run`` with its inputs made contiguous."""
     return lambda *inputs: run(*(x.contiguous() for x in inputs))
+
+
+def is_looked_up(graph: Graph) -> bool:
+    """Whether a library would call operations, linear algebra, that only torch's own class for it can look up."""
+    return any("linalg" in str(node.target) for node in graph.nodes)
 
 
 def draws_numbers(graph: Graph) -> bool:
