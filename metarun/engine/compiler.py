@@ -79,8 +79,8 @@ def ways(graph: Graph, constants: nn.Module, values: Sequence[Tensor], at_once: 
     library = partial(way, as_library, ON_CPU | AS_LIBRARY | more, folder, at_once)
     if at_once == 1:
         return [library, plain]
-    others = [partial(way, in_memory, ON_CPU | IN_THREADS | more), plain]
-    return others if is_looked_up(graph) else [library, *others]
+    for_threads = partial(way, in_memory, ON_CPU | IN_THREADS | more)
+    return [for_threads, plain] if is_looked_up(graph) else [library, for_threads, plain]
 
 
 def require_compiler() -> None:
