@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +16,6 @@ from metarun.assemble import Experiment, training_tasks
 from metarun.checks.diagnosis import blame, step_size_remedy
 from metarun.checks.family import check_family
 from metarun.contracts import Task, Tree
-from metarun.engine.ahead import Ahead
 from metarun.engine.choose import Stepper
 from metarun.engine.meta_step import MetaStep, replica
 from metarun.engine.optimizer import learning_rates
@@ -221,7 +219,6 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
     clock = Clock()
     with (
         closing(stepper),
-        closing(Ahead(partial(training_tasks, experiment, seeds, meta_batch), steps)) as drawn,
         stop_on_signal() as stopped,
         tqdm(total=steps, initial=training.step, disable=None, unit="step") as progress,
     ):
@@ -234,7 +231,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
             # The run may have been killed after its checkpoint and before this table.
             write_metrics(directory, training.rows)
         while training.step < steps:
-            tasks = drawn(training.step, stepper.leaves_the_lock)
+            tasks = training_tasks(experiment, seeds, meta_batch, training.step)
             out = stepper({"train_state": training.train_state, "tasks": tasks, "rates": rates[training.step]})
             training.train_state = out["train_state"]
             training.window.append(out["result"])

@@ -288,11 +288,6 @@ class Stepper:
         if self.tries("cudagraph"):
             yield "cudagraph", captured
 
-    @property
-    def leaves_the_lock(self) -> bool:
-        """Whether a step leaves Python's lock to other threads for most of its time."""
-        return self.experiment.device == "cpu" and self.engine in ("replay", "compile", "xla")
-
     def synchronize(self) -> None:
         """Wait for the GPU, if there is one."""
         if self.experiment.device != "cpu":

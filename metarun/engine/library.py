@@ -1,7 +1,7 @@
 """A library that inductor has compiled, called through its C interface (``torch/csrc/inductor/aoti_runtime``).
 
-Torch's own class for it keeps Python's lock during a call. Through ``ctypes`` other threads have it: several of
-them run one library at once, or draw the next tasks. A call takes 10 µs more.
+Torch's own class for it keeps Python's lock during a call. Through ``ctypes`` other threads have it, and run the same
+library at once. A call takes 10 µs more.
 """
 
 import ctypes
