@@ -141,6 +141,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 
 
 @needs_compiler
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="libraries of torch 2.6 cannot solve linear systems")
 @pytest.mark.usefixtures("float64")
 def test_a_compiled_step_gives_what_the_step_gives_and_is_kept_for_every_run_that_has_the_same(tmp_path, monkeypatch):
     """It is compiled again only if the operations are others, or if the library is damaged."""
