@@ -111,6 +111,7 @@ def as_library(
 ) -> Compiled:
     """Compile operations to a library, unless it is there; ``folder``, where libraries are kept, may be None."""
     if folder is None:
+        require_compiler()
         with tempfile.TemporaryDirectory() as place:
             return loaded(built(module, values, options, Path(place)), at_once)
     path = path_of(module, values, options, folder)
@@ -150,7 +151,6 @@ def built(module: GraphModule, values: Sequence[Tensor], options: Options, place
     import torch._inductor
     from torch._inductor.compile_fx import compile_fx_aot
 
-    require_compiler()
     path = place / "step.so"
     known = set(torch._inductor.list_options())
     patches = {name: value for name, value in options.items() if name in known}

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from metarun.engine.recorder import CannotRecord
 
-to_pointers: Any = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
-to_tensors: Any = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
 pointer_of = ctypes.PYFUNCTYPE(c_void_p, py_object, c_char_p)(("PyCapsule_GetPointer", pythonapi))
 capsule_of = ctypes.PYFUNCTYPE(py_object, c_void_p, c_char_p, c_void_p)(("PyCapsule_New", pythonapi))
 
@@ -32,7 +30,6 @@ class Library:
             CannotRecord: it refuses to start.
         """
         self.library, self.handle = ctypes.CDLL(str(path)), c_void_p()
-        self.at_once = at_once
         self.call("CreateWithDevice", byref(self.handle), c_size_t(at_once), c_char_p(b"cpu"), c_char_p(None))
         # Deleting must not refer to ``self``, which would keep it.
         weakref.finalize(self, self.library.AOTInductorModelContainerDelete, self.handle)
@@ -57,10 +54,11 @@ class Library:
         Raises:
             RuntimeError: the library fails; it has written the reason to the error stream.
         """
-        given = (c_void_p * len(inputs))(*[pointer_of(capsule, None) for capsule in to_pointers(list(inputs))])
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(inputs))
+        given = (c_void_p * len(inputs))(*[pointer_of(capsule, None) for capsule in capsules])
         found = (c_void_p * self.outputs)()
         # The library takes over what ``given`` points to.
         if self.run(self.handle, given, len(inputs), found, self.outputs, None, None):
             raise RuntimeError("the compiled library has failed")
-        results: list[Tensor] = to_tensors([capsule_of(pointer, None, None) for pointer in found])
-        return results
+        results = [capsule_of(pointer, None, None) for pointer in found]
+        return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(results)
