@@ -135,7 +135,7 @@ def evaluate(
         algorithm = in_test(algorithm, family)
     of_task, rest = in_fitting_parts(algorithm, theta, tasks)
     at_once = max(NUMBERS_AT_ONCE[torch.device(experiment.device).type] // (EPISODE_BLOCK * of_task), 1)
-    if family.spec.offers("policy"):
+    if family.spec.offers("policy") and experiment.device == "cpu":
         # An episode is many steps long, so a single block is already large.
         at_once = 1
     held, results = list[Task](), list[batch.Evaluated]()

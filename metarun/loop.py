@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +17,7 @@ from metarun.assemble import Experiment, training_tasks
 from metarun.checks.diagnosis import blame, step_size_remedy
 from metarun.checks.family import check_family
 from metarun.contracts import Task, Tree
+from metarun.engine.ahead import Ahead
 from metarun.engine.choose import Stepper
 from metarun.engine.meta_step import MetaStep, replica
 from metarun.engine.optimizer import learning_rates
@@ -202,6 +204,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
         # Set here, so that validation and test use it even if no step is left to do.
         torch.set_num_threads(training.threads)
     stepper, compiled = Stepper(experiment, meta_step, kept), training.compile_seconds
+    ahead = Ahead(experiment.device)
     rates = rates_of(experiment)
     # Read once, because reading a key of the configuration costs as much as several operations of a step.
     seeds, meta_batch = [one.config.seed for one in experiment.replicas], train.meta_batch
@@ -231,7 +234,8 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
             # The run may have been killed after its checkpoint and before this table.
             write_metrics(directory, training.rows)
         while training.step < steps:
-            tasks = training_tasks(experiment, seeds, meta_batch, training.step)
+            step = training.step
+            tasks = ahead(partial(training_tasks, experiment, seeds, meta_batch, step))
             out = stepper({"train_state": training.train_state, "tasks": tasks, "rates": rates[training.step]})
             training.train_state = out["train_state"]
             training.window.append(out["result"])

@@ -31,6 +31,12 @@ QUICK_FILES = (
 """The quick tier: cheap, and likely to catch a mistake in what one is working on."""
 
 
+def pytest_configure(config):
+    """Hide GPUs, unless ``-m gpu`` asks for the tests that need one: ``device=auto`` is the CPU for all others."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     """Mark the quick tier."""
     for item in items:

@@ -67,9 +67,9 @@ KEPT = 0.5
 """The part of these seconds that is charged to a run whose compiled step is kept for other runs. A command is seldom
 the last of its kind, and whether it is the first must not decide. What an only run loses is less than the next would
 gain."""
-REPLAYED = 0.33, 0.55
-"""The share of the time of calling operations that a replay takes to call them in C++, and in Python where they are too
-many. Their arithmetic takes as long."""
+CALLED = {"replay": (0.33, 0.55), "cudagraph": (0.06, 0.06)}
+"""The share of the time of calling operations that engines take whose kernels are those of an eager step, so that
+arithmetic takes as long: of few operations, and of so many that a replay calls them in Python instead of C++."""
 SHARES = {
     # engine: (of small work, of other work)
     "eager": (1.0, 1.0),
@@ -78,9 +78,8 @@ SHARES = {
     "xla": (0.13, 4.0),
     "compile threads": (1.0, 0.6),
     "replay threads": (1.0, 0.8),
-    "cudagraph": (0.2, 0.7),
 }
-"""The share of an eager step's time that a step takes on other engines."""
+"""The share of an eager step's time that a step takes on engines with other kernels."""
 
 
 def choose_threads(experiment: Experiment, work: float) -> None:
@@ -147,6 +146,17 @@ class Counted(TorchDispatchMode):
         if function.overloadpacket in flop_registry:
             self.work += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def captured(compiled: Recording, example: Tree) -> Step:
+    """Return a compiled recording; on a GPU, as one launch for all of its kernels if they can be captured."""
+    if not next(leaves(example)).is_cuda:
+        return compiled
+    try:
+        return Captured(compiled, example)
+    except CannotRecord as error:
+        log.debug("What is compiled cannot be captured: %s", error)
+        return compiled
 
 
 class Stepper:
@@ -360,8 +370,8 @@ class Stepper:
             making += SCRIPTING * self.operations**2
         anything, operation = COMPILING.get(name.partition(" ")[0], (0.0, 0.0))
         making += KEPT * (anything + operation * self.operations)
-        if name == "replay":
-            calling *= REPLAYED[self.operations > LARGEST_SCRIPT]
+        if name in CALLED:
+            calling *= CALLED[name][self.operations > LARGEST_SCRIPT]
             return 1.3 * making + (calling + arithmetic) * steps
         return 1.3 * making + SHARES[name][0 if small else 1] * (calling + arithmetic) * steps
 
@@ -393,7 +403,7 @@ class Stepper:
         if self.tries("replay"):
             yield "replay", lambda example: self.recorded_step(example).replayed(example)
         if self.tries("compile"):
-            yield "compile", lambda example: self.recorded_step(example).compiled(example)
+            yield "compile", lambda example: captured(self.recorded_step(example).compiled(example), example)
         if self.tries("xla"):
             yield "xla", lambda example: self.recorded_step(example).by_xla(example)
         if self.tries("cudagraph"):

@@ -261,10 +261,18 @@ class Captured:
 
     def __call__(self, given: Tree) -> Tree:
         """Copy ``given`` in, launch the graph, and copy the results out; raise as a recording does."""
-        for own, new in zip(leaves(self.inputs), leaves_of_shapes(given, self.shapes), strict=True):
-            own.copy_(new, non_blocking=True)
+        copy_all(list(leaves(self.inputs)), leaves_of_shapes(given, self.shapes))
         self.graph.replay()
-        return tree_map(torch.clone, self.outputs)
+        found: Tree = tree_map(torch.empty_like, self.outputs)
+        copy_all(list(leaves(found)), list(leaves(self.outputs)))
+        return found
+
+
+def copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same shapes: those of one type in a single launch."""
+    for kind in dict.fromkeys(own.dtype for own in into):
+        pairs = [(own, new) for own, new in zip(into, values, strict=True) if own.dtype == kind]
+        torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs], non_blocking=True)
 
 
 def release_gpu_memory() -> None:

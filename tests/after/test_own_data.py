@@ -56,7 +56,7 @@ def test_a_learner_of_pictures_takes_folders_paths_and_arrays(tmp_path, monkeypa
     (tmp_path / "data").rename(tmp_path / "gone")
     for part, count in (("support", 2), ("query", 5)):
         for number, hue in enumerate(HUES):
-            noisy(tmp_path / part / f"hue{number}", hue, count, (number, count))
+            noisy(tmp_path / part / f"hue{number}", hue, count, 10 * number + count)
     learner = metarun.load(run.directory)
     paths, labels = [], []
     for number in range(len(HUES)):

@@ -3,6 +3,7 @@
 import json
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -447,7 +448,9 @@ def test_a_parquet_file_gives_the_same_tasks(path, tmp_path):
     pytest.importorskip("pyarrow")
     visits().to_parquet(tmp_path / "visits.parquet")
     a, b = family(path), family(str(tmp_path / "visits.parquet"))
-    assert a.recipe == b.recipe
+    # The columns lie differently in memory, so that their sums may be rounded differently.
+    assert replace(a.recipe, shift=0.0, scale=1.0) == replace(b.recipe, shift=0.0, scale=1.0)
+    assert np.allclose([a.recipe.shift, a.recipe.scale], [b.recipe.shift, b.recipe.scale], rtol=1e-12)
     first, second = (one.sample("test", 2, generator()).query["x"] for one in (a, b))
     torch.testing.assert_close(first, second)
 
