@@ -1,12 +1,18 @@
 """Every engine, map over tasks and number of replicas gives what the plain step gives."""
 
+import ctypes
+import itertools
 import logging
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -22,9 +28,11 @@ from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
 from metarun.config import build
 from metarun.engine import compiler, xla
+from metarun.engine.ahead import Ahead
 from metarun.engine.batch import meta_gradient
 from metarun.engine.choose import Stepper, agrees
 from metarun.engine.compiler import with_fast_products
+from metarun.engine.library import pointer_of
 from metarun.engine.meta_step import MetaStep, accumulated, parts_of
 from metarun.engine.recorder import CannotRecord
 from metarun.engine.recording import AsWritten, Captured, Recording
@@ -228,8 +236,9 @@ def test_calls_of_kernels_are_compiled_while_the_kernels_are_and_linked_once_bot
         ended.append(command)
 
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: None)
+    monkeypatch.setattr(compiler, "compiled_products", lambda place: None)
     monkeypatch.setattr(cpp_builder, "run_compile_cmd", run)
-    with compiler.on_all_cores({}):
+    with compiler.on_all_cores({}, tmp_path):
         for command in (calls, kernels, link):
             cpp_builder.run_compile_cmd(command, str(tmp_path))
     assert cpp_builder.run_compile_cmd is run
@@ -241,10 +250,45 @@ def test_calls_of_kernels_are_compiled_while_the_kernels_are_and_linked_once_bot
             raise ValueError("calls")
 
     monkeypatch.setattr(cpp_builder, "run_compile_cmd", fails)
-    with compiler.on_all_cores({}):
+    with compiler.on_all_cores({}, tmp_path):
         cpp_builder.run_compile_cmd(calls, str(tmp_path))
         with pytest.raises(ValueError, match="calls"):
             cpp_builder.run_compile_cmd(link, str(tmp_path))
+
+
+SIZES = (1, 2, 3, 7, 8, 10, 13, 16, 40, 41, 64, 65)
+
+
+@needs_compiler
+def test_products_of_small_matrices_are_those_of_torch(tmp_path):
+    """Every layout and size of the factors and of the result, also beyond the largest that are ours, in both types."""
+    made = compiler.compiled_products(tmp_path)
+    assert made is not None
+    folder = Path(torch.__file__).parent / "lib"
+    command = [shutil.which("g++"), "-shared", str(made), "-o", str(tmp_path / "products.so")]
+    subprocess.run([*command, f"-L{folder}", "-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{folder}"], check=True)
+    product = ctypes.CDLL(str(tmp_path / "products.so")).metarun_bmm_out
+    product.argtypes = [ctypes.c_void_p] * 3
+    random_order = random.Random(0)
+
+    def laid_out(rows, columns, turned):
+        shape = (3, columns, rows) if turned else (3, rows, columns)
+        return torch.randn(shape).transpose(1, 2) if turned else torch.randn(shape)
+
+    for dtype, rounding in ((torch.float32, 1e-5), (torch.float64, 1e-14)):
+        for turned in itertools.product((False, True), repeat=3):
+            for _ in range(40):
+                rows, columns, terms = random_order.choices(SIZES, k=3)
+                a, b, out = (
+                    laid_out(*size, turn).to(dtype)
+                    for size, turn in zip(((rows, terms), (terms, columns), (rows, columns)), turned, strict=True)
+                )
+                # Rows that are apart, and the same matrix for the whole batch.
+                a, b = torch.cat([a, a], 2)[:, :, :terms], b[:1].expand(3, -1, -1) if rows == 7 else b
+                expected = torch.bmm(a, b)
+                capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([out.fill_(torch.nan), a, b])
+                assert product(*(pointer_of(capsule, None) for capsule in capsules)) == 0
+                torch.testing.assert_close(out, expected, rtol=rounding, atol=rounding * 100)
 
 
 @needs_compiler
@@ -421,6 +465,23 @@ def test_a_batch_may_lie_in_memory_in_another_order(recorded):
         assert stepper.engine == engine
         found.append(out)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have a single standard library of C++")
+def test_a_library_with_its_own_standard_library_is_not_loaded(tmp_path):
+    """Where it is linked statically, both copies would meet in one process, which ends."""
+    if (linker := shutil.which("g++")) is None:
+        pytest.skip("there is no g++")
+    source = tmp_path / "step.cpp"
+    source.write_text(
+        "#include <regex>\nbool matches(const char* text) { return std::regex_match(text, std::regex(text)); }"
+    )
+    for name, more in {"own": ["-static-libstdc++"], "shared": []}.items():
+        subprocess.run([linker, "-shared", "-fPIC", source, "-o", tmp_path / f"{name}.so", *more], check=True)
+    with pytest.raises(CannotRecord, match="its standard library"):
+        compiler.loaded(tmp_path / "own.so", 1)
+    with pytest.raises(AttributeError, match="AOTInductorModelContainer"):
+        compiler.loaded(tmp_path / "shared.so", 1)
 
 
 def test_a_library_that_does_not_run_is_replaced_by_what_is_compiled_in_memory(tmp_path, monkeypatch):
@@ -659,16 +720,33 @@ gpu = pytest.mark.gpu
 
 @gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("name", ["maml", "maml_images", "protonet", "rl2"])
+@pytest.mark.parametrize("name", ["maml", "maml_images", "protonet", "rl2", "maml_navigation"])
 def test_a_captured_step_gives_what_the_step_gives(name):
     experiment = setting(name, "device=cuda")
     meta_step = MetaStep(experiment)
     first = given(experiment, meta_step, 0)
-    captured = Captured(Recording(meta_step.whole, first), first)
+    recording = Recording(meta_step.whole, first)
     second = given(experiment, meta_step, 1, meta_step.whole(first)["train_state"])
     expected = meta_step.whole(second)
-    for leaf, other in zip(leaves(captured(second)), leaves(expected), strict=True):
-        assert (leaf - other).norm() <= 5e-3 * other.norm() + 1e-6
+    for source in [recording, *([recording.compiled(first)] if name == "maml" else [])]:
+        captured = Captured(source, first)
+        for _ in range(2):
+            for leaf, other in zip(leaves(captured(second)), leaves(expected), strict=True):
+                assert (leaf - other).norm() <= 5e-3 * other.norm() + 1e-6
+
+
+@gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+def test_tasks_that_are_drawn_ahead_are_the_same(name):
+    experiment = setting(name, "device=cuda")
+    ahead, busy = Ahead("cuda"), torch.randn(4000, 4000, device="cuda")
+    for step in range(5):
+        draw = partial(training_tasks, experiment, [0], 4, step)
+        for _ in range(20):
+            busy = busy @ busy / busy.norm()
+        for leaf, other in zip(leaves(ahead(draw)), leaves(draw()), strict=True):
+            assert torch.equal(leaf, other)
 
 
 def test_a_capture_that_fails_is_a_reason_and_not_an_error(monkeypatch):

@@ -9,6 +9,8 @@ import hashlib
 import logging
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +53,9 @@ WITH_RANDOM_NUMBERS = {"realize_opcount_threshold": 12}
 each use, and since a line of ``metarun.random.mixed`` uses its input twice, a normal number would take 8,700
 operations."""
 NARROW = 16
+STANDARD_LIBRARIES = b"libstdc++.so", b"libc++.so"
+"""One of them is named by a library that shares C++'s standard library with torch. With a copy of its own it ends the
+process when it is loaded, as seen with g++ 13 of an image for GPUs, since both copies use the same table of facets."""
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -154,7 +159,12 @@ def built(module: GraphModule, values: Sequence[Tensor], options: Options, place
     path = place / "step.so"
     known = set(torch._inductor.list_options())
     patches = {name: value for name, value in options.items() if name in known}
-    with torch.no_grad(), warnings.catch_warnings(), without_warnings("torch._inductor.ir"), on_all_cores(patches):
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        without_warnings("torch._inductor.ir"),
+        on_all_cores(patches, place),
+    ):
         # The compiler warns of its own code.
         warnings.simplefilter("ignore")
         compile_fx_aot(module, list(values), config_patches=patches | {"aot_inductor.output_path": str(path)})
@@ -165,12 +175,30 @@ def built(module: GraphModule, values: Sequence[Tensor], options: Options, place
     return path
 
 
+PRODUCTS = Path(__file__).with_name("products.cpp")
+"""Products of small matrices, which libraries call in place of torch's."""
+
+
+def compiled_products(place: Path) -> Path | None:
+    """Compile ``PRODUCTS`` into a folder; None where the C++ compiler refuses."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    path = place / "products.o"
+    command = [get_cpp_compiler(), "-O3", "-march=native", "-fPIC", "-std=c++17", "-c", str(PRODUCTS), "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        log.debug("Products of small matrices are torch's own: %s", done.stderr.strip())
+        return None
+    return path
+
+
 @contextmanager
-def on_all_cores(patches: Options) -> Iterator[None]:
+def on_all_cores(patches: Options, place: Path) -> Iterator[None]:
     """Inside, the C++ compiler works while inductor does, which would wait for it each time.
 
-    While the graph is lowered, small programs find out what the C++ compiler knows of the processor (1.5 s). Later the
-    calls of kernels are compiled next to the kernels themselves (5 s each), and linking waits for both.
+    While the graph is lowered, small programs find out what the C++ compiler knows of the processor (1.5 s), and the
+    products of small matrices are compiled (1 s), which are linked to the library. Later the calls of kernels are
+    compiled next to the kernels themselves (5 s each), and linking waits for both.
     """
     import torch._inductor.config
     import torch._inductor.cpp_builder
@@ -181,16 +209,21 @@ def on_all_cores(patches: Options) -> Iterator[None]:
 
     def run_or_begin(command: str, cwd: str) -> Any:
         if ".wrapper.o" in command and " -c " in command:
+            if products.result():
+                command += " -Daoti_torch_cpu_bmm_out=metarun_bmm_out"
             # The caller removes its folder at once, in which nothing is looked for.
             waiting.append(pool.submit(copy_context().run, run, command, tempfile.gettempdir()))
             return None
         if " -c " not in command:
             while waiting:
                 waiting.pop().result()
+        if ".wrapper.o" in command and products.result():
+            command += f" {products.result()}"
         return run(command, cwd)
 
     with ThreadPoolExecutor(1) as pool, torch._inductor.config.patch(patches):
         pool.submit(copy_context().run, cpu_vec_isa.pick_vec_isa)
+        products = pool.submit(compiled_products, place)
         cpp_builder.run_compile_cmd = run_or_begin
         try:
             yield
@@ -214,9 +247,11 @@ def loaded(path: Path, at_once: int) -> Compiled:
     """Load a library, to be run by up to ``at_once`` threads at once.
 
     Raises:
-        CannotRecord: several threads cannot run it at once.
+        CannotRecord: several threads cannot run it at once, or it would end the process.
         OSError: it cannot be loaded.
     """
+    if sys.platform == "linux" and not any(name in path.read_bytes() for name in STANDARD_LIBRARIES):
+        raise CannotRecord("the C++ compiler puts its standard library into what it links, next to that of torch")
     if not path.with_suffix(".json").exists():
         return Library(path, at_once)
     if at_once > 1:
@@ -228,7 +263,7 @@ def loaded(path: Path, at_once: int) -> Compiled:
 def path_of(module: GraphModule, values: Sequence[Tensor], options: Options, folder: Path) -> Path:
     """Return where a library is kept, by a hash of operations, sizes, settings, torch and the processor."""
     held = hashlib.sha256()
-    for text in (module.code, str(options), *surroundings()):
+    for text in (module.code, str(options), PRODUCTS.read_text(encoding="utf-8"), *surroundings()):
         held.update(text.encode() + b"\0")
     for value in (*module.state_dict().values(), *values):
         held.update(f"{list(value.shape)} {value.dtype} {value.device}".encode())
