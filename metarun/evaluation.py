@@ -123,8 +123,11 @@ def evaluate(
     theta: Tree,
     tasks: Iterable[Task],
     testing: bool = False,
+    only_last: bool = False,
 ) -> batch.Evaluated:
     """Return losses and scores along adaptation, over blocks of tasks; with ``testing``, all metrics of a test.
+
+    ``only_last`` leaves out what can be left out before the last step.
 
     Raises:
         UserError: a GPU has no room for a single block.
@@ -143,7 +146,7 @@ def evaluate(
         try:
             together = tree_map(lambda *leaves: torch.cat(leaves), *held[:at_once])
             keep = chosen_classes if testing and hasattr(family, "class_names") else None
-            result = batch.evaluate(algorithm, theta, together, experiment.loss, steps, testing, keep)
+            result = batch.evaluate(algorithm, theta, together, experiment.loss, steps, testing, keep, only_last)
             if testing and control:
                 elsewhere = together._replace(support=together.query["control"])
                 other = batch.evaluate(replica.algorithm, theta, elsewhere, experiment.loss, steps)
@@ -179,7 +182,7 @@ def validate(experiment: Experiment, replica: Replica, theta: Tree, tasks: list[
     chosen, loss, score = theta, math.nan, math.nan
     metric = experiment.family.spec.metrics[0].name
     for candidate in replica.algorithm.candidates(theta):
-        scored = evaluate(experiment, replica, candidate, tasks)
+        scored = evaluate(experiment, replica, candidate, tasks, only_last=True)
         candidate_loss, candidate_score = scored.losses[:, -1].mean().item(), scored.scores[metric][:, -1].mean().item()
         if better(experiment, candidate_score, score):
             chosen, loss, score = candidate, candidate_loss, candidate_score

@@ -37,6 +37,7 @@ from metarun.engine.meta_step import MetaStep, accumulated, parts_of
 from metarun.engine.recorder import CannotRecord
 from metarun.engine.recording import AsWritten, Captured, Recording
 from metarun.errors import UserError
+from metarun.evaluation import episodes, evaluate
 from metarun.loop import rates_of, training_tasks
 from metarun.nn.ops import channels_last
 from metarun.random import stream
@@ -254,6 +255,20 @@ def test_calls_of_kernels_are_compiled_while_the_kernels_are_and_linked_once_bot
         cpp_builder.run_compile_cmd(calls, str(tmp_path))
         with pytest.raises(ValueError, match="calls"):
             cpp_builder.run_compile_cmd(link, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_validation_scores_the_last_step_as_it_is_scored_along_adaptation(name):
+    experiment = setting(name, "eval.adapt_steps=2")
+    replica, theta = experiment.replicas[0], experiment.initial_thetas()[0]
+    tasks = list(episodes(experiment, "val", 3))
+    along, last = (evaluate(experiment, replica, theta, tasks, only_last=only) for only in (False, True))
+    assert last.adapt_steps[-1] == along.adapt_steps[-1]
+    assert torch.equal(last.losses[:, -1], along.losses[:, -1])
+    for metric, scores in along.scores.items():
+        assert torch.equal(last.scores[metric][:, -1], scores[:, -1])
+    if name == "maml":
+        assert last.adapt_steps == [0, 2]
 
 
 SIZES = (1, 2, 3, 7, 8, 10, 13, 16, 40, 41, 64, 65)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metarun.contracts import Algorithm, Loss, MetaGradient, MetaLoss, Predict, Scores, Task, Tree
 from metarun.nn.transforms import gradient, over_tasks
+from metarun.random import drawn_so_far
 from metarun.tree import learned, leaves, like, size, tree_map
 from metarun.tree import mean as mean_over_tasks
 
@@ -105,26 +106,41 @@ def evaluate(
     steps: int,
     with_own_scores: bool = False,
     keep: Callable[[Any, Tree], Tensor] | None = None,
+    only_last: bool = False,
 ) -> Evaluated:
     """Return query losses and scores along ``steps`` adaptation steps; if asked, also scores of the algorithm alone.
 
     ``keep`` says what is kept of the output for the queries after the last step, of which the loss has been computed.
+    ``only_last`` leaves out steps before the last, unless scoring them draws random numbers: then later ones would be
+    others.
     """
     reached: list[int] = []
 
     def one_task(task: Task) -> tuple[Tensor, Scores, Scores]:
         reached.clear()
         losses, scores, kept = list[Tensor](), list[Scores](), Scores()
+
+        def score(step: int, state: Any) -> None:
+            nonlocal kept
+            reached.append(step)
+            predict = Listening(partial(algorithm.predict, theta, state))
+            value, found = loss(predict, task.query)
+            kept = {} if keep is None else {"answers": keep(predict.output, task.query)}
+            if with_own_scores and algorithm.scores is not None:
+                found = {**found, **algorithm.scores(theta, state, task.query)}
+            losses.append(value)
+            scores.append(found)
+
+        latest, skips = None, False
         for step, state in enumerate(islice(algorithm.adapt(theta, task.support, loss), max(steps, 1) + 1)):
             if state is not None and (step <= steps or not reached):
-                reached.append(step)
-                predict = Listening(partial(algorithm.predict, theta, state))
-                value, found = loss(predict, task.query)
-                kept = {} if keep is None else {"answers": keep(predict.output, task.query)}
-                if with_own_scores and algorithm.scores is not None:
-                    found = {**found, **algorithm.scores(theta, state, task.query)}
-                losses.append(value)
-                scores.append(found)
+                latest = step, state
+                if not skips:
+                    drawn = drawn_so_far()
+                    score(*latest)
+                    skips = only_last and drawn == drawn_so_far()
+        if latest is not None and latest[0] != reached[-1]:
+            score(*latest)
         together = {name: torch.stack([found[name] for found in scores]) for name in scores[0]}
         return torch.stack(losses), together, kept
 

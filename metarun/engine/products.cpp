@@ -22,6 +22,11 @@ namespace {
 
 constexpr int64_t LARGEST = 64;  // of rows, columns and terms
 constexpr int BYTES = 32;        // of a vector
+#ifdef __AVX512VL__
+constexpr int SUMS = 25;  // vectors that stay in registers, of which there are 32
+#else
+constexpr int SUMS = 10;
+#endif
 
 template <typename T>
 struct Vector {
@@ -69,7 +74,7 @@ inline void block(const Matrices<T>& out, const Matrices<const T>& a, const T* b
 
 template <typename T, int COLUMNS>
 inline void all_rows(Matrices<T> out, Matrices<const T> a, const T* b, int64_t b_row, int rows, int terms) {
-  constexpr int ROWS = COLUMNS > 3 ? 4 : 6;
+  constexpr int ROWS = SUMS / COLUMNS < 6 ? SUMS / COLUMNS : 6;
   int left = rows;
   const auto next = [&](int done) {
     out.data += done * out.row;
