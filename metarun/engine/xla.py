@@ -81,10 +81,16 @@ def compiled(graph: Graph, constants: nn.Module) -> Callable[..., list[Tensor]]:
     kept = {name: as_array(value) for name, value in constants.named_buffers()}
     jitted = jax.jit(run)
 
+    # Most of what a step returns is given to the next one; both have the same memory.
+    returned: list[tuple[Tensor, Any]] = []
+
     def step(*inputs: Tensor) -> list[Tensor]:
+        known = {id(tensor): array for tensor, array in returned}
+        arrays = [known[id(x)] if id(x) in known else as_array(x) for x in inputs]
         # JAX reads the memory of the inputs, which may change once this returns.
-        results = jax.block_until_ready(jitted(kept, [as_array(x) for x in inputs]))
-        return [from_dlpack(result) for result in results]
+        results = jax.block_until_ready(jitted(kept, arrays))
+        returned[:] = [(from_dlpack(result), result) for result in results]
+        return [tensor for tensor, _ in returned]
 
     return step
 

@@ -195,6 +195,8 @@ class ProcessesLauncher(InOtherProcesses):
         chosen = self.n_jobs or jobs_at_a_time(str(self.composed.device))
         count = min(chosen, len(job_overrides))
         if count <= 1:
+            for number, overrides in enumerate(job_overrides):
+                self.of_job(overrides, number)
             own = BasicLauncher()
             own.setup(hydra_context=self.context, task_function=self.task, config=self.composed)
             return own.launch(job_overrides, initial_job_idx)
