@@ -109,9 +109,10 @@ class Recording:
         Raises:
             OtherShapes: the tree has other shapes.
         """
-        return self.on(
-            [with_strides(*one) for one in zip(leaves_of_shapes(given, self.shapes), self.strides, strict=True)]
-        )
+        values = leaves_of_shapes(given, self.shapes)
+        if [value.stride() for value in values] != self.strides:
+            values = [with_strides(*one) for one in zip(values, self.strides, strict=True)]
+        return self.on(values)
 
     def on(self, values: Sequence[Tensor]) -> Tree:
         """Return what the function returns for the leaves of a tree, whatever their layout in memory."""
