@@ -127,7 +127,7 @@ def evaluate(
 ) -> batch.Evaluated:
     """Return losses and scores along adaptation, over blocks of tasks; with ``testing``, all metrics of a test.
 
-    ``only_last`` leaves out what can be left out before the last step.
+    ``only_last`` skips scoring before the last step, where that changes nothing.
 
     Raises:
         UserError: a GPU has no room for a single block.

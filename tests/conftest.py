@@ -1,4 +1,5 @@
 import os
+import re
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ QUICK_FILES = (
 
 def pytest_configure(config):
     """Hide GPUs, unless ``-m gpu`` asks for the tests that need one: ``device=auto`` is the CPU for all others."""
-    if config.getoption("markexpr") != "gpu":
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr") or ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -237,7 +237,7 @@ def test_calls_of_kernels_are_compiled_while_the_kernels_are_and_linked_once_bot
         ended.append(command)
 
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: None)
-    monkeypatch.setattr(compiler, "compiled_products", lambda place: None)
+    monkeypatch.setattr(compiler, "compiled_products", lambda place, threads: None)
     monkeypatch.setattr(cpp_builder, "run_compile_cmd", run)
     with compiler.on_all_cores({}, tmp_path):
         for command in (calls, kernels, link):
@@ -277,7 +277,7 @@ SIZES = (1, 2, 3, 7, 8, 10, 13, 16, 40, 41, 64, 65)
 @needs_compiler
 def test_products_of_small_matrices_are_those_of_torch(tmp_path):
     """Every layout and size of the factors and of the result, also beyond the largest that are ours, in both types."""
-    made = compiler.compiled_products(tmp_path)
+    made = compiler.compiled_products(tmp_path, 1)
     assert made is not None
     folder = Path(torch.__file__).parent / "lib"
     command = [shutil.which("g++"), "-shared", str(made), "-o", str(tmp_path / "products.so")]

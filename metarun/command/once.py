@@ -120,7 +120,7 @@ def composing_once(multirun: bool) -> Iterator[None]:
     validate = Sweeper.validate_batch_is_legal
 
     def validate_unless_composed(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
-        # Our launchers compose all jobs before they run one, while processes are started.
+        # Our launchers compose all jobs before they run any, while the processes are starting.
         if not getattr(sweeper, "launcher", None) or not getattr(sweeper.launcher, "composes_first", False):
             validate(sweeper, batch)
 

@@ -9,10 +9,9 @@ from metarun.tree import leaves
 
 
 class Ahead:
-    """Draws tasks on a second stream of a GPU; on a CPU, as they are.
+    """Draws tasks on a second stream of a GPU; on a CPU, in the usual way.
 
-    Tasks are drawn on the CPU or from data on the GPU, and copying to a GPU waits for what its stream has been given:
-    on the stream of the meta-steps, for the step before.
+    A copy to a GPU waits for the work already queued on its stream: on that of the meta-steps, for the previous step.
     """
 
     def __init__(self, device: str) -> None:
@@ -21,7 +20,7 @@ class Ahead:
         self.before: torch.cuda.Event | None = None
 
     def __call__(self, draw: Callable[[], Task]) -> Task:
-        """Return the tasks that ``draw`` returns, as soon as at most one earlier step is not done."""
+        """Return the tasks that ``draw`` returns, once at most one earlier step is unfinished."""
         if self.stream is None:
             return draw()
         steps = torch.cuda.current_stream(self.device)

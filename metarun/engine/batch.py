@@ -111,8 +111,8 @@ def evaluate(
     """Return query losses and scores along ``steps`` adaptation steps; if asked, also scores of the algorithm alone.
 
     ``keep`` says what is kept of the output for the queries after the last step, of which the loss has been computed.
-    ``only_last`` leaves out steps before the last, unless scoring them draws random numbers: then later ones would be
-    others.
+    ``only_last`` leaves out steps before the last, unless scoring them draws random numbers: then later ones would
+    differ.
     """
     reached: list[int] = []
 
@@ -135,7 +135,7 @@ def evaluate(
         for step, state in enumerate(islice(algorithm.adapt(theta, task.support, loss), max(steps, 1) + 1)):
             if state is not None and (step <= steps or not reached):
                 latest = step, state
-                if not skips:
+                if not skips or step == steps:
                     drawn = drawn_so_far()
                     score(*latest)
                     skips = only_last and drawn == drawn_so_far()

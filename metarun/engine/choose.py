@@ -68,8 +68,8 @@ KEPT = 0.5
 the last of its kind, and whether it is the first must not decide. What an only run loses is less than the next would
 gain."""
 CALLED = {"replay": (0.33, 0.55), "cudagraph": (0.06, 0.06)}
-"""The share of the time of calling operations that engines take whose kernels are those of an eager step, so that
-arithmetic takes as long: of few operations, and of so many that a replay calls them in Python instead of C++."""
+"""For engines that run an eager step's kernels, so that arithmetic takes as long: the share of an eager step's time for
+calling them, with few operations, and with so many that a replay calls them in Python."""
 SHARES = {
     # engine: (of small work, of other work)
     "eager": (1.0, 1.0),

@@ -59,8 +59,8 @@ TRANSPOSES = aten.transpose.int, aten.t.default
 ELEMENTWISE = aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default
 VIEWS = aten.view.default, aten.reshape.default, aten._unsafe_view.default
 STANDARD_LIBRARIES = b"libstdc++.so", b"libc++.so"
-"""One of them is named by a library that shares C++'s standard library with torch. With a copy of its own it ends the
-process when it is loaded, as seen with g++ 13 of an image for GPUs, since both copies use the same table of facets."""
+"""One of them is named by a library that shares C++'s standard library with torch. A library with its own copy ends the
+process when it is loaded, as seen with g++ 13 of an image for GPUs: both copies use the same table of facets."""
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -181,28 +181,22 @@ def built(module: GraphModule, values: Sequence[Tensor], options: Options, place
 
 
 OWN_PRODUCTS = Path(__file__).with_name("products.cpp")
-"""Products of small matrices, which libraries call in place of torch's."""
+"""Products of small matrices, which libraries that run on a single thread call in place of torch's."""
+FOR_PRODUCTS = "-O3", "-march=native", "-fPIC", "-std=c++17"
 
 
-def compiled_products(place: Path) -> Path | None:
-    """Compile ``OWN_PRODUCTS`` into a folder; None where the C++ compiler refuses."""
+def compiled_products(place: Path, threads: int) -> Path | None:
+    """Compile ``OWN_PRODUCTS`` into a folder; None where the C++ compiler refuses, or MKL has several ``threads``."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
+    if threads > 1:
+        return None
     path = place / "products.o"
-    command = [
-        get_cpp_compiler(),
-        "-O3",
-        "-march=native",
-        "-fPIC",
-        "-std=c++17",
-        "-c",
-        str(OWN_PRODUCTS),
-        "-o",
-        str(path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        log.debug("Products of small matrices are torch's own: %s", done.stderr.strip())
+    command = [get_cpp_compiler(), *FOR_PRODUCTS, "-c", str(OWN_PRODUCTS), "-o", str(path)]
+    try:
+        subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.debug("Products of small matrices are torch's own: %s", getattr(error, "stderr", error))
         return None
     return path
 
@@ -212,7 +206,7 @@ def on_all_cores(patches: Options, place: Path) -> Iterator[None]:
     """Inside, the C++ compiler works while inductor does, which would wait for it each time.
 
     While the graph is lowered, small programs find out what the C++ compiler knows of the processor (1.5 s), and the
-    products of small matrices are compiled (1 s), which are linked to the library. Later the calls of kernels are
+    products of small matrices are compiled (1 s), which are linked into the library. Later the calls of kernels are
     compiled next to the kernels themselves (5 s each), and linking waits for both.
     """
     import torch._inductor.config
@@ -238,7 +232,7 @@ def on_all_cores(patches: Options, place: Path) -> Iterator[None]:
 
     with ThreadPoolExecutor(1) as pool, torch._inductor.config.patch(patches):
         pool.submit(copy_context().run, cpu_vec_isa.pick_vec_isa)
-        products = pool.submit(compiled_products, place)
+        products = pool.submit(compiled_products, place, torch.get_num_threads())
         cpp_builder.run_compile_cmd = run_or_begin
         try:
             yield
@@ -278,7 +272,13 @@ def loaded(path: Path, at_once: int) -> Compiled:
 def path_of(module: GraphModule, values: Sequence[Tensor], options: Options, folder: Path) -> Path:
     """Return where a library is kept, by a hash of operations, sizes, settings, torch and the processor."""
     held = hashlib.sha256()
-    for text in (module.code, str(options), OWN_PRODUCTS.read_text(encoding="utf-8"), *surroundings()):
+    for text in (
+        module.code,
+        str(options),
+        OWN_PRODUCTS.read_text(encoding="utf-8"),
+        str(FOR_PRODUCTS),
+        *surroundings(),
+    ):
         held.update(text.encode() + b"\0")
     for value in (*module.state_dict().values(), *values):
         held.update(f"{list(value.shape)} {value.dtype} {value.device}".encode())
@@ -327,13 +327,13 @@ def with_fast_products(graph: Graph, constants: nn.Module) -> GraphModule:
     - From transposed factors, where there are few columns and many rows: MKL takes six times as long for
       ``[25, 40, 40] @ [25, 40, 10]`` as for ``[25, 10, 40] @ [25, 40, 40]``, and second derivatives are full of the
       former. The compiler makes transposing free.
-    - As a multiplication, where a column is multiplied with a row. The compiler merges it with what comes before and
+    - As a multiplication, where a column is multiplied by a row. The compiler merges it with what comes before and
       after it.
     """
     graph = copied(graph)
     transpose_terms(graph)
     for node in graph.nodes:
-        if node.target is aten.view.default:
+        if node.target in VIEWS:
             # A product that replaces another has another memory layout, of which some views may be impossible.
             node.target = aten.reshape.default
         if node.target not in PRODUCTS:

@@ -1,7 +1,7 @@
 // Batched products of small matrices, which compiled steps call in place of torch's own (metarun/engine/compiler.py).
 //
-// Models of sinusoids multiply matrices of forty rows, for which MKL takes up to twice as long as this, and a column or
-// a row of them up to four times. A product with a larger matrix is left to torch.
+// Models of sinusoids multiply matrices of forty rows, for which MKL takes up to twice as long. A product with a larger
+// matrix is left to torch.
 
 #include <cstdint>
 #include <cstring>
@@ -101,19 +101,6 @@ void product(Matrices<T> out, const Matrices<const T>& a, const T* b, int64_t b_
   if (left) all_rows<T, 1>(out, a, b, b_row, rows, terms);
 }
 
-template <typename T>
-inline T dot(const T* a, const T* b, int terms) {
-  typedef Vector<T> V;
-  typename V::Type sums = {};
-  int k = 0;
-  for (; k + V::width <= terms; k += V::width) sums += V::load(a + k) * V::load(b + k);
-  T sum = 0;
-#pragma GCC unroll 8
-  for (int i = 0; i < V::width; ++i) sum += sums[i];
-  for (; k < terms; ++k) sum += a[k] * b[k];
-  return sum;
-}
-
 #ifdef __has_builtin
 #if __has_builtin(__builtin_shufflevector)
 #define HAS_SHUFFLES
@@ -169,23 +156,17 @@ void copied(T* to, int64_t row, const Matrices<const T>& from, int rows, int col
     for (int k = j; k < columns; ++k) to[i * row + k] = from.data[i * from.row + k * from.column];
 }
 
-// out = a b for every pair of a batch; false where rows and columns of the result are both apart.
+// out = a b for every pair of a batch; false where neither rows nor columns of the result are contiguous.
 template <typename T>
 bool products(Matrices<T> out, Matrices<const T> a, Matrices<const T> b, int64_t batch, int rows, int columns, int terms) {
   constexpr int width = Vector<T>::width;
-  if ((columns < width && rows >= width) || (columns > 1 && out.column != 1)) {
-    // The transposed product has longer or contiguous rows.
+  if ((columns > 1 && out.column != 1) || (columns < width && rows >= width && out.row == 1)) {
+    // The transposed product has contiguous rows, or longer ones.
     const Matrices<const T> left = b.transposed();
     b = a.transposed();
     a = left;
     out = out.transposed();
     std::swap(rows, columns);
-  }
-  if (rows == 1 && (a.column == 1 || terms == 1) && (b.row == 1 || terms == 1)) {
-    for (int64_t i = 0; i < batch; ++i)
-      for (int j = 0; j < columns; ++j)
-        out.data[i * out.batch + j * out.column] = dot(a.data + i * a.batch, b.data + i * b.batch + j * b.column, terms);
-    return true;
   }
   if (columns > 1 && out.column != 1) return false;
   const int whole = (columns + width - 1) / width * width;

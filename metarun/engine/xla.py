@@ -81,7 +81,7 @@ def compiled(graph: Graph, constants: nn.Module) -> Callable[..., list[Tensor]]:
     kept = {name: as_array(value) for name, value in constants.named_buffers()}
     jitted = jax.jit(run)
 
-    # Most of what a step returns is given to the next one; both have the same memory.
+    # Most of what a step returns is given to the next one; a tensor and its array share memory.
     returned: list[tuple[Tensor, Any]] = []
 
     def step(*inputs: Tensor) -> list[Tensor]:

@@ -174,6 +174,10 @@ def stop_all(workers: Sequence[Worker]) -> None:
         # Elsewhere this would be no request, and Ctrl-C has reached the jobs by itself.
         for worker in workers:
             worker.process.terminate()
+    for worker in workers:
+        if worker.job is None:
+            # It waits for a job, and ends when nobody can give it one.
+            worker.connection.close()
     until = time.monotonic() + LAST_WORDS
     for worker in workers:
         worker.process.join(max(until - time.monotonic(), 0.0))

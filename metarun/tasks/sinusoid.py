@@ -80,7 +80,7 @@ class Sinusoid:
 
         def uniform(bounds: tuple[float, float], *shape: int) -> Tensor:
             low, high = bounds
-            # In place: a short meta-step takes only several times as long as drawing its tasks.
+            # In place: a short meta-step takes only a few times as long as drawing its tasks.
             return torch.rand(count, *shape, generator=generator).mul_(high - low).add_(low)
 
         amplitude, phase = uniform(self.amplitude, 1, 1), uniform(self.phase, 1, 1)
