@@ -4,7 +4,6 @@ import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import hydra
 import pytest
@@ -62,28 +61,22 @@ def composed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "jobs", "times"),
+    ("arguments", "jobs", "fewer"),
     [
         (RUN, 1, 1),
         (("-m", *RUN, "seed=0,1"), 2, 1 + 2),
         # The mode is another than the command's, so what was composed for it cannot be used.
-        ((*RUN, "hydra.mode=MULTIRUN", "seed=0,1"), 2, 2 + 2),
+        ((*RUN, "hydra.mode=MULTIRUN", "seed=0,1"), 2, 2),
         # Equal jobs share no configuration, which knows the number of its job.
-        (("-m", *RUN, "seed=0,0"), 2, 1 + 1),
+        (("-m", *RUN, "seed=0,0"), 2, 1 + 3),
     ],
 )
-def test_composing_once_gives_what_hydra_composes_twice(composed, arguments, jobs, times):
-    expected, of_hydra = composed(*arguments, once=False)
-    found, of_ours = composed(*arguments, once=True)
+def test_composing_once_gives_what_hydra_composes_twice(composed, arguments, jobs, fewer):
+    expected, times = composed(*arguments, once=False)
+    found, fewer_times = composed(*arguments, once=True)
     assert len(found) == jobs
     assert found == expected
-    assert of_ours == times < of_hydra
-
-
-def test_a_job_that_cannot_be_composed_stops_a_sweep_before_its_first_job(composed):
-    with pytest.raises(HydraException, match="nothing"):
-        composed("-m", "seed=0,1", "algo=maml,nothing", "hydra.sweep.dir=s", once=True)
-    assert not list(Path("s").glob("*/*"))
+    assert times - fewer_times == fewer
 
 
 def test_a_sweep_over_tasks_may_set_a_key_that_the_default_task_lacks(composed):

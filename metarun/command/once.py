@@ -17,7 +17,6 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
-from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -117,17 +116,8 @@ class LoadsOnce(ConfigLoaderImpl):
 def composing_once(multirun: bool) -> Iterator[None]:
     """Inside, Hydra's entry point composes once, for a single run or for a sweep."""
     LoadsOnce.expected = RunMode.MULTIRUN if multirun else RunMode.RUN
-    validate = Sweeper.validate_batch_is_legal
-
-    def validate_unless_composed(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
-        # Our launchers compose all jobs before they run any, while the processes are starting.
-        if not getattr(sweeper, "launcher", None) or not getattr(sweeper.launcher, "composes_first", False):
-            validate(sweeper, batch)
-
     entry.ConfigLoaderImpl = LoadsOnce  # type: ignore[attr-defined]
-    setattr(Sweeper, validate.__name__, validate_unless_composed)
     try:
         yield
     finally:
         entry.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[attr-defined]
-        setattr(Sweeper, validate.__name__, validate)

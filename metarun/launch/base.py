@@ -72,8 +72,6 @@ class InOtherProcesses(Launcher):
 
     name: ClassVar[str]
     """The member of ``hydra/launcher``."""
-    composes_first: ClassVar[bool] = True
-    """All jobs are composed, which shows that they can be, before the first one runs."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra gives."""

@@ -174,10 +174,6 @@ def stop_all(workers: Sequence[Worker]) -> None:
         # Elsewhere this would be no request, and Ctrl-C has reached the jobs by itself.
         for worker in workers:
             worker.process.terminate()
-    for worker in workers:
-        if worker.job is None:
-            # It waits for a job, and ends when nobody can give it one.
-            worker.connection.close()
     until = time.monotonic() + LAST_WORDS
     for worker in workers:
         worker.process.join(max(until - time.monotonic(), 0.0))
@@ -199,8 +195,6 @@ class ProcessesLauncher(InOtherProcesses):
         chosen = self.n_jobs or jobs_at_a_time(str(self.composed.device))
         count = min(chosen, len(job_overrides))
         if count <= 1:
-            for number, overrides in enumerate(job_overrides):
-                self.of_job(overrides, number)
             own = BasicLauncher()
             own.setup(hydra_context=self.context, task_function=self.task, config=self.composed)
             return own.launch(job_overrides, initial_job_idx)
