@@ -278,8 +278,6 @@ def training_tasks(experiment: Experiment, seeds: list[int], count: int, step: i
     def drawn(seed: int) -> Task:
         return sample_tasks(experiment, "train", count, stream(seed, "train", step))
 
-    if len(seeds) == 1:
-        return tree_map(lambda leaf: leaf.unsqueeze(0), drawn(seeds[0]))
     if len(set(seeds)) == 1:
         return tree_map(lambda leaf: leaf.expand(len(seeds), *leaf.shape), drawn(seeds[0]))
     batches = {seed: drawn(seed) for seed in sorted(set(seeds))}

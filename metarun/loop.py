@@ -234,8 +234,7 @@ def meta_train(experiment: Experiment, directory: Path, resume: bool, watchers: 
             # The run may have been killed after its checkpoint and before this table.
             write_metrics(directory, training.rows)
         while training.step < steps:
-            step = training.step
-            tasks = ahead(partial(training_tasks, experiment, seeds, meta_batch, step))
+            tasks = ahead(partial(training_tasks, experiment, seeds, meta_batch, training.step))
             out = stepper({"train_state": training.train_state, "tasks": tasks, "rates": rates[training.step]})
             training.train_state = out["train_state"]
             training.window.append(out["result"])

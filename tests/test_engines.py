@@ -27,13 +27,13 @@ from metarun.algos.agnostic.imaml import imaml
 from metarun.algos.agnostic.maml import maml
 from metarun.assemble import Replica, assemble
 from metarun.config import build
-from metarun.engine import compiler, xla
+from metarun.engine import compiler, products, xla
 from metarun.engine.ahead import Ahead
 from metarun.engine.batch import meta_gradient
 from metarun.engine.choose import Stepper, agrees
-from metarun.engine.compiler import with_fast_products
 from metarun.engine.library import pointer_of
 from metarun.engine.meta_step import MetaStep, accumulated, parts_of
+from metarun.engine.products import compiled_products, with_fast_products
 from metarun.engine.recorder import CannotRecord
 from metarun.engine.recording import AsWritten, Captured, Recording
 from metarun.errors import UserError
@@ -277,7 +277,7 @@ SIZES = (1, 2, 3, 7, 8, 10, 13, 16, 40, 41, 64, 65)
 @needs_compiler
 def test_products_of_small_matrices_are_those_of_torch(tmp_path):
     """Every layout and size of the factors and of the result, also beyond the largest that are ours, in both types."""
-    made = compiler.compiled_products(tmp_path, 1)
+    made = compiled_products(tmp_path, 1)
     assert made is not None
     folder = Path(torch.__file__).parent / "lib"
     command = [shutil.which("g++"), "-shared", str(made), "-o", str(tmp_path / "products.so")]
@@ -304,6 +304,27 @@ def test_products_of_small_matrices_are_those_of_torch(tmp_path):
                 capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([out.fill_(torch.nan), a, b])
                 assert product(*(pointer_of(capsule, None) for capsule in capsules)) == 0
                 torch.testing.assert_close(out, expected, rtol=rounding, atol=rounding * 100)
+
+
+def test_derivatives_of_weights_are_added_in_the_order_in_which_they_are_computed():
+    """Kernels of a compiled step read no product across its rows."""
+
+    def across(graph):
+        """How often a kernel reads a product of many rows and columns transposed."""
+        found = 0
+        for node in graph.nodes:
+            for term in node.all_input_nodes if node.target in (*products.ELEMENTWISE, aten.sum.dim_IntList) else ():
+                wide, transposed = min(term.meta.get("shape", ())[-2:], default=0) >= products.NARROW, 0
+                while term.target in (*products.TRANSPOSES, *products.VIEWS):
+                    transposed += term.target in products.TRANSPOSES
+                    term = term.args[0]
+                found += wide and term.target in products.PRODUCTS and transposed % 2
+        return found
+
+    aten, (meta_step, first, _) = torch.ops.aten, with_two_inputs("maml")
+    recording = Recording(meta_step.whole, first)
+    assert across(recording.graph) > 0
+    assert across(with_fast_products(recording.graph, recording.constants).graph) == 0
 
 
 @needs_compiler

@@ -67,12 +67,11 @@ KEPT = 0.5
 """The part of these seconds that is charged to a run whose compiled step is kept for other runs. A command is seldom
 the last of its kind, and whether it is the first must not decide. What an only run loses is less than the next would
 gain."""
-CALLED = {"replay": (0.33, 0.55), "cudagraph": (0.06, 0.06)}
+CALLED = {"eager": (1.0, 1.0), "replay": (0.33, 0.55), "cudagraph": (0.06, 0.06)}
 """For engines that run an eager step's kernels, so that arithmetic takes as long: the share of an eager step's time for
 calling them, with few operations, and with so many that a replay calls them in Python."""
 SHARES = {
     # engine: (of small work, of other work)
-    "eager": (1.0, 1.0),
     "compile": (0.1, 0.7),
     # XLA takes several times as long as torch for convolutions whose weights differ between tasks.
     "xla": (0.13, 4.0),
@@ -148,7 +147,7 @@ class Counted(TorchDispatchMode):
         return out
 
 
-def captured(compiled: Recording, example: Tree) -> Step:
+def captured_if_possible(compiled: Recording, example: Tree) -> Step:
     """Return a compiled recording; on a GPU, as one launch for all of its kernels if they can be captured."""
     if not next(leaves(example)).is_cuda:
         return compiled
@@ -403,7 +402,10 @@ class Stepper:
         if self.tries("replay"):
             yield "replay", lambda example: self.recorded_step(example).replayed(example)
         if self.tries("compile"):
-            yield "compile", lambda example: captured(self.recorded_step(example).compiled(example), example)
+            yield (
+                "compile",
+                lambda example: captured_if_possible(self.recorded_step(example).compiled(example), example),
+            )
         if self.tries("xla"):
             yield "xla", lambda example: self.recorded_step(example).by_xla(example)
         if self.tries("cudagraph"):

@@ -1,4 +1,4 @@
-// Batched products of small matrices, which compiled steps call in place of torch's own (metarun/engine/compiler.py).
+// Batched products of small matrices, which compiled steps call in place of torch's own (metarun/engine/products.py).
 //
 // Models of sinusoids multiply matrices of forty rows, for which MKL takes up to twice as long. A product with a larger
 // matrix is left to torch.
@@ -158,7 +158,8 @@ void copied(T* to, int64_t row, const Matrices<const T>& from, int rows, int col
 
 // out = a b for every pair of a batch; false where neither rows nor columns of the result are contiguous.
 template <typename T>
-bool products(Matrices<T> out, Matrices<const T> a, Matrices<const T> b, int64_t batch, int rows, int columns, int terms) {
+bool products(Matrices<T> out, Matrices<const T> a, Matrices<const T> b, int64_t batch, int rows, int columns,
+              int terms) {
   constexpr int width = Vector<T>::width;
   if ((columns > 1 && out.column != 1) || (columns < width && rows >= width && out.row == 1)) {
     // The transposed product has contiguous rows, or longer ones.

@@ -35,7 +35,7 @@ for file in sorted(Path(sys.argv[1]).glob("*.pt2")):
 """
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # in torch 2.11, of its own reading
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 says so of what it reads
 @pytest.mark.parametrize(
     "pairs", [pytest.param(CHEAP, id="one"), pytest.param(PAIRS, id="all", marks=pytest.mark.slow)]
 )
